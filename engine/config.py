@@ -1,0 +1,209 @@
+"""What a run is: a tree of frozen dataclasses, the one home of every default. TOML files and flags only override it.
+
+A field marked `environment` says where or by which road the work is done, not what is computed: it stays out of
+`digest()`, so a run may be resumed with another feed, path or device.
+"""
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from engine.errors import UserError
+
+ENVIRONMENT = {"environment": True}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    path: str = field(default="", metadata=ENVIRONMENT)
+    """Record directory; empty: the packaged sample of 128 typefaces."""
+    feed: Literal["auto", "resident", "dali", "loader", "synthetic"] = field(default="auto", metadata=ENVIRONMENT)
+    """The road the batches take; every feed but synthetic hands out the same batches."""
+    loader_workers: int = field(default=2, metadata=ENVIRONMENT)
+    """Worker processes of the loader feed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    name: Literal["baseline", "fast"] = "fast"
+    """`fast` is `baseline` with the ReLU after the pool: the same function of the same parameters, fewer bytes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    name: Literal["adam", "adamw"] = "adamw"
+    """The torch optimiser."""
+    learning_rate: float = 4e-3
+    """Highest learning rate of the schedule."""
+    schedule: Literal["constant", "one_cycle"] = "one_cycle"
+    """one_cycle: linear warm-up to the highest rate, then cosine to almost zero."""
+    warmup_fraction: float = 0.2
+    """Part of all steps spent warming up (one_cycle)."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay (adamw), on weights only, not on biases."""
+    label_smoothing: float = 0.05
+    """Share of the target spread over all classes; evaluation's loss is never smoothed."""
+    fused: bool = True
+    """One kernel for the whole optimiser."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepConfig:
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of forward and backward (autocast); parameters and optimiser stay fp32."""
+    channels_last: bool = True
+    """NHWC memory format for activations and convolution weights."""
+    cuda_graphs: bool = field(default=False, metadata=ENVIRONMENT)
+    """Capture the whole step into one CUDA graph."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    optim: OptimConfig = OptimConfig()
+    step: StepConfig = StepConfig()
+    global_batch: int = 512
+    """Samples of all ranks together in one step."""
+    epochs: int = 4
+    """Passes over the training split; the schedule spans them all."""
+    seed: int = 42
+    """Seeds the initial weights and the order of samples."""
+    target_accuracy: float = field(default=0.0, metadata=ENVIRONMENT)
+    """Stop at the first epoch whose validation accuracy (0..1) reaches this; 0: run all epochs."""
+
+    @staticmethod
+    def baseline() -> "RunConfig":
+        """The study's recipe: fp32, NCHW, eager, per-sample loader, Adam 1e-3 constant, batch 64, 12 epochs."""
+        return RunConfig(
+            data=DataConfig(feed="loader"),
+            model=ModelConfig(name="baseline"),
+            optim=OptimConfig(
+                name="adam",
+                learning_rate=1e-3,
+                schedule="constant",
+                weight_decay=0.0,
+                label_smoothing=0.0,
+                fused=False,
+            ),
+            step=StepConfig(channels_last=False),
+            global_batch=64,
+            epochs=12,
+        )
+
+    def digest(self) -> str:
+        """16 hex digits that are equal where two configs compute the same training."""
+        text = json.dumps(_tree(self, training_only=True), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _tree(config: Any, training_only: bool = False) -> dict[str, Any]:
+    kept = [f.name for f in fields(config) if not (training_only and f.metadata.get("environment"))]
+    values = {name: getattr(config, name) for name in kept}
+    return {name: _tree(v, training_only) if is_dataclass(v) else v for name, v in values.items()}
+
+
+def override(config: RunConfig, dotted: Mapping[str, Any], source: str) -> RunConfig:
+    """`config` with fields such as "optim.learning_rate" replaced; names, types and bounds are checked.
+
+    Args:
+        source: where the values stand (a file, "--set"), for the error's text.
+    Raises:
+        UserError: unknown field, wrong type, or a value out of bounds.
+    """
+    for name, value in dotted.items():
+        config = _replace(config, name.split("."), value, f"{source}: {name}")
+    _check_bounds(config, source)
+    return config
+
+
+def load_toml(config: RunConfig, path: str | Path) -> RunConfig:
+    """`config` overridden by a TOML file whose tables and keys are the fields of RunConfig."""
+    try:
+        with open(path, "rb") as handle:
+            tree = tomllib.load(handle)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give --config an existing TOML file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: is not TOML ({error}); see bench_configs/ for examples") from None
+    return override(config, dict(_flatten(tree)), str(path))
+
+
+def parse_assignments(assignments: tuple[str, ...]) -> dict[str, Any]:
+    """["optim.learning_rate=0.002"] -> {"optim.learning_rate": 0.002}; values are TOML, else plain text."""
+    dotted = {}
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals:
+            raise UserError(f"--set {assignment}: has no '='; write --set optim.learning_rate=0.002")
+        try:
+            dotted[name] = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            dotted[name] = text
+    return dotted
+
+
+def to_toml(config: RunConfig) -> str:
+    """The whole config as TOML; `load_toml` gives it back."""
+    tree = asdict(config)
+    lines = [f"{name} = {json.dumps(v)}" for name, v in tree.items() if not isinstance(v, dict)]
+    for table, values in tree.items():
+        if isinstance(values, dict):
+            lines += ["", f"[{table}]", *(f"{name} = {json.dumps(v)}" for name, v in values.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> Any:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _replace(config: Any, path: list[str], value: Any, where: str) -> Any:
+    hints = get_type_hints(type(config))
+    name, rest = path[0], path[1:]
+    if name not in hints:
+        raise UserError(f"{where}: there is no such setting; here are {', '.join(hints)}")
+    if is_dataclass(hints[name]):
+        if not rest:
+            raise UserError(f"{where}: is a table, not a value; its settings are {', '.join(get_type_hints(hints[name]))}")
+        return replace(config, **{name: _replace(getattr(config, name), rest, value, where)})
+    if rest:
+        raise UserError(f"{where}: {name} is a value, not a table; write {name} = ...")
+    return replace(config, **{name: _checked(value, hints[name], where)})
+
+
+def _checked(value: Any, kind: Any, where: str) -> Any:
+    if get_origin(kind) is Literal:
+        if value in get_args(kind):
+            return value
+        raise UserError(f"{where}: is {value!r}; choose one of {', '.join(map(str, get_args(kind)))}")
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise UserError(f"{where}: is {value!r}; give a value of type {kind.__name__}")
+    return value
+
+
+def _check_bounds(config: RunConfig, source: str) -> None:
+    o = config.optim
+    bounds = [
+        ("global_batch", config.global_batch, 1, 2**24),
+        ("epochs", config.epochs, 1, 100_000),
+        ("seed", config.seed, 0, 2**63 - 1),
+        ("target_accuracy", config.target_accuracy, 0, 1),
+        ("data.loader_workers", config.data.loader_workers, 0, 256),
+        ("optim.learning_rate", o.learning_rate, 0, 1000),
+        ("optim.warmup_fraction", o.warmup_fraction, 0, 1),
+        ("optim.weight_decay", o.weight_decay, 0, 1000),
+        ("optim.label_smoothing", o.label_smoothing, 0, 1),
+    ]
+    for name, value, low, high in bounds:
+        if not low <= value <= high:  # also true for NaN
+            raise UserError(f"{source}: {name} is {value}; give a value from {low} to {high}")

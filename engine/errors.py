@@ -1,0 +1,27 @@
+"""The one error type a user may cause, and the one way a command ends on it: a single line, exit code 2."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+EXIT_USER_ERROR = 2
+
+
+class UserError(Exception):
+    """A fault the user can mend; its text is one line: what is wrong, where, and what to do."""
+
+
+def printable(text: str) -> str:
+    """`text` with control characters shown as \\xNN, so that data can neither break the line nor steer a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+@contextmanager
+def exit_on_user_error(speak: bool = True) -> Iterator[None]:
+    """Turn a UserError into one line on stderr (unless `speak` is false: ranks other than 0) and exit code 2."""
+    try:
+        yield
+    except UserError as error:
+        if speak:
+            print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
+        raise SystemExit(EXIT_USER_ERROR) from None

@@ -1,0 +1,61 @@
+"""What every feed hands to the step, and the promises it keeps.
+
+Shapes: B samples of one rank, H x W pixels.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from engine.order import Order
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B samples on the run's device."""
+
+    image_BHW: torch.Tensor
+    """uint8, contiguous."""
+    label_B: torch.Tensor
+    """uint8, index into the class table."""
+    id_B: torch.Tensor
+    """int64 row of the split, come by the pixels' own road; order.PADDING_ID marks a row that holds no sample."""
+
+    def __post_init__(self) -> None:
+        batch_size = len(self.image_BHW)
+        assert self.image_BHW.dtype == torch.uint8 and self.image_BHW.dim() == 3, "image_BHW must be uint8 [B, H, W]"
+        assert self.label_B.dtype == torch.uint8 and self.label_B.shape == (batch_size,), "label_B must be uint8 [B]"
+        assert self.id_B.dtype == torch.int64 and self.id_B.shape == (batch_size,), "id_B must be int64 [B]"
+
+    @staticmethod
+    def empty(batch_size: int, height: int, width: int, device: torch.device, pinned: bool = False) -> "Batch":
+        """An uninitialised batch, to be filled again and again."""
+        return Batch(
+            torch.empty(batch_size, height, width, dtype=torch.uint8, device=device, pin_memory=pinned),
+            torch.empty(batch_size, dtype=torch.uint8, device=device, pin_memory=pinned),
+            torch.empty(batch_size, dtype=torch.int64, device=device, pin_memory=pinned),
+        )
+
+    def copy_(self, other: "Batch") -> None:
+        """Overwrite this batch's contents; ordered on the current stream, no host synchronisation."""
+        self.image_BHW.copy_(other.image_BHW, non_blocking=True)
+        self.label_B.copy_(other.label_B, non_blocking=True)
+        self.id_B.copy_(other.id_B, non_blocking=True)
+
+
+class Feed(Protocol):
+    """A road for batches. For the same order every feed but synthetic hands out the same batches."""
+
+    name: str
+    order: Order
+
+    def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch from `first_step` on.
+
+        A batch is ready on the current stream and valid until the next is asked for.
+        """
+
+    def close(self) -> None:
+        """Stop threads and processes; the feed is unusable afterwards."""

@@ -1,0 +1,62 @@
+"""The plain PyTorch DataLoader, sample by sample in worker processes: the study's feed, and the baseline's.
+
+It shuffles by our order, so that baseline and fast runs see the same batches; otherwise it is what a tutorial writes.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from engine.feeds.batch import Batch
+from engine.order import Order
+from engine.records import Split
+
+
+class _Samples(Dataset[tuple[torch.Tensor, torch.Tensor, int]]):
+    def __init__(self, split: Split) -> None:
+        self._image_NHW = torch.from_numpy(split.image_NHW)
+        self._label_N = torch.from_numpy(split.label_N)
+
+    def __getitem__(self, sample_id: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+        row = max(sample_id, 0)
+        return self._image_NHW[row], self._label_N[row], sample_id
+
+
+class _Steps(Sampler[list[int]]):
+    """The order as a batch sampler; `start` names the epoch and step of the next iteration."""
+
+    def __init__(self, order: Order) -> None:
+        self._order = order
+        self.start = (0, 0)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        epoch, first_step = self.start
+        for step in range(first_step, self._order.steps_per_epoch):
+            yield self._order.ids(epoch, step, 1)[0].tolist()
+
+
+class LoaderFeed:
+    name = "loader"
+
+    def __init__(self, split: Split, order: Order, device: torch.device, num_workers: int) -> None:
+        self.order = order
+        self._steps = _Steps(order)
+        self._out = Batch.empty(order.rank_batch, *split.image_NHW.shape[1:], device)
+        self._loader: DataLoader[tuple[torch.Tensor, torch.Tensor, int]] | None = DataLoader(
+            _Samples(split),
+            batch_sampler=self._steps,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            pin_memory=device.type == "cuda",
+        )
+
+    def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        assert self._loader is not None, "the feed is closed"
+        self._steps.start = (epoch, first_step)
+        for image_BHW, label_B, id_B in self._loader:
+            self._out.copy_(Batch(image_BHW, label_B, id_B))
+            yield self._out
+
+    def close(self) -> None:
+        self._loader = None

@@ -1,0 +1,59 @@
+"""All pixels on the device (or in host memory on a CPU) as uint8; a batch is one gather into a reused buffer.
+
+Shapes: N images of the split, S steps of a block, B samples of one rank, H x W pixels.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+
+from engine.feeds.batch import Batch
+from engine.order import Order
+from engine.records import Split
+
+IDS_PER_BLOCK = 65_536
+"""Ids are drawn in blocks: each of the bijection's array operations costs microseconds to start."""
+
+
+class Gather:
+    """Rows of a split, gathered by id into a batch; used by every feed that reads from memory."""
+
+    def __init__(self, split: Split, device: torch.device) -> None:
+        num, height, width = split.image_NHW.shape
+        self._image_NP = torch.from_numpy(split.image_NHW).view(num, height * width).to(device)
+        self._label_N = torch.from_numpy(split.label_N).to(device)
+
+    def __call__(self, id_B: torch.Tensor, out: Batch) -> None:
+        """Fill `out`; a padding id gathers row 0, which nothing counts."""
+        row_B = id_B.clamp(min=0)
+        torch.index_select(self._image_NP, 0, row_B, out=out.image_BHW.view(len(row_B), -1))
+        torch.index_select(self._label_N, 0, row_B, out=out.label_B)
+        out.id_B.copy_(id_B)
+
+
+def id_blocks(order: Order, epoch: int, first_step: int, device: torch.device) -> Iterator[torch.Tensor]:
+    """An epoch's ids, a tensor id_B a step, drawn on `device` in blocks of at least 64k ids."""
+    steps_per_block = -(-IDS_PER_BLOCK // order.rank_batch)
+    arange = partial(torch.arange, device=device)
+    for step in range(first_step, order.steps_per_epoch, steps_per_block):
+        num_steps = min(steps_per_block, order.steps_per_epoch - step)
+        yield from order.ids(epoch, step, num_steps, arange)
+
+
+class ResidentFeed:
+    name = "resident"
+
+    def __init__(self, split: Split, order: Order, device: torch.device) -> None:
+        self.order = order
+        self._device = device
+        self._gather = Gather(split, device)
+        self._out = Batch.empty(order.rank_batch, *split.image_NHW.shape[1:], device)
+
+    def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        for id_B in id_blocks(self.order, epoch, first_step, self._device):
+            self._gather(id_B, self._out)
+            yield self._out
+
+    def close(self) -> None:
+        pass

@@ -1,0 +1,33 @@
+"""One random batch on the device, handed out again and again: what the step could do if data cost nothing."""
+
+from collections.abc import Iterator
+
+import torch
+
+from engine.feeds.batch import Batch
+from engine.order import Order
+
+
+def random_batch(batch_size: int, height: int, width: int, num_classes: int, device: torch.device) -> Batch:
+    """Random pixels and labels, the same in every process; the global random state is not touched."""
+    generator = torch.Generator().manual_seed(0)
+    batch = Batch.empty(batch_size, height, width, device)
+    batch.image_BHW.copy_(torch.randint(256, batch.image_BHW.shape, dtype=torch.uint8, generator=generator))
+    batch.label_B.copy_(torch.randint(num_classes, (batch_size,), dtype=torch.uint8, generator=generator))
+    batch.id_B.copy_(torch.arange(batch_size))
+    return batch
+
+
+class SyntheticFeed:
+    name = "synthetic"
+
+    def __init__(self, batch: Batch, order: Order) -> None:
+        self.order = order
+        self._batch = batch
+
+    def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        for _ in range(first_step, self.order.steps_per_epoch):
+            yield self._batch
+
+    def close(self) -> None:
+        pass

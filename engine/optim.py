@@ -1,0 +1,44 @@
+"""The optimiser and the learning rate, which is a pure function of the step."""
+
+import math
+
+import numpy as np
+import torch
+
+from engine.config import OptimConfig
+
+ONE_CYCLE_START = 1 / 25
+"""First learning rate of one_cycle as a part of the highest (torch.optim.lr_scheduler.OneCycleLR's div_factor)."""
+ONE_CYCLE_END = 1e-4 / 25
+"""Last learning rate as a part of the highest (final_div_factor)."""
+
+
+def lr_table(config: OptimConfig, num_steps: int) -> np.ndarray:
+    """float32 [num_steps + 1]: the learning rate of every step; the spare last entry is read after the last step."""
+    step = np.arange(num_steps + 1)
+    if config.schedule == "constant":
+        return np.full(num_steps + 1, config.learning_rate, np.float32)
+    warmup = max(1, round(config.warmup_fraction * num_steps))
+    rising = ONE_CYCLE_START + (1 - ONE_CYCLE_START) * step / warmup
+    progress = np.clip((step - warmup) / max(1, num_steps - warmup), 0, 1)
+    falling = ONE_CYCLE_END + (1 - ONE_CYCLE_END) * (1 + np.cos(math.pi * progress)) / 2
+    return (config.learning_rate * np.where(step < warmup, rising, falling)).astype(np.float32)
+
+
+def make_optimizer(
+    config: OptimConfig, model: torch.nn.Module, device: torch.device, *, capturable: bool
+) -> torch.optim.Optimizer:
+    """Adam or AdamW over two groups: weights with decay, biases without.
+
+    A fused or capturable optimiser takes its learning rate from a device tensor, so that nothing is baked into a graph.
+    """
+    named = list(model.parameters())
+    groups = [
+        {"params": [p for p in named if p.dim() > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in named if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    lr: float | torch.Tensor = config.learning_rate
+    if config.fused or capturable:
+        lr = torch.tensor(config.learning_rate, device=device)
+    kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
+    return kind(groups, lr=lr, fused=config.fused, capturable=capturable and not config.fused)

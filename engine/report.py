@@ -1,0 +1,147 @@
+"""RunReport: what a run did, with every circumstance a figure needs. No torch at import; no reading of sensors here.
+
+Names end in their unit: _s, _ms, _per_s, _gib, _bytes, _w, _j, _percent, _fraction (0..1); num_ counts.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Environment:
+    """Where a figure was made. None means: not there, or the machine does not tell."""
+
+    cpu_name: str
+    num_cpus: int
+    num_threads: int
+    """torch's intra-op threads in each rank."""
+    allocator: str
+    gpu_name: str | None
+    gpu_power_limit_w: float | None
+    gpu_driver: str | None
+    cuda: str | None
+    torch: str
+    triton: str | None
+    dali: str | None
+    numpy: str
+    python: str
+    commit: str
+    """Git commit, else $ENGINE_COMMIT, else "unknown"."""
+    dirty: bool | None
+    """Whether tracked files differed from the commit; None without git."""
+    command: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunReport:
+    """What one training run did."""
+
+    environment: Environment
+    config: dict[str, Any]
+    config_digest: str
+    dataset_fingerprint: str
+    requested: dict[str, Any]
+    """Precision, graphs and feed as asked for."""
+    effective: dict[str, Any]
+    """The same as they were."""
+    notes: list[str]
+    """Why the two differ, a sentence each."""
+    clock_includes: str
+    num_ranks: int
+    num_parameters: int
+    num_train_samples: int
+    num_epochs: int
+    num_steps: int
+    train_s: float
+    """Training time of all epochs, resumed parts included."""
+    samples_per_s: float
+    data_wait_fraction: float
+    """Part of the training time the host waited for the feed."""
+    warmup_s: float
+    eval_s: float
+    val_accuracy_fraction: float | None
+    test_accuracy_fraction: float | None
+    test_loss: float | None
+    time_to_target_s: float | None
+    host_peak_rss_gib: float
+    torch_peak_gib: float | None
+    device_used_gib: float | None
+    """Memory in use on the whole device, by NVML."""
+    gpu_utilisation_percent: float | None
+    gpu_energy_j: float | None
+
+
+def write_json(value: Any, path: Path) -> None:
+    """Write a report dataclass or plain tree as strict JSON (no NaN), whole or not at all."""
+    from engine.publish import write_file
+
+    tree = value if isinstance(value, (dict, list)) else asdict(value)
+    write_file(path, (json.dumps(tree, indent=1, allow_nan=False) + "\n").encode())
+
+
+def environment(*, num_threads: int, allocator: str, gpu: dict[str, Any]) -> Environment:
+    """Collect the circumstances.
+
+    Args:
+        gpu: name, power_limit_w, driver and cuda as clock.gpu_facts gives them; empty without a GPU.
+    """
+    commit, dirty = git_state()
+    return Environment(
+        cpu_name=_cpu_name(),
+        num_cpus=os.cpu_count() or 0,
+        num_threads=num_threads,
+        allocator=allocator,
+        gpu_name=gpu.get("name"),
+        gpu_power_limit_w=gpu.get("power_limit_w"),
+        gpu_driver=gpu.get("driver"),
+        cuda=gpu.get("cuda"),
+        torch=_version("torch") or UNKNOWN,
+        triton=_version("triton"),
+        dali=_version("nvidia-dali-cuda120"),
+        numpy=_version("numpy") or UNKNOWN,
+        python=platform.python_version(),
+        commit=commit,
+        dirty=dirty,
+        command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    )
+
+
+def git_state() -> tuple[str, bool | None]:
+    """The commit the code runs from, and whether tracked files differ from it."""
+    commit = _git("rev-parse", "HEAD")
+    if commit is None:
+        return os.environ.get("ENGINE_COMMIT", UNKNOWN), None
+    return commit, bool(_git("status", "--porcelain", "--untracked-files=no"))
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as info:
+            return next(line.split(":", 1)[1].strip() for line in info if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or UNKNOWN

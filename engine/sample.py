@@ -1,0 +1,33 @@
+"""The packaged sample: 128 typefaces, packed once into the user's cache folder."""
+
+import hashlib
+import os
+from pathlib import Path
+
+from engine.pack import pack
+from engine.publish import MANIFEST, locked
+from engine.records import FORMAT, VERSION
+from engine.world import World
+
+CSV = Path(__file__).with_name("data") / "typefaces_sample.csv.gz"
+
+
+def sample_path() -> Path:
+    """Where the sample's records are, or will be: $XDG_CACHE_HOME (or ~/.cache), named by the CSV's content."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    name = hashlib.sha256(CSV.read_bytes()).hexdigest()[:12]
+    return cache / "tmnist-engine" / f"sample-{name}-{FORMAT}-{VERSION}"
+
+
+def ensure_sample(world: World) -> Path:
+    """The sample's record directory; rank 0 packs it if it is not there, under a lock, while the others wait."""
+    path = sample_path()
+
+    def pack_once() -> None:
+        with locked(path.with_suffix(".first")):
+            if not (path / MANIFEST).exists():
+                print(f"packing the sample of 128 typefaces into {path}, once", flush=True)
+                pack(CSV, path)
+
+    world.first(pack_once)
+    return path

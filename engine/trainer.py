@@ -1,0 +1,366 @@
+"""fit(): the one loop, its warm-up and its clock. Everything slow or fragile (disk, sums, evaluation) is off the clock.
+
+Shapes: B samples of one rank, H x W pixels.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine import clock
+from engine.checkpoint import Position, load_checkpoint, save_checkpoint, save_model
+from engine.config import DataConfig, RunConfig, to_toml
+from engine.errors import UserError
+from engine.feeds import choose_feed, make_feed
+from engine.feeds.batch import Batch, Feed
+from engine.feeds.synthetic import random_batch
+from engine.model import make_model
+from engine.order import Order
+from engine.publish import write_file
+from engine.records import Records
+from engine.report import Environment, RunReport, environment, write_json
+from engine.step import TrainStep
+from engine.ui import Progress
+from engine.world import World, has_fast_bf16, keep_large_blocks
+
+CLOCK_INCLUDES = (
+    "every training step of every epoch with its data; not: start-up, warm-up, capture, evaluation, checkpoints, reports"
+)
+Say = Callable[[str], None]
+
+
+@dataclass
+class Session:
+    """Everything a run needs, built once; the profiler and the benchmarks start from here as the trainer does."""
+
+    world: World
+    records: Records
+    config: RunConfig
+    """As effective."""
+    requested: dict[str, Any]
+    notes: list[str]
+    step: TrainStep
+    feed: Feed
+    environment: Environment
+    warmup_s: float
+
+    @property
+    def effective(self) -> dict[str, Any]:
+        return _switches(self.config) | {"fp32_convolutions": torch.backends.cudnn.conv.fp32_precision}
+
+    def close(self) -> None:
+        self.step.close()
+        self.feed.close()
+
+
+def effective_config(config: RunConfig, records: Records, world: World) -> tuple[RunConfig, list[str]]:
+    """What can be had of `config` here, and a sentence for each thing that cannot."""
+    notes = []
+    step, on_cpu = config.step, world.device.type == "cpu"
+    if step.precision == "bf16" and not has_fast_bf16(world.device):
+        step = replace(step, precision="fp32")
+        notes.append("bf16 is not used: this device has no bf16 instructions and would be slower than in fp32")
+    if step.precision == "fp16" and on_cpu:
+        step = replace(step, precision="fp32")
+        notes.append("fp16 is not used: CPUs compute it many times slower than fp32; --amp bf16 is the fast one")
+    if step.cuda_graphs and on_cpu:
+        step = replace(step, cuda_graphs=False)
+        notes.append("CUDA graphs are not used: there is no GPU; the same step runs eagerly")
+    if step.cuda_graphs and world.size > 1:
+        step = replace(step, cuda_graphs=False)
+        notes.append("CUDA graphs are not used: DDP's all-reduce is not captured yet; the same step runs eagerly")
+    feed = config.data.feed
+    if feed == "auto":
+        feed = choose_feed(records.split("train"), world.device)  # type: ignore[assignment]
+    return replace(config, step=step, data=replace(config.data, feed=feed)), notes
+
+
+def check_batch(config: RunConfig, records: Records, world_size: int) -> None:
+    """Refuse a global batch that no epoch of these records can serve; needs no process group.
+
+    Raises:
+        UserError: it cannot be divided by the ranks, or is larger than the train split.
+    """
+    batch, num_samples = config.global_batch, len(records.split("train"))
+    if batch % world_size:
+        raise UserError(
+            f"a global batch of {batch} cannot be divided by {world_size} ranks; give --batch-size (samples a rank)"
+        )
+    if batch > num_samples:
+        raise UserError(
+            f"a global batch of {batch} is larger than the train split of {num_samples} samples; "
+            f"give a --batch-size of at most {num_samples // world_size}"
+        )
+
+
+def open_session(config: RunConfig, records: Records, world: World) -> Session:
+    """Build model, step and feed, warm up (and capture) on synthetic data, and only then start the feed.
+
+    The caller runs inside world.on_stream() and closes the session.
+
+    Raises:
+        UserError: the batch cannot be divided or is larger than the split.
+    """
+    check_batch(config, records, world.size)
+    keeps_blocks = keep_large_blocks()
+    effective, notes = effective_config(config, records, world)
+    train, device = records.split("train"), world.device
+    order = Order(
+        num_samples=len(train),
+        global_batch=config.global_batch,
+        rank=world.rank,
+        world_size=world.size,
+        seed=config.seed,
+    )
+    num_classes = len(records.classes)
+    start = time.perf_counter()
+    model = make_model(config.model, *records.height_width, num_classes, config.seed).to(device)
+    static = random_batch(order.rank_batch, *records.height_width, num_classes, device)
+    step = TrainStep(model, effective, config.epochs * order.steps_per_epoch, static, world)
+    try:
+        step.prepare()
+        warmup_s = time.perf_counter() - start
+        feed = make_feed(effective.data, train, order, num_classes, device)
+    except BaseException:
+        step.close()
+        raise
+    allocator = "glibc, freed blocks up to 32 MiB kept" if keeps_blocks else "default"
+    facts = environment(num_threads=torch.get_num_threads(), allocator=allocator, gpu=clock.gpu_facts(device))
+    return Session(world, records, effective, _switches(config), notes, step, feed, facts, warmup_s)
+
+
+def evaluate(session: Session, split_name: str) -> tuple[float, float]:
+    """Loss and accuracy (0..1) over a whole split, exact over all ranks: nothing counted twice, nothing left out."""
+    world, config = session.world, session.config
+    split = session.records.split(split_name)
+    order = Order(
+        num_samples=len(split),
+        global_batch=config.global_batch,
+        rank=world.rank,
+        world_size=world.size,
+        shuffle=False,
+    )
+    feed = make_feed(DataConfig(), split, order, len(session.records.classes), world.device)
+    try:
+        for batch in feed.batches(0):
+            session.step.evaluate(batch)
+        loss, accuracy, seen = session.step.take_sums(training=False)
+    finally:
+        feed.close()
+    assert seen == len(split), f"evaluated {seen} of {len(split)} samples"
+    return loss, accuracy
+
+
+def fit(config: RunConfig, records: Records, world: World, out: Path, *, resume: bool, say: Say) -> RunReport:
+    """Train as `config` says and write OUT: report.json, metrics.jsonl, model.safetensors, config.toml, checkpoints/.
+
+    Args:
+        resume: go on from OUT's newest checkpoint.
+        say: prints a line on rank 0.
+    Raises:
+        UserError: a checkpoint is missing or foreign, the loss is not finite, or the disk is full.
+    """
+    with world.on_stream():
+        session = open_session(config, records, world)
+        try:
+            for note in session.notes:
+                say(f"note: {note}")
+            return _Fit(session, config, out, say).run(resume)
+        finally:
+            session.close()
+
+
+@dataclass
+class _Fit:
+    """The state of one fit() while it runs."""
+
+    session: Session
+    config: RunConfig
+    out: Path
+    say: Say
+    wait_s: float = 0.0
+    eval_s: float = 0.0
+    best_val: float | None = None
+    time_to_target_s: float | None = None
+    utilisation_percent: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.watch = clock.Stopwatch(self.session.world.device)
+        self.nvml = clock.Nvml(self.session.world.device)
+        self.steps_per_epoch = self.session.feed.order.steps_per_epoch
+        self.has_val = "val" in self.session.records.splits
+
+    def run(self, resume: bool) -> RunReport:
+        first_epoch = self._resume() if resume else 0
+        resumed_s = self.watch.total_s
+        if self.session.world.is_first:
+            self._start_files(first_epoch)
+        energy_j = self.nvml.energy_j()
+        epoch = first_epoch
+        while epoch < self.config.epochs and not self.time_to_target_s:
+            self._epoch(epoch)
+            epoch += 1
+        energy_end_j = self.nvml.energy_j()
+        used_j = None if energy_j is None or energy_end_j is None else energy_end_j - energy_j
+        test = self._timed_evaluate("test") if "test" in self.session.records.splits else None
+        wait = self.wait_s / max(self.watch.total_s - resumed_s, 1e-9)
+        report = self._report(epoch, test, wait, used_j)
+        if self.session.world.is_first:
+            save_model(self.out / "model.safetensors", self.session.step.model)
+            write_json(report, self.out / "report.json")
+        return report
+
+    def _epoch(self, epoch: int) -> None:
+        lap_s = self._train_epoch(epoch)
+        if (percent := self.nvml.utilisation_percent()) is not None:
+            self.utilisation_percent.append(percent)
+        loss, accuracy, seen = self.session.step.take_sums(training=True)
+        if not math.isfinite(loss):
+            raise UserError(f"the loss is not finite in epoch {epoch + 1}; lower optim.learning_rate or use --amp bf16")
+        metrics: dict[str, Any] = {
+            "epoch": epoch + 1,
+            "step": (epoch + 1) * self.steps_per_epoch,
+            "train_s": self.watch.total_s,
+            "train_loss": loss,
+            "train_accuracy_fraction": accuracy,
+            "samples_per_s": seen / lap_s,
+        }
+        line = f"epoch {epoch + 1:>3}/{self.config.epochs}  loss {loss:.4f}  train {accuracy:7.2%}"
+        if self.has_val:
+            val_loss, val = self._timed_evaluate("val")
+            metrics |= {"val_loss": val_loss, "val_accuracy_fraction": val}
+            line += f"  val {val:7.2%}"
+            self.best_val = max(val, self.best_val or 0.0)
+            if 0 < self.config.target_accuracy <= val:
+                self.time_to_target_s = self.watch.total_s
+        self._save(epoch + 1, metrics)
+        self.say(f"{line}  {seen / lap_s:>9,.0f} samples/s  {self.watch.total_s:7.2f} s")
+
+    def _train_epoch(self, epoch: int) -> float:
+        """Train one epoch on the clock; returns its seconds."""
+        step, world = self.session.step, self.session.world
+        world.synchronize()
+        with Progress(f"epoch {epoch + 1}", self.steps_per_epoch, enabled=world.is_first) as bar:
+            self.watch.start()
+            for number, batch in enumerate(self._waited(self.session.feed.batches(epoch))):
+                step.train(batch)
+                if number % 50 == 0:
+                    bar.update(number)
+            return self.watch.stop()
+
+    def _waited(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches, the host's time in the feed added up."""
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            self.wait_s += time.perf_counter() - start
+            if batch is None:
+                return
+            yield batch
+
+    def _timed_evaluate(self, split: str) -> tuple[float, float]:
+        start = time.perf_counter()
+        result = evaluate(self.session, split)
+        self.eval_s += time.perf_counter() - start
+        return result
+
+    def _resume(self) -> int:
+        step = self.session.step
+        position, skipped = load_checkpoint(
+            self.out,
+            step.model,
+            step.optimizer,
+            step.scaler,
+            digest=self.config.digest(),
+            fingerprint=self.session.records.fingerprint,
+        )
+        for sentence in skipped:
+            self.say(f"note: {sentence}")
+        step.resume_at(position.num_steps)
+        self.watch.total_s = position.train_s
+        self.best_val = position.best_val_accuracy_fraction
+        self.time_to_target_s = position.time_to_target_s
+        self.say(f"resumed after epoch {position.num_epochs} of {self.config.epochs}")
+        return position.num_epochs
+
+    def _start_files(self, num_epochs_done: int) -> None:
+        """Write config.toml, and cut metrics.jsonl back to the epochs that the checkpoint knows."""
+        metrics = self.out / "metrics.jsonl"
+        lines = metrics.read_bytes().splitlines(keepends=True)[:num_epochs_done] if metrics.exists() else []
+        write_file(metrics, b"".join(lines))
+        write_file(self.out / "config.toml", to_toml(self.config).encode())
+
+    def _save(self, num_epochs: int, metrics: dict[str, Any]) -> None:
+        def write() -> None:
+            step = self.session.step
+            position = Position(
+                num_epochs=num_epochs,
+                num_steps=num_epochs * self.steps_per_epoch,
+                train_s=self.watch.total_s,
+                best_val_accuracy_fraction=self.best_val,
+                time_to_target_s=self.time_to_target_s,
+            )
+            with open(self.out / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(metrics, allow_nan=False) + "\n")
+            save_checkpoint(
+                self.out,
+                position,
+                step.model,
+                step.optimizer,
+                step.scaler,
+                digest=self.config.digest(),
+                fingerprint=self.session.records.fingerprint,
+            )
+
+        self.session.world.first(write)
+
+    def _report(
+        self, num_epochs: int, test: tuple[float, float] | None, wait_fraction: float, energy_j: float | None
+    ) -> RunReport:
+        session, device = self.session, self.session.world.device
+        num_steps = num_epochs * self.steps_per_epoch
+        utilisation = sorted(self.utilisation_percent)
+        return RunReport(
+            environment=session.environment,
+            config=asdict(self.config),
+            config_digest=self.config.digest(),
+            dataset_fingerprint=session.records.fingerprint,
+            requested=session.requested,
+            effective=session.effective,
+            notes=session.notes,
+            clock_includes=CLOCK_INCLUDES,
+            num_ranks=session.world.size,
+            num_parameters=sum(p.numel() for p in session.step.model.parameters()),
+            num_train_samples=len(session.records.split("train")),
+            num_epochs=num_epochs,
+            num_steps=num_steps,
+            train_s=self.watch.total_s,
+            samples_per_s=num_steps * self.config.global_batch / max(self.watch.total_s, 1e-9),
+            data_wait_fraction=wait_fraction,
+            warmup_s=session.warmup_s,
+            eval_s=self.eval_s,
+            val_accuracy_fraction=self.best_val,
+            test_accuracy_fraction=test[1] if test else None,
+            test_loss=test[0] if test else None,
+            time_to_target_s=self.time_to_target_s,
+            host_peak_rss_gib=clock.host_peak_rss_gib(),
+            torch_peak_gib=clock.torch_peak_gib(device),
+            device_used_gib=self.nvml.used_gib(),
+            gpu_utilisation_percent=utilisation[len(utilisation) // 2] if utilisation else None,
+            gpu_energy_j=energy_j,
+        )
+
+
+def _switches(config: RunConfig) -> dict[str, Any]:
+    return {
+        "precision": config.step.precision,
+        "channels_last": config.step.channels_last,
+        "cuda_graphs": config.step.cuda_graphs,
+        "feed": config.data.feed,
+    }

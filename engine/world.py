@@ -1,0 +1,148 @@
+"""The process: its rank among others, its device, its threads and allocator. The only reader of RANK and friends.
+
+Does not train; the trainer passes a World to everything that must know where it runs.
+"""
+
+import ctypes
+import os
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from engine.errors import UserError
+
+COLLECTIVE_TIMEOUT = timedelta(seconds=120)
+HEAP_THRESHOLD_BYTES = 32 * 2**20
+"""glibc's largest mmap threshold on 64 bit (HEAP_MAX_SIZE / 2): blocks below it are kept, not returned after each step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """One process of a run."""
+
+    rank: int
+    size: int
+    device: torch.device
+    stream: "torch.cuda.Stream | None"
+    """The side stream on which everything of the run is done (a graph must be warmed up and captured on one stream)."""
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def on_stream(self) -> AbstractContextManager[object]:
+        return torch.cuda.stream(self.stream) if self.stream else nullcontext()
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """`values` summed over all ranks, a new tensor on the device."""
+        total = values.to(self.device, copy=True)
+        if self.size > 1:
+            dist.all_reduce(total)
+        return total
+
+    def synchronize(self) -> None:
+        """Wait for the device, then for the other ranks."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        if self.size > 1:
+            dist.barrier()
+
+    def first(self, work: Callable[[], None]) -> None:
+        """Let rank 0 do `work` while the others wait; where it fails, every rank ends.
+
+        Raises:
+            UserError: rank 0's own; the other ranks leave silently with exit code 2.
+        """
+        failed: BaseException | None = None
+        if self.is_first:
+            try:
+                work()
+            except Exception as error:  # handed on below, after the others were told
+                failed = error
+        if self.sum(torch.tensor([float(failed is not None)])).item() > 0:
+            if failed:
+                raise failed
+            raise SystemExit(2)
+
+
+def env_rank() -> int:
+    """This process's rank as torchrun gave it; 0 without torchrun."""
+    return int(os.environ.get("RANK", 0))
+
+
+def env_world_size() -> int:
+    """Number of processes as torchrun gave it; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+@contextmanager
+def start_world(device_name: str = "") -> Iterator[World]:
+    """Join the process group and leave it at the end, also on errors.
+
+    Args:
+        device_name: "cpu" or "cuda"; empty: CUDA where there is a GPU.
+    Raises:
+        UserError: more ranks on this machine than GPUs.
+    """
+    check_ranks(device_name)
+    on_gpu = torch.cuda.is_available() and device_name != "cpu"
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
+    size = env_world_size()
+    if on_gpu:
+        torch.cuda.set_device(device)
+    if size > 1:
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo", timeout=COLLECTIVE_TIMEOUT, device_id=device if on_gpu else None
+        )
+    stream = torch.cuda.Stream(device) if on_gpu else None
+    try:
+        yield World(rank=env_rank(), size=size, device=device, stream=stream)
+    finally:
+        if size > 1:
+            dist.destroy_process_group()
+
+
+def check_ranks(device_name: str = "") -> None:
+    """Refuse what cannot work before any process group exists."""
+    if device_name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU; check the driver and torch.version.cuda, or use --device cpu")
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if torch.cuda.is_available() and device_name != "cpu" and local_ranks > torch.cuda.device_count():
+        raise UserError(
+            f"{local_ranks} ranks on a machine with {torch.cuda.device_count()} GPUs; "
+            "start torchrun with --nproc-per-node of at most that number"
+        )
+
+
+def keep_large_blocks() -> bool:
+    """Make glibc keep freed blocks of up to 32 MiB instead of unmapping them.
+
+    A CPU step at batch 512 frees some 200 MB of activations; by default each step maps and zeroes them anew, and page
+    faults cost a third of its time. Same effect as MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_, without a restart.
+
+    Returns:
+        Whether the setting took (false where the C library is not glibc).
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    m_mmap_threshold, m_trim_threshold, m_top_pad = -3, -1, -2  # malloc.h
+    settings = ((m_mmap_threshold, HEAP_THRESHOLD_BYTES), (m_trim_threshold, 2**31 - 1), (m_top_pad, 64 * 2**20))
+    return all(mallopt(name, value) == 1 for name, value in settings)
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether bf16 arithmetic is done by instructions of its own (without them a CPU is 6 times slower than in fp32)."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    try:
+        with open("/proc/cpuinfo") as info:
+            flags = next(line for line in info if line.startswith(("flags", "Features"))).split()
+    except (OSError, StopIteration):
+        return False
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)

@@ -1,0 +1,1 @@
+"""Commands only; nothing imports them but tests and each other's shims."""

@@ -1,0 +1,1 @@
+"""Parts of the commands profile and gpu, and of the benchmarks in tests/bench."""
