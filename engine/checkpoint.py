@@ -132,7 +132,9 @@ def _read(directory: Path) -> tuple[dict[str, Any], dict[str, dict[str, torch.Te
 
 def _refuse_foreign(directory: Path, manifest: dict[str, Any], digest: str, fingerprint: str) -> None:
     if manifest["config_digest"] != digest:
-        raise UserError(f"{directory}: was made by another configuration; resume with the flags the run was started with")
+        raise UserError(
+            f"{directory}: was made by another configuration; resume with the flags the run was started with"
+        )
     if manifest["dataset_fingerprint"] != fingerprint:
         raise UserError(f"{directory}: was trained on other records; give the --data the run was started with")
 

@@ -37,7 +37,7 @@ class ModelConfig:
 class OptimConfig:
     name: Literal["adam", "adamw"] = "adamw"
     """The torch optimiser."""
-    learning_rate: float = 4e-3
+    learning_rate: float = 0.01
     """Highest learning rate of the schedule."""
     schedule: Literal["constant", "one_cycle"] = "one_cycle"
     """one_cycle: linear warm-up to the highest rate, then cosine to almost zero."""
@@ -172,7 +172,9 @@ def _replace(config: Any, path: list[str], value: Any, where: str) -> Any:
         raise UserError(f"{where}: there is no such setting; here are {', '.join(hints)}")
     if is_dataclass(hints[name]):
         if not rest:
-            raise UserError(f"{where}: is a table, not a value; its settings are {', '.join(get_type_hints(hints[name]))}")
+            raise UserError(
+                f"{where}: is a table, not a value; its settings are {', '.join(get_type_hints(hints[name]))}"
+            )
         return replace(config, **{name: _replace(getattr(config, name), rest, value, where)})
     if rest:
         raise UserError(f"{where}: {name} is a value, not a table; write {name} = ...")

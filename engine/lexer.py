@@ -89,7 +89,11 @@ class CsvRows:
         if num_pixels < 1 or header != want or isqrt(num_pixels) ** 2 != num_pixels:
             got = ",".join(header)[:60]
             hint = "; this is an HTML page: log in and download again" if got.lstrip().startswith("<") else ""
-            hint = "; this is a pointer of git-lfs: run git lfs pull" if got.startswith("version https://git-lfs") else hint
+            hint = (
+                "; this is a pointer of git-lfs: run git lfs pull"
+                if got.startswith("version https://git-lfs")
+                else hint
+            )
             raise self._fault(f"got the header {got!r}, want names,labels,1,2,...,784{hint}")
         return num_pixels
 

@@ -33,7 +33,7 @@ def round_keys(*parts: int | str) -> tuple[int, ...]:
 
 
 def _round(value: Any, key: int, size: int) -> Any:
-    """A keyed 32-bit hash of an int64 array, scaled to [0, size) (multipliers: Wellons' hash prospector, below 2^31)."""
+    """A keyed 32-bit hash of int64 lanes, scaled to [0, size) (multipliers: Wellons' hash prospector, below 2^31)."""
     value = value ^ key
     value *= 0x21F0AAAD
     value &= MASK32

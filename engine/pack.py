@@ -128,7 +128,9 @@ def _read(source: Path, progress: Progress) -> tuple[Split, tuple[str, ...], tup
             labels.append(label_index.setdefault(label, len(label_index)))
             fonts.append(font_index.setdefault(font, len(font_index)))
             if len(label_index) > MAX_CLASSES:
-                raise UserError(f"{source} (row {number}): more than {MAX_CLASSES} labels; are names and labels swapped?")
+                raise UserError(
+                    f"{source} (row {number}): more than {MAX_CLASSES} labels; are names and labels swapped?"
+                )
             if number % PROGRESS_ROWS == 0:
                 progress(number, part())
     if not labels:
@@ -143,7 +145,7 @@ def _read(source: Path, progress: Progress) -> tuple[Split, tuple[str, ...], tup
 def _sorted_table(index: dict[str, int], seen: list[int], dtype: type) -> tuple[tuple[str, ...], np.ndarray]:
     """Names sorted by code point, and the rows' indices into them."""
     names = sorted(index)
-    rank = np.empty(len(names), dtype)
+    rank: np.ndarray = np.empty(len(names), dtype)
     rank[[index[name] for name in names]] = np.arange(len(names))
     return tuple(names), rank[seen]
 
@@ -162,7 +164,9 @@ def _open_text(source: Path) -> Iterator[tuple[IO[str], Callable[[], float]]]:
                 yield text, lambda: raw.tell() / max(size, 1)
     except (OSError, zipfile.BadZipFile, zlib.error) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"{source}: cannot be read ({reason}); give a .csv, .csv.gz or the .zip as downloaded") from None
+        raise UserError(
+            f"{source}: cannot be read ({reason}); give a .csv, .csv.gz or the .zip as downloaded"
+        ) from None
 
 
 def _decompressed(raw: IO[bytes], source: Path) -> Any:

@@ -1,9 +1,9 @@
 """The record files: Arrow IPC files of uint8 images per split, under a manifest that covers every byte.
 
-A record directory holds `<split>-00000.arrow` ..., `manifest.json` (written last) and `manifest.sha256`. Each file is one
-record batch with the columns image (fixed-size list of H*W uint8), label (dictionary of class names) and font (dictionary
-of typeface names), so pandas, polars and DuckDB open it as it is. Arrow itself does not notice damage; therefore sizes
-and the CRC32 of every 1 MiB block are checked here before anything is parsed.
+A record directory holds `<split>-00000.arrow` ..., `manifest.json` (written last) and `manifest.sha256`. Each file is
+one record batch with the columns image (fixed-size list of H*W uint8), label (dictionary of class names) and font
+(dictionary of typeface names), so pandas, polars and DuckDB open it as it is. Arrow itself does not notice damage;
+therefore sizes and the CRC32 of every 1 MiB block are checked here before anything is parsed.
 
 Does not: split, shuffle or augment (pack.py, order.py, feeds/), nor touch torch.
 
@@ -61,6 +61,11 @@ class Split:
     def __len__(self) -> int:
         return len(self.image_NHW)
 
+    @property
+    def height_width(self) -> tuple[int, int]:
+        _, height, width = self.image_NHW.shape
+        return height, width
+
     def take(self, rows: np.ndarray) -> "Split":
         return Split(image_NHW=self.image_NHW[rows], label_N=self.label_N[rows], font_N=self.font_N[rows])
 
@@ -80,7 +85,7 @@ class Records:
 
     @property
     def height_width(self) -> tuple[int, int]:
-        return self.splits["train"].image_NHW.shape[1:]  # type: ignore[return-value]
+        return self.splits["train"].height_width
 
     def split(self, name: str) -> Split:
         """The split called `name`.
@@ -115,7 +120,7 @@ def write_records(
     Raises:
         OSError: the disk refused; nothing was published.
     """
-    height, width = splits["train"].image_NHW.shape[1:]
+    height, width = splits["train"].height_width
     rows_per_file = FILE_LIMIT_BYTES // (height * width + ROW_OVERHEAD_BYTES)
     manifest: dict[str, Any] = {"format": FORMAT, "version": VERSION, "height": height, "width": width}
     manifest |= {"classes": list(classes), "options": options, "splits": {}}
@@ -230,12 +235,12 @@ def _read_file(path: Path, entry: dict[str, Any]) -> pa.RecordBatch:
         with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb", buffering=0) as file:
             if (size := os.fstat(file.fileno()).st_size) != entry["bytes"]:
                 raise Damaged(f"{path.name} has {size} bytes, want {entry['bytes']}")
-            data = np.empty(size, np.uint8)
+            data = memoryview(bytearray(size))
             if file.readinto(data) != size:
                 raise Damaged(f"{path.name} ended while it was read")
     except OSError as error:
         raise Damaged(f"{path.name} cannot be read ({error.strerror})") from None
-    crcs = _block_crcs(memoryview(data))
+    crcs = _block_crcs(data)
     for block, (got, want) in enumerate(zip(crcs, entry["crc32"], strict=True)):
         if got != want:
             raise Damaged(f"{path.name}: the block at byte {block * BLOCK_BYTES} has CRC32 {got:08x}, want {want:08x}")

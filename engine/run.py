@@ -26,7 +26,9 @@ FEEDS = ["auto", "resident", "dali", "loader", "synthetic"]
 @click.option("--seed", type=click.IntRange(0), help="Initial weights and order of samples.")
 @click.option("--baseline", is_flag=True, help="The study's recipe: fp32, NCHW, eager, loader, Adam 1e-3, batch 64.")
 @click.option("--config", "config_file", type=click.Path(), help="TOML file with any setting.")
-@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any setting, e.g. optim.weight_decay=0.1.")
+@click.option(
+    "--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any setting, e.g. optim.weight_decay=0.1."
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the results.  [default: runs/<time>]")
 @click.option("--resume", type=click.Path(path_type=Path), help="Go on with the run in this folder.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: cuda where there is a GPU]")
@@ -47,7 +49,9 @@ def main(
         if resume:
             config = load_toml(config, resume / "config.toml")
             if out and out != resume:
-                raise UserError("--out and --resume name two folders; a resumed run goes on in its own, leave out --out")
+                raise UserError(
+                    "--out and --resume name two folders; a resumed run goes on in its own, leave out --out"
+                )
         elif baseline:
             config = replace(config, global_batch=config.global_batch * env_world_size())
         if config_file:

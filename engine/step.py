@@ -125,7 +125,9 @@ class TrainStep:
         self.scaler.update()
         with torch.no_grad():
             correct = (logits_BK.argmax(1) == label_B).sum()
-            self._train_sums += torch.stack((loss.double() * len(label_B), correct, torch.full_like(correct, len(label_B))))
+            self._train_sums += torch.stack(
+                (loss.double() * len(label_B), correct, torch.full_like(correct, len(label_B)))
+            )
             self.step_index += 1
 
     @torch.no_grad()

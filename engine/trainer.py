@@ -29,9 +29,7 @@ from engine.step import TrainStep
 from engine.ui import Progress
 from engine.world import World, has_fast_bf16, keep_large_blocks
 
-CLOCK_INCLUDES = (
-    "every training step of every epoch with its data; not: start-up, warm-up, capture, evaluation, checkpoints, reports"
-)
+CLOCK_INCLUDES = "every training step with its data; not: start-up, warm-up, capture, evaluation, checkpoints, reports"
 Say = Callable[[str], None]
 
 
@@ -52,7 +50,7 @@ class Session:
 
     @property
     def effective(self) -> dict[str, Any]:
-        return _switches(self.config) | {"fp32_convolutions": torch.backends.cudnn.conv.fp32_precision}
+        return _switches(self.config) | {"fp32_convolutions": torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]}
 
     def close(self) -> None:
         self.step.close()
@@ -121,7 +119,7 @@ def open_session(config: RunConfig, records: Records, world: World) -> Session:
     num_classes = len(records.classes)
     start = time.perf_counter()
     model = make_model(config.model, *records.height_width, num_classes, config.seed).to(device)
-    static = random_batch(order.rank_batch, *records.height_width, num_classes, device)
+    static = random_batch(order.rank_batch, records.height_width, num_classes, device)
     step = TrainStep(model, effective, config.epochs * order.steps_per_epoch, static, world)
     try:
         step.prepare()

@@ -18,7 +18,7 @@ from engine.errors import UserError
 
 COLLECTIVE_TIMEOUT = timedelta(seconds=120)
 HEAP_THRESHOLD_BYTES = 32 * 2**20
-"""glibc's largest mmap threshold on 64 bit (HEAP_MAX_SIZE / 2): blocks below it are kept, not returned after each step."""
+"""glibc's largest mmap threshold on 64 bit (HEAP_MAX_SIZE / 2); smaller blocks are kept, not returned after a step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +110,9 @@ def start_world(device_name: str = "") -> Iterator[World]:
 def check_ranks(device_name: str = "") -> None:
     """Refuse what cannot work before any process group exists."""
     if device_name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no GPU; check the driver and torch.version.cuda, or use --device cpu")
+        raise UserError(
+            "--device cuda: torch sees no GPU; check the driver and torch.version.cuda, or use --device cpu"
+        )
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if torch.cuda.is_available() and device_name != "cpu" and local_ranks > torch.cuda.device_count():
         raise UserError(
@@ -123,7 +125,7 @@ def keep_large_blocks() -> bool:
     """Make glibc keep freed blocks of up to 32 MiB instead of unmapping them.
 
     A CPU step at batch 512 frees some 200 MB of activations; by default each step maps and zeroes them anew, and page
-    faults cost a third of its time. Same effect as MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_, without a restart.
+    faults cost a third of its time. As MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ would, without a restart.
 
     Returns:
         Whether the setting took (false where the C library is not glibc).
@@ -137,7 +139,7 @@ def keep_large_blocks() -> bool:
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """Whether bf16 arithmetic is done by instructions of its own (without them a CPU is 6 times slower than in fp32)."""
+    """Whether the device has bf16 instructions (without them a CPU is 6 times slower than in fp32)."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     try:

@@ -1,7 +1,7 @@
 """python3 -m tools.gpu: everything that only a GPU can show, as one offline command that leaves a folder of evidence.
 
-First the tests marked gpu, then three rungs (eager fp32, bf16 channels-last, the same as one CUDA graph) at batch 64 and
-2048. Needs no DALI, no CSV and no git: --npz trains straight from an archive of names (F,) and images (F, K, H, W).
+First the tests marked gpu, then three rungs (eager fp32, bf16 channels-last, the same as one CUDA graph) at batch 64
+and 2048. Needs no DALI, no CSV and no git: --npz trains straight from an archive of names (F,) and images (F, K, H, W).
 """
 
 import subprocess
@@ -41,7 +41,9 @@ def main(npz: Path | None, out: Path, device: str, quick: bool) -> None:
         passed = _run_tests(out / "tests.txt")
         with start_world(device) as world, world.on_stream():
             records = records_from_npz(npz) if npz else open_records(ensure_sample(world))
-            facts, rows = _ladder(records, world, num_steps=5 if quick else 100, repetitions=1 if quick else REPETITIONS)
+            facts, rows = _ladder(
+                records, world, num_steps=5 if quick else 100, repetitions=1 if quick else REPETITIONS
+            )
         title = f"Ladder of the step on one {facts.gpu_name or 'CPU'}"
         write_result(out / "ladder.json", title=title, environment=facts, rows=rows, claims=[])
         table = to_markdown({"title": title, "environment": vars(facts), "rows": rows, "claims": []}, "ladder.json")

@@ -43,7 +43,9 @@ def main(context: click.Context) -> None:
 @click.option("--data", help="Record directory.  [default: the sample]")
 @click.option("--steps", type=click.IntRange(2), default=100, show_default=True, help="Timed steps of each config.")
 @click.option("--batch-size", type=click.IntRange(1), help="Samples of one rank in a step, for every config.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for profile.json and .csv.  [default: runs/profile-<time>]")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Folder for profile.json and .csv.  [default: runs/profile-<time>]"
+)
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default=None)
 def run(
     configs: tuple[Path, ...] = (),

@@ -36,8 +36,7 @@ def make_feed(config: DataConfig, split: Split, order: Order, num_classes: int, 
     if name == "synthetic":
         from engine.feeds.synthetic import SyntheticFeed, random_batch
 
-        height, width = split.image_NHW.shape[1:]
-        return SyntheticFeed(random_batch(order.rank_batch, height, width, num_classes, device), order)
+        return SyntheticFeed(random_batch(order.rank_batch, split.height_width, num_classes, device), order)
     from engine.feeds.resident import ResidentFeed
 
     return ResidentFeed(split, order, device)

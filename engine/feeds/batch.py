@@ -30,10 +30,10 @@ class Batch:
         assert self.id_B.dtype == torch.int64 and self.id_B.shape == (batch_size,), "id_B must be int64 [B]"
 
     @staticmethod
-    def empty(batch_size: int, height: int, width: int, device: torch.device, pinned: bool = False) -> "Batch":
+    def empty(batch_size: int, height_width: tuple[int, int], device: torch.device, pinned: bool = False) -> "Batch":
         """An uninitialised batch, to be filled again and again."""
         return Batch(
-            torch.empty(batch_size, height, width, dtype=torch.uint8, device=device, pin_memory=pinned),
+            torch.empty(batch_size, *height_width, dtype=torch.uint8, device=device, pin_memory=pinned),
             torch.empty(batch_size, dtype=torch.uint8, device=device, pin_memory=pinned),
             torch.empty(batch_size, dtype=torch.int64, device=device, pin_memory=pinned),
         )

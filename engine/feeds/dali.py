@@ -1,8 +1,7 @@
 """NVIDIA DALI as the road: a pipeline on the GPU where there is one, DALI's CPU pipeline elsewhere.
 
 Our order decides which samples a batch holds; DALI carries them. A batch travels as one DALI sample (a sequence of B
-frames), because DALI pays for every sample's descriptor: 6.0 M instead of 2.75 M samples/s on two cores. The only module
-that imports nvidia.dali.
+frames), because DALI pays for every sample's descriptor. The only module that imports nvidia.dali.
 
 Sources: external_source with no_copy and DALI's ownership rules (docs, "External Source"; DALI#5617: outputs are valid
 until the next run, so they are copied into one batch of ours at once).
@@ -34,7 +33,7 @@ class DaliFeed:
         self.order = order
         self._on_gpu = device.type == "cuda"
         self._gather = Gather(split, torch.device("cpu"))
-        size = (order.rank_batch, *split.image_NHW.shape[1:])
+        size = (order.rank_batch, split.height_width)
         self._ring = [Batch.empty(*size, torch.device("cpu"), pinned=self._on_gpu) for _ in range(PREFETCH + 2)]
         self._out = Batch.empty(*size, device)
         self._source: Iterator[list[Any]] = iter(())

@@ -42,7 +42,7 @@ class LoaderFeed:
     def __init__(self, split: Split, order: Order, device: torch.device, num_workers: int) -> None:
         self.order = order
         self._steps = _Steps(order)
-        self._out = Batch.empty(order.rank_batch, *split.image_NHW.shape[1:], device)
+        self._out = Batch.empty(order.rank_batch, split.height_width, device)
         self._loader: DataLoader[tuple[torch.Tensor, torch.Tensor, int]] | None = DataLoader(
             _Samples(split),
             batch_sampler=self._steps,

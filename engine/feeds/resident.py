@@ -48,7 +48,7 @@ class ResidentFeed:
         self.order = order
         self._device = device
         self._gather = Gather(split, device)
-        self._out = Batch.empty(order.rank_batch, *split.image_NHW.shape[1:], device)
+        self._out = Batch.empty(order.rank_batch, split.height_width, device)
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         for id_B in id_blocks(self.order, epoch, first_step, self._device):

@@ -6,7 +6,7 @@ Times are device events on CUDA (nothing synchronises between steps) and the wal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import count, islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -47,7 +47,7 @@ def measure(session: Session, num_steps: int) -> Measured:
         session.step.train(batch)
         marks.append(_mark(on_gpu))
     session.world.synchronize()
-    step_ms = np.array([_elapsed_ms(a, b) for a, b in zip(marks, marks[1:], strict=False)])
+    step_ms = np.array([_elapsed_ms(a, b) for a, b in pairwise(marks)])
     return Measured(
         step_ms_S=step_ms,
         wait_ms_S=np.array(waits_s) * 1000,

@@ -14,7 +14,14 @@ from engine.report import Environment, write_json
 
 def row(name: str, values: list[float], unit: str) -> dict[str, Any]:
     """A result line from repetitions."""
-    return {"name": name, "value": median(values), "unit": unit, "low": min(values), "high": max(values), "n": len(values)}
+    return {
+        "name": name,
+        "value": median(values),
+        "unit": unit,
+        "low": min(values),
+        "high": max(values),
+        "n": len(values),
+    }
 
 
 def claim(text: str, measured: float, wanted: float) -> dict[str, Any]:
@@ -35,7 +42,9 @@ def to_markdown(result: dict[str, Any], source: str) -> str:
     facts = result["environment"]
     machine = facts["gpu_name"] or f"{facts['cpu_name']}, {facts['num_cpus']} cores, no GPU"
     if facts["gpu_power_limit_w"]:
-        machine += f", power limit {facts['gpu_power_limit_w']:.0f} W, driver {facts['gpu_driver']}, CUDA {facts['cuda']}"
+        machine += (
+            f", power limit {facts['gpu_power_limit_w']:.0f} W, driver {facts['gpu_driver']}, CUDA {facts['cuda']}"
+        )
     commit = facts["commit"][:12] + (" with changes" if facts["dirty"] else "")
     lines = [
         f"## {result['title']}",

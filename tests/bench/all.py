@@ -1,0 +1,25 @@
+"""make bench: every benchmark; the full-size training only where --data names its records."""
+
+from pathlib import Path
+
+import click
+
+from tests.bench import fullsize, ranks, step
+
+
+@click.command()
+@click.option("--data", type=click.Path(path_type=Path), help="Records of all typefaces for the full-size training.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/bench"), show_default=True)
+def main(data: Path | None, out: Path) -> None:
+    """Run the benchmarks and print the files they left."""
+    step.bench(out, rounds=9, num_steps=30)
+    ranks.bench(out, pairs=5, num_steps=100)
+    if data:
+        fullsize.bench(out, data, rounds=1)
+    else:
+        click.echo("full-size training: skipped; name its records with BENCH_ARGS='--data DIR'")
+    click.echo(f"written: {', '.join(map(str, sorted(out.glob('*.json'))))}")
+
+
+if __name__ == "__main__":
+    main()

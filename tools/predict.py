@@ -1,0 +1,64 @@
+"""python -m tools.predict RUN: what a trained network reads, as a picture of test glyphs with its answers."""
+
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from safetensors.torch import load_file
+
+from engine.config import RunConfig, load_toml
+from engine.errors import UserError, exit_on_user_error
+from engine.model import make_model
+from engine.records import Records, Split, open_records
+from engine.sample import sample_path
+
+COLUMNS, ROWS, SCALE, CAPTION = 16, 6, 2, 22
+RIGHT, WRONG = (60, 60, 60), (200, 0, 0)
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), default=Path("predictions.png"), show_default=True)
+def main(run: Path, out: Path) -> None:
+    """Draw test glyphs with RUN's answers; a wrong one is red, the right one beside it."""
+    with exit_on_user_error():
+        config = load_toml(RunConfig(), run / "config.toml")
+        records = open_records(config.data.path or sample_path())
+        if not (run / "model.safetensors").is_file():
+            raise UserError(f"{run}: holds no model.safetensors; name the folder of a finished run")
+        split = records.split("test")
+        shown = split.take(np.linspace(0, len(split) - 1, COLUMNS * ROWS).astype(int))
+        answer_N = predict(config, run / "model.safetensors", records, shown)
+        draw(shown, answer_N, records.classes).save(out)
+        click.echo(f"{(answer_N == shown.label_N).sum()} of {len(answer_N)} glyphs right: {out}")
+
+
+def predict(config: RunConfig, weights: Path, records: Records, split: Split) -> np.ndarray:
+    """answer_N: the class index the network gives each image of the split (fp32, on the CPU)."""
+    model = make_model(config.model, *records.height_width, len(records.classes), seed=0)
+    model.load_state_dict(load_file(weights))
+    with torch.no_grad():
+        image_N1HW = torch.from_numpy(split.image_NHW).unsqueeze(1).float() / 255
+        answer_N: np.ndarray = model(image_N1HW).argmax(1).numpy()
+    return answer_N
+
+
+def draw(split: Split, answer_N: np.ndarray, classes: tuple[str, ...]) -> Image.Image:
+    """The images in a grid, black on white, each with its answer below."""
+    height, width = (side * SCALE for side in split.image_NHW.shape[1:])
+    sheet = Image.new("RGB", (COLUMNS * (width + 4), ROWS * (height + CAPTION)), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(16)
+    for n, image_HW in enumerate(split.image_NHW):
+        row, column = divmod(n, COLUMNS)
+        x, y = column * (width + 4) + 2, row * (height + CAPTION)
+        sheet.paste(Image.fromarray(255 - image_HW).resize((width, height)), (x, y))
+        right = answer_N[n] == split.label_N[n]
+        text = classes[answer_N[n]] if right else f"{classes[answer_N[n]]}  ({classes[split.label_N[n]]})"
+        pen.text((x + width // 2, y + height + CAPTION // 2), text, RIGHT if right else WRONG, font, anchor="mm")
+    return sheet
+
+
+if __name__ == "__main__":
+    main()
