@@ -50,7 +50,8 @@ class Session:
 
     @property
     def effective(self) -> dict[str, Any]:
-        return _switches(self.config) | {"fp32_convolutions": torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]}
+        convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+        return _switches(self.config) | {"fp32_convolutions": convolutions.fp32_precision}
 
     def close(self) -> None:
         self.step.close()
