@@ -159,7 +159,7 @@ def open_records(path: str | Path) -> Records:
     except Damaged as error:
         kind = "damaged" if (directory / MANIFEST).exists() else "incomplete or not a record directory"
         raise UserError(f"{path}: {kind}: {error}; {REMEDY}") from None
-    except (KeyError, TypeError, ValueError, pa.ArrowException) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, pa.ArrowException) as error:
         raise UserError(f"{path}: {MANIFEST} or a record file is malformed ({error!r}); {REMEDY}") from None
 
 

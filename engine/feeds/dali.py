@@ -37,6 +37,7 @@ class DaliFeed:
         self._ring = [Batch.empty(*size, torch.device("cpu"), pinned=self._on_gpu) for _ in range(PREFETCH + 2)]
         self._out = Batch.empty(*size, device)
         self._source: Iterator[list[Any]] = iter(())
+        self._mid_epoch = False
         self._pipe: Any = Pipeline(
             batch_size=1,
             num_threads=1,
@@ -56,13 +57,9 @@ class DaliFeed:
         self._pipe.build()
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        self._discard_prefetched()
         self._source = self._filled(epoch, first_step)
-        self._pipe.reset()
-        while True:
-            try:
-                outputs = self._pipe.run()
-            except StopIteration:
-                return
+        while (outputs := self._run()) is not None:
             self._copy_out(outputs)
             yield self._out
 
@@ -75,6 +72,23 @@ class DaliFeed:
             batch = self._ring[number % len(self._ring)]
             self._gather(id_B, batch)
             yield [tensor.unsqueeze(0).numpy() for tensor in (batch.image_BHW, batch.label_B, batch.id_B)]
+
+    def _run(self) -> Any | None:
+        """The pipeline's next outputs, None at the end of the source; then it is ready for another source."""
+        try:
+            outputs = self._pipe.run()
+        except StopIteration:
+            self._pipe.reset()
+            self._mid_epoch = False
+            return None
+        self._mid_epoch = True
+        return outputs
+
+    def _discard_prefetched(self) -> None:
+        """Run out what DALI still holds of an epoch that was left in the middle."""
+        self._source = iter(())
+        while self._mid_epoch and self._run() is not None:
+            pass
 
     def _copy_out(self, outputs: Any) -> None:
         from nvidia.dali.plugin.pytorch import feed_ndarray

@@ -1,0 +1,100 @@
+"""Shared fixtures: a small CSV of drawn shapes, its records, and engine.run in a child process."""
+
+import csv
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from engine.pack import pack
+from engine.records import Records, open_records
+from engine.report import ROOT
+from engine.world import World
+
+CLASSES = ("0", "00", "NA", ",", '"', "a", "é", "~")
+NUM_FONTS = 40
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="there is no NVIDIA GPU here"))
+
+
+def glyph_rows() -> list[list[str]]:
+    """40 fonts x 8 classes: a bright bar whose place tells the class and whose strength varies with the font."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for font in range(NUM_FONTS):
+        for label, name in enumerate(CLASSES):
+            image = rng.integers(0, 40, (28, 28))
+            image[3 * label : 3 * label + 4, 2 + font % 5 : 20] = 150 + 2 * font
+            rows.append([f"Font{font:02}-Bold[wght]", name, *(f"{v}.0" for v in image.ravel())])
+    return [rows[i] for i in rng.permutation(len(rows))]
+
+
+def write_csv(path: Path, rows: list[list[str]], side: int = 28) -> Path:
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["names", "labels", *range(1, side * side + 1)])
+        writer.writerows(rows)
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_csv(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_csv(tmp_path_factory.mktemp("csv") / "small.csv", glyph_rows())
+
+
+@pytest.fixture(scope="session")
+def small_dir(small_csv: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("records") / "small"
+    pack(small_csv, out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def small(small_dir: Path) -> Records:
+    return open_records(small_dir)
+
+
+@pytest.fixture
+def world() -> World:
+    return World(rank=0, size=1, device=torch.device("cpu"), stream=None)
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user's cache folder of the tests' own, shared by them so that the sample is packed once."""
+    return tmp_path_factory.mktemp("cache")
+
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def command(cache: Path) -> Command:
+    """Run a command line from the repository root; "python" and "torchrun" are this environment's."""
+
+    def run(*words: object, **environment: str) -> subprocess.CompletedProcess[str]:
+        line = [str(word) for word in words]
+        tools = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
+        line = tools.get(line[0], [line[0]]) + line[1:]
+        variables = os.environ | {"XDG_CACHE_HOME": str(cache), **environment}
+        return subprocess.run(line, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=240)
+
+    return run
+
+
+def assert_refused(done: subprocess.CompletedProcess[str], *texts: str) -> None:
+    """One line on stderr with each of `texts`, exit code 2, no traceback."""
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    for text in texts:
+        assert text in done.stderr, done.stderr

@@ -1,0 +1,128 @@
+"""The house's own rules: imports run downward, one step function, units in names, every number with its circumstances."""
+
+import ast
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from engine import report
+from engine.errors import UserError, exit_on_user_error, printable
+from engine.report import ROOT, Environment, RunReport
+
+LAYERS = {
+    "engine.errors": 0, "engine.config": 0, "engine.order": 0, "engine.report": 0, "engine.publish": 0, "engine.ui": 0,
+    "engine.records": 0, "engine.lexer": 1, "engine.pack": 1, "engine.world": 1, "engine.clock": 1,
+    "engine.checkpoint": 1, "engine.feeds.batch": 1, "engine.model": 2, "engine.optim": 2, "engine.capture": 2,
+    "engine.feeds": 2, "engine.feeds.resident": 2, "engine.feeds.synthetic": 2, "engine.feeds.loader": 2,
+    "engine.feeds.dali": 2, "engine.sample": 2, "engine.step": 3, "engine.trainer": 4, "engine.run": 5,
+}  # fmt: skip
+
+
+def modules(*folders: str) -> dict[str, Path]:
+    files = [file for folder in folders for file in (ROOT / folder).rglob("*.py")]
+    names = {".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file for file in files}
+    return {name: file for name, file in names.items() if name != "engine"}
+
+
+def imports(file: Path, top_level_only: bool = False) -> set[str]:
+    tree = ast.parse(file.read_text())
+    found = set()
+    for node in tree.body if top_level_only else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def test_imports_run_downward() -> None:
+    engine = modules("engine")
+    assert set(engine) == set(LAYERS), "name the layer of each engine module here"
+    for name, file in engine.items():
+        for imported in imports(file) & set(LAYERS):
+            if imported == "engine.feeds" and name.startswith("engine.feeds."):
+                continue  # the package name of a sibling import
+            assert LAYERS[imported] <= LAYERS[name], f"{name} imports {imported}, which stands above it"
+
+
+def test_nothing_imports_the_commands_and_kernels_know_no_engine() -> None:
+    for name, file in modules("engine", "kernels").items():
+        tops = {imported.split(".")[0] for imported in imports(file)}
+        assert not tops & {"tools", "tests", "bench_configs"}, name
+        assert not (name.startswith("kernels") and "engine" in tops), name
+
+
+def test_layer_zero_and_the_command_import_no_torch() -> None:
+    for name, layer in LAYERS.items():
+        if layer == 0 or name in ("engine.run", "engine.lexer", "engine.pack"):
+            path = modules("engine")[name]
+            assert not {i for i in imports(path, top_level_only=True) if i.split(".")[0] == "torch"}, name
+
+
+def test_dali_and_triton_are_imported_where_they_belong() -> None:
+    for name, file in modules("engine", "kernels", "tools").items():
+        found = imports(file)
+        assert name == "engine.feeds.dali" or not any(i.startswith("nvidia.dali") for i in found), name
+        assert name.startswith("kernels") or not any(i.split(".")[0] == "triton" for i in found), name
+
+
+def test_backward_stands_in_one_place() -> None:
+    places = [name for name, file in modules("engine", "kernels", "tools").items() if ".backward(" in file.read_text()]
+    assert places == ["engine.step"]
+
+
+def test_only_the_world_reads_the_rank() -> None:
+    pattern = re.compile(r"""["'](LOCAL_|)(RANK|WORLD_SIZE)["']""")
+    readers = [name for name, file in modules("engine", "kernels", "tools").items() if pattern.search(file.read_text())]
+    assert readers == ["engine.world"]
+
+
+def test_nothing_unsafe_reads_a_strangers_file() -> None:
+    unsafe = {"pickle", "marshal", "shelve", "dill", "joblib"}
+    for name, file in modules("engine", "kernels", "tools").items():
+        assert not {i.split(".")[0] for i in imports(file)} & unsafe, name
+        text = file.read_text()
+        for call in ("torch.load(", "allow_pickle", "shell=True", "eval(", "exec(", "yaml.load", "_object("):
+            assert call not in text.replace("retrieval(", ""), f"{name} has {call}"
+
+
+def test_numbers_carry_their_units() -> None:
+    units = ("_s", "_ms", "_per_s", "_gib", "_bytes", "_w", "_j", "_percent", "_fraction", "_loss")
+    for kind in (RunReport, Environment):
+        for field in fields(kind):
+            if "int" in str(field.type) or "float" in str(field.type):
+                assert field.name.startswith("num_") or field.name.endswith(units), f"{kind.__name__}.{field.name}"
+
+
+def test_a_report_cannot_be_built_without_its_circumstances() -> None:
+    with pytest.raises(TypeError, match="environment"):
+        RunReport()  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="gpu_power_limit_w"):
+        Environment()  # type: ignore[call-arg]
+
+
+def test_the_commit_comes_from_git_or_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.delenv("ENGINE_COMMIT", raising=False)
+    assert report.git_state() == ("unknown", None)
+    monkeypatch.setenv("ENGINE_COMMIT", "abc")
+    assert report.git_state() == ("abc", None)
+
+
+def test_a_users_error_is_one_printable_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended, exit_on_user_error():
+        raise UserError("the label \x1b[31m\n is odd")
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: the label \\x1b[31m\\n is odd\n"
+    with pytest.raises(SystemExit), exit_on_user_error(speak=False):
+        raise UserError("silent")
+    assert capsys.readouterr().err == ""
+    assert printable("é, 字") == "é, 字"
+
+
+def test_strict_json_only(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        report.write_json({"loss": float("nan")}, tmp_path / "x.json")
+    assert list(tmp_path.iterdir()) == []

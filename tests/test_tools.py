@@ -1,0 +1,93 @@
+"""The commands, each run once for real."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from PIL import Image
+
+from tests.conftest import Command, assert_refused
+from tools.bench.results import claim, row, to_markdown
+from tools.results import TARGET, render
+
+
+def test_profile_bare_profiles_the_default(command: Command, tmp_path: Path) -> None:
+    done = command("tools/profile", "run", "--steps", 4, "--batch-size", 64, "--out", tmp_path, "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    profile = json.loads((tmp_path / "profile.json").read_text())
+    line = profile["rows"][0]
+    assert line["config"] == "default" and line["precision"] == "bf16" and line["global_batch"] == 64
+    assert line["step_p10_ms"] <= line["step_ms"] <= line["step_p90_ms"]
+    assert line["samples_per_s"] > 0 and profile["environment"]["torch"]
+    assert list(pd.read_csv(tmp_path / "profile.csv")["config"]) == ["default"]
+    assert "samples/s" in done.stdout
+
+
+def test_profile_takes_every_bench_config(command: Command, tmp_path: Path) -> None:
+    configs = sorted(Path("bench_configs").glob("*.toml"))
+    done = command(
+        "python", "-m", "tools.profile", "run", *configs, "--steps", 2, "--batch-size", 64, "--out", tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "profile.json").read_text())["rows"]
+    assert [line["config"] for line in rows] == [path.stem for path in configs]
+
+
+def test_profile_runs_on_two_ranks(command: Command, tmp_path: Path) -> None:
+    words = ("torchrun", "--standalone", "--nproc-per-node=2", "-m", "tools.profile", "run", "--device", "cpu")
+    done = command(*words, "--steps", 2, "--batch-size", 32, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    line = json.loads((tmp_path / "profile.json").read_text())["rows"][0]
+    assert (line["num_ranks"], line["global_batch"]) == (2, 64)
+    assert done.stdout.count("samples/s") == 1
+
+
+def test_the_gpu_round_runs_dry(command: Command, tmp_path: Path) -> None:
+    done = command("python", "-m", "tools.gpu", "--device", "cpu", "--quick", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "ladder.json").read_text())
+    assert len(result["rows"]) == 6 and all(r["value"] > 0 for r in result["rows"])
+    assert (tmp_path / "tests.txt").exists() and "batch 2048: graph" in (tmp_path / "ladder.md").read_text()
+
+
+def test_the_gpu_round_refuses_a_foreign_archive(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "x.npz").write_bytes(b"PK")
+    words = ("python", "-m", "tools.gpu", "--device", "cpu", "--quick", "--out", tmp_path, "--npz", tmp_path / "x.npz")
+    assert_refused(command(*words), "no archive of names and images")
+
+
+def test_two_runs_side_by_side_and_pictures(command: Command, small_dir: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        flags = ("--data", small_dir, "--epochs", 2, "--batch-size", 32, "--out", tmp_path / name)
+        assert command("python", "-m", "engine.run", *flags).returncode == 0
+    done = command("tools/profile", "compare", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "comparison.md")
+    assert done.returncode == 0, done.stderr
+    assert "| test accuracy |" in done.stdout and "+0.00 points" in done.stdout
+    assert "training time" in (tmp_path / "comparison.md").read_text()
+    assert_refused(command("tools/profile", "compare", tmp_path, tmp_path), "no report.json")
+    done = command("python", "-m", "tools.predict", tmp_path / "a", "--out", tmp_path / "p.png")
+    assert done.returncode == 0, done.stderr
+    picture = Image.open(tmp_path / "p.png")
+    assert len(picture.getcolors(1 << 16)) > 50
+
+
+def test_results_are_generated_from_their_files() -> None:
+    assert TARGET.read_text() == render(), "run python -m tools.results"
+
+
+def test_a_result_line_is_median_extremes_and_count() -> None:
+    line = row("x | y", [3.0, 1.0, 2.0], "s")
+    assert (line["value"], line["low"], line["high"], line["n"]) == (2.0, 1.0, 3.0, 3)
+    assert claim("c", 2.0, 2.4)["met"] is False and claim("c", 2.4, 2.4)["met"] is True
+    environment = dict.fromkeys(("gpu_name", "gpu_power_limit_w", "dirty"), None) | dict.fromkeys(
+        ("cpu_name", "num_cpus", "torch", "triton", "dali", "python", "allocator", "commit", "command"), "?"
+    )
+    text = to_markdown({"title": "T", "environment": environment, "rows": [line], "claims": [claim("c", 2, 3)]}, "f")
+    assert "| x \\| y | 2 | 1 | 3 | 3 | s |" in text and "**no**" in text
+
+
+@pytest.mark.parametrize("name", ["pack_tmnist", "profile"])
+def test_the_shims_print_help(name: str, command: Command) -> None:
+    done = command(f"tools/{name}", "--help")
+    assert done.returncode == 0 and "Usage" in done.stdout
