@@ -1,4 +1,4 @@
-"""The house's own rules: imports run downward, one step function, units in names, every number with its circumstances."""
+"""The house's own rules: imports run downward, one step function, units in names, circumstances in reports."""
 
 import ast
 import re

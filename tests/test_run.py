@@ -180,7 +180,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
 def test_an_earlier_run_is_never_overwritten(alone: Path, small_dir: Path, command: Command) -> None:
     before = (alone / "report.json").read_bytes()
     assert_refused(
-        command("python", "-m", "engine.run", "--data", small_dir, "--out", alone), "is not empty", "--resume"
+        command("python", "-m", "engine.run", "--data", small_dir, "--out", alone, *SHORT), "is not empty", "--resume"
     )
     assert (alone / "report.json").read_bytes() == before
 

@@ -48,7 +48,7 @@ def test_the_gpu_round_runs_dry(command: Command, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "ladder.json").read_text())
     assert len(result["rows"]) == 6 and all(r["value"] > 0 for r in result["rows"])
-    assert (tmp_path / "tests.txt").exists() and "batch 2048: graph" in (tmp_path / "ladder.md").read_text()
+    assert (tmp_path / "tests.txt").exists() and "batch 128: graph" in (tmp_path / "ladder.md").read_text()
 
 
 def test_the_gpu_round_refuses_a_foreign_archive(command: Command, tmp_path: Path) -> None:
