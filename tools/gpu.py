@@ -33,7 +33,7 @@ FIRST_CHARACTER = 33
 @click.option("--npz", type=click.Path(path_type=Path), help="typefaces.npz.  [default: the packaged sample]")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/gpu"), show_default=True)
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cuda", show_default=True)
-@click.option("--quick", is_flag=True, help="Few steps and one repetition: proves the script.")
+@click.option("--quick", is_flag=True, help="Small batches, few steps, one repetition: proves the script.")
 def main(npz: Path | None, out: Path, device: str, quick: bool) -> None:
     """Run the GPU tests and the ladder; write OUT/ladder.json, ladder.md and tests.txt. Exit 1 if a test failed."""
     with exit_on_user_error():
@@ -41,9 +41,7 @@ def main(npz: Path | None, out: Path, device: str, quick: bool) -> None:
         passed = _run_tests(out / "tests.txt")
         with start_world(device) as world, world.on_stream():
             records = records_from_npz(npz) if npz else open_records(ensure_sample(world))
-            facts, rows = _ladder(
-                records, world, num_steps=5 if quick else 100, repetitions=1 if quick else REPETITIONS
-            )
+            facts, rows = _ladder(records, world, quick)
         title = f"Ladder of the step on one {facts.gpu_name or 'CPU'}"
         write_result(out / "ladder.json", title=title, environment=facts, rows=rows, claims=[])
         table = to_markdown({"title": title, "environment": vars(facts), "rows": rows, "claims": []}, "ladder.json")
@@ -60,12 +58,11 @@ def _run_tests(log: Path) -> bool:
     return done.returncode == 0
 
 
-def _ladder(
-    records: Records, world: World, *, num_steps: int, repetitions: int
-) -> tuple[Environment, list[dict[str, object]]]:
+def _ladder(records: Records, world: World, quick: bool) -> tuple[Environment, list[dict[str, object]]]:
     rates: dict[str, list[float]] = {}
+    batches, num_steps, repetitions = ((64, 128), 3, 1) if quick else (BATCHES, 100, REPETITIONS)
     for _ in range(repetitions):
-        for batch in BATCHES:
+        for batch in batches:
             for rung in RUNGS:
                 config = load_toml(RunConfig(), ROOT / "bench_configs" / f"{rung}.toml")
                 session = open_session(override(config, {"global_batch": batch}, rung), records, world)
