@@ -53,6 +53,13 @@ def torch_peak_gib(device: torch.device) -> float | None:
     return torch.cuda.max_memory_reserved(device) / GIB if device.type == "cuda" else None
 
 
+def reset_torch_peak(device: torch.device) -> None:
+    """Let torch_peak_gib start anew: what an earlier session cached is given back."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def gpu_facts(device: torch.device) -> dict[str, Any]:
     """Name, power limit, driver and CUDA version of the GPU; empty on a CPU."""
     if device.type != "cuda":

@@ -30,7 +30,8 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """Adam or AdamW over two groups: weights with decay, biases without.
 
-    A fused or capturable optimiser takes its learning rate from a device tensor, so that nothing is baked into a graph.
+    A fused or capturable optimiser takes its learning rate from one device tensor that both groups share, so that
+    nothing is baked into a graph.
     """
     named = list(model.parameters())
     groups = [
@@ -41,4 +42,4 @@ def make_optimizer(
     if config.fused or capturable:
         lr = torch.tensor(config.learning_rate, device=device)
     kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
-    return kind(groups, lr=lr, fused=config.fused, capturable=capturable and not config.fused)
+    return kind(groups, lr=lr, fused=config.fused, capturable=capturable)

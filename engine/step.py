@@ -152,12 +152,12 @@ class TrainStep:
         return torch.autocast(self._world.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
     def _set_device_lr(self) -> None:
-        for group in self.optimizer.param_groups:
-            if isinstance(group["lr"], torch.Tensor):
-                step = self.step_index.clamp(max=len(self._lr_device) - 1)  # warm-up may run past a short table
-                group["lr"].copy_(self._lr_device.index_select(0, step).squeeze(0))
+        rate = self.optimizer.param_groups[0]["lr"]  # one tensor, shared by all groups
+        if isinstance(rate, torch.Tensor):
+            step = self.step_index.clamp(max=len(self._lr_device) - 1)  # warm-up may run past a short table
+            rate.copy_(self._lr_device.index_select(0, step).squeeze(0))
 
     def _set_host_lr(self) -> None:
         for group in self.optimizer.param_groups:
             if not isinstance(group["lr"], torch.Tensor):
-                group["lr"] = float(self._lr_host[self._host_step])
+                group["lr"] = float(self._lr_host[min(self._host_step, len(self._lr_host) - 1)])

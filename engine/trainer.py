@@ -50,8 +50,10 @@ class Session:
 
     @property
     def effective(self) -> dict[str, Any]:
-        convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-        return _switches(self.config) | {"fp32_convolutions": convolutions.fp32_precision}
+        switches = _switches(self.config)
+        if self.world.device.type == "cuda" and self.config.step.precision == "fp32":
+            switches["fp32_convolutions"] = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+        return switches
 
     def close(self) -> None:
         self.step.close()
@@ -74,6 +76,9 @@ def effective_config(config: RunConfig, records: Records, world: World) -> tuple
     if step.cuda_graphs and world.size > 1:
         step = replace(step, cuda_graphs=False)
         notes.append("CUDA graphs are not used: DDP's all-reduce is not captured yet; the same step runs eagerly")
+    if step.cuda_graphs and step.precision == "fp16" and not config.optim.fused:
+        step = replace(step, cuda_graphs=False)
+        notes.append("CUDA graphs are not used: fp16 with an optimiser that is not fused reads the host in each step")
     feed = config.data.feed
     if feed == "auto":
         feed = choose_feed(records.split("train"), world.device)  # type: ignore[assignment]
@@ -108,6 +113,7 @@ def open_session(config: RunConfig, records: Records, world: World) -> Session:
     """
     check_batch(config, records, world.size)
     keeps_blocks = keep_large_blocks()
+    clock.reset_torch_peak(world.device)
     effective, notes = effective_config(config, records, world)
     train, device = records.split("train"), world.device
     order = Order(

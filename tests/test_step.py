@@ -1,7 +1,6 @@
 """The network, the optimiser and the step: exact where they can be, within stated tolerances elsewhere."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -179,13 +178,23 @@ def test_the_learning_rate_follows_the_table_at_the_device_counter(world: World,
     assert float(step.optimizer.param_groups[0]["lr"]) == table[10]
 
 
-def test_a_step_does_not_read_the_host(world: World) -> None:
-    """The fused step takes its rate from a tensor, so nothing of a step is baked into a graph."""
-    step = make_step(world)
-    assert all(isinstance(group["lr"], torch.Tensor) for group in step.optimizer.param_groups)
-    config = RunConfig(optim=replace(OptimConfig(), fused=False), step=StepConfig(cuda_graphs=True))
-    optimizer = make_optimizer(config.optim, make_model(config.model, 28, 28, 8, 0), CPU, capturable=True)
-    assert isinstance(optimizer.param_groups[0]["lr"], torch.Tensor)
+@pytest.mark.parametrize("fused", [True, False])
+def test_an_optimiser_to_be_captured_bakes_nothing_in(fused: bool) -> None:
+    """torch refuses to capture a group that is not capturable, fused or not; a float rate would be baked in."""
+    model = make_model(ModelConfig(), 28, 28, 8, 0)
+    groups = make_optimizer(OptimConfig(fused=fused), model, CPU, capturable=True).param_groups
+    assert all(group["capturable"] for group in groups)
+    assert isinstance(groups[0]["lr"], torch.Tensor) and len({id(group["lr"]) for group in groups}) == 1
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_steps_beyond_the_table_keep_its_last_rate(fused: bool, world: World, small: Records) -> None:
+    """Profiles run longer than the epochs of their config."""
+    config = RunConfig(optim=OptimConfig(fused=fused))
+    model = make_model(config.model, 28, 28, 8, seed=1)
+    step = TrainStep(model, config, 2, random_batch(32, (28, 28), 8, CPU), world)
+    losses(step, small, 5)
+    assert float(step.optimizer.param_groups[1]["lr"]) == lr_table(config.optim, 2)[-1]
 
 
 @pytest.mark.parametrize("fault", ["shape", "dtype", "strides"])

@@ -51,7 +51,7 @@ def main(npz: Path | None, out: Path, device: str, quick: bool) -> None:
 
 
 def _run_tests(log: Path) -> bool:
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-rs", str(ROOT / "tests")]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-rs", str(ROOT / "tests" / "test_gpu.py")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     log.write_text(done.stdout + done.stderr)
     click.echo(f"gpu tests: {(done.stdout.strip().splitlines() or ['no output'])[-1]}")
@@ -70,7 +70,10 @@ def _ladder(records: Records, world: World, quick: bool) -> tuple[Environment, l
                     rate = measure(session, num_steps).samples_per_s
                 finally:
                     session.close()
-                rates.setdefault(f"batch {batch}: {rung.removeprefix('rung_')}", []).append(rate)
+                name = f"batch {batch}: {rung.removeprefix('rung_')}"
+                if session.effective.get("fp32_convolutions") == "tf32":
+                    name += ", TF32 convolutions (torch's default)"
+                rates.setdefault(name, []).append(rate)
                 facts = session.environment
     return facts, [row(name, values, "samples/s") for name, values in rates.items()]
 

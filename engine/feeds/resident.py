@@ -4,7 +4,6 @@ Shapes: N images of the split, S steps of a block, B samples of one rank, H x W 
 """
 
 from collections.abc import Iterator
-from functools import partial
 
 import torch
 
@@ -33,12 +32,15 @@ class Gather:
 
 
 def id_blocks(order: Order, epoch: int, first_step: int, device: torch.device) -> Iterator[torch.Tensor]:
-    """An epoch's ids, a tensor id_B a step, drawn on `device` in blocks of at least 64k ids."""
+    """An epoch's ids on `device`, a tensor id_B a step, drawn on the CPU in blocks of at least 64k ids.
+
+    Not drawn on the GPU: cycle walking asks whether an id is outside, and the host would wait for all queued steps.
+    """
     steps_per_block = -(-IDS_PER_BLOCK // order.rank_batch)
-    arange = partial(torch.arange, device=device)
     for step in range(first_step, order.steps_per_epoch, steps_per_block):
         num_steps = min(steps_per_block, order.steps_per_epoch - step)
-        yield from order.ids(epoch, step, num_steps, arange)
+        id_SB = torch.from_numpy(order.ids(epoch, step, num_steps))
+        yield from id_SB.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else id_SB
 
 
 class ResidentFeed:
