@@ -12,7 +12,6 @@ Shapes: S steps, B samples of one rank in a step.
 """
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import isqrt
 from typing import Any
@@ -110,17 +109,12 @@ class Order:
         """Equal on every rank."""
         return self.num_samples // self.global_batch if self.shuffle else -(-self.num_samples // self.global_batch)
 
-    def ids(self, epoch: int, first_step: int, num_steps: int, arange: Callable[[int], Any] = np.arange) -> Any:
-        """The ids of `num_steps` steps of an epoch.
-
-        Args:
-            arange: makes the positions, and so decides where the work is done: NumPy, or torch on any device.
-        Returns:
-            ids_SB int64, PADDING_ID where a sequential order has run out.
-        """
-        step_S1 = (first_step + arange(num_steps)).reshape(-1, 1)
-        position_SB = step_S1 * self.global_batch + self.rank * self.rank_batch + arange(self.rank_batch)
+    def ids(self, epoch: int, first_step: int, num_steps: int) -> np.ndarray:
+        """ids_SB int64 of `num_steps` steps of an epoch, PADDING_ID where a sequential order has run out."""
+        step_S1 = np.arange(first_step, first_step + num_steps).reshape(-1, 1)
+        position_SB = step_S1 * self.global_batch + self.rank * self.rank_batch + np.arange(self.rank_batch)
         if self.shuffle:
-            return permute(position_SB, self.num_samples, round_keys(self.seed, epoch))
+            id_SB: np.ndarray = permute(position_SB, self.num_samples, round_keys(self.seed, epoch))
+            return id_SB
         position_SB[position_SB >= self.num_samples] = PADDING_ID
         return position_SB

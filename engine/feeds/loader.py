@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from engine.feeds.batch import Batch
+from engine.feeds.resident import id_blocks
 from engine.order import Order
 from engine.records import Split
 
@@ -32,8 +33,8 @@ class _Steps(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         epoch, first_step = self.start
-        for step in range(first_step, self._order.steps_per_epoch):
-            yield self._order.ids(epoch, step, 1)[0].tolist()
+        for id_B in id_blocks(self._order, epoch, first_step, torch.device("cpu")):
+            yield id_B.tolist()
 
 
 class LoaderFeed:
