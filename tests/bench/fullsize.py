@@ -25,13 +25,13 @@ def train(data: Path, flags: tuple[str, ...], folder: Path) -> dict[str, Any]:
     return report
 
 
-def bench(out: Path, data: Path, rounds: int) -> None:
-    """Measure and write OUT/cpu_fullsize.json."""
+def bench(out: Path, data: Path, rounds: int, extra: tuple[str, ...] = ()) -> None:
+    """Measure and write OUT/cpu_fullsize.json; `extra` flags shorten a smoke run."""
     reports: dict[tuple[str, ...], list[dict[str, Any]]] = {FAST: [], BASELINE: []}
     with tempfile.TemporaryDirectory() as folder:
         plan = [FAST, *[BASELINE, FAST] * rounds]
         for number, flags in enumerate(plan):
-            reports[flags].append(train(data, flags, Path(folder) / str(number)))
+            reports[flags].append(train(data, flags + extra, Path(folder) / str(number)))
     rows = []
     for name, flags in (("fast", FAST), ("baseline", BASELINE)):
         runs = reports[flags]

@@ -51,7 +51,7 @@ def measure(session: Session, num_steps: int) -> Measured:
     return Measured(
         step_ms_S=step_ms,
         wait_ms_S=np.array(waits_s) * 1000,
-        samples_per_s=num_steps * session.config.global_batch / (step_ms.sum() / 1000),
+        samples_per_s=num_steps * session.config.global_batch / (float(step_ms.sum()) / 1000),
     )
 
 

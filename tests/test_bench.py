@@ -1,0 +1,34 @@
+"""Every benchmark runs, tiny: figures are made by make bench, never here."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.bench import fullsize, ranks, step
+
+
+def checked(file: Path) -> list[str]:
+    result = json.loads(file.read_text())
+    assert all(row["low"] <= row["value"] <= row["high"] for row in result["rows"])
+    assert result["environment"]["commit"] and all(isinstance(claim["met"], bool) for claim in result["claims"])
+    return [claim["claim"] for claim in result["claims"]]
+
+
+def test_step(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    monkeypatch.setattr(step, "BATCH", 32)
+    step.bench(tmp_path, rounds=2, num_steps=2)
+    assert "fast step over eager fp32 NCHW (x)" in checked(tmp_path / "cpu_step.json")
+
+
+def test_ranks(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    monkeypatch.setattr(ranks, "BATCH", 32)
+    ranks.bench(tmp_path, pairs=1, num_steps=2)
+    assert checked(tmp_path / "cpu_ranks.json") == ["2 ranks over 1 (x)"]
+
+
+def test_fullsize(tmp_path: Path, small_dir: Path) -> None:
+    fullsize.bench(tmp_path, small_dir, rounds=1, extra=("--epochs=1", "--batch-size=32"))
+    assert "fast test accuracy (%)" in checked(tmp_path / "cpu_fullsize.json")
