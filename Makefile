@@ -16,7 +16,7 @@ demo: $(VENV)/.installed
 	@$(RUN) python -m engine.run --baseline --out runs/demo/baseline
 	@echo "== The fast path: bf16, channels-last, fused optimiser, resident data, CUDA graphs where there is a GPU =="
 	@$(RUN) torchrun -m engine.run --amp --cuda-graphs --epochs 12 --out runs/demo/fast
-	@$(RUN) python -m tools.profile compare runs/demo/baseline runs/demo/fast --out runs/demo/comparison.md
+	@$(RUN) python -m tools.profile compare runs/demo/baseline runs/demo/fast --out runs/demo
 	@$(RUN) python -m tools.predict runs/demo/fast --out runs/demo/predictions.png
 
 test: $(VENV)/.installed-test

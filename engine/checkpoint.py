@@ -48,7 +48,7 @@ def save_checkpoint(
     """Publish a checkpoint and delete all but the newest two.
 
     Raises:
-        UserError: the disk refused; earlier checkpoints are untouched.
+        OSError: the disk refused; earlier checkpoints are untouched.
     """
     files = {FILES[0]: _packed(_model_tensors(model)), FILES[1]: _packed(_other_tensors(model, optimizer))}
     manifest = {
@@ -61,13 +61,10 @@ def save_checkpoint(
         "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
     }
     target = run / "checkpoints" / f"epoch-{position.num_epochs:04}"
-    try:
-        with publish_directory(target) as directory:
-            for name, data in files.items():
-                (directory / name).write_bytes(data)
-            write_manifest(directory, manifest)
-    except OSError as error:
-        raise UserError(f"{target}: cannot be written ({error.strerror}); free space, then --resume {run}") from None
+    with publish_directory(target) as directory:
+        for name, data in files.items():
+            (directory / name).write_bytes(data)
+        write_manifest(directory, manifest)
     for old in _checkpoints(run)[NUM_KEPT:]:
         shutil.rmtree(old)
 

@@ -1,10 +1,14 @@
 """The one error type a user may cause, and the one way a command ends on it: a single line, exit code 2."""
 
+import os
+import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 EXIT_USER_ERROR = 2
+LINGER_S = 10.0
 
 
 class UserError(Exception):
@@ -18,10 +22,16 @@ def printable(text: str) -> str:
 
 @contextmanager
 def exit_on_user_error(speak: bool = True) -> Iterator[None]:
-    """Turn a UserError into one line on stderr (unless `speak` is false: ranks other than 0) and exit code 2."""
+    """Turn a UserError into one line on stderr and exit code 2.
+
+    A rank that does not `speak` lets rank 0 end first: torchrun kills the others as soon as one has ended.
+    """
     try:
         yield
     except UserError as error:
         if speak:
             print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
+        else:
+            signal.signal(signal.SIGTERM, lambda *_: os._exit(EXIT_USER_ERROR))
+            time.sleep(LINGER_S)
         raise SystemExit(EXIT_USER_ERROR) from None

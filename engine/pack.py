@@ -23,7 +23,7 @@ import numpy as np
 from engine.errors import UserError
 from engine.lexer import CsvRows
 from engine.order import permute, round_keys
-from engine.publish import MANIFEST, locked
+from engine.publish import MANIFEST, locked, writing
 from engine.records import MAX_CLASSES, Split, write_records
 
 SplitMode = Literal["random", "none"]
@@ -65,13 +65,10 @@ def pack(
     everything, classes, fonts = _read(source, progress)
     options = {"split": mode, "balance": balance, "seed": seed}
     rows = draw_splits(everything.label_N, classes, mode=mode, balance=balance, seed=seed)
-    try:
-        with locked(out):
-            _check_target(out, force)
-            splits = {name: everything.take(rows_M) for name, rows_M in rows.items()}
-            manifest = write_records(out, splits, classes=classes, fonts=fonts, options=options)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror}); choose another place or free space") from None
+    with writing(out), locked(out):
+        _check_target(out, force)
+        splits = {name: everything.take(rows_M) for name, rows_M in rows.items()}
+        manifest = write_records(out, splits, classes=classes, fonts=fonts, options=options)
     out_bytes = sum(file.stat().st_size for file in out.iterdir())
     return PackReport(
         manifest=manifest, rows_read=len(everything), out_bytes=out_bytes, seconds=time.perf_counter() - start

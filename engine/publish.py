@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from engine.errors import UserError
+
 MANIFEST = "manifest.json"
 MANIFEST_HASH = "manifest.sha256"
 MANIFEST_LIMIT_BYTES = 2**20
@@ -104,6 +106,16 @@ def refuse_unknown_files(directory: Path, known: set[str]) -> None:
         raise Damaged(f"{name} is missing")
     for name in sorted(present - known):
         raise Damaged(f"{name} is not listed in {MANIFEST}")
+
+
+@contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """Turn the system's refusal to write (full, read-only, no permission) into a UserError that names `target`."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{target}: cannot be written ({reason}); free space or choose another place") from None
 
 
 @contextmanager

@@ -66,12 +66,15 @@ def _settings(flags: dict[str, Any], world_size: int) -> dict[str, Any]:
     names = {"amp": "step.precision", "cuda_graphs": "step.cuda_graphs", "channels_last": "step.channels_last",
              "feed": "data.feed", "data": "data.path", "batch_size": "global_batch"}  # fmt: skip
     given = {names.get(flag, flag): value for flag, value in flags.items() if value is not None}
+    if flags["data"]:
+        given["data.path"] = str(Path(flags["data"]).absolute())  # a run is resumed from any folder
     if flags["batch_size"] is not None:
         given["global_batch"] *= world_size
     return given
 
 
 def _run(config: RunConfig, out: Path | None, resume: bool, device: str) -> None:
+    from engine.publish import writing
     from engine.records import open_records
     from engine.sample import ensure_sample
     from engine.trainer import check_batch, fit
@@ -88,11 +91,16 @@ def _run(config: RunConfig, out: Path | None, resume: bool, device: str) -> None
         check_batch(config, records, env_world_size())
     out = out or Path("runs") / time.strftime("%Y%m%d-%H%M%S", time.gmtime())
     _check_out(out, resume)
+
+    def make_out() -> None:
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
+
     with start_world(device) as world:
         if records is None:
             records = open_records(ensure_sample(world))
             check_batch(config, records, world.size)
-        world.first(lambda: _make_out(out))
+        world.first(make_out)
         report = fit(config, records, world, out, resume=resume, say=say)
         test = f", test {report.test_accuracy_fraction:.2%}" if report.test_accuracy_fraction is not None else ""
         say(f"{report.train_s:.2f} s of training, {report.samples_per_s:,.0f} samples/s{test}: {out / 'report.json'}")
@@ -103,13 +111,6 @@ def _check_out(out: Path, resume: bool) -> None:
         raise UserError(f"{out}: holds no checkpoints to resume from; give the folder of an earlier run")
     if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: is not empty; name another --out, or --resume {out}")
-
-
-def _make_out(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be made ({error.strerror}); name another --out") from None
 
 
 if __name__ == "__main__":

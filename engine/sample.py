@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from engine.pack import pack
-from engine.publish import MANIFEST, locked
+from engine.publish import MANIFEST, locked, writing
 from engine.records import FORMAT, VERSION
 from engine.world import World
 
@@ -24,7 +24,7 @@ def ensure_sample(world: World) -> Path:
     path = sample_path()
 
     def pack_once() -> None:
-        with locked(path.with_suffix(".first")):
+        with writing(path), locked(path.with_suffix(".first")):
             if not (path / MANIFEST).exists():
                 print(f"packing the sample of 128 typefaces into {path}, once", flush=True)
                 pack(CSV, path)

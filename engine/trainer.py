@@ -22,7 +22,7 @@ from engine.feeds.batch import Batch, Feed
 from engine.feeds.synthetic import random_batch
 from engine.model import make_model
 from engine.order import Order
-from engine.publish import write_file
+from engine.publish import write_file, writing
 from engine.records import Records
 from engine.report import Environment, RunReport, environment, write_json
 from engine.step import TrainStep
@@ -204,8 +204,7 @@ class _Fit:
     def run(self, resume: bool) -> RunReport:
         first_epoch = self._resume() if resume else 0
         resumed_s = self.watch.total_s
-        if self.session.world.is_first:
-            self._start_files(first_epoch)
+        self.session.world.first(lambda: self._start_files(first_epoch))
         energy_j = self.nvml.energy_j()
         epoch = first_epoch
         while epoch < self.config.epochs and not self.time_to_target_s:
@@ -216,9 +215,7 @@ class _Fit:
         test = self._timed_evaluate("test") if "test" in self.session.records.splits else None
         wait = self.wait_s / max(self.watch.total_s - resumed_s, 1e-9)
         report = self._report(epoch, test, wait, used_j)
-        if self.session.world.is_first:
-            save_model(self.out / "model.safetensors", self.session.step.model)
-            write_json(report, self.out / "report.json")
+        self.session.world.first(lambda: self._end_files(report))
         return report
 
     def _epoch(self, epoch: int) -> None:
@@ -297,9 +294,15 @@ class _Fit:
     def _start_files(self, num_epochs_done: int) -> None:
         """Write config.toml, and cut metrics.jsonl back to the epochs that the checkpoint knows."""
         metrics = self.out / "metrics.jsonl"
-        lines = metrics.read_bytes().splitlines(keepends=True)[:num_epochs_done] if metrics.exists() else []
-        write_file(metrics, b"".join(lines))
-        write_file(self.out / "config.toml", to_toml(self.config).encode())
+        with writing(self.out):
+            lines = metrics.read_bytes().splitlines(keepends=True)[:num_epochs_done] if metrics.exists() else []
+            write_file(metrics, b"".join(lines))
+            write_file(self.out / "config.toml", to_toml(self.config).encode())
+
+    def _end_files(self, report: RunReport) -> None:
+        with writing(self.out):
+            save_model(self.out / "model.safetensors", self.session.step.model)
+            write_json(report, self.out / "report.json")
 
     def _save(self, num_epochs: int, metrics: dict[str, Any]) -> None:
         def write() -> None:
@@ -311,17 +314,18 @@ class _Fit:
                 best_val_accuracy_fraction=self.best_val,
                 time_to_target_s=self.time_to_target_s,
             )
-            with open(self.out / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(metrics, allow_nan=False) + "\n")
-            save_checkpoint(
-                self.out,
-                position,
-                step.model,
-                step.optimizer,
-                step.scaler,
-                digest=self.config.digest(),
-                fingerprint=self.session.records.fingerprint,
-            )
+            with writing(self.out):
+                with open(self.out / "metrics.jsonl", "a") as file:
+                    file.write(json.dumps(metrics, allow_nan=False) + "\n")
+                save_checkpoint(
+                    self.out,
+                    position,
+                    step.model,
+                    step.optimizer,
+                    step.scaler,
+                    digest=self.config.digest(),
+                    fingerprint=self.session.records.fingerprint,
+                )
 
         self.session.world.first(write)
 

@@ -56,9 +56,10 @@ class World:
         """Let rank 0 do `work` while the others wait; where it fails, every rank ends.
 
         Raises:
-            UserError: rank 0's own; the other ranks leave silently with exit code 2.
+            Exception: on rank 0 its own.
+            UserError: on the other ranks.
         """
-        failed: BaseException | None = None
+        failed: Exception | None = None
         if self.is_first:
             try:
                 work()
@@ -67,7 +68,7 @@ class World:
         if self.sum(torch.tensor([float(failed is not None)])).item() > 0:
             if failed:
                 raise failed
-            raise SystemExit(2)
+            raise UserError("rank 0 could not go on")
 
 
 def env_rank() -> int:

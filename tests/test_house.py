@@ -2,12 +2,13 @@
 
 import ast
 import re
+import signal
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
-from engine import report
+from engine import errors, report
 from engine.errors import UserError, exit_on_user_error, printable
 from engine.report import ROOT, Environment, RunReport
 
@@ -111,13 +112,18 @@ def test_the_commit_comes_from_git_or_the_environment(monkeypatch: pytest.Monkey
     assert report.git_state() == ("abc", None)
 
 
-def test_a_users_error_is_one_printable_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_users_error_is_one_printable_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(SystemExit) as ended, exit_on_user_error():
         raise UserError("the label \x1b[31m\n is odd")
     assert ended.value.code == 2
     assert capsys.readouterr().err == "error: the label \\x1b[31m\\n is odd\n"
+    monkeypatch.setattr(errors, "LINGER_S", 0.0)
+    before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit), exit_on_user_error(speak=False):
         raise UserError("silent")
+    signal.signal(signal.SIGTERM, before)
     assert capsys.readouterr().err == ""
     assert printable("é, 字") == "é, 字"
 

@@ -201,7 +201,7 @@ def test_under_torchrun_one_rank_speaks_and_all_exit_2(command: Command, tmp_pat
         tmp_path / "o",
     )
     assert done.returncode == 1  # torchrun's own
-    assert done.stderr.count("error: nowhere: no such record directory") == 1
+    assert done.stderr.count("nowhere: no such record directory") == 1
     assert "exitcode  : 2" in done.stderr and list(tmp_path.iterdir()) == []
 
 
@@ -210,3 +210,12 @@ def test_ranks_that_do_not_divide_the_batch_are_refused(small_dir: Path, command
     flags = ("--config", tmp_path / "c.toml", "--data", small_dir, "--out", tmp_path / "out")
     done = command("torchrun", "--standalone", "--nproc-per-node=2", "-m", "engine.run", *flags)
     assert done.stderr.count("cannot be divided by 2 ranks") == 1 and not (tmp_path / "out").exists()
+
+
+def test_places_that_cannot_be_written_are_named(small_dir: Path, command: Command, tmp_path: Path) -> None:
+    flags = ("python", "-m", "engine.run", "--device", "cpu")
+    assert_refused(
+        command(*flags, "--data", small_dir, "--batch-size", 32, "--out", "/proc/no"), "/proc/no: cannot be written"
+    )
+    assert_refused(command(*flags, "--out", tmp_path / "out", XDG_CACHE_HOME="/proc/no"), "/proc/no/tmnist-engine")
+    assert list(tmp_path.iterdir()) == []

@@ -61,10 +61,11 @@ def test_two_runs_side_by_side_and_pictures(command: Command, small_dir: Path, t
     for name in ("a", "b"):
         flags = ("--data", small_dir, "--epochs", 2, "--batch-size", 32, "--out", tmp_path / name)
         assert command("python", "-m", "engine.run", *flags).returncode == 0
-    done = command("tools/profile", "compare", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "comparison.md")
+    done = command("tools/profile", "compare", tmp_path / "a", tmp_path / "b", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     assert "| test accuracy |" in done.stdout and "+0.00 points" in done.stdout
     assert "training time" in (tmp_path / "comparison.md").read_text()
+    assert len(json.loads((tmp_path / "comparison.json").read_text())["rows"]) == 6
     assert_refused(command("tools/profile", "compare", tmp_path, tmp_path), "no report.json")
     done = command("python", "-m", "tools.predict", tmp_path / "a", "--out", tmp_path / "p.png")
     assert done.returncode == 0, done.stderr

@@ -13,6 +13,7 @@ import click
 
 from engine.config import RunConfig, load_toml, override
 from engine.errors import UserError, exit_on_user_error
+from engine.publish import writing
 
 SHOWN = {
     "config": "config",
@@ -72,15 +73,32 @@ def run(
 @main.command()
 @click.argument("a", type=click.Path(path_type=Path))
 @click.argument("b", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), help="Write the table as Markdown, too.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for comparison.md and comparison.json, too.")
 def compare(a: Path, b: Path, out: Path | None) -> None:
     """Put the reports of two runs, A and B, side by side."""
     with exit_on_user_error():
-        table = comparison(_report(a), _report(b), a.name, b.name)
+        reports = {a.name: _report(a), b.name: _report(b)}
+        table = comparison(reports[a.name], reports[b.name], a.name, b.name)
         click.echo(table)
         if out:
-            out.write_text(f"# {a.name} and {b.name}\n\n{table}\n")
-            click.echo(f"report: {out}")
+            with writing(out):
+                (out / "comparison.md").write_text(f"# {a.name} and {b.name}\n\n{table}\n")
+                _write_comparison(out / "comparison.json", reports)
+            click.echo(f"report: {out / 'comparison.md'}")
+
+
+def _write_comparison(path: Path, reports: dict[str, dict[str, Any]]) -> None:
+    from engine.report import Environment
+    from tools.bench.results import row, write_result
+
+    rows = []
+    for name, report in reports.items():
+        rows.append(row(f"{name}, {report['num_epochs']} epochs: training time", [report["train_s"]], "s"))
+        rows.append(row(f"{name}: throughput", [report["samples_per_s"]], "samples/s"))
+        rows.append(row(f"{name}: test accuracy", [100 * report["test_accuracy_fraction"]], "%"))
+    facts = Environment(**report["environment"])
+    title = f"{' and '.join(reports)}, {report['num_train_samples']:,} training images, one run each"
+    write_result(path, title=title, environment=facts, rows=rows, claims=[])
 
 
 def default_config() -> RunConfig:
@@ -126,12 +144,10 @@ def _show(rows: list[dict[str, Any]], facts: dict[str, Any], out: Path) -> None:
     click.echo(shown.to_string(index=False, float_format="{:.2f}".format, formatters=formats))  # type: ignore[call-overload]
     for note in sorted({note for note in frame["notes"] if note}):
         click.echo(f"note: {note}")
-    try:
+    with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         write_json({"environment": facts, "rows": rows}, out / "profile.json")
         frame.to_csv(out / "profile.csv", index=False)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror}); name another --out") from None
     click.echo(f"written: {out / 'profile.json'}, {out / 'profile.csv'}")
 
 
