@@ -35,7 +35,8 @@ def alone(small_dir: Path, command: Command, tmp_path_factory: pytest.TempPathFa
 
 
 def test_the_literal_command_on_the_sample(command: Command, tmp_path: Path) -> None:
-    done = command("torchrun", "-m", "engine.run", "--amp", "--cuda-graphs", "--epochs", 2, "--out", tmp_path / "out")
+    words = ("torchrun", "-m", "engine.run", "--amp", "--cuda-graphs", "--epochs", 2, "--out", tmp_path / "out")
+    done = command(*words, XDG_CACHE_HOME=str(tmp_path / "cache"))
     assert done.returncode == 0, done.stderr
     assert "packing the sample of 128 typefaces" in done.stdout
     found = report(tmp_path / "out")
@@ -45,7 +46,8 @@ def test_the_literal_command_on_the_sample(command: Command, tmp_path: Path) -> 
         assert found["effective"]["cuda_graphs"] is False
         assert "CUDA graphs are not used: there is no GPU" in done.stdout and found["notes"]
     assert found["test_accuracy_fraction"] > 0.3  # of 94 classes, after 32 steps
-    again = command("python", "-m", "engine.run", "--epochs", 1, "--feed", "dali", "--out", tmp_path / "second")
+    words = ("python", "-m", "engine.run", "--epochs", 1, "--feed", "dali", "--out", tmp_path / "second")
+    again = command(*words, XDG_CACHE_HOME=str(tmp_path / "cache"))
     assert again.returncode == 0 and "packing" not in again.stdout
 
 
