@@ -6,6 +6,7 @@ Names end in their unit: _s, _ms, _per_s, _gib, _bytes, _w, _j, _percent, _fract
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -112,8 +113,15 @@ def environment(*, num_threads: int, allocator: str, gpu: dict[str, Any]) -> Env
         python=platform.python_version(),
         commit=commit,
         dirty=dirty,
-        command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        command=command_line(),
     )
+
+
+def command_line() -> str:
+    """This process's command, of absolute paths the last part only: reports carry no user's folders."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    program = f"python -m {spec.name}" if spec else Path(sys.argv[0]).name
+    return " ".join([program, *(re.sub(r"/[^=\s]*/", "", word) for word in sys.argv[1:])])
 
 
 def git_state() -> tuple[str, bool | None]:

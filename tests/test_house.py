@@ -128,6 +128,11 @@ def test_a_users_error_is_one_printable_line(
     assert printable("é, 字") == "é, 字"
 
 
+def test_a_command_names_no_folders_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["x.py", "--data=/home/me/full", "/tmp/out", "runs/demo", "--lr=1e-3"])
+    assert report.command_line().endswith(" --data=full out runs/demo --lr=1e-3")
+
+
 def test_strict_json_only(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
         report.write_json({"loss": float("nan")}, tmp_path / "x.json")

@@ -97,7 +97,9 @@ def _write_comparison(path: Path, reports: dict[str, dict[str, Any]]) -> None:
         rows.append(row(f"{name}: throughput", [report["samples_per_s"]], "samples/s"))
         rows.append(row(f"{name}: test accuracy", [100 * report["test_accuracy_fraction"]], "%"))
     facts = Environment(**report["environment"])
-    title = f"{' and '.join(reports)}, {report['num_train_samples']:,} training images, one run each"
+    title = (
+        f"{path.parent.name}: {' and '.join(reports)}, {report['num_train_samples']:,} training images, one run each"
+    )
     write_result(path, title=title, environment=facts, rows=rows, claims=[])
 
 

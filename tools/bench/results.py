@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from engine.report import Environment, write_json
+from engine.report import Environment, command_line, write_json
 
 
 def row(name: str, values: list[float], unit: str) -> dict[str, Any]:
@@ -32,9 +32,10 @@ def claim(text: str, measured: float, wanted: float) -> dict[str, Any]:
 def write_result(
     path: Path, *, title: str, environment: Environment, rows: list[dict[str, Any]], claims: list[dict[str, Any]]
 ) -> None:
-    """Write a result file; its command is the environment's."""
+    """Write a result file; its command is this process's, though a child may have measured."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json({"title": title, "environment": asdict(environment), "rows": rows, "claims": claims}, path)
+    facts = asdict(environment) | {"command": command_line()}
+    write_json({"title": title, "environment": facts, "rows": rows, "claims": claims}, path)
 
 
 def to_markdown(result: dict[str, Any], source: str) -> str:
