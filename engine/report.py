@@ -121,7 +121,7 @@ def command_line() -> str:
     """This process's command, of absolute paths the last part only: reports carry no user's folders."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     program = f"python -m {spec.name}" if spec else Path(sys.argv[0]).name
-    return " ".join([program, *(re.sub(r"/[^=\s]*/", "", word) for word in sys.argv[1:])])
+    return " ".join([program, *(re.sub(r"(^|=)/\S*/", r"\1", word) for word in sys.argv[1:])])
 
 
 def git_state() -> tuple[str, bool | None]:

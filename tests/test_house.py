@@ -129,8 +129,8 @@ def test_a_users_error_is_one_printable_line(
 
 
 def test_a_command_names_no_folders_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", ["x.py", "--data=/home/me/full", "/tmp/out", "runs/demo", "--lr=1e-3"])
-    assert report.command_line().endswith(" --data=full out runs/demo --lr=1e-3")
+    monkeypatch.setattr("sys.argv", ["x.py", "--data=/home/me/full", "/tmp/out", "runs/demo/fast", "--lr=1e-3"])
+    assert report.command_line().endswith(" --data=full out runs/demo/fast --lr=1e-3")
 
 
 def test_strict_json_only(tmp_path: Path) -> None:
