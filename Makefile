@@ -3,10 +3,12 @@ ROOT := $(dir $(abspath $(lastword $(MAKEFILE_LIST))))
 PYTHON ?= python3
 VENV := $(ROOT).venv
 BIN := $(VENV)/bin
-RUN := cd $(ROOT) && PATH="$(BIN):$$PATH"
+RUN := cd $(ROOT) &&
 CONSTRAINTS := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo "-c $(ROOT)constraints-cpu.txt")
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check install --no-compile $(CONSTRAINTS)
 TEST_TOOLS = $(shell $(BIN)/python -c "import tomllib; print(*tomllib.load(open('$(ROOT)pyproject.toml', 'rb'))['dependency-groups']['test'])")
+
+export PATH := $(BIN):$(PATH)
 
 .PHONY: demo test proofs bench gpu clean
 
