@@ -22,7 +22,7 @@ demo: $(VENV)/.installed
 	@$(RUN) python -m tools.predict runs/demo/fast --out runs/demo/predictions.png
 
 test: $(VENV)/.installed-test
-	@$(RUN) ruff format --check . && ruff check . && mypy && pytest
+	@$(RUN) ruff format --check . && ruff check . && mypy && pytest -n 2 --dist loadfile
 
 proofs: $(VENV)/.installed-test
 	@echo "no slow proofs yet"

@@ -85,7 +85,7 @@ def command(cache: Path) -> Command:
         line = [str(word) for word in words]
         tools = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
         line = tools.get(line[0], [line[0]]) + line[1:]
-        variables = os.environ | {"XDG_CACHE_HOME": str(cache), **environment}
+        variables = os.environ | {"XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1", **environment}
         return subprocess.run(line, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=240)
 
     return run
