@@ -181,7 +181,7 @@ def test_a_killed_packer_leaves_nothing_that_opens(small_csv: Path, tmp_path: Pa
         child = start(out)
         time.sleep(min(attempt, 10) / 10 * whole_s)
         while attempt == 11 and not out.exists():  # the last is killed when it has published
-            assert child.poll() is None
+            assert child.poll() is None or out.exists()
         child.send_signal(signal.SIGKILL)
         child.wait()
         if out.exists():
