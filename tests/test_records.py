@@ -144,6 +144,24 @@ def test_a_full_disk_keeps_what_was_there(small: Records, tmp_path: Path, monkey
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_failed_last_rename_brings_the_old_back(
+    small: Records, small_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(small_dir, tmp_path / "out")
+    rename = os.rename
+
+    def fails(source: Path, target: Path) -> None:
+        if ".out.tmp-" in str(source):
+            raise OSError(5, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", fails)
+    with pytest.raises(OSError, match="Input/output"):
+        write_records(tmp_path / "out", small.splits, classes=small.classes, fonts=small.fonts, options={})
+    assert open_records(tmp_path / "out").fingerprint == small.fingerprint
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
 def test_a_split_of_wrong_arrays_cannot_be_built() -> None:
     image = np.zeros((2, 4, 4), np.uint8)
     with pytest.raises(AssertionError):
