@@ -1,0 +1,71 @@
+"""What can be had where, and what is said when it cannot."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from engine import trainer
+from engine.config import OptimConfig, RunConfig, StepConfig
+from engine.errors import UserError
+from engine.records import Records
+from engine.trainer import effective_config
+from engine.world import World, check_ranks
+
+
+def effective(records: Records, world: World, optim: OptimConfig | None = None, **step: Any) -> tuple[StepConfig, str]:
+    config = RunConfig(step=StepConfig(**step), optim=optim or OptimConfig())
+    found, notes = effective_config(config, records, world)
+    assert len(notes) <= 1
+    return found.step, notes[0] if notes else ""
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    check_ranks()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(UserError, match="3 ranks on a machine with 2 GPUs; start torchrun with --nproc-per-node"):
+        check_ranks()
+    check_ranks("cpu")
+
+
+def test_bf16_needs_its_instructions(small: Records, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "has_fast_bf16", lambda device: True)
+    assert effective(small, world, precision="bf16") == (StepConfig(precision="bf16"), "")
+    monkeypatch.setattr(trainer, "has_fast_bf16", lambda device: False)
+    step, note = effective(small, world, precision="bf16")
+    assert step.precision == "fp32" and "no bf16 instructions" in note
+
+
+def test_fp16_and_graphs_need_a_gpu(small: Records, world: World) -> None:
+    step, note = effective(small, world, precision="fp16")
+    assert step.precision == "fp32" and "fp16 is not used" in note
+    step, note = effective(small, world, cuda_graphs=True)
+    assert not step.cuda_graphs and "there is no GPU" in note
+
+
+def test_graphs_on_a_gpu(small: Records, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "choose_feed", lambda split, device: "resident")
+    gpu = replace(world, device=torch.device("cuda", 0))
+    assert effective(small, gpu, cuda_graphs=True)[0].cuda_graphs
+    assert "all-reduce is not captured" in effective(small, replace(gpu, size=2), cuda_graphs=True)[1]
+    plain = OptimConfig(fused=False)
+    assert "not fused reads the host" in effective(small, gpu, plain, cuda_graphs=True, precision="fp16")[1]
+
+
+def test_rank_0_fails_for_all(world: World) -> None:
+    def fails() -> None:
+        raise UserError("disk full")
+
+    with pytest.raises(UserError, match="disk full"):
+        world.first(fails)
+
+
+def test_sums_do_not_change_their_input(world: World) -> None:
+    values = torch.tensor([1.0, 2.0])
+    total = world.sum(values)
+    total += 1
+    assert values.tolist() == [1.0, 2.0]
