@@ -78,12 +78,13 @@ def _run(config: RunConfig, out: Path | None, resume: bool, device: str) -> None
     from engine.records import open_records
     from engine.sample import ensure_sample
     from engine.trainer import check_batch, fit
-    from engine.world import check_ranks, env_rank, env_world_size, start_world
+    from engine.world import check_ranks, env_rank, env_world_size, keep_large_blocks, start_world
 
     def say(line: str) -> None:
         if env_rank() == 0:
             click.echo(line)
 
+    keep_large_blocks()  # before anything large is read
     check_ranks(device)
     records = None
     if config.data.path:

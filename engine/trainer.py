@@ -27,7 +27,7 @@ from engine.records import Records
 from engine.report import Environment, RunReport, environment, write_json
 from engine.step import TrainStep
 from engine.ui import Progress
-from engine.world import World, has_fast_bf16, keep_large_blocks
+from engine.world import World, has_fast_bf16
 
 CLOCK_INCLUDES = "every training step with its data; not: start-up, warm-up, capture, evaluation, checkpoints, reports"
 Say = Callable[[str], None]
@@ -112,7 +112,6 @@ def open_session(config: RunConfig, records: Records, world: World) -> Session:
         UserError: the batch cannot be divided or is larger than the split.
     """
     check_batch(config, records, world.size)
-    keeps_blocks = keep_large_blocks()
     clock.reset_torch_peak(world.device)
     effective, notes = effective_config(config, records, world)
     train, device = records.split("train"), world.device
@@ -135,8 +134,7 @@ def open_session(config: RunConfig, records: Records, world: World) -> Session:
     except BaseException:
         step.close()
         raise
-    allocator = "glibc, freed blocks up to 32 MiB kept" if keeps_blocks else "default"
-    facts = environment(num_threads=torch.get_num_threads(), allocator=allocator, gpu=clock.gpu_facts(device))
+    facts = environment(num_threads=torch.get_num_threads(), allocator=world.allocator, gpu=clock.gpu_facts(device))
     return Session(world, records, effective, _switches(config), notes, step, feed, facts, warmup_s)
 
 
