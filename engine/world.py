@@ -131,8 +131,8 @@ def keep_large_blocks() -> bool:
     A CPU step at batch 512 frees some 200 MB of activations; by default each step maps and zeroes them anew, and page
     faults cost a third of its time. As MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ would, without a restart.
 
-    Call it at the process's start: after records were read it is worth less (10.0k, 11.2k, 12.1k against 11.5k, 12.8k,
-    13.1k samples/s, medians of interleaved processes on two cores, 2026-11-22).
+    Call it at the process's start: after records were read it is worth less (9.9k, 11.2k, 12.1k against 11.8k, 12.8k,
+    13.3k samples/s, medians of interleaved processes on two cores, 2026-11-22).
 
     Returns:
         Whether the setting took (false where the C library is not glibc).

@@ -12,7 +12,7 @@ from tests.bench import fullsize, ranks, step
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/bench"), show_default=True)
 def main(data: Path | None, out: Path) -> None:
     """Run the benchmarks and print the files they left."""
-    step.bench(out, rounds=9, num_steps=30)
+    step.bench(out, rounds=7, num_steps=60)
     ranks.bench(out, pairs=5, num_steps=100)
     if data:
         fullsize.bench(out, data, rounds=1)
