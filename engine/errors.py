@@ -35,3 +35,9 @@ def exit_on_user_error(speak: bool = True) -> Iterator[None]:
             signal.signal(signal.SIGTERM, lambda *_: os._exit(EXIT_USER_ERROR))
             time.sleep(LINGER_S)
         raise SystemExit(EXIT_USER_ERROR) from None
+    except MemoryError:
+        print("error: not enough memory; free some, or raise its limit", file=sys.stderr, flush=True)
+        raise SystemExit(EXIT_USER_ERROR) from None
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr, flush=True)
+        raise SystemExit(128 + signal.SIGINT) from None

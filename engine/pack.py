@@ -1,38 +1,51 @@
-"""Rows -> splits -> published records. The command tools/pack_tmnist is a front of `pack`.
+"""CSV -> published records. The command tools/pack_tmnist is a front of `pack` and `check`.
 
-Does not yet bound its memory: all pixels of the CSV are held once (215 MB for the full set), and once more per split.
+One pass lexes blocks on all cores and spools the pixels to an unnamed file beside the target; then the splits are drawn
+from the labels (split.py), and a second pass copies rows from the spool to the record files. Memory does not grow with
+the pixels.
 
-Shapes: N rows of the CSV, H x W pixels.
+Shapes: N rows of the CSV, M of them, R rows of a block, P pixels.
 """
 
-import gzip
-import io
 import os
-import stat
+import shutil
+import tempfile
 import time
-import zipfile
-import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from types import TracebackType
+from typing import Any, Protocol
 
 import numpy as np
 
 from engine.errors import UserError
-from engine.lexer import CsvRows
-from engine.order import permute, round_keys
-from engine.publish import MANIFEST, locked, writing
-from engine.records import MAX_CLASSES, Split, write_records
+from engine.lexer import Fault, Layout, PlainLexer, Rows, looks_like, read_header, read_row
+from engine.publish import MANIFEST, locked, publish_directory, remove_leftovers, writing
+from engine.records import FONTS_LIMIT_BYTES, MAX_CLASSES, write_records
+from engine.source import BLOCK_BYTES, Source, blocks, buffer_bytes, open_source
+from engine.split import SplitMode, draw_splits
 
-SplitMode = Literal["random", "none"]
-EVAL_FRACTION = 0.15
-"""Part of each class in val, and again in test; train has the rest (the study's 70/15/15)."""
-PROGRESS_ROWS = 2000
+SPOOL_WINDOW_BYTES = 8 * 2**20
+NAME_LIMIT_BYTES = 200
+"""Of the target's name: temporary names are some 20 bytes longer, and file systems end at 255."""
+MAX_FAULTS = 100
+MAX_WORKERS = 8
 
 Progress = Callable[[int, float], None]
 """Called with the rows read and the part (0..1) of the source's bytes."""
+
+
+class Lexer(Protocol):
+    """PlainLexer or JitLexer."""
+
+    labels: list[str]
+    fonts: list[str]
+
+    def lex(self, block: np.ndarray, start: int, stop: int, image_RP: np.ndarray) -> Rows: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +53,23 @@ class PackReport:
     """What a pack did; `manifest` holds the counts per class and split."""
 
     manifest: dict[str, Any]
-    rows_read: int
+    warnings: list[str]
     out_bytes: int
     seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """All rows of a CSV but their pixels; label_N is uint8, font_N int32, the rest as in lexer.Rows."""
+
+    layout: Layout
+    classes: tuple[str, ...]
+    fonts: tuple[str, ...]
+    label_N: np.ndarray
+    font_N: np.ndarray
+    sum_N: np.ndarray
+    squares_N: np.ndarray
+    hash_N: np.ndarray
 
 
 def pack(
@@ -53,60 +80,297 @@ def pack(
     balance: bool = False,
     seed: int = 42,
     force: bool = False,
+    num_classes: int | None = None,
+    workers: int | None = None,
+    block_bytes: int = BLOCK_BYTES,
     progress: Progress = lambda rows, part: None,
 ) -> PackReport:
-    """Read a TMNIST CSV (plain, .gz, or a .zip holding one) and publish it as a record directory.
+    """Read a CSV (see lexer.py; plain, .gz, a .zip holding one, or a pipe) and publish it as a record directory.
 
+    The same rows and options give the same bytes, whatever the container, the workers and the machine.
+
+    Args:
+        num_classes: refuse a CSV with another number of labels.
+        workers: lexing threads; by default one for each core this process may use.
+        block_bytes: what is lexed at once.
     Raises:
         UserError: the source is refused, or `out` exists and may not be replaced; nothing was published.
     """
     start = time.perf_counter()
+    _check_name(out)
+    out = Path(os.path.realpath(out.expanduser()))
     _check_target(out, force)
-    everything, classes, fonts = _read(source, progress)
-    options = {"split": mode, "balance": balance, "seed": seed}
-    rows = draw_splits(everything.label_N, classes, mode=mode, balance=balance, seed=seed)
-    with writing(out), locked(out):
+    with ExitStack() as stack:
+        stack.enter_context(writing(out))
+        opened = stack.enter_context(open_source(source))
+        stack.enter_context(locked(out, wait=False))
         _check_target(out, force)
-        splits = {name: everything.take(rows_M) for name, rows_M in rows.items()}
-        manifest = write_records(out, splits, classes=classes, fonts=fonts, options=options)
+        remove_leftovers(out)
+        spool = stack.enter_context(_Spool(out.parent))
+        table = _read(opened, spool, workers or min(len(os.sched_getaffinity(0)), MAX_WORKERS), block_bytes, progress)
+        opened.check_unchanged(source)
+        if num_classes is not None and len(table.classes) != num_classes:
+            raise UserError(f"{source}: has {len(table.classes)} labels, want {num_classes}; give another --classes")
+        rows = draw_splits(
+            table.label_N, table.font_N, table.classes, table.fonts, mode=mode, balance=balance, seed=seed
+        )
+        counts = _count(table)
+        with publish_directory(out) as directory:
+            manifest = write_records(
+                directory,
+                spool.take,
+                rows,
+                label_N=table.label_N,
+                font_N=table.font_N,
+                height_width=(table.layout.side, table.layout.side),
+                classes=table.classes,
+                fonts=table.fonts,
+                facts={
+                    "options": {"split": mode, "balance": balance, "seed": seed},
+                    "train_pixels": _train_pixels(table, rows["train"]),
+                    "source_rows": counts,
+                },
+            )
     out_bytes = sum(file.stat().st_size for file in out.iterdir())
-    return PackReport(
-        manifest=manifest, rows_read=len(everything), out_bytes=out_bytes, seconds=time.perf_counter() - start
-    )
+    seconds = time.perf_counter() - start
+    return PackReport(manifest=manifest, warnings=_warnings(table, counts), out_bytes=out_bytes, seconds=seconds)
 
 
-def draw_splits(
-    label_N: np.ndarray, classes: tuple[str, ...], *, mode: SplitMode, balance: bool, seed: int
-) -> dict[str, np.ndarray]:
-    """Row numbers of each split, ascending.
-
-    Within each class the rows are put into the order of a keyed bijection of (seed, class name); its head is val, then
-    test, the rest train. So the draw is stratified and equal on every platform.
+def check(source: Path) -> tuple[int, list[str], list[str]]:
+    """Read a CSV without packing it: (rows, its first MAX_FAULTS faults, warnings).
 
     Raises:
-        UserError: a class is too small to stand in all three splits.
+        UserError: it cannot be read, or its header declares no layout.
     """
-    counts = np.bincount(label_N, minlength=len(classes))
-    drawn: dict[str, list[np.ndarray]] = {"train": []} if mode == "none" else {"train": [], "val": [], "test": []}
-    for label, name in enumerate(classes):
-        count = int(counts[label])
-        kept = int(counts.min()) if balance else count
-        if mode == "random" and kept < 3:
-            raise UserError(f"the class {name!r} has {kept} rows, want at least 3 to split; use --split none")
-        shuffled = permute(np.arange(count), count, round_keys(seed, "split", name))[:kept]
-        row_M = np.flatnonzero(label_N == label)[shuffled]
-        held_out = 0 if mode == "none" else max(1, round(kept * EVAL_FRACTION))
-        drawn["train"].append(row_M[2 * held_out :])
-        if mode == "random":
-            drawn["val"].append(row_M[:held_out])
-            drawn["test"].append(row_M[held_out : 2 * held_out])
-    return {split: np.sort(np.concatenate(parts)) for split, parts in drawn.items()}
+    faults: list[str] = []
+    collector = None
+    with open_source(source) as opened:
+        buffer = bytearray(buffer_bytes())
+        block = np.frombuffer(buffer, np.uint8)
+        for _, stop in blocks(opened, lambda: buffer):
+            start = 0
+            if collector is None:
+                collector, start = _collector(opened.name, buffer, None)
+                lexer = make_lexer(collector.layout)
+            image_RP = collector.layout.images(stop)
+            while start < stop:
+                rows = lexer.lex(block, start, stop, image_RP)
+                start = stop if rows.fault < 0 else buffer.index(b"\n", rows.fault) + 1
+                try:
+                    collector.add(lexer, rows, _faulty_line(buffer, rows))
+                except UserError as error:
+                    faults.append(str(error))
+                if len(faults) == MAX_FAULTS:
+                    return collector.row, faults, [f"only the first {MAX_FAULTS} faults are listed"]
+    if collector is None or not collector.row:
+        raise _no_rows(str(source))
+    if faults:
+        return collector.row, faults, []
+    table = collector.table()
+    return collector.row, [], _warnings(table, _count(table))
+
+
+def make_lexer(layout: Layout) -> Lexer:
+    """The compiled lexer, or the plain one, 200 times slower, where numba cannot be imported: it lags behind NumPy."""
+    try:
+        from engine.lexer_jit import JitLexer
+    except ImportError:
+        return PlainLexer(layout)
+    return JitLexer(layout)
+
+
+def _read(source: Source, spool: "_Spool", workers: int, block_bytes: int, progress: Progress) -> Table:
+    """The whole source: block k is lexed by thread k % workers, and collected in order."""
+    buffers = deque(bytearray(buffer_bytes(block_bytes)) for _ in range(workers + 2))
+    images: deque[np.ndarray] = deque()
+    pending: deque[tuple[Future[Rows], Lexer, bytearray, np.ndarray]] = deque()
+    collector = None
+
+    def collect() -> None:
+        future, lexer, buffer, image_RP = pending.popleft()
+        rows = future.result()
+        assert collector is not None
+        collector.add(lexer, rows, _faulty_line(buffer, rows))
+        progress(collector.row, source.part)
+        buffers.append(buffer)
+        images.append(image_RP)
+
+    def free_buffer() -> bytearray:
+        if not buffers:
+            collect()
+        return buffers.popleft()
+
+    with ExitStack() as stack:
+        threads = [stack.enter_context(ThreadPoolExecutor(1)) for _ in range(workers)]
+        lexers: list[Lexer] = []
+        for number, (buffer, stop) in enumerate(blocks(source, free_buffer, block_bytes)):
+            start = 0
+            if collector is None:
+                collector, start = _collector(source.name, buffer, spool)
+                lexers = [make_lexer(collector.layout) for _ in threads]
+                images.extend(collector.layout.images(len(buffer)) for _ in range(workers + 2))
+                _check_space(source, spool, collector.layout, stop / buffer.count(b"\n", 0, stop))
+            lexer, image_RP = lexers[number % workers], images.popleft()
+            block = np.frombuffer(buffer, np.uint8)
+            future = threads[number % workers].submit(lexer.lex, block, start, stop, image_RP)
+            pending.append((future, lexer, buffer, image_RP))
+        while pending:
+            collect()
+    if collector is None or not collector.row:
+        raise _no_rows(source.name)
+    return collector.table()
+
+
+def _faulty_line(buffer: bytearray, rows: Rows) -> bytes:
+    return bytes(buffer[rows.fault : buffer.index(b"\n", rows.fault) + 1]) if rows.fault >= 0 else b""
+
+
+def _collector(source: str, buffer: bytearray, spool: "_Spool | None") -> tuple["_Collector", int]:
+    """A collector for the layout that the buffer's first line declares, and where its second line begins."""
+    stop = buffer.index(b"\n") + 1
+    try:
+        return _Collector(source, read_header(bytes(buffer[:stop])), spool), stop
+    except Fault as fault:
+        raise UserError(f"{source}:1: {fault}") from None
+
+
+class _Collector:
+    """The rows of all blocks in order: texts in one index, pixels in the spool, the first fault an error."""
+
+    def __init__(self, source: str, layout: Layout, spool: "_Spool | None") -> None:
+        self.layout = layout
+        self.row = 0
+        """Rows so far, with those that were refused."""
+        self._source, self._spool = source, spool
+        self._labels, self._fonts = _Texts(), _Texts()
+        self._looks: dict[str, tuple[str, int]] = {}
+        self._font_bytes = 0
+        self._parts: list[tuple[np.ndarray, ...]] = []
+
+    def add(self, lexer: Lexer, rows: Rows, faulty_line: bytes) -> None:
+        """Take a block's rows.
+
+        Raises:
+            UserError: a row, or `faulty_line` behind the rows, is refused.
+        """
+        first = self.row
+        self.row += len(rows) + bool(faulty_line)
+        label_R, new_labels = self._labels.merge(lexer.labels, rows.label_R)
+        font_R, new_fonts = self._fonts.merge(lexer.fonts, rows.font_R)
+        for label in new_labels:
+            self._check_label(label, first + int((label_R == self._labels.index[label]).argmax()) + 1)
+        self._font_bytes += sum(len(font.encode()) for font in new_fonts)
+        if self._font_bytes > FONTS_LIMIT_BYTES:
+            raise UserError(f"{self._source}: holds more than {FONTS_LIMIT_BYTES} bytes of names; are they typefaces?")
+        self._parts.append((label_R, font_R, rows.sum_R, rows.squares_R, rows.hash_R))
+        if self._spool is not None:
+            self._spool.append(rows.image_RP)
+        if faulty_line:
+            try:
+                read_row(faulty_line, self.layout)
+            except Fault as fault:
+                raise self._refusal(self.row, fault) from None
+            raise AssertionError(f"{self._source}: the lexers disagree on row {self.row}: {faulty_line[:99]!r}")
+
+    def table(self) -> Table:
+        """All rows, with labels and fonts sorted by code point."""
+        label_N, font_N, sum_N, squares_N, hash_N = (np.concatenate(part) for part in zip(*self._parts, strict=True))
+        classes, label_rank = self._labels.sorted()
+        fonts, font_rank = self._fonts.sorted()
+        return Table(
+            layout=self.layout,
+            classes=classes,
+            fonts=fonts,
+            label_N=label_rank[label_N].astype(np.uint8),
+            font_N=font_rank[font_N],
+            sum_N=sum_N,
+            squares_N=squares_N,
+            hash_N=hash_N,
+        )
+
+    def _check_label(self, label: str, row: int) -> None:
+        column = self.layout.num_text
+        other, other_row = self._looks.setdefault(looks_like(label), (label, row))
+        if other != label:
+            what = f"{label!r} looks like the label of row {other_row} but has other code points; write one of them"
+            raise self._refusal(row, Fault(what, column))
+        if len(self._labels.index) > MAX_CLASSES:
+            raise self._refusal(row, Fault(f"more than {MAX_CLASSES} labels; are names and labels swapped?", column))
+
+    def _refusal(self, row: int, fault: Fault) -> UserError:
+        column = f", column {fault.column} {self.layout.columns[fault.column - 1]!r}" if fault.column else ""
+        return UserError(f"{self._source}:{row + 1} (row {row}{column}): {fault}")
+
+
+class _Texts:
+    """One index over the texts of all lexers."""
+
+    def __init__(self) -> None:
+        self.index: dict[str, int] = {}
+        self._known: dict[int, np.ndarray] = {}
+
+    def merge(self, texts: list[str], id_R: np.ndarray) -> tuple[np.ndarray, list[str]]:
+        """A lexer's ids as ids of this index, and the texts that are new to it."""
+        known = self._known.get(id(texts), np.empty(0, np.int32))
+        size, before = int(id_R.max(initial=-1)) + 1, len(self.index)
+        if size > len(known):
+            added = [self.index.setdefault(text, len(self.index)) for text in texts[len(known) : size]]
+            self._known[id(texts)] = known = np.append(known, np.array(added, np.int32))
+        return known[id_R], list(self.index)[before:] if len(self.index) > before else []
+
+    def sorted(self) -> tuple[tuple[str, ...], np.ndarray]:
+        """The texts by code point, and each id's place among them."""
+        texts = sorted(self.index)
+        rank = np.empty(len(texts), np.int32)
+        rank[[self.index[text] for text in texts]] = np.arange(len(texts))
+        return tuple(texts), rank
+
+
+class _Spool:
+    """Rows of pixels in an unnamed file on the target's disk."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
+        self._num_pixels = 0
+
+    def append(self, image_RP: np.ndarray) -> None:
+        self._num_pixels = image_RP.shape[1]
+        view = image_RP.reshape(-1).data
+        while len(view):
+            view = view[self._file.write(view) :]
+
+    def take(self, row_M: np.ndarray) -> np.ndarray:
+        """The pixels (M, P) of ascending row numbers; may be called from several threads."""
+        out_MP = np.empty((len(row_M), self._num_pixels), np.uint8)
+        window_WP = np.empty((max(SPOOL_WINDOW_BYTES // self._num_pixels, 1), self._num_pixels), np.uint8)
+        start = 0
+        while start < len(row_M):
+            first = int(row_M[start])
+            stop = int(np.searchsorted(row_M, first + len(window_WP)))
+            num_rows = int(row_M[stop - 1]) - first + 1
+            got = os.preadv(self._file.fileno(), [window_WP[:num_rows].data], first * self._num_pixels)
+            assert got == num_rows * self._num_pixels, "the spool ended early"
+            np.take(window_WP, row_M[start:stop] - first, axis=0, out=out_MP[start:stop], mode="clip")
+            start = stop
+        return out_MP
+
+    def __enter__(self) -> "_Spool":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._file.close()
+
+
+def _check_name(out: Path) -> None:
+    if not out.name or out.name == "..":
+        raise UserError(f"{out}: cannot become a record directory; name a new folder")
+    if len(os.fsencode(out.name)) > NAME_LIMIT_BYTES or not out.name.isprintable():
+        raise UserError(f"{out}: want a name of at most {NAME_LIMIT_BYTES} bytes that can be printed; name another")
 
 
 def _check_target(out: Path, force: bool) -> None:
-    if not out.name or out.name == "..":
-        raise UserError(f"{out}: cannot become a record directory; name a new folder")
-    if not (out.exists() or out.is_symlink()):
+    if not os.path.lexists(out):
         return
     if not force:
         raise UserError(f"{out}: exists; give --force to replace it, or another name")
@@ -114,68 +378,47 @@ def _check_target(out: Path, force: bool) -> None:
         raise UserError(f"{out}: is no record directory, so --force does not replace it; give another name")
 
 
-def _read(source: Path, progress: Progress) -> tuple[Split, tuple[str, ...], tuple[str, ...]]:
-    pixels, labels, fonts = bytearray(), [], []
-    label_index: dict[str, int] = {}
-    font_index: dict[str, int] = {}
-    with _open_text(source) as (lines, part):
-        rows = CsvRows(lines, str(source))
-        for number, (font, label, row_pixels) in enumerate(rows, start=1):
-            pixels += row_pixels
-            labels.append(label_index.setdefault(label, len(label_index)))
-            fonts.append(font_index.setdefault(font, len(font_index)))
-            if len(label_index) > MAX_CLASSES:
-                raise UserError(
-                    f"{source} (row {number}): more than {MAX_CLASSES} labels; are names and labels swapped?"
-                )
-            if number % PROGRESS_ROWS == 0:
-                progress(number, part())
-    if not labels:
-        raise UserError(f"{source}: has no data rows; want rows after the header")
-    progress(len(labels), 1.0)
-    classes, label_N = _sorted_table(label_index, labels, np.uint8)
-    font_names, font_N = _sorted_table(font_index, fonts, np.int32)
-    image_NHW = np.frombuffer(pixels, np.uint8).reshape(-1, rows.side, rows.side)
-    return Split(image_NHW=image_NHW, label_N=label_N, font_N=font_N), classes, font_names
+def _check_space(source: Source, spool: _Spool, layout: Layout, line_bytes: float) -> None:
+    """Refuse what will not fit, before the first byte is written: the spool and the records, by the first lines."""
+    free = shutil.disk_usage(spool.folder).free
+    needed = int(2 * source.size / line_bytes * layout.num_pixels) if source.size else 0
+    if needed > free:
+        raise UserError(f"{spool.folder}: has {free:,} bytes free, want {needed:,} for the records and a copy")
 
 
-def _sorted_table(index: dict[str, int], seen: list[int], dtype: type) -> tuple[tuple[str, ...], np.ndarray]:
-    """Names sorted by code point, and the rows' indices into them."""
-    names = sorted(index)
-    rank: np.ndarray = np.empty(len(names), dtype)
-    rank[[index[name] for name in names]] = np.arange(len(names))
-    return tuple(names), rank[seen]
+def _no_rows(source: str) -> UserError:
+    return UserError(f"{source}: has no data rows; want a header and rows after it")
 
 
-@contextmanager
-def _open_text(source: Path) -> Iterator[tuple[IO[str], Callable[[], float]]]:
-    """The CSV's text, and a function that tells which part of the source's bytes has been read."""
-    try:
-        with open(os.open(source, os.O_RDONLY | os.O_NONBLOCK), "rb") as raw:
-            found = os.fstat(raw.fileno())
-            if not stat.S_ISREG(found.st_mode):
-                raise UserError(f"{source}: is not a regular file; give a .csv, .csv.gz or .zip")
-            size = found.st_size
-            with _decompressed(raw, source) as binary:
-                text = io.TextIOWrapper(binary, encoding="utf-8", newline="")
-                yield text, lambda: raw.tell() / max(size, 1)
-    except (OSError, zipfile.BadZipFile, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(
-            f"{source}: cannot be read ({reason}); give a .csv, .csv.gz or the .zip as downloaded"
-        ) from None
+def _train_pixels(table: Table, row_M: np.ndarray) -> dict[str, float]:
+    """Mean and standard deviation (0..255), from exact sums."""
+    num = len(row_M) * table.layout.num_pixels
+    mean = int(table.sum_N[row_M].sum()) / num
+    return {"mean": mean, "std": max(int(table.squares_N[row_M].sum()) / num - mean**2, 0.0) ** 0.5}
 
 
-def _decompressed(raw: IO[bytes], source: Path) -> Any:
-    """Told by the file's first bytes, not by its name."""
-    magic = raw.read(4)
-    raw.seek(0)
-    if magic[:2] == b"\x1f\x8b":
-        return gzip.open(raw)
-    if magic == b"PK\x03\x04":
-        archive = zipfile.ZipFile(raw)
-        members = [name for name in archive.namelist() if name.lower().endswith(".csv")]
-        if len(members) != 1:
-            raise UserError(f"{source}: holds {len(members)} CSV files, want one; unpack it and name the CSV")
-        return archive.open(members[0])
-    return raw
+def _count(table: Table) -> dict[str, int]:
+    """What is odd about the rows; their pixels are compared by 64-bit hashes."""
+    labelled_N = table.hash_N + table.label_N.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    whole_N = labelled_N + table.font_N.astype(np.uint64) * np.uint64(0xC2B2AE3D27D4EB4F)
+    return {
+        "rows": len(whole_N),
+        "duplicates": len(whole_N) - len(np.unique(whole_N)),
+        "under_several_labels": len(np.unique(labelled_N)) - len(np.unique(table.hash_N)),
+        "constant": int((table.layout.num_pixels * table.squares_N == table.sum_N**2).sum()),
+    }
+
+
+def _warnings(table: Table, counts: dict[str, int]) -> list[str]:
+    texts = []
+    if len(table.classes) == 1:
+        texts.append("there is one class only")
+    if edged := [label for label in table.classes if label != label.strip()]:
+        texts.append(f"labels that begin or end with a space: {', '.join(map(repr, edged[:5]))}")
+    if counts["duplicates"]:
+        texts.append(f"{counts['duplicates']:,} rows repeat another one's typeface, label and pixels")
+    if counts["under_several_labels"]:
+        texts.append(f"{counts['under_several_labels']:,} images occur under another label, too")
+    if counts["constant"]:
+        texts.append(f"{counts['constant']:,} images have a single grey value")
+    return texts

@@ -3,34 +3,41 @@
 Used by records, checkpoints and reports. Nothing here knows what the files hold.
 """
 
+import ctypes
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from engine.errors import UserError
 
 MANIFEST = "manifest.json"
 MANIFEST_HASH = "manifest.sha256"
 MANIFEST_LIMIT_BYTES = 2**20
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
+_LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 class Damaged(Exception):
     """A published directory is incomplete or damaged; the text says which file and how."""
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Write `data` to `path`, replacing it in one instant; after a crash the old or the new content is there."""
+@contextmanager
+def writing_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to that becomes `path`, in one instant, when the block ends without an exception."""
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.tmp-", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fchmod(file.fileno(), 0o666 & ~_umask())
             os.fsync(file.fileno())
@@ -38,14 +45,21 @@ def write_file(path: Path, data: bytes) -> None:
     except BaseException:
         os.unlink(name)
         raise
-    _fsync_directory(path.parent)
+    fsync(path.parent)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write `data` to `path`, replacing it in one instant; after a crash the old or the new content is there."""
+    with writing_file(path) as file:
+        file.write(data)
 
 
 @contextmanager
 def publish_directory(target: Path) -> Iterator[Path]:
     """Yield a temporary directory beside `target` that becomes `target` when the block ends without an exception.
 
-    An existing target is moved aside first and deleted last. On any exception the temporary directory is deleted.
+    Every file is on the disk before the rename, and the rename before this returns. An existing target is exchanged in
+    the same instant and deleted last. On any exception the temporary directory is deleted.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.tmp-", dir=target.parent))
@@ -53,11 +67,23 @@ def publish_directory(target: Path) -> Iterator[Path]:
         os.chmod(temporary, 0o777 & ~_umask())
         yield temporary
         for file in temporary.iterdir():
-            _fsync(file, os.O_RDONLY)
-        _fsync_directory(temporary)
+            fsync(file)
+        fsync(temporary)
         _swap_in(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_leftovers(target: Path) -> None:
+    """Delete what killed runs of `publish_directory` and `write_file` left; the caller holds `target`'s lock."""
+    if not os.path.lexists(target) and _aside(target).exists():
+        os.rename(_aside(target), target)
+    ours = re.compile(rf"\.{re.escape(target.name)}\.tmp-[a-z0-9_]{{8}}")
+    for entry in target.parent.iterdir():
+        if ours.fullmatch(entry.name) and entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry, ignore_errors=True)
+        elif ours.fullmatch(entry.name):
+            entry.unlink()
 
 
 def write_manifest(directory: Path, content: dict[str, Any]) -> None:
@@ -76,26 +102,38 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         Damaged: missing, too large, or not what manifest.sha256 says.
     """
     data = read_small(directory / MANIFEST)
-    if read_small(directory / MANIFEST_HASH).decode("ascii", "replace").strip() != hashlib.sha256(data).hexdigest():
+    if read_small(directory / MANIFEST_HASH) != hashlib.sha256(data).hexdigest().encode() + b"\n":
         raise Damaged(f"{MANIFEST} does not match {MANIFEST_HASH}")
-    try:
-        content = json.loads(data, object_pairs_hook=_no_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise Damaged(f"{MANIFEST} is not JSON ({error})") from None
+    content = parse_json(data, MANIFEST)
     if not isinstance(content, dict):
         raise Damaged(f"{MANIFEST} is not a JSON object")
     return content
 
 
-def read_small(path: Path) -> bytes:
-    """The bytes of a regular file of at most 1 MiB."""
+def parse_json(data: bytes, name: str) -> Any:
+    """A stranger's JSON; a key that occurs twice, NaN, Infinity and deep nesting are refused.
+
+    Raises:
+        Damaged: it is none.
+    """
     try:
-        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
-            data = file.read(MANIFEST_LIMIT_BYTES + 1)
+        return json.loads(data.decode(), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"{name} is not JSON ({str(error)[:80]})") from None
+
+
+def read_small(path: Path, limit_bytes: int = MANIFEST_LIMIT_BYTES) -> bytes:
+    """The bytes of a regular file of at most `limit_bytes`, not through a link."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(handle, "rb") as file:
+            if not stat.S_ISREG(os.fstat(handle).st_mode):
+                raise Damaged(f"{path.name} is not a regular file")
+            data = file.read(limit_bytes + 1)
     except OSError as error:
         raise Damaged(f"{path.name} cannot be read ({error.strerror})") from None
-    if len(data) > MANIFEST_LIMIT_BYTES:
-        raise Damaged(f"{path.name} is larger than {MANIFEST_LIMIT_BYTES} bytes")
+    if len(data) > limit_bytes:
+        raise Damaged(f"{path.name} is larger than {limit_bytes} bytes")
     return data
 
 
@@ -119,25 +157,71 @@ def writing(target: Path) -> Iterator[None]:
 
 
 @contextmanager
-def locked(target: Path) -> Iterator[None]:
-    """Hold an exclusive lock beside `target`; waits for another holder. The lock dies with its process."""
+def locked(target: Path, *, wait: bool = True) -> Iterator[None]:
+    """Hold an exclusive lock beside `target`. It dies with its process, and its file goes with its last holder.
+
+    Raises:
+        UserError: another process holds it and `wait` is false.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
-    with open(target.parent / f".{target.name}.lock", "w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+    path = target.parent / f".{target.name}.lock"
+    handle = _lock(path, target, wait)
+    try:
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, str(os.getpid()).encode(), 0)
         yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _lock(path: Path, target: Path, wait: bool) -> int:
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            holder = os.pread(handle, 20, 0).decode("ascii", "replace") or "unknown"
+            os.close(handle)
+            raise UserError(f"{target}: process {holder} is writing it; wait for it, or choose another place") from None
+        if _is_still(path, handle):
+            return handle
+        os.close(handle)
+
+
+def _is_still(path: Path, handle: int) -> bool:
+    """Whether `path` names the open file: its last holder may have removed it while we waited."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(handle))
+    except FileNotFoundError:
+        return False
 
 
 def _swap_in(temporary: Path, target: Path) -> None:
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
-    try:
-        if target.is_dir():
-            os.rename(target, aside / "old")
+    """Give `target` the content of `temporary` in one instant; an old content is in `temporary` afterwards."""
+    if not os.path.lexists(target):
         os.rename(temporary, target)
-        _fsync_directory(target.parent)
-    finally:
-        if not target.exists() and (aside / "old").exists():
-            os.rename(aside / "old", target)
-        shutil.rmtree(aside, ignore_errors=True)
+    elif _LIBC.renameat2(AT_FDCWD, os.fsencode(temporary), AT_FDCWD, os.fsencode(target), RENAME_EXCHANGE):
+        reason = ctypes.get_errno()
+        if reason not in (errno.EINVAL, errno.ENOSYS):
+            raise OSError(reason, os.strerror(reason), str(target))
+        _rename_twice(temporary, target)
+    fsync(target.parent)
+
+
+def _rename_twice(temporary: Path, target: Path) -> None:
+    """Where the file system cannot exchange two names (NFS): for an instant there is no `target`."""
+    os.rename(target, _aside(target))
+    try:
+        os.rename(temporary, target)
+    except OSError:
+        os.rename(_aside(target), target)
+        raise
+    os.rename(_aside(target), temporary)
+
+
+def _aside(target: Path) -> Path:
+    return target.with_name(f".{target.name}.tmp-replaced")
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -147,19 +231,20 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no number of JSON")
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
 
 
-def _fsync_directory(path: Path) -> None:
-    _fsync(path, os.O_RDONLY | os.O_DIRECTORY)
-
-
-def _fsync(path: Path, flags: int) -> None:
-    descriptor = os.open(path, flags)
+def fsync(path: Path) -> None:
+    """Wait until a file's bytes, or a directory's names, are on the disk."""
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        os.fsync(descriptor)
+        os.fsync(handle)
     finally:
-        os.close(descriptor)
+        os.close(handle)

@@ -1,43 +1,56 @@
 """The record files: Arrow IPC files of uint8 images per split, under a manifest that covers every byte.
 
-A record directory holds `<split>-00000.arrow` ..., `manifest.json` (written last) and `manifest.sha256`. Each file is
-one record batch with the columns image (fixed-size list of H*W uint8), label (dictionary of class names) and font
-(dictionary of typeface names), so pandas, polars and DuckDB open it as it is. Arrow itself does not notice damage;
-therefore sizes and the CRC32 of every 1 MiB block are checked here before anything is parsed.
+A record directory holds `<split>-00000.arrow` ..., `fonts.json` (typeface names), `manifest.json` (written last) and
+`manifest.sha256`. Each Arrow file is one record batch with the columns image (fixed-size list of H*W uint8), label
+(dictionary of class names) and font (dictionary of typeface names), so pandas, polars and DuckDB open it as it is.
+
+Opening verifies every byte against the manifest before it means anything (record_file.py).
 
 Does not: split, shuffle or augment (pack.py, order.py, feeds/), nor touch torch.
 
-Shapes: N images of a split, H x W pixels.
+Shapes: N images of a split, M of them, H x W pixels, P = H * W.
 """
 
 import hashlib
 import json
 import os
-import zlib
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from engine.errors import UserError
 from engine.publish import (
     MANIFEST,
     Damaged,
-    publish_directory,
+    parse_json,
     read_manifest,
+    read_small,
     refuse_unknown_files,
     write_manifest,
 )
+from engine.record_file import BLOCK_BYTES, FileEntry, are_counts, read_file, write_file
 
 FORMAT = "glyph-records"
-VERSION = 1
+VERSION = 2
 MAX_CLASSES = 256
-BLOCK_BYTES = 2**20
+MAX_PIXELS = 2**24
 FILE_LIMIT_BYTES = 64 * 2**20
-ROW_OVERHEAD_BYTES = 8  # label index 1, font index 4, Arrow's padding
+FONTS = "fonts.json"
+FONTS_LIMIT_BYTES = 16 * 2**20
+"""Each Arrow file repeats the typefaces' names, so they must leave room for images."""
+ROW_OVERHEAD_BYTES = 5  # label index 1, font index 4
+ARROW_OVERHEAD_BYTES = 2**16  # schema, messages, the classes, paddings
+CACHED_BLOCKS = 32
+WRITERS = 2
+READERS = 4
 REMEDY = "pack the CSV again with tools/pack_tmnist"
 
 
@@ -46,7 +59,7 @@ class Split:
     """One split in memory: contiguous arrays of equal length N."""
 
     image_NHW: np.ndarray
-    """uint8."""
+    """uint8; or StoredImages, which are indexed alike."""
     label_N: np.ndarray
     """uint8, index into Records.classes."""
     font_N: np.ndarray
@@ -54,7 +67,8 @@ class Split:
 
     def __post_init__(self) -> None:
         n = len(self.image_NHW)
-        assert self.image_NHW.dtype == np.uint8 and self.image_NHW.ndim == 3 and self.image_NHW.flags.c_contiguous
+        assert self.image_NHW.dtype == np.uint8 and self.image_NHW.ndim == 3
+        assert isinstance(self.image_NHW, StoredImages) or self.image_NHW.flags.c_contiguous
         assert self.label_N.dtype == np.uint8 and self.label_N.shape == (n,)
         assert self.font_N.dtype == np.int32 and self.font_N.shape == (n,)
 
@@ -108,150 +122,259 @@ def pixel_statistics(image_NHW: np.ndarray) -> tuple[float, float]:
 
 
 def write_records(
-    out: Path,
-    splits: dict[str, Split],
+    directory: Path,
+    take: Callable[[np.ndarray], np.ndarray],
+    rows: dict[str, np.ndarray],
     *,
+    label_N: np.ndarray,
+    font_N: np.ndarray,
+    height_width: tuple[int, int],
     classes: Sequence[str],
     fonts: Sequence[str],
-    options: dict[str, Any],
+    facts: dict[str, Any],
 ) -> dict[str, Any]:
-    """Publish a record directory; returns its manifest. The same arguments give the same bytes.
+    """Write a record directory's files into the empty `directory`; returns its manifest.
 
+    The same arguments give the same bytes. Memory: WRITERS files of at most 64 MiB at a time.
+
+    Args:
+        take: row numbers (M,), ascending -> their pixels (M, P) uint8; called from several threads.
+        rows: each split's row numbers, ascending.
+        facts: what else the manifest says; must have train_pixels.
     Raises:
-        OSError: the disk refused; nothing was published.
+        OSError: the disk refused.
     """
-    height, width = splits["train"].height_width
-    rows_per_file = FILE_LIMIT_BYTES // (height * width + ROW_OVERHEAD_BYTES)
-    manifest: dict[str, Any] = {"format": FORMAT, "version": VERSION, "height": height, "width": width}
-    manifest |= {"classes": list(classes), "options": options, "splits": {}}
-    mean, std = pixel_statistics(splits["train"].image_NHW)
-    manifest["train_pixels"] = {"mean": mean, "std": std}
-    with publish_directory(out) as directory:
-        for name, split in splits.items():
-            starts = range(0, max(len(split), 1), rows_per_file)
-            files = [
-                _write_file(
-                    directory / f"{name}-{number:05}.arrow",
-                    split.take(np.arange(start, min(start + rows_per_file, len(split)))),
-                    classes,
-                    fonts,
-                )
-                for number, start in enumerate(starts)
-            ]
-            per_class = np.bincount(split.label_N, minlength=len(classes)).tolist()
-            manifest["splits"][name] = {"rows": len(split), "rows_per_class": per_class, "files": files}
-        manifest["fingerprint"] = _fingerprint(manifest)
-        write_manifest(directory, manifest)
+    height, width = height_width
+    fonts_json = json.dumps(list(fonts), ensure_ascii=False).encode()
+    room = FILE_LIMIT_BYTES - ARROW_OVERHEAD_BYTES - 2 * len(fonts_json)
+    rows_per_file = max(room // (height * width + ROW_OVERHEAD_BYTES), 1)
+    (directory / FONTS).write_bytes(fonts_json)
+    manifest = {"format": FORMAT, "version": VERSION, "height": height, "width": width, "classes": list(classes)}
+    manifest |= facts | {"fonts": {"bytes": len(fonts_json), "sha256": hashlib.sha256(fonts_json).hexdigest()}}
+
+    def write(name: str, number: int, row_M: np.ndarray) -> dict[str, Any]:
+        path = directory / f"{name}-{number:05}.arrow"
+        return write_file(path, take(row_M), label_N[row_M], font_N[row_M], classes, fonts, height_width)
+
+    with ThreadPoolExecutor(WRITERS) as pool:
+        jobs = {}
+        for name, row_M in rows.items():
+            starts = range(0, max(len(row_M), 1), rows_per_file)
+            parts = [row_M[start : start + rows_per_file] for start in starts]
+            jobs[name] = [pool.submit(write, name, number, part) for number, part in enumerate(parts)]
+        try:
+            files = {name: [job.result() for job in jobs[name]] for name in rows}
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+    manifest["splits"] = {
+        name: {
+            "rows": len(row_M),
+            "rows_per_class": np.bincount(label_N[row_M], minlength=len(classes)).tolist(),
+            "files": files[name],
+        }
+        for name, row_M in rows.items()
+    }
+    manifest["fingerprint"] = _fingerprint(manifest)
+    write_manifest(directory, manifest)
     return manifest
 
 
-def open_records(path: str | Path) -> Records:
-    """Read a record directory into memory, verified to the last byte.
+def open_records(path: str | Path, *, in_memory: bool = True) -> Records:
+    """Open a record directory, verified to the last byte.
 
+    Args:
+        in_memory: read all pixels into one array per split. Otherwise they stay on disk, and a block is read and
+            verified when it is indexed; labels and fonts (5 bytes an image) are read in any case.
     Raises:
         UserError: not a record directory, incomplete, damaged, or of another version.
     """
-    directory = Path(path)
+    directory = Path(path).expanduser()
     if not directory.is_dir():
         raise UserError(f"{path}: no such record directory; {REMEDY}")
+    with _refusing(directory):
+        return _open(directory, in_memory)
+
+
+def verify_records(path: str | Path, fingerprint: str = "") -> dict[str, Any]:
+    """Check the SHA-256 of every file besides all that `open_records` checks; returns the manifest.
+
+    Raises:
+        UserError: damaged in any way, or not the records of `fingerprint` (its beginning, in hexadecimal).
+    """
+    records = open_records(path, in_memory=False)
+    if not records.fingerprint.startswith(fingerprint.lower()):
+        raise UserError(f"{path}: its fingerprint is {records.fingerprint}, not {fingerprint}; these are other records")
+    directory = Path(path).expanduser()
+    with _refusing(directory):
+        manifest = read_manifest(directory)
+        for file in (file for split in manifest["splits"].values() for file in split["files"]):
+            with open(directory / file["name"], "rb") as opened:
+                found = hashlib.file_digest(opened, "sha256").hexdigest()
+            if found != file["sha256"]:
+                raise Damaged(f"{file['name']} has SHA-256 {found}, want {file['sha256']}")
+    return manifest
+
+
+@contextmanager
+def _refusing(directory: Path) -> Iterator[None]:
     try:
-        return _open(directory)
+        yield
     except Damaged as error:
         kind = "damaged" if (directory / MANIFEST).exists() else "incomplete or not a record directory"
-        raise UserError(f"{path}: {kind}: {error}; {REMEDY}") from None
-    except (AttributeError, KeyError, TypeError, ValueError, pa.ArrowException) as error:
-        raise UserError(f"{path}: {MANIFEST} or a record file is malformed ({error!r}); {REMEDY}") from None
+        raise UserError(f"{directory}: {kind}: {error}; {REMEDY}") from None
+    except OSError as error:
+        raise UserError(f"{directory}: cannot be read ({error.strerror or error}); {REMEDY}") from None
 
 
-def _open(directory: Path) -> Records:
+class StoredImages:
+    """The images of a split on disk, (N, H, W) uint8; indexing reads verified blocks and gives an array of its own.
+
+    Ascending runs of rows are read as wholes; the last CACHED_BLOCKS blocks are kept. The files stay open, so a
+    directory that is replaced meanwhile is read as it was. May be used from several threads.
+
+    Raises:
+        UserError: from indexing, when a block is damaged or its file was cut.
+    """
+
+    dtype = np.dtype(np.uint8)
+    ndim = 3
+
+    def __init__(
+        self, directory: Path, files: list[FileEntry], handles: list[int], height_width: tuple[int, int]
+    ) -> None:
+        self._directory, self._files, self._handles = directory, files, handles
+        self._first_F = np.cumsum([0, *(file.rows for file in files)])
+        self.shape = (int(self._first_F[-1]), *height_width)
+        self._block = lru_cache(CACHED_BLOCKS)(self._read_block)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        if isinstance(rows, (int, np.integer)):
+            return self[np.array([rows])][0]
+        row_M = np.arange(len(self))[rows]
+        out_MP = np.empty((len(row_M), self.shape[1] * self.shape[2]), np.uint8)
+        edges = [0, *(np.flatnonzero(np.diff(row_M) != 1) + 1).tolist(), len(row_M)]
+        with _refusing(self._directory):
+            for start, stop in pairwise(edges):
+                if start < stop:
+                    self._read_run(int(row_M[start]), out_MP[start:stop])
+        return out_MP.reshape(len(row_M), *self.shape[1:])
+
+    def _read_run(self, row: int, out_MP: np.ndarray) -> None:
+        """Fill `out_MP` with the rows from `row` on."""
+        while len(out_MP):
+            number = int(np.searchsorted(self._first_F, row, side="right")) - 1
+            num_rows = min(len(out_MP), int(self._first_F[number + 1]) - row)
+            out = out_MP[:num_rows].reshape(-1).data
+            offset = self._files[number].image_offset + (row - int(self._first_F[number])) * out_MP.shape[1]
+            while len(out):
+                within = offset % BLOCK_BYTES
+                data = self._block(number, offset // BLOCK_BYTES)[within : within + len(out)]
+                out[: len(data)] = data
+                out, offset = out[len(data) :], offset + len(data)
+            out_MP, row = out_MP[num_rows:], row + num_rows
+
+    def _read_block(self, number: int, block: int) -> memoryview:
+        file = self._files[number]
+        data = memoryview(bytearray(min(BLOCK_BYTES, file.bytes - block * BLOCK_BYTES)))
+        file.read_block(self._handles[number], block, [data])
+        return data
+
+    def __del__(self) -> None:
+        for handle in self._handles:
+            os.close(handle)
+
+
+def _open(directory: Path, in_memory: bool) -> Records:
     manifest = read_manifest(directory)
     found = (manifest.get("format"), manifest.get("version"))
     if found != (FORMAT, VERSION):
         raise Damaged(f"format and version are {found}, this engine reads {(FORMAT, VERSION)}")
-    if manifest["fingerprint"] != _fingerprint(manifest):
-        raise Damaged("the fingerprint does not belong to the files listed")
-    listed = [file["name"] for split in manifest["splits"].values() for file in split["files"]]
-    if any(os.path.basename(name) != name for name in listed):
-        raise Damaged("a file name leads out of the directory")
-    refuse_unknown_files(directory, set(listed))
-    fonts: list[str] = []
-    splits = {name: _read_split(directory, entry, manifest, fonts) for name, entry in manifest["splits"].items()}
-    pixels = manifest["train_pixels"]
+    try:
+        height_width = manifest["height"], manifest["width"]
+        classes, splits = manifest["classes"], manifest["splits"]
+        if not are_counts(*height_width) or not 0 < height_width[0] * height_width[1] <= MAX_PIXELS:
+            raise Damaged(f"images of {height_width} pixels cannot be")
+        if not _are_texts(classes) or not 0 < len(classes) <= MAX_CLASSES:
+            raise Damaged(f"the classes are not 1 to {MAX_CLASSES} different texts")
+        files = {name: [FileEntry(**file) for file in split["files"]] for name, split in splits.items()}
+        for name, split in splits.items():
+            for file in files[name]:
+                file.check(re.escape(name), height_width[0] * height_width[1])
+            if sum(file.rows for file in files[name]) != split["rows"]:
+                raise Damaged(f"the files of split {name} do not add up to its rows")
+        if "train" not in files or manifest["fingerprint"] != _fingerprint(manifest):
+            raise Damaged("the fingerprint does not belong to the files listed")
+        mean, std = (float(manifest["train_pixels"][key]) for key in ("mean", "std"))
+        refuse_unknown_files(directory, {FONTS, *(file.name for split in files.values() for file in split)})
+        fonts = _read_fonts(directory, manifest["fonts"])
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+        raise Damaged(f"{MANIFEST} is malformed ({error!r})") from None
     return Records(
-        splits=splits,
-        classes=tuple(manifest["classes"]),
-        fonts=tuple(fonts),
+        splits={
+            name: _read_split(directory, split, height_width, (len(classes), len(fonts)), in_memory)
+            for name, split in files.items()
+        },
+        classes=tuple(classes),
+        fonts=fonts,
         fingerprint=manifest["fingerprint"],
-        pixel_mean=pixels["mean"],
-        pixel_std=pixels["std"],
+        pixel_mean=mean,
+        pixel_std=std,
         path=str(directory),
     )
 
 
-def _write_file(path: Path, split: Split, classes: Sequence[str], fonts: Sequence[str]) -> dict[str, Any]:
-    n, height, width = split.image_NHW.shape
-    pixels = pa.Array.from_buffers(pa.uint8(), n * height * width, [None, pa.py_buffer(split.image_NHW)])
-    columns = {
-        "image": pa.FixedSizeListArray.from_arrays(pixels, height * width),
-        "label": pa.DictionaryArray.from_arrays(pa.array(split.label_N), pa.array(list(classes), pa.string())),
-        "font": pa.DictionaryArray.from_arrays(pa.array(split.font_N), pa.array(list(fonts), pa.string())),
-    }
-    schema = pa.schema([(name, column.type) for name, column in columns.items()])
-    schema = schema.with_metadata({"height": str(height), "width": str(width)})
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, schema) as writer:
-        writer.write_batch(pa.record_batch(list(columns.values()), schema=schema))
-    data = memoryview(sink.getvalue())
-    path.write_bytes(data)
-    checks = {"sha256": hashlib.sha256(data).hexdigest(), "crc32": _block_crcs(data)}
-    return {"name": path.name, "rows": n, "bytes": len(data), **checks}
-
-
-def _read_split(directory: Path, entry: dict[str, Any], manifest: dict[str, Any], fonts: list[str]) -> Split:
-    rows, height, width = int(entry["rows"]), int(manifest["height"]), int(manifest["width"])
-    if sum(file["rows"] for file in entry["files"]) != rows or rows * height * width > sum(
-        file["bytes"] for file in entry["files"]
-    ):
-        raise Damaged(f"the row counts of {entry['files'][0]['name']} and its like do not add up")
-    image_NHW = np.empty((rows, height, width), np.uint8)
-    label_N, font_N = np.empty(rows, np.uint8), np.empty(rows, np.int32)
-    start = 0
-    for file in entry["files"]:
-        batch = _read_file(directory / file["name"], file)
-        stop = start + batch.num_rows
-        image_NHW[start:stop] = batch["image"].flatten().to_numpy().reshape(-1, height, width)
-        label_N[start:stop] = batch["label"].indices.to_numpy()
-        font_N[start:stop] = batch["font"].indices.to_numpy()
-        fonts[:] = batch["font"].dictionary.to_pylist()
-        start = stop
-    if rows and (label_N.max() >= len(manifest["classes"]) or not 0 <= font_N.min() <= font_N.max() < len(fonts)):
-        raise Damaged("a label or font index lies outside its table")
-    return Split(image_NHW=image_NHW, label_N=label_N, font_N=font_N)
-
-
-def _read_file(path: Path, entry: dict[str, Any]) -> pa.RecordBatch:
-    """One file's record batch, its bytes compared with the manifest before they are parsed."""
+def _read_split(
+    directory: Path, files: list[FileEntry], height_width: tuple[int, int], limits: tuple[int, int], in_memory: bool
+) -> Split:
+    """A split; `limits` are the numbers of classes and of fonts."""
+    num = sum(file.rows for file in files)
+    handles: list[int] = []
     try:
-        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb", buffering=0) as file:
-            if (size := os.fstat(file.fileno()).st_size) != entry["bytes"]:
-                raise Damaged(f"{path.name} has {size} bytes, want {entry['bytes']}")
-            data = memoryview(bytearray(size))
-            if file.readinto(data) != size:
-                raise Damaged(f"{path.name} ended while it was read")
-    except OSError as error:
-        raise Damaged(f"{path.name} cannot be read ({error.strerror})") from None
-    crcs = _block_crcs(data)
-    for block, (got, want) in enumerate(zip(crcs, entry["crc32"], strict=True)):
-        if got != want:
-            raise Damaged(f"{path.name}: the block at byte {block * BLOCK_BYTES} has CRC32 {got:08x}, want {want:08x}")
-    batch = pa.ipc.open_file(pa.py_buffer(data)).get_batch(0)
-    if batch.num_rows != entry["rows"]:
-        raise Damaged(f"{path.name} holds {batch.num_rows} rows, want {entry['rows']}")
-    return batch
+        for file in files:  # every size is compared before anything is allocated
+            handles.append(file.open(directory))
+        image_NHW = np.empty((num, *height_width), np.uint8) if in_memory else None
+        label_N, font_N = np.empty(num, np.uint8), np.empty(num, np.int32)
+        with ThreadPoolExecutor(READERS) as pool:
+            jobs, first = [], 0
+            for file, handle in zip(files, handles, strict=True):
+                rows = slice(first, first + file.rows)
+                image_MHW = None if image_NHW is None else image_NHW[rows]
+                jobs.append(pool.submit(read_file, file, handle, image_MHW, label_N[rows], font_N[rows], height_width))
+                first += file.rows
+            for job in jobs:
+                job.result()
+        if num and (label_N.max() >= limits[0] or font_N.min() < 0 or font_N.max() >= limits[1]):
+            raise Damaged(f"{files[0].name} or its like: a label or font index lies outside its table")
+        if image_NHW is None:
+            images: Any = StoredImages(directory, files, handles, height_width)
+            handles = []
+        else:
+            images = image_NHW
+        return Split(image_NHW=images, label_N=label_N, font_N=font_N)
+    finally:
+        for handle in handles:
+            os.close(handle)
 
 
-def _block_crcs(data: memoryview) -> list[int]:
-    return [zlib.crc32(data[start : start + BLOCK_BYTES]) for start in range(0, len(data), BLOCK_BYTES)]
+def _read_fonts(directory: Path, entry: dict[str, Any]) -> tuple[str, ...]:
+    data = read_small(directory / FONTS, FONTS_LIMIT_BYTES)
+    if (len(data), hashlib.sha256(data).hexdigest()) != (entry["bytes"], entry["sha256"]):
+        raise Damaged(f"{FONTS} has not the SHA-256 that {MANIFEST} gives")
+    fonts = parse_json(data, FONTS)
+    if not _are_texts(fonts):
+        raise Damaged(f"{FONTS} is not a list of different texts")
+    return tuple(fonts)
+
+
+def _are_texts(values: Any) -> bool:
+    """A list of different strings; ValueError if one cannot be written as UTF-8."""
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        return False
+    return len({value.encode() for value in values}) == len(values)
 
 
 def _fingerprint(manifest: dict[str, Any]) -> str:

@@ -13,10 +13,10 @@ import numpy as np
 
 from engine.config import RunConfig, load_toml, override
 from engine.errors import UserError, exit_on_user_error
-from engine.pack import draw_splits
 from engine.records import Records, Split, open_records, pixel_statistics
 from engine.report import ROOT, Environment
 from engine.sample import ensure_sample
+from engine.split import draw_splits
 from engine.trainer import open_session
 from engine.world import World, start_world
 from tools.bench.measure import measure
@@ -96,13 +96,15 @@ def records_from_npz(path: Path) -> Records:
         label_N=np.tile(np.arange(num_classes, dtype=np.uint8), num_fonts),
         font_N=np.repeat(np.arange(num_fonts, dtype=np.int32), num_classes),
     )
-    rows = draw_splits(everything.label_N, classes, mode="random", balance=False, seed=42)
+    fonts = tuple(map(str, names))
+    label_N, font_N = everything.label_N, everything.font_N
+    rows = draw_splits(label_N, font_N, classes, fonts, mode="random", balance=False, seed=42)
     splits = {name: everything.take(row_M) for name, row_M in rows.items()}
     mean, std = pixel_statistics(splits["train"].image_NHW)
     return Records(
         splits=splits,
         classes=classes,
-        fonts=tuple(map(str, names)),
+        fonts=fonts,
         fingerprint=f"npz of {num_fonts} typefaces",
         pixel_mean=mean,
         pixel_std=std,

@@ -1,40 +1,94 @@
-"""tools/pack_tmnist CSV OUT: pack a TMNIST CSV into checksummed record files. The work is engine/pack.py."""
+"""tools/pack_tmnist CSV OUT: pack a CSV of glyphs into checksummed record files. The work is engine/pack.py's."""
 
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
-from engine.errors import exit_on_user_error, printable
+from engine.errors import EXIT_USER_ERROR, UserError, exit_on_user_error, printable
 from engine.ui import Progress
 
+EPILOG = """\b
+tools/pack_tmnist 94_character_TMNIST.csv records    pack; .csv.gz, .zip and - (a pipe) work as well
+tools/pack_tmnist --check 94_character_TMNIST.csv    list what is wrong with a CSV, pack nothing
+tools/pack_tmnist --verify records                   compare every byte with the manifest
+tools/pack_tmnist --describe records                 classes, typefaces, statistics, and a sheet of glyphs
+"""
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("csv", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
-@click.option("--split", type=click.Choice(["random", "none"]), default="random", show_default=True,
-              help="random: 70/15/15 in each class; none: everything is train.")  # fmt: skip
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]}, epilog=EPILOG)
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path), required=False)
+@click.option("--split", type=click.Choice(["random", "font", "none"]), default="random", show_default=True,
+              help="70/15/15: random in each class, or by whole typeface families; none: everything is train.")  # fmt: skip
 @click.option("--balance", is_flag=True, help="Cut every class to the smallest one's size.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=42, show_default=True, help="Draws the split.")
+@click.option("--classes", type=click.IntRange(1, 256), help="Refuse a CSV with another number of labels.")
 @click.option("--force", is_flag=True, help="Replace OUT if it is a record directory.")
-def main(csv: Path, out: Path, split: Any, balance: bool, seed: int, force: bool) -> None:
-    """Pack CSV (TMNIST's .csv, .csv.gz, or Kaggle's .zip) into the record directory OUT."""
+@click.option("--workers", type=click.IntRange(1, 64), help="Lexing threads.  [default: the cores, at most 8]")
+@click.option("--check", "action", flag_value="check", help="Only read SOURCE; list up to 100 faults.")
+@click.option("--verify", "action", flag_value="verify", help="SOURCE is a record directory: is it whole?")
+@click.option("--describe", "action", flag_value="describe", help="SOURCE is a record directory: what is in it?")
+@click.option("--fingerprint", default="", help="With --verify: its fingerprint, or the beginning of it.")
+@click.option("--sheet", type=click.Path(path_type=Path), help="With --describe: the picture.  [default: SOURCE.png]")
+def main(
+    source: Path, out: Path | None, action: str | None, fingerprint: str, sheet: Path | None, **options: Any
+) -> None:
+    """Pack SOURCE, TMNIST's CSV (or an MNIST-like one), into the record directory OUT."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that temporary files go
     with exit_on_user_error():
-        from engine.pack import pack
+        if action and out:
+            raise UserError(f"--{action} takes one path, got {source} and {out}")
+        if action == "check":
+            _check(source)
+        elif action == "verify":
+            from engine.records import verify_records
 
-        with Progress(f"packing {csv.name}", total=1.0) as bar:
-            report = pack(csv, out, mode=split, balance=balance, seed=seed, force=force,
-                          progress=lambda rows, part: bar.update(part, f"{rows:,} rows"))  # fmt: skip
-        click.echo(_summary(report.manifest, report.rows_read))
-        click.echo(
-            f"{printable(str(out))}: {report.out_bytes:,} bytes in {report.seconds:.2f} s, "
-            f"fingerprint {report.manifest['fingerprint'][:16]}"
-        )
+            manifest = verify_records(source, fingerprint)
+            click.echo(f"{printable(str(source))}: whole, fingerprint {manifest['fingerprint']}")
+        elif action == "describe":
+            from tools.describe import describe
+
+            click.echo(describe(source, sheet or source.with_name(f"{source.resolve().name}.png")))
+        elif out is None:
+            raise UserError(f"{source}: name the record directory to pack it into: tools/pack_tmnist {source} OUT")
+        else:
+            _pack(source, out, **options)
 
 
-def _summary(manifest: dict[str, Any], rows_read: int) -> str:
+def _pack(source: Path, out: Path, classes: int | None, **options: Any) -> None:
+    from engine.pack import pack
+
+    with Progress(f"packing {printable(source.name)}", total=1.0) as bar:
+        report = pack(source, out, mode=options.pop("split"), num_classes=classes, **options,
+                      progress=lambda rows, part: bar.update(part, f"{rows:,} rows"))  # fmt: skip
+    click.echo(_summary(report.manifest))
+    for warning in report.warnings:
+        click.echo(f"note: {printable(warning)}")
+    click.echo(
+        f"{printable(str(out))}: {report.out_bytes:,} bytes in {report.seconds:.2f} s, "
+        f"fingerprint {report.manifest['fingerprint'][:16]}"
+    )
+
+
+def _check(source: Path) -> None:
+    from engine.pack import check
+
+    num_rows, faults, warnings = check(source)
+    for line in faults:
+        click.echo(printable(line))
+    for line in warnings:
+        click.echo(f"note: {printable(line)}")
+    click.echo(f"{printable(str(source))}: {num_rows:,} rows, {len(faults)} faults")
+    if faults:
+        raise SystemExit(EXIT_USER_ERROR)
+
+
+def _summary(manifest: dict[str, Any]) -> str:
     splits = manifest["splits"]
-    lines = [f"{rows_read:,} rows read", "class " + "".join(f"{name:>9}" for name in splits)]
+    lines = [f"{manifest['source_rows']['rows']:,} rows read", "class " + "".join(f"{name:>9}" for name in splits)]
     for index, label in enumerate(manifest["classes"]):
         counts = "".join(f"{split['rows_per_class'][index]:>9,}" for split in splits.values())
         lines.append(f"{printable(label):<6}{counts}")

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from safetensors.torch import load_file
 
 from engine.config import RunConfig, load_toml
@@ -13,9 +13,9 @@ from engine.errors import UserError, exit_on_user_error
 from engine.model import make_model
 from engine.records import Records, Split, open_records
 from engine.sample import sample_path
+from tools.sheet import BLACK, COLUMNS, RED, draw_sheet
 
-COLUMNS, ROWS, SCALE, CAPTION = 16, 6, 2, 22
-RIGHT, WRONG = (60, 60, 60), (200, 0, 0)
+ROWS = 6
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -46,18 +46,13 @@ def predict(config: RunConfig, weights: Path, records: Records, split: Split) ->
 
 
 def draw(split: Split, answer_N: np.ndarray, classes: tuple[str, ...]) -> Image.Image:
-    """The images in a grid, black on white, each with its answer below."""
-    height, width = (side * SCALE for side in split.image_NHW.shape[1:])
-    sheet = Image.new("RGB", (COLUMNS * (width + 4), ROWS * (height + CAPTION)), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(16)
-    for n, image_HW in enumerate(split.image_NHW):
-        row, column = divmod(n, COLUMNS)
-        x, y = column * (width + 4) + 2, row * (height + CAPTION)
-        sheet.paste(Image.fromarray(255 - image_HW).resize((width, height)), (x, y))
-        right = answer_N[n] == split.label_N[n]
-        text = classes[answer_N[n]] if right else f"{classes[answer_N[n]]}  ({classes[split.label_N[n]]})"
-        pen.text((x + width // 2, y + height + CAPTION // 2), text, RIGHT if right else WRONG, font, anchor="mm")
-    return sheet
+    """The images in a grid, each with its answer below."""
+    right_N = answer_N == split.label_N
+    captions = [
+        classes[answer] if right else f"{classes[answer]}  ({classes[label]})"
+        for answer, label, right in zip(answer_N, split.label_N, right_N, strict=True)
+    ]
+    return draw_sheet(split.image_NHW, captions, [BLACK if right else RED for right in right_N])
 
 
 if __name__ == "__main__":

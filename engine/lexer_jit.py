@@ -1,0 +1,324 @@
+"""lexer.py's language, compiled by numba: blocks of lines -> Rows, at 2 to 3 GB/s on two cores.
+
+Safe on any bytes: a block ends with a line feed, which ends every field, and SLACK_BYTES lie readable behind it; so no
+loop passes the block's end and no wide comparison passes the slack. Text (names, labels) is interned as bytes here and
+looked at in Python once, when it is new. A line that is not in the language is only found here; lexer.py says what is
+wrong with it.
+
+Shapes: R rows of a block, P pixels of a row, E entries of a text table.
+"""
+
+import secrets
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+from engine.lexer import FIELD_LIMIT_BYTES, LINE_LIMIT_BYTES, SLACK_BYTES, Fault, Layout, Rows, check_text
+
+assert SLACK_BYTES >= 40, "a wide comparison reads 40 bytes from the start of a field"
+U = np.uint64
+QUOTE, COMMA, DOT, ZERO, NINE, LF, CR = (np.uint8(ord(c)) for c in '",.09\n\r')
+TWO_ZEROS = U(int.from_bytes(b"0.0,0.0,", "little"))
+DOT_ZERO_COMMA = U(int.from_bytes(b".0,", "little"))
+FACTOR = U(0x9E3779B97F4A7C15)  # 2**64 / golden ratio (Knuth, TAOCP 6.4)
+SEED = U(secrets.randbits(64))
+"""Of this process, so that nobody writes a file whose names collide; no output depends on it."""
+
+
+def _jit(function: Callable[..., Any]) -> Any:
+    """Compiled at the first call and kept beside the source or in the user's cache, if one of them can be written."""
+    try:
+        return njit(nogil=True, cache=True)(function)
+    except RuntimeError:
+        return njit(nogil=True)(function)
+
+
+def _load8_intrinsic(context: Any, array: Any, start: Any) -> Any:
+    """Eight bytes of a uint8 array from `start` as one little-endian uint64, at any alignment."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        address = builder.bitcast(builder.gep(data, [arguments[1]]), ir.IntType(64).as_pointer())
+        return builder.load(address, align=1)
+
+    return types.uint64(array, types.int64), codegen
+
+
+_load8: Any = intrinsic(_load8_intrinsic)
+
+
+@_jit
+def _mix(code, word):  # type: ignore[no-untyped-def]
+    code = (code ^ word) * FACTOR
+    return code ^ (code >> U(29))
+
+
+@_jit
+def _text(buffer, i, arena, tail):  # type: ignore[no-untyped-def]
+    """Copy the field at `i`, unquoted, to arena[tail:]. Returns (offset behind its comma, length), or (-1, 0)."""
+    length = 0
+    quoted = buffer[i] == QUOTE
+    i += int(quoted)
+    while buffer[i] != LF and length < FIELD_LIMIT_BYTES + 1:
+        byte = buffer[i]
+        if quoted and byte == QUOTE and buffer[i + 1] != QUOTE:
+            i += 1
+            break
+        if not quoted and byte == COMMA:
+            break
+        if byte == QUOTE:
+            if not quoted:
+                return -1, 0
+            i += 1  # the first of two
+        arena[tail + length] = byte
+        length += 1
+        i += 1
+    if buffer[i] != COMMA or length == 0 or length > FIELD_LIMIT_BYTES:
+        return -1, 0
+    return i + 1, length
+
+
+@_jit
+def _intern(length, row, arena, offsets, hashes_E, row_E, slots, count):  # type: ignore[no-untyped-def]
+    """The index of the text at the arena's tail; a new one is kept, with the row it first stands in."""
+    tail = offsets[count[0]]
+    code = SEED
+    for k in range(length):
+        code = _mix(code, U(arena[tail + k]))
+    slot = np.int64(code & U(len(slots) - 1))
+    while slots[slot] >= 0:
+        entry = slots[slot]
+        start = offsets[entry]
+        if hashes_E[entry] == code and offsets[entry + 1] - start == length:
+            k = 0
+            while k < length and arena[start + k] == arena[tail + k]:
+                k += 1
+            if k == length:
+                return entry
+        slot = (slot + 1) & (len(slots) - 1)
+    entry = np.int32(count[0])
+    slots[slot] = entry
+    hashes_E[entry] = code
+    offsets[entry + 1] = tail + length
+    row_E[entry] = row
+    count[0] += 1
+    return entry
+
+
+@_jit
+def _fill_slots(hashes_E, slots, count):  # type: ignore[no-untyped-def]
+    slots[:] = -1
+    for entry in range(count):
+        slot = np.int64(hashes_E[entry] & U(len(slots) - 1))
+        while slots[slot] >= 0:
+            slot = (slot + 1) & (len(slots) - 1)
+        slots[slot] = entry
+
+
+@_jit
+def _pixel(buffer, i, last):  # type: ignore[no-untyped-def]
+    """Any accepted pixel at `i`. Returns (offset behind its comma or line end, value), or (-1, 0)."""
+    quoted = buffer[i] == QUOTE
+    i += int(quoted)
+    start, value = i, 0
+    while i < start + 3 and ZERO <= buffer[i] <= NINE:
+        value = 10 * value + int(buffer[i]) - int(ZERO)
+        i += 1
+    if i == start or value > 255 or (buffer[start] == ZERO and i > start + 1):
+        return -1, 0
+    if buffer[i] == DOT:
+        i += 1
+        zeros = i
+        while buffer[i] == ZERO:
+            i += 1
+        if i == zeros or i - start > FIELD_LIMIT_BYTES:
+            return -1, 0
+    if quoted:
+        if buffer[i] != QUOTE:
+            return -1, 0
+        i += 1
+    if last and buffer[i] == CR:
+        i += 1
+    if buffer[i] != (LF if last else COMMA):
+        return -1, 0
+    return i + 1, value
+
+
+@_jit
+def _pixels(buffer, i, image_P):  # type: ignore[no-untyped-def]
+    """A row's pixels from `i` on. Returns the next line's offset, or -1."""
+    num = len(image_P)
+    p = 0
+    while p < num:
+        word = _load8(buffer, i)
+        if word == TWO_ZEROS and p + 2 < num:  # most of a glyph is background
+            image_P[p] = 0
+            image_P[p + 1] = 0
+            p += 2
+            i += 8
+            while p + 8 < num and (
+                (_load8(buffer, i) ^ TWO_ZEROS)
+                | (_load8(buffer, i + 8) ^ TWO_ZEROS)
+                | (_load8(buffer, i + 16) ^ TWO_ZEROS)
+                | (_load8(buffer, i + 24) ^ TWO_ZEROS)
+            ) == U(0):
+                for k in range(8):
+                    image_P[p + k] = 0
+                p += 8
+                i += 32
+            continue
+        # One to three digits and ".0," without a branch: nothing predicts how many digits a pixel has.
+        two = U((word >> U(8)) & U(255) != U(DOT))
+        three = two & U((word >> U(16)) & U(255) != U(DOT))
+        num_digits = U(1) + two + three
+        digits = word << (U(32) - U(8) * num_digits)  # the last digit in bits 24 to 31
+        ones = ((digits >> U(24)) & U(255)) - U(ZERO)  # what is below "0" wraps to a huge number
+        tens = (((digits >> U(16)) & U(255)) - U(ZERO)) * two
+        hundreds = (((digits >> U(8)) & U(255)) - U(ZERO)) * three
+        value = ones + U(10) * tens + U(100) * hundreds
+        plain = (
+            ((word >> (U(8) * num_digits)) & U(0xFFFFFF) == DOT_ZERO_COMMA)
+            & (ones < U(10))
+            & (tens < U(10))
+            & (hundreds < U(10))
+            & (value < U(256))
+            & ((two == U(0)) | (word & U(255) != U(ZERO)))
+        )
+        if plain and p + 1 < num:
+            image_P[p] = value
+            i += np.int64(num_digits) + 3
+        else:
+            i, any_value = _pixel(buffer, i, p + 1 == num)
+            if i < 0:
+                return -1
+            image_P[p] = any_value
+        p += 1
+    return i
+
+
+@_jit
+def _lex(buffer, start, stop, font_table, label_table, image_RP, font_R, label_R, number_R3, hash_R):  # type: ignore[no-untyped-def]
+    """Rows of buffer[start:stop] up to the first line that is none. Returns (number of rows, that line's offset or -1).
+
+    A layout without fonts passes an empty `font_R`; `number_R3` takes each row's offset, sum, and sum of squares.
+    """
+    num_pixels = image_RP.shape[1]
+    row = 0
+    while start < stop:
+        i = start
+        if len(font_R):
+            i, length = _text(buffer, i, font_table[0], font_table[1][font_table[5][0]])
+            if i < 0:
+                return row, start
+            font_R[row] = _intern(length, row, *font_table)
+        i, length = _text(buffer, i, label_table[0], label_table[1][label_table[5][0]])
+        if i < 0:
+            return row, start
+        label_R[row] = _intern(length, row, *label_table)
+        image_P = image_RP[row]
+        i = _pixels(buffer, i, image_P)
+        if i < 0 or i - start > LINE_LIMIT_BYTES:
+            return row, start
+        total, squares, code = np.int64(0), np.int64(0), SEED
+        for p in range(num_pixels):
+            value = np.int64(image_P[p])
+            total += value
+            squares += value * value
+        for p in range(0, num_pixels - 7, 8):
+            code = _mix(code, _load8(image_P, p))
+        for p in range(num_pixels - num_pixels % 8, num_pixels):
+            code = _mix(code, U(image_P[p]))
+        number_R3[row, 0], number_R3[row, 1], number_R3[row, 2], hash_R[row] = start, total, squares, code
+        row += 1
+        start = i
+    return row, -1
+
+
+class _TextTable:
+    """Texts by the order in which they came; its arrays are the last arguments of `_intern`."""
+
+    def __init__(self, column: int, header: str) -> None:
+        self.texts: list[str] = []
+        self.header_index = -1
+        self._column, self._header = column, header
+        self._arena = np.empty(2**16, np.uint8)
+        self._offsets, self._hashes_E, self._row_E = np.zeros(2**10, np.int64), np.zeros(2**10, U), np.zeros(2**10, int)
+        self._slots, self._count = np.full(2**11, -1, np.int32), np.zeros(1, np.int64)
+
+    def arrays(self, num_rows: int, num_bytes: int) -> tuple[np.ndarray, ...]:
+        """The arrays, with room for a block of so many rows and bytes."""
+        entries = len(self.texts) + num_rows + 1
+        tail = int(self._offsets[len(self.texts)])
+        self._arena = _grown(self._arena, tail + num_bytes + FIELD_LIMIT_BYTES + 1)
+        self._offsets, self._hashes_E, self._row_E = (
+            _grown(array, entries) for array in (self._offsets, self._hashes_E, self._row_E)
+        )
+        if len(self._slots) < 2 * entries:
+            self._slots = np.empty(1 << (2 * entries).bit_length(), np.int32)
+            _fill_slots(self._hashes_E, self._slots, len(self.texts))
+        return self._arena, self._offsets, self._hashes_E, self._row_E, self._slots, self._count
+
+    def adopt(self, num_rows: int) -> int:
+        """Look at the texts that are new; the number of rows before the first that may not be, and forget the rest."""
+        for entry in range(len(self.texts), int(self._count[0])):
+            raw = self._arena[self._offsets[entry] : self._offsets[entry + 1]].tobytes()
+            try:
+                text = check_text(raw.decode(), self._column)
+            except (UnicodeDecodeError, Fault):
+                self._count[0] = entry
+                _fill_slots(self._hashes_E, self._slots, entry)
+                return min(num_rows, int(self._row_E[entry]))
+            if text == self._header:
+                self.header_index = entry
+            self.texts.append(text)
+        return num_rows
+
+
+class JitLexer:
+    """Blocks of lines -> Rows; one for each thread. Takes lexer.PlainLexer's place."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._fonts = _TextTable(1, layout.columns[0])
+        self._labels = _TextTable(layout.num_text, layout.columns[layout.num_text - 1])
+        self.fonts = self._fonts.texts if layout.has_fonts else [""]
+        self.labels = self._labels.texts
+
+    def lex(self, block: np.ndarray, start: int, stop: int, image_RP: np.ndarray) -> Rows:
+        """The rows of block[start:stop], whose last byte is a line feed; their pixels are left in `image_RP`."""
+        most = self._layout.most_rows(stop - start)
+        assert start == stop or block[stop - 1] == LF
+        assert len(block) >= stop + SLACK_BYTES
+        assert len(image_RP) >= most and image_RP.shape[1] == self._layout.num_pixels
+        font_R, label_R = np.zeros(most if self._layout.has_fonts else 0, np.int32), np.empty(most, np.int32)
+        number_R3, hash_R = np.empty((most, 3), np.int64), np.empty(most, U)
+        tables = [table.arrays(most, stop - start) for table in (self._fonts, self._labels)]
+        rows, fault = _lex(block, start, stop, *tables, image_RP, font_R, label_R, number_R3, hash_R)
+        seen = min(self._fonts.adopt(rows), self._labels.adopt(rows))
+        if self._labels.header_index >= 0 and (self._fonts.header_index >= 0 or not self._layout.has_fonts):
+            header_R = label_R[:seen] == self._labels.header_index
+            if self._layout.has_fonts:
+                header_R &= font_R[:seen] == self._fonts.header_index
+            seen = int(header_R.argmax()) if header_R.any() else seen
+        return Rows(
+            image_RP=image_RP[:seen],
+            label_R=label_R[:seen],
+            font_R=font_R[:seen] if self._layout.has_fonts else np.zeros(seen, np.int32),
+            sum_R=number_R3[:seen, 1],
+            squares_R=number_R3[:seen, 2],
+            hash_R=hash_R[:seen],
+            fault=int(number_R3[seen, 0]) if seen < rows else fault,
+        )
+
+
+def _grown(array: np.ndarray, size: int) -> np.ndarray:
+    """`array`, or a longer one that begins with it."""
+    if len(array) >= size:
+        return array
+    grown: np.ndarray = np.zeros(max(size, 2 * len(array)), array.dtype)
+    grown[: len(array)] = array
+    return grown

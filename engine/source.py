@@ -1,0 +1,155 @@
+"""Where a CSV comes from (file, .gz, .zip member, pipe), as blocks of whole lines. Never blocks on what is no file.
+
+A block is a reused buffer of lines that end with a line feed, with lexer.SLACK_BYTES behind them.
+"""
+
+import gzip
+import io
+import os
+import re
+import stat
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from engine.errors import UserError
+from engine.lexer import LINE_LIMIT_BYTES, SLACK_BYTES
+
+BLOCK_BYTES = 2 * 2**20
+"""Fits the second-level cache of one core together with its pixels; 1 to 4 MiB measured alike."""
+
+
+class Source:
+    """An open CSV."""
+
+    def __init__(self, name: str, raw: IO[bytes], data: Any, size: int | None) -> None:
+        self.name = name
+        self.size = size
+        """Bytes of the CSV itself; None if only reading tells."""
+        self._raw, self._data = raw, data
+        self._found = os.fstat(raw.fileno())
+
+    @property
+    def part(self) -> float:
+        """The part (0..1) of the source's bytes that has been read; 0 for a pipe."""
+        return min(self._raw.tell() / max(self._found.st_size, 1), 1.0) if stat.S_ISREG(self._found.st_mode) else 0.0
+
+    def readinto(self, view: memoryview) -> int:
+        """Fill `view` as far as the source goes; fewer bytes only at its end."""
+        with reading(self.name):
+            filled = 0
+            while filled < len(view) and (got := self._data.readinto(view[filled:])):
+                filled += got
+            return filled
+
+    def check_unchanged(self, path: Path) -> None:
+        """Refuse a file that was written to or replaced while it was read."""
+        if not stat.S_ISREG(self._found.st_mode):
+            return
+        with reading(self.name):
+            now, named = os.fstat(self._raw.fileno()), os.stat(path)
+        facts = [(s.st_ino, s.st_dev, s.st_size, s.st_mtime_ns) for s in (self._found, now, named)]
+        if len(set(facts)) > 1:
+            raise UserError(f"{self.name}: changed while it was read; pack it again when nothing writes to it")
+
+
+@contextmanager
+def open_source(path: Path) -> Iterator[Source]:
+    """Open a .csv, .csv.gz, a .zip that holds one CSV, `-` or /dev/stdin; told by the first bytes, not by the name.
+
+    Raises:
+        UserError: it is no regular file (a pipe only as /dev/stdin or /dev/fd/N), or cannot be read.
+    """
+    name = "standard input" if str(path) == "-" else str(path)
+    with reading(name):
+        piped = re.fullmatch(r"-|/dev/stdin|/dev/fd/(\d+)", str(path))
+        handle = os.dup(int(piped[1] or 0)) if piped else os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(handle, "rb") as raw:
+            found = os.fstat(handle)
+            if not stat.S_ISREG(found.st_mode) and not (piped and stat.S_ISFIFO(found.st_mode)):
+                raise UserError(f"{name}: is not a regular file; give a .csv, .csv.gz or .zip, or - for a pipe")
+            with _unpacked(raw, name, found) as (data, size):
+                yield Source(name, raw, data, size)
+
+
+@contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Turn what the system and the decompressors raise into a UserError."""
+    try:
+        yield
+    except EOFError:
+        raise UserError(f"{name}: the compressed file ends too early; download it again") from None
+    except (zipfile.BadZipFile, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{name}: the compressed file is damaged ({error}); download it again") from None
+    except (RuntimeError, NotImplementedError) as error:  # what zipfile raises for encryption and rare methods
+        raise UserError(f"{name}: cannot be unpacked ({error}); unpack it yourself and name the CSV") from None
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{name}: cannot be read ({reason}); give a .csv, .csv.gz or the .zip as downloaded") from None
+
+
+def buffer_bytes(block_bytes: int = BLOCK_BYTES) -> int:
+    """The size of the buffers that `blocks` fills."""
+    return LINE_LIMIT_BYTES + block_bytes + 1 + SLACK_BYTES
+
+
+def blocks(
+    source: Source, take: Callable[[], bytearray], block_bytes: int = BLOCK_BYTES
+) -> Iterator[tuple[bytearray, int]]:
+    """(buffer, stop) of the source's whole lines in order, the last with a line feed even if the source has none there.
+
+    `take` hands out the next free buffer. A line longer than LINE_LIMIT_BYTES is cut, for the lexer to refuse. One
+    blank line at the source's end is dropped.
+    """
+    carried, at_end = b"", False
+    while not at_end:
+        buffer = take()
+        view = memoryview(buffer)[:-SLACK_BYTES]
+        view[: len(carried)] = carried
+        cut, stop = 0, len(carried)
+        while not (cut or at_end or stop > LINE_LIMIT_BYTES):
+            got = source.readinto(view[stop : stop + block_bytes])
+            at_end = got < block_bytes
+            cut = buffer.rfind(b"\n", stop, stop + got) + 1
+            stop += got
+        if (at_end and cut < stop) or not cut:
+            view[stop : stop + 1] = b"\n"
+            cut = stop = stop + 1
+        blank = _blank_line(buffer, cut)
+        carried = b"" if at_end else bytes(view[cut - blank : stop])
+        cut -= blank
+        buffer[cut : cut + SLACK_BYTES] = bytes(SLACK_BYTES)
+        if cut:
+            yield buffer, cut
+
+
+def _blank_line(buffer: bytearray, stop: int) -> int:
+    """The bytes of the last line of buffer[:stop] if it is blank, else 0."""
+    tail = bytes(buffer[max(stop - 3, 0) : stop])
+    if tail == b"\n" or tail.endswith(b"\n\n"):
+        return 1
+    return 2 if tail == b"\r\n" or tail.endswith(b"\n\r\n") else 0
+
+
+@contextmanager
+def _unpacked(raw: IO[bytes], name: str, found: os.stat_result) -> Iterator[tuple[Any, int | None]]:
+    """(stream of the CSV, its size if known), told by the first bytes."""
+    piped = not stat.S_ISREG(found.st_mode)
+    magic = raw.peek(4)[:4] if isinstance(raw, io.BufferedReader) else b""
+    if magic[:2] == b"\x1f\x8b":
+        with gzip.open(raw) as data:
+            yield data, None
+    elif magic == b"PK\x03\x04":
+        if piped:
+            raise UserError(f"{name}: is a zip, which cannot be read from a pipe; name the file")
+        with zipfile.ZipFile(raw) as archive:
+            members = [info for info in archive.infolist() if info.filename.lower().endswith(".csv")]
+            if len(members) != 1:
+                raise UserError(f"{name}: holds {len(members)} CSV files, want one; unpack it and name the CSV")
+            with archive.open(members[0]) as data:
+                yield data, members[0].file_size
+    else:
+        yield raw, None if piped else found.st_size

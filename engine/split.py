@@ -1,0 +1,87 @@
+"""Which rows of a CSV go to train, val and test: pure functions of labels, typefaces and a seed, equal everywhere.
+
+Shapes: N rows of the CSV, M of them.
+"""
+
+import re
+from typing import Literal
+
+import numpy as np
+
+from engine.errors import UserError
+from engine.order import permute, round_keys
+
+SplitMode = Literal["random", "font", "none"]
+EVAL_FRACTION = 0.15
+"""Part of each class (with split font: of all rows) in val, and again in test; the rest is train: 70/15/15."""
+_STYLE = re.compile(
+    r"(thin|extra|ultra|light|semi|demi|book|regular|roman|text|medium|bold|black|heavy|italic|ital|oblique|slanted"
+    r"|condensed|cond|compressed|narrow|expanded|expd|extended|wide|caps|variable|vf|[0-9])+$",
+    re.IGNORECASE,
+)
+
+
+def draw_splits(
+    label_N: np.ndarray,
+    font_N: np.ndarray,
+    classes: tuple[str, ...],
+    fonts: tuple[str, ...],
+    *,
+    mode: SplitMode,
+    balance: bool,
+    seed: int,
+) -> dict[str, np.ndarray]:
+    """Row numbers of each split, ascending.
+
+    `balance` first cuts each class to the smallest one's size. `random` is stratified: within each class the rows stand
+    in the order of a keyed bijection of (seed, class name); its head is val, then test, the rest train. `font` deals
+    whole families (see `family`) to val and test, in such an order, as long as they fit into their part of all rows.
+
+    Raises:
+        UserError: a class, or the number of families, is too small for three splits.
+    """
+    counts = np.bincount(label_N, minlength=len(classes))
+    kept = []
+    for name, row_M in zip(classes, np.split(np.argsort(label_N, kind="stable"), np.cumsum(counts)[:-1]), strict=True):
+        num = int(counts.min()) if balance else len(row_M)
+        if mode == "random" and num < 3:
+            raise UserError(f"the class {name!r} has {num} rows, want at least 3 to split; use --split none")
+        kept.append(row_M[permute(np.arange(len(row_M)), len(row_M), round_keys(seed, "split", name))[:num]])
+    if mode == "none":
+        return {"train": np.sort(np.concatenate(kept))}
+    if mode == "font":
+        return _draw_fonts(np.sort(np.concatenate(kept)), font_N, fonts, seed)
+    parts: dict[str, list[np.ndarray]] = {"train": [], "val": [], "test": []}
+    for row_M in kept:
+        held_out = max(1, round(len(row_M) * EVAL_FRACTION))
+        parts["train"].append(row_M[2 * held_out :])
+        parts["val"].append(row_M[:held_out])
+        parts["test"].append(row_M[held_out : 2 * held_out])
+    return {name: np.sort(np.concatenate(part)) for name, part in parts.items()}
+
+
+def family(font: str) -> str:
+    """The family that a font file's name tells: what stands before a dash, underscore, bracket or space, without words
+    of weight, width and slope at its end: `RobotoSerifCondensed-Light[wght]` is of `robotoserif`."""
+    stem = re.split(r"[-_\[ ]", font, maxsplit=1)[0]
+    return (_STYLE.sub("", stem) or stem or font).lower()
+
+
+def _draw_fonts(row_M: np.ndarray, font_N: np.ndarray, fonts: tuple[str, ...], seed: int) -> dict[str, np.ndarray]:
+    families = sorted({family(font) for font in fonts})
+    if len(families) < 3:
+        raise UserError(f"the rows are of {len(families)} typeface families, want at least 3; use --split random")
+    number_of = {name: number for number, name in enumerate(families)}
+    family_M = np.array([number_of[family(font)] for font in fonts])[font_N[row_M]]
+    sizes = np.bincount(family_M, minlength=len(families))
+    split_of = np.zeros(len(families), np.int8)
+    room = {1: EVAL_FRACTION * len(row_M), 2: EVAL_FRACTION * len(row_M)}
+    for number in permute(np.arange(len(families)), len(families), round_keys(seed, "split", "fonts")):
+        split = next((split for split, rows in room.items() if sizes[number] <= rows), 0)
+        split_of[number] = split
+        room[split] = room.get(split, 0) - sizes[number]
+    rows = {name: row_M[split_of[family_M] == split] for split, name in enumerate(("train", "val", "test"))}
+    for name, drawn in rows.items():
+        if not len(drawn):
+            raise UserError(f"the typeface families are too large to leave one for {name}; use --split random")
+    return rows

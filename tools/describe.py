@@ -1,0 +1,75 @@
+"""What a record directory holds, in words and as a sheet of glyphs; the work of tools/pack_tmnist --describe."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+
+from engine.errors import printable
+from engine.publish import write_file, writing
+from engine.records import Records, open_records
+from engine.split import family
+from tools.sheet import BLACK, draw_sheet
+
+SHEET_IMAGES = 192
+
+
+def describe(path: Path, sheet: Path) -> str:
+    """Text about the records at `path`; writes a PNG of examples of each class to `sheet`.
+
+    Raises:
+        UserError: the records are damaged, or the picture cannot be written.
+    """
+    records = open_records(path)
+    splits = records.splits
+    lines = [
+        f"{printable(str(path))}: {sum(map(len, splits.values())):,} images of {records.height_width[0]} x "
+        f"{records.height_width[1]} pixels, {len(records.classes)} classes",
+        f"fingerprint {records.fingerprint}",
+        f"train pixels: mean {records.pixel_mean:.3f}, standard deviation {records.pixel_std:.3f} (0..255)",
+        _typefaces(records),
+        f"images that occur more than once: {_repeated(records):,}",
+        "class " + "".join(f"{name:>9}" for name in splits),
+    ]
+    counts = [np.bincount(split.label_N, minlength=len(records.classes)) for split in splits.values()]
+    for label, row in zip(records.classes, zip(*counts, strict=True), strict=True):
+        lines.append(f"{printable(label):<6}" + "".join(f"{count:>9,}" for count in row))
+    lines.append("all   " + "".join(f"{len(split):>9,}" for split in splits.values()))
+    picture = io.BytesIO()
+    image_MHW, captions = _examples(records)
+    draw_sheet(image_MHW, captions, [BLACK] * len(captions)).save(picture, "PNG")
+    with writing(sheet):
+        write_file(sheet, picture.getvalue())
+    return "\n".join([*lines, f"sheet of glyphs: {printable(str(sheet))}"])
+
+
+def _typefaces(records: Records) -> str:
+    if records.fonts == ("",):
+        return "typefaces: not told"
+    used = {name: {records.fonts[i] for i in np.unique(split.font_N)} for name, split in records.splits.items()}
+    parts = [f"{len(fonts):,} in {name}" for name, fonts in used.items()]
+    shared = set.union(*used.values()) - set.union(*(fonts - _others(used, name) for name, fonts in used.items()))
+    families = len({family(font) for font in records.fonts})
+    return f"typefaces: {len(records.fonts):,} of {families:,} families; {', '.join(parts)}; {len(shared):,} in several"
+
+
+def _others(used: dict[str, set[str]], name: str) -> set[str]:
+    return set().union(*(fonts for other, fonts in used.items() if other != name))
+
+
+def _repeated(records: Records) -> int:
+    """Images whose pixels an earlier one has, over all splits."""
+    contents = [hash(image_HW.tobytes()) for split in records.splits.values() for image_HW in split.image_NHW]
+    return len(contents) - len(set(contents))
+
+
+def _examples(records: Records) -> tuple[np.ndarray, list[str]]:
+    """Images of train and their labels, class by class, the same number of each."""
+    train = records.split("train")
+    num = max(SHEET_IMAGES // len(records.classes), 1)
+    rows = []
+    for label in range(len(records.classes)):
+        row_M = np.flatnonzero(train.label_N == label)
+        rows.append(row_M[np.linspace(0, len(row_M) - 1, min(num, len(row_M))).astype(int)])
+    shown = train.take(np.concatenate(rows))
+    return shown.image_NHW, [printable(records.classes[label]) for label in shown.label_N]
