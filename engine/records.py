@@ -14,7 +14,6 @@ Shapes: N images of a split, M of them, H x W pixels, P = H * W.
 import hashlib
 import json
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -40,6 +39,7 @@ from engine.record_file import BLOCK_BYTES, FileEntry, are_counts, read_file, wr
 
 FORMAT = "glyph-records"
 VERSION = 2
+SPLITS = ("train", "val", "test")
 MAX_CLASSES = 256
 MAX_PIXELS = 2**24
 FILE_LIMIT_BYTES = 64 * 2**20
@@ -254,7 +254,9 @@ class StoredImages:
     def __getitem__(self, rows: Any) -> np.ndarray:
         if isinstance(rows, (int, np.integer)):
             return self[np.array([rows])][0]
-        row_M = np.arange(len(self))[rows]
+        row_M = np.arange(*rows.indices(len(self))) if isinstance(rows, slice) else np.asarray(rows)
+        if len(row_M) and not 0 <= row_M.min() <= row_M.max() < len(self):
+            raise IndexError(f"rows {row_M.min()} to {row_M.max()} of {len(self)}")
         out_MP = np.empty((len(row_M), self.shape[1] * self.shape[2]), np.uint8)
         edges = [0, *(np.flatnonzero(np.diff(row_M) != 1) + 1).tolist(), len(row_M)]
         with _refusing(self._directory):
@@ -300,13 +302,15 @@ def _open(directory: Path, in_memory: bool) -> Records:
             raise Damaged(f"images of {height_width} pixels cannot be")
         if not _are_texts(classes) or not 0 < len(classes) <= MAX_CLASSES:
             raise Damaged(f"the classes are not 1 to {MAX_CLASSES} different texts")
-        files = {name: [FileEntry(**file) for file in split["files"]] for name, split in splits.items()}
-        for name, split in splits.items():
-            for file in files[name]:
-                file.check(re.escape(name), height_width[0] * height_width[1])
-            if sum(file.rows for file in files[name]) != split["rows"]:
+        if "train" not in splits or not set(splits) <= set(SPLITS):
+            raise Damaged(f"the splits are {sorted(splits)}, want train, or {', '.join(SPLITS)}")
+        files = {name: [FileEntry(**file) for file in splits[name]["files"]] for name in SPLITS if name in splits}
+        for name, entries in files.items():
+            for file in entries:
+                file.check(name, height_width[0] * height_width[1])
+            if sum(file.rows for file in entries) != splits[name]["rows"]:
                 raise Damaged(f"the files of split {name} do not add up to its rows")
-        if "train" not in files or manifest["fingerprint"] != _fingerprint(manifest):
+        if manifest["fingerprint"] != _fingerprint(manifest):
             raise Damaged("the fingerprint does not belong to the files listed")
         mean, std = (float(manifest["train_pixels"][key]) for key in ("mean", "std"))
         refuse_unknown_files(directory, {FONTS, *(file.name for split in files.values() for file in split)})

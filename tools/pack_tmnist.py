@@ -22,7 +22,7 @@ tools/pack_tmnist --describe records                 classes, typefaces, statist
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path), required=False)
 @click.option("--split", type=click.Choice(["random", "font", "none"]), default="random", show_default=True,
-              help="70/15/15: random in each class, or by whole typeface families; none: everything is train.")  # fmt: skip
+              help="70/15/15 in each class, or by whole typeface families; none: all is train.")  # fmt: skip
 @click.option("--balance", is_flag=True, help="Cut every class to the smallest one's size.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=42, show_default=True, help="Draws the split.")
 @click.option("--classes", type=click.IntRange(1, 256), help="Refuse a CSV with another number of labels.")
