@@ -294,7 +294,7 @@ class _Collector:
         if other != label:
             what = f"{label!r} looks like the label of row {other_row} but has other code points; write one of them"
             raise self._refusal(row, Fault(what, column))
-        if len(self._labels.index) > MAX_CLASSES:
+        if self._labels.index[label] >= MAX_CLASSES:
             raise self._refusal(row, Fault(f"more than {MAX_CLASSES} labels; are names and labels swapped?", column))
 
     def _refusal(self, row: int, fault: Fault) -> UserError:

@@ -11,9 +11,9 @@ import stat
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from engine.errors import UserError
 from engine.lexer import LINE_LIMIT_BYTES, SLACK_BYTES
@@ -25,7 +25,7 @@ BLOCK_BYTES = 2 * 2**20
 class Source:
     """An open CSV."""
 
-    def __init__(self, name: str, raw: IO[bytes], data: Any, size: int | None) -> None:
+    def __init__(self, name: str, raw: io.BufferedReader, data: Any, size: int | None) -> None:
         self.name = name
         self.size = size
         """Bytes of the CSV itself; None if only reading tells."""
@@ -41,7 +41,8 @@ class Source:
         """Fill `view` as far as the source goes; fewer bytes only at its end."""
         with reading(self.name):
             filled = 0
-            while filled < len(view) and (got := self._data.readinto(view[filled:])):
+            # One read a turn, so that a signal is served before the next one: readinto would go on to block.
+            while filled < len(view) and (got := self._data.readinto1(view[filled:])):
                 filled += got
             return filled
 
@@ -64,15 +65,17 @@ def open_source(path: Path) -> Iterator[Source]:
         UserError: it is no regular file (a pipe only as /dev/stdin or /dev/fd/N), or cannot be read.
     """
     name = "standard input" if str(path) == "-" else str(path)
-    with reading(name):
-        piped = re.fullmatch(r"-|/dev/stdin|/dev/fd/(\d+)", str(path))
-        handle = os.dup(int(piped[1] or 0)) if piped else os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(handle, "rb") as raw:
-            found = os.fstat(handle)
-            if not stat.S_ISREG(found.st_mode) and not (piped and stat.S_ISFIFO(found.st_mode)):
+    with ExitStack() as stack:
+        with reading(name):
+            piped = re.fullmatch(r"-|/dev/stdin|/dev/fd/(\d+)", str(path))
+            handle = os.dup(int(piped[1] or 0)) if piped else os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            mode = os.fstat(handle).st_mode
+            if not stat.S_ISREG(mode) and not (piped and stat.S_ISFIFO(mode)):
+                os.close(handle)
                 raise UserError(f"{name}: is not a regular file; give a .csv, .csv.gz or .zip, or - for a pipe")
-            with _unpacked(raw, name, found) as (data, size):
-                yield Source(name, raw, data, size)
+            raw = stack.enter_context(open(handle, "rb"))
+            data, size = _unpack(raw, name, stack)
+        yield Source(name, raw, data, size)
 
 
 @contextmanager
@@ -134,22 +137,18 @@ def _blank_line(buffer: bytearray, stop: int) -> int:
     return 2 if tail == b"\r\n" or tail.endswith(b"\n\r\n") else 0
 
 
-@contextmanager
-def _unpacked(raw: IO[bytes], name: str, found: os.stat_result) -> Iterator[tuple[Any, int | None]]:
-    """(stream of the CSV, its size if known), told by the first bytes."""
-    piped = not stat.S_ISREG(found.st_mode)
-    magic = raw.peek(4)[:4] if isinstance(raw, io.BufferedReader) else b""
+def _unpack(raw: io.BufferedReader, name: str, stack: ExitStack) -> tuple[Any, int | None]:
+    """(stream of the CSV, its size if known), told by the first bytes; `stack` closes it."""
+    found = os.fstat(raw.fileno())
+    magic = raw.peek(4)[:4]
     if magic[:2] == b"\x1f\x8b":
-        with gzip.open(raw) as data:
-            yield data, None
-    elif magic == b"PK\x03\x04":
-        if piped:
-            raise UserError(f"{name}: is a zip, which cannot be read from a pipe; name the file")
-        with zipfile.ZipFile(raw) as archive:
-            members = [info for info in archive.infolist() if info.filename.lower().endswith(".csv")]
-            if len(members) != 1:
-                raise UserError(f"{name}: holds {len(members)} CSV files, want one; unpack it and name the CSV")
-            with archive.open(members[0]) as data:
-                yield data, members[0].file_size
-    else:
-        yield raw, None if piped else found.st_size
+        return stack.enter_context(gzip.open(raw)), None
+    if magic != b"PK\x03\x04":
+        return raw, found.st_size if stat.S_ISREG(found.st_mode) else None
+    if not stat.S_ISREG(found.st_mode):
+        raise UserError(f"{name}: is a zip, which cannot be read from a pipe; name the file")
+    archive = stack.enter_context(zipfile.ZipFile(raw))
+    members = [info for info in archive.infolist() if info.filename.lower().endswith(".csv")]
+    if len(members) != 1:
+        raise UserError(f"{name}: holds {len(members)} CSV files, want one; unpack it and name the CSV")
+    return stack.enter_context(archive.open(members[0])), members[0].file_size

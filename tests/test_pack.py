@@ -2,24 +2,27 @@
 
 import csv
 import gzip
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from engine.errors import UserError
 from engine.pack import pack
-from engine.records import open_records
+from engine.publish import locked
+from engine.records import Records, open_records
 from engine.report import ROOT
 from engine.split import draw_splits, family
-from tests.conftest import CLASSES, NUM_FONTS, Command, assert_refused, glyph_rows, write_csv
+from tests.conftest import CLASSES, NUM_FONTS, Command, assert_refused
 
 
 def test_pixels_labels_and_fonts_arrive_unchanged(small_csv: Path, tmp_path: Path) -> None:
@@ -112,79 +115,6 @@ def test_a_font_split_keeps_families_together() -> None:
         draw_splits(label_N, font_N % 9, ("a", "b", "c"), fonts[:9], mode="font", balance=False, seed=1)
 
 
-@pytest.mark.parametrize("fault", ["pixel", "fields", "quote", "utf8", "break"])
-def test_a_bad_row_is_named_and_nothing_is_published(fault: str, tmp_path: Path) -> None:
-    rows = glyph_rows()
-    if fault == "pixel":
-        rows[5][2 + 99] = "256"
-    if fault == "fields":
-        rows[5].append("0")
-    if fault == "break":
-        rows[5][0] = "two\nlines"
-    source = write_csv(tmp_path / "bad.csv", rows)
-    lines = source.read_bytes().splitlines(keepends=True)
-    if fault == "quote":
-        lines[6] = b'"x"y' + lines[6]
-    if fault == "utf8":
-        lines[6] = b"\xe9" + lines[6]
-    source.write_bytes(b"".join(lines))
-    with pytest.raises(UserError) as refused:
-        pack(source, tmp_path / "out")
-    wanted = {
-        "pixel": "bad.csv:7 (row 6, column 102 '100'): got '256', want an integer 0..255",
-        "fields": "bad.csv:7 (row 6): got 787 fields, want 786",
-        "quote": "bad.csv:7 (row 5): is not CSV",
-        "utf8": "is not UTF-8",
-        "break": "bad.csv:7 (row 5): has a line break inside quotes",
-    }[fault]
-    assert wanted in str(refused.value)
-    assert sorted(os.listdir(tmp_path)) == ["bad.csv"]
-
-
-@pytest.mark.parametrize(
-    "pixel",
-    ["-1", "300", "12.5", "nan", "1e2", " 5", "5 ", "0x1F", "1_0", "+5", "5.", ".5", "007", "１２", "١", "", "-0.0"],
-)
-def test_what_float_parsers_take_is_refused(pixel: str, tmp_path: Path) -> None:
-    rows = glyph_rows()[:3]
-    rows[1][2] = pixel
-    with pytest.raises(UserError, match=r"row 2, column 3 '1'\): got .* want an integer 0..255"):
-        pack(write_csv(tmp_path / "bad.csv", rows), tmp_path / "out", mode="none")
-
-
-@pytest.mark.parametrize(
-    ("content", "remedy"),
-    [
-        (b"", "is empty"),
-        (b"names,labels,1,2,3,4\n", "has no data rows"),
-        (b"<!DOCTYPE html>\n<html>", "log in and download again"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
-        (b"labels,names,1,2,3,4\n", "want names,labels"),
-        (b"names,labels,1,2,3\n", "want names,labels"),
-        (b"\x1f\x8b\x08\x00", "ends too early"),
-        (gzip.compress(b"names,labels,1\n" + os.urandom(99999))[:-50000], "ends too early"),
-        (b"PK\x03\x04rest", "cannot be read"),
-    ],
-)
-def test_files_that_are_no_tmnist_csv(content: bytes, remedy: str, tmp_path: Path) -> None:
-    (tmp_path / "in.csv").write_bytes(content)
-    with pytest.raises(UserError, match="in.csv") as refused:
-        pack(tmp_path / "in.csv", tmp_path / "out")
-    assert remedy in str(refused.value) or "UTF-8" in str(refused.value)
-    assert not (tmp_path / "out").exists()
-
-
-def test_too_many_or_too_few(tmp_path: Path) -> None:
-    many = [[f"f{i}", f"label {i}", *["0"] * 4] for i in range(257)]
-    with pytest.raises(UserError, match="are names and labels swapped"):
-        pack(write_csv(tmp_path / "many.csv", many, side=2), tmp_path / "out", mode="none")
-    pack(write_csv(tmp_path / "edge.csv", many[:256], side=2), tmp_path / "edge", mode="none")
-    assert open_records(tmp_path / "edge").split("train").label_N.max() == 255
-    with pytest.raises(UserError, match="the class 'label 0' has 1 rows, want at least 3 to split"):
-        pack(tmp_path / "edge.csv", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
 def test_an_existing_target_is_kept_unless_forced(small_csv: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     before = pack(small_csv, out, seed=1).manifest["fingerprint"]
@@ -197,45 +127,103 @@ def test_an_existing_target_is_kept_unless_forced(small_csv: Path, tmp_path: Pat
     with pytest.raises(UserError, match="no record directory"):
         pack(small_csv, tmp_path / "precious", force=True)
     assert (tmp_path / "precious" / "thesis.txt").exists()
-    assert {p.name for p in tmp_path.iterdir()} == {"out", "precious", ".out.lock"}
+    assert {p.name for p in tmp_path.iterdir()} == {"out", "precious"}
 
 
-def test_a_killed_packer_leaves_nothing_that_opens(small_csv: Path, tmp_path: Path) -> None:
-    """Real SIGKILLs spread over the packer's whole life; before publishing there is nothing, after it everything."""
-    code = (
-        "import sys, pathlib; from engine.pack import pack; print(flush=True); pack(*map(pathlib.Path, sys.argv[1:]))"
-    )
+@pytest.mark.parametrize("first", [0, 1])
+def test_the_mnist_layout_packs_and_trains_unchanged(
+    first: int, small_csv: Path, small: Records, tmp_path: Path, command: Command
+) -> None:
+    lines = small_csv.read_text().splitlines()
+    header = ",".join(["label", *(f"pixel{number}" for number in range(first, first + 784))])
+    rows = [",".join(row.split(",")[-785:]) for row in lines[1:] if not row.split(",")[1].startswith('"')]
+    (tmp_path / "mnist.csv").write_text("\n".join([header, *rows]))
+    manifest = pack(tmp_path / "mnist.csv", tmp_path / "out").manifest
+    assert manifest["classes"] == sorted(c for c in CLASSES if c not in ',"') and manifest["height"] == 28
+    assert open_records(tmp_path / "out").fonts == ("",)
+    with pytest.raises(UserError, match="1 typeface families, want at least 3; use --split random"):
+        pack(tmp_path / "mnist.csv", tmp_path / "by_font", mode="font")
+    if first:
+        flags = ("--data", tmp_path / "out", "--epochs=1", "--batch-size=32", "--device=cpu", "--out", tmp_path / "run")
+        done = command("python", "-m", "engine.run", *flags)
+        assert done.returncode == 0, done.stderr
+        assert len(json.loads((tmp_path / "run" / "report.json").read_text())["config"]) > 3
 
-    def start(out: Path) -> "subprocess.Popen[bytes]":
-        child = subprocess.Popen([sys.executable, "-c", code, small_csv, out], cwd=ROOT, stdout=subprocess.PIPE)
-        assert child.stdout
-        child.stdout.readline()
-        return child
 
-    child, began = start(tmp_path / "undisturbed"), time.perf_counter()
-    assert child.wait() == 0
-    whole_s = time.perf_counter() - began
-    wanted = open_records(tmp_path / "undisturbed").fingerprint
-    for attempt in range(12):
-        out = tmp_path / f"out{attempt}"
-        child = start(out)
-        time.sleep(min(attempt, 10) / 10 * whole_s)
-        while attempt == 11 and not out.exists():  # the last is killed when it has published
-            assert child.poll() is None or out.exists()
-        child.send_signal(signal.SIGKILL)
-        child.wait()
-        if out.exists():
-            assert open_records(out).fingerprint == wanted
-        else:
-            assert pack(small_csv, out).manifest["fingerprint"] == wanted
+def test_a_second_packer_is_refused_with_the_first_ones_pid(small_csv: Path, tmp_path: Path) -> None:
+    with locked(tmp_path / "out"), pytest.raises(UserError, match=f"process {os.getpid()} is writing it; wait"):
+        pack(small_csv, tmp_path / "out")
+    pack(small_csv, tmp_path / "out")
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_too_little_space_is_refused_before_the_first_byte(
+    small_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = 2 * NUM_FONTS * len(CLASSES) * 784
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, int(0.9 * needed)))
+    with pytest.raises(UserError, match="bytes free, want 5"):
+        pack(small_csv, tmp_path / "out")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, int(1.1 * needed)))
+    pack(small_csv, tmp_path / "out")
+
+
+def test_leftovers_of_killed_runs_go_and_others_stay(small_csv: Path, tmp_path: Path) -> None:
+    for name in (".out.tmp-abcd1234", ".out.tmp-x.tmp-abcd1234", ".outer.tmp-abcd1234", ".out.tmp-abcd12345"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".out.lock").write_text("99999")
+    pack(small_csv, tmp_path / "out")
+    assert set(os.listdir(tmp_path)) == {"out", ".out.tmp-x.tmp-abcd1234", ".outer.tmp-abcd1234", ".out.tmp-abcd12345"}
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_an_interrupted_packer_cleans_up(number: int, code: int, small_csv: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tools.pack_tmnist", "-", tmp_path / "out"]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+        assert child.stdin and child.stderr
+        child.stdin.write(small_csv.read_bytes())
+        child.stdin.flush()
+        while not (tmp_path / ".out.lock").exists():
+            assert child.poll() is None
+        child.send_signal(number)
+        assert child.wait(20) == code
+        assert b"Traceback" not in child.stderr.read()
+    assert not os.listdir(tmp_path)
 
 
 def test_the_command_by_path_and_as_a_module(small_csv: Path, tmp_path: Path, command: Command) -> None:
     by_path = command("tools/pack_tmnist", small_csv, tmp_path / "a")
     assert by_path.returncode == 0, by_path.stderr
     assert f"{NUM_FONTS * len(CLASSES)} rows read" in by_path.stdout and "fingerprint" in by_path.stdout
+    assert "note:" not in by_path.stdout
     module = command("python", "-m", "tools.pack_tmnist", small_csv, tmp_path / "b", "--split=none", "--balance")
     assert module.returncode == 0 and "train" in module.stdout and "val" not in module.stdout
     assert_refused(command("tools/pack_tmnist", "nowhere.csv", tmp_path / "c"), "nowhere.csv", "cannot be read")
     assert_refused(command("tools/pack_tmnist", "/dev/zero", tmp_path / "c"), "not a regular file")
     assert_refused(command("tools/pack_tmnist", small_csv, tmp_path / "a"), "--force")
+
+
+def test_verify_and_describe(small_dir: Path, small: Records, tmp_path: Path, command: Command) -> None:
+    whole = command("tools/pack_tmnist", "--verify", small_dir, "--fingerprint", small.fingerprint[:8].upper())
+    assert whole.returncode == 0 and small.fingerprint in whole.stdout
+    assert_refused(command("tools/pack_tmnist", "--verify", small_dir, "--fingerprint=00"), "these are other records")
+    copy = tmp_path / "copy"
+    shutil.copytree(small_dir, copy)
+    described = command("tools/pack_tmnist", "--describe", copy)
+    assert described.returncode == 0, described.stderr
+    for text in (
+        f"{NUM_FONTS * len(CLASSES)} images of 28 x 28 pixels, {len(CLASSES)} classes",
+        f"fingerprint {small.fingerprint}",
+        "40 of 1 families",
+        "images that occur more than once: 0",
+        "class     train      val     test\n",
+        "all         224       48       48\n",
+    ):
+        assert text in described.stdout
+    with Image.open(tmp_path / "copy.png") as sheet:
+        assert sheet.size == (16 * 60, 12 * 78) and len(sheet.getcolors(10**6)) > 100
+    data = (copy / "val-00000.arrow").read_bytes()
+    (copy / "val-00000.arrow").write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
+    for action in ("--verify", "--describe"):
+        assert_refused(command("tools/pack_tmnist", action, copy), "val-00000.arrow: the block at byte 0 has CRC32")
+    assert_refused(command("tools/pack_tmnist", "--verify", copy, tmp_path / "x"), "--verify takes one path")

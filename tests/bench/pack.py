@@ -1,0 +1,84 @@
+"""Packing TMNIST's CSV against polars.read_csv of it, and opening the records; whole processes, interleaved."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import click
+
+from engine.report import ROOT, environment
+from tools.bench.results import claim, row, write_result
+
+TIMED = """
+import json, resource, sys, time
+start = time.perf_counter()
+{work}
+seconds = time.perf_counter() - start
+print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10]))
+"""
+POLARS = TIMED.format(work="import polars; polars.read_csv(sys.argv[1])")
+PACK = TIMED.format(work="from pathlib import Path; from engine.pack import pack; pack(*map(Path, sys.argv[1:3]))")
+OPEN = TIMED.format(work="from engine.records import open_records; open_records(sys.argv[2])").replace(
+    "start =", "import engine.records\nstart ="
+)
+
+
+def measure(code: str, *arguments: Path) -> tuple[float, float]:
+    """(seconds, peak MiB) of a process that runs `code`; imports count unless `code` makes them before."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=600)
+    seconds, peak_mib = json.loads(done.stdout)
+    return seconds, peak_mib
+
+
+def bench(out: Path, csv: Path, rounds: int) -> None:
+    """Measure and write OUT/cpu_pack.json."""
+    with open(csv, "rb") as file:  # into the page cache, for both sides
+        while file.read(2**24):
+            pass
+    sides: dict[str, list[tuple[float, float]]] = {"polars": [], "pack": [], "open": []}
+    with tempfile.TemporaryDirectory(dir=out.parent if out.parent.exists() else None) as folder:
+        records = Path(folder) / "records"
+        measure(PACK, csv, records)  # compiles the lexer, once in its life
+        for _ in range(rounds):
+            sides["polars"].append(measure(POLARS, csv))
+            shutil.rmtree(records)
+            os.sync()
+            sides["pack"].append(measure(PACK, csv, records))
+            sides["open"].append(measure(OPEN, csv, records))
+        num_bytes = sum(file.stat().st_size for file in records.iterdir())
+    (polars, _), (pack, pack_mib), (opened, _) = (zip(*sides[name], strict=True) for name in sides)
+    rows = [
+        row("polars.read_csv alone, with its import", list(polars), "s"),
+        row("pack: read, split, write, fsync, publish, with imports", list(pack), "s"),
+        row("ratio polars over pack, round by round", [a / b for a, b in zip(polars, pack, strict=True)], "x"),
+        row("pack: peak memory", list(pack_mib), "MiB"),
+        row("polars: peak memory", [mib for _, mib in sides["polars"]], "MiB"),
+        row(f"open_records, verified, {num_bytes / 2**20:.0f} MiB", list(opened), "s"),
+    ]
+    claims = [
+        claim("polars' time over pack's (x)", rows[2]["value"], 1.0),
+        claim("polars' time over pack's, stretch (x)", rows[2]["value"], 2.0),
+        claim("600 MiB over pack's peak memory (x)", 600 / rows[3]["value"], 1.0),
+        claim("0.25 s over open_records' time (x)", 0.25 / rows[5]["value"], 1.0),
+    ]
+    title = f"Packing a CSV of {csv.stat().st_size / 1e6:,.0f} MB from the page cache, two cores"
+    facts = environment(num_threads=os.cpu_count() or 1, allocator="default", gpu={})
+    write_result(out / "cpu_pack.json", title=title, environment=facts, rows=rows, claims=claims)
+
+
+@click.command()
+@click.option("--csv", type=click.Path(path_type=Path), required=True, help="TMNIST's CSV, not compressed.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/bench"), show_default=True)
+@click.option("--rounds", default=7, show_default=True)
+def main(csv: Path, out: Path, rounds: int) -> None:
+    """Benchmark the packer."""
+    bench(out, csv, rounds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""The compiled lexer and its plain twin are the same language; on accepted files, so is Python's csv module."""
+
+import csv
+import io
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engine.lexer import (
+    SLACK_BYTES,
+    Fault,
+    Layout,
+    PlainLexer,
+    check_text,
+    read_header,
+    read_row,
+)
+from engine.lexer_jit import JitLexer
+from engine.pack import Lexer, make_lexer
+from engine.report import ROOT
+
+TMNIST = read_header(b"names,labels,1,2,3,4,5,6,7,8,9\n")
+MNIST = read_header(b"label,pixel0,pixel1,pixel2,pixel3\n")
+Found = list[tuple[str, str, bytes]]
+
+
+def lexed(lexer: Lexer, layout: Layout, data: bytes, start: int = 0) -> tuple[Found, int]:
+    """(font, label, pixels) of each row, and the offset of the fault, from one block."""
+    block = np.frombuffer(data + bytes(SLACK_BYTES), np.uint8)
+    rows = lexer.lex(block, start, len(data), layout.images(len(data)))
+    assert rows.sum_R.tolist() == rows.image_RP.sum(1, dtype=np.int64).tolist()
+    assert rows.squares_R.tolist() == (rows.image_RP.astype(np.int64) ** 2).sum(1).tolist()
+    parts = zip(rows.font_R, rows.label_R, rows.image_RP, strict=True)
+    return [(lexer.fonts[f], lexer.labels[b], image_P.tobytes()) for f, b, image_P in parts], rows.fault
+
+
+def by_csv(layout: Layout, data: bytes) -> Found:
+    """What Python's own reader makes of an accepted block."""
+    rows = csv.reader(io.StringIO(data.decode(), newline=""), strict=True)
+    return [
+        (
+            row[0] if layout.has_fonts else "",
+            row[layout.num_text - 1],
+            bytes(int(float(v)) for v in row[layout.num_text :]),
+        )
+        for row in rows
+    ]
+
+
+FRAGMENTS = [
+    *(bytes([byte]) for byte in b'",.\n\r\t 019-+eE_\0\x1b\x7f\x80\xc3\xa9\xff'),
+    b'""', b"0.0", b"0.0,0.0,0.0,0.0,0.0,0.0,0.0,0.0,", b"255.0", b"256", b"00", b"1.00", b"\r\n", b"\n\n", b'"a,b"',
+    b"\xe2\x80\xae", b"names,labels,", b"label", b"1e2", b"nan", b".0", b"\xef\xbc\x91",
+]  # fmt: skip
+
+
+def row_of(rng: random.Random, layout: Layout) -> bytes:
+    texts = [
+        rng.choice(["a", '","', '""""', "é", "NA", " b ", '"x""y"', "names", "labels", "label", "Font-Bold[wght]"])
+    ]
+    texts = (["F", *texts] if rng.random() < 0.5 else texts * 2)[-layout.num_text :]
+    value = rng.choice([lambda: rng.choice([0, 0, 0, 255]), lambda: rng.randrange(256)])
+    form = rng.choice(["{}", "{}.0", "{}.0", "{}.0", '"{}"', "{}.000"])
+    pixels = [form.format(value()) for _ in range(layout.num_pixels)]
+    return ",".join(texts + pixels).encode() + rng.choice([b"\n", b"\n", b"\r\n"])
+
+
+def mutated(rng: random.Random, layout: Layout) -> bytes:
+    """A few rows with, mostly, one to three small faults."""
+    data = b"".join(row_of(rng, layout) for _ in range(rng.randrange(1, 5)))
+    for _ in range(rng.choice([0, 1, 1, 1, 2, 3])):
+        place = rng.randrange(len(data))
+        gone = rng.choice([0, 0, 1, 1, 2, 5])
+        data = data[:place] + rng.choice([b"", *FRAGMENTS]) + data[place + gone :]
+    return data if data.endswith(b"\n") else data + b"\n"
+
+
+def fuzz(count: int, seed: int) -> dict[str, int]:
+    """Compare verdict, position and pixels of both lexers on `count` inputs; how many were accepted and refused."""
+    rng = random.Random(seed)
+    wide = read_header(",".join(["names", "labels", *map(str, range(1, 26))]).encode())  # takes the 32-byte steps
+    layouts = (wide, MNIST, read_header(b"names,labels,1\n"))
+    fast: dict[Layout, Lexer] = {layout: JitLexer(layout) for layout in layouts}
+    verdicts = {"accepted": 0, "refused": 0}
+    for number in range(count):
+        layout = rng.choice(layouts)
+        data = mutated(rng, layout)
+        if number % 1000 == 0:
+            fast[layout] = JitLexer(layout)
+        found, fault = lexed(fast[layout], layout, data)
+        assert (found, fault) == lexed(PlainLexer(layout), layout, data), data
+        verdicts["accepted" if fault < 0 else "refused"] += 1
+        if fault < 0:
+            assert found == by_csv(layout, data), data
+        else:
+            with pytest.raises(Fault):
+                read_row(data[fault : data.index(b"\n", fault) + 1], layout)
+    return verdicts
+
+
+def test_both_lexers_agree_on_mutated_inputs() -> None:
+    verdicts = fuzz(100_000, seed=0)
+    assert min(verdicts.values()) > 20_000
+
+
+def test_a_lexer_goes_on_behind_a_fault_and_keeps_its_texts() -> None:
+    """As --check does; the interned texts of refused rows must not come back as accepted ones."""
+    data = b"F,a,1,2,3,4,5,6,7,8,9\nG\x07,b,1,2,3,4,5,6,7,8,9\nG\x07,c,1,2,3,4,5,6,7,8,9\nF,d,9,8,7,6,5,4,3,2,1\n"
+    for lexer in (JitLexer(TMNIST), PlainLexer(TMNIST)):
+        found, fault = lexed(lexer, TMNIST, data)
+        assert [label for _, label, _ in found] == ["a"] and fault == data.index(b"G")
+        found, again = lexed(lexer, TMNIST, data, data.rindex(b"G"))
+        assert not found and again == data.rindex(b"G")
+        found, fault = lexed(lexer, TMNIST, data, data.rindex(b"F"))
+        assert found == [("F", "d", bytes(range(9, 0, -1)))] and fault == -1
+
+
+def test_tables_grow() -> None:
+    rows = [f"Font {'x' * (i % 300)}{i},{i},1,2,3,4,5,6,7,8,9\n" for i in range(20_000)]
+    lexer = JitLexer(TMNIST)
+    for start in range(0, len(rows), 7000):
+        part = rows[start : start + 7000]
+        found, fault = lexed(lexer, TMNIST, "".join(part).encode())
+        assert fault == -1 and [f"{font},{label}" for font, label, _ in found] == [r[:-19] for r in part]
+    assert lexer.fonts == [r.split(",")[0] for r in rows]
+    _, fault = lexed(lexer, TMNIST, "".join(rows).encode())
+    assert fault == -1 and len(lexer.fonts) == len(rows)
+
+
+def test_equal_pixels_have_equal_hashes_and_others_not() -> None:
+    layout = read_header(("names,labels," + ",".join(map(str, range(1, 785)))).encode())
+    rng = np.random.default_rng(0)
+    image_RP = rng.integers(0, 256, (300, 784))
+    image_RP[100:200] = image_RP[:100]
+    image_RP[200:, :] = image_RP[0]
+    image_RP[200:, 684:][np.diag_indices(100)] ^= 1  # one bit at each of the last places
+    data = "".join(f"F,a,{','.join(map(str, row))}\n" for row in image_RP).encode()
+    for lexer in (JitLexer(layout), PlainLexer(layout)):
+        rows = lexer.lex(np.frombuffer(data + bytes(SLACK_BYTES), np.uint8), 0, len(data), layout.images(len(data)))
+        assert np.array_equal(rows.image_RP, image_RP)
+        assert np.array_equal(rows.hash_R[:100], rows.hash_R[100:200])
+        assert len(set(rows.hash_R.tolist())) == 200
+
+
+def test_headers() -> None:
+    assert (TMNIST.num_pixels, TMNIST.side, TMNIST.has_fonts) == (9, 3, True)
+    assert (MNIST.num_pixels, MNIST.side, MNIST.has_fonts) == (4, 2, False)
+    assert read_header(b"label,pixel1,pixel2,pixel3,pixel4\r\n").num_pixels == 4
+    for line in (
+        b"label,pixel2,pixel3,pixel4,pixel5",
+        b"label,pixel0,pixel1",
+        b"labels,pixel0",
+        b"names,label,1",
+        b"label",
+    ):
+        with pytest.raises(Fault, match="got the header"):
+            read_header(line)
+
+
+def test_unseen_characters_are_refused_and_a_tab_is_not() -> None:
+    assert check_text("\ta b\u00ad", 1)
+    for character in ("\n", "\0", "\x1f", "\x7f", "\x85", "\u200f", "\u2028", "\u202e", "\u2066"):
+        with pytest.raises(Fault, match="control character U"):
+            check_text(f"a{character}", 1)
+
+
+def test_without_numba_the_plain_lexer_packs_the_same(small_csv: Path, small_dir: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys, pathlib; sys.modules['numba'] = None; from engine.pack import pack;"
+        "pack(*map(pathlib.Path, sys.argv[1:])); print(sys.modules['numba'])"
+    )
+    command = [sys.executable, "-c", code, small_csv, tmp_path / "out"]
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    assert done.stdout == "None\n" and isinstance(make_lexer(TMNIST), JitLexer)
+    for file in small_dir.iterdir():
+        assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
