@@ -1,4 +1,4 @@
-# make demo | test | proofs | bench | gpu; all of them make .venv first if it is missing. See README.md.
+# make demo | test | proofs | reliability | bench | gpu; all of them make .venv first if it is missing. See README.md.
 ROOT := $(dir $(abspath $(lastword $(MAKEFILE_LIST))))
 PYTHON ?= python3
 VENV := $(ROOT).venv
@@ -10,7 +10,7 @@ TEST_TOOLS = $(shell $(BIN)/python -c "import tomllib; print(*tomllib.load(open(
 
 export PATH := $(BIN):$(PATH)
 
-.PHONY: demo test proofs bench gpu clean
+.PHONY: demo test proofs reliability bench gpu clean
 
 demo: $(VENV)/.installed
 	@rm -rf $(ROOT)runs/demo
@@ -25,7 +25,10 @@ test: $(VENV)/.installed-test
 	@$(RUN) ruff format --check . && ruff check . && mypy && pytest -n 2 --dist loadfile
 
 proofs: $(VENV)/.installed-test
-	@echo "no slow proofs yet"
+	@$(RUN) python -m tests.reliability $(RELIABILITY_ARGS)
+
+reliability: $(VENV)/.installed-test
+	@$(RUN) python -m tests.reliability --full --json runs/reliability.json $(RELIABILITY_ARGS)
 
 bench: $(VENV)/.installed-test
 	@$(RUN) python -m tests.bench.all $(BENCH_ARGS)

@@ -76,8 +76,6 @@ def publish_directory(target: Path) -> Iterator[Path]:
 
 def remove_leftovers(target: Path) -> None:
     """Delete what killed runs of `publish_directory` and `write_file` left; the caller holds `target`'s lock."""
-    if not os.path.lexists(target) and _aside(target).exists():
-        os.rename(_aside(target), target)
     ours = re.compile(rf"\.{re.escape(target.name)}\.tmp-[a-z0-9_]{{8}}")
     for entry in target.parent.iterdir():
         if ours.fullmatch(entry.name) and entry.is_dir() and not entry.is_symlink():
@@ -90,7 +88,7 @@ def write_manifest(directory: Path, content: dict[str, Any]) -> None:
     """Write manifest.json (last of all files) and its SHA-256 beside it."""
     data = json.dumps(content, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
     if len(data) > MANIFEST_LIMIT_BYTES:
-        raise ValueError(f"a manifest of {len(data)} bytes is larger than {MANIFEST_LIMIT_BYTES}")
+        raise UserError(f"a manifest of {len(data)} bytes is larger than {MANIFEST_LIMIT_BYTES}; write a smaller set")
     (directory / MANIFEST_HASH).write_text(hashlib.sha256(data).hexdigest() + "\n")
     (directory / MANIFEST).write_bytes(data)
 
@@ -203,25 +201,9 @@ def _swap_in(temporary: Path, target: Path) -> None:
         os.rename(temporary, target)
     elif _LIBC.renameat2(AT_FDCWD, os.fsencode(temporary), AT_FDCWD, os.fsencode(target), RENAME_EXCHANGE):
         reason = ctypes.get_errno()
-        if reason not in (errno.EINVAL, errno.ENOSYS):
-            raise OSError(reason, os.strerror(reason), str(target))
-        _rename_twice(temporary, target)
+        cannot = reason in (errno.EINVAL, errno.ENOSYS)  # NFS, for one
+        raise OSError(reason, "this file system cannot exchange two names" if cannot else os.strerror(reason))
     fsync(target.parent)
-
-
-def _rename_twice(temporary: Path, target: Path) -> None:
-    """Where the file system cannot exchange two names (NFS): for an instant there is no `target`."""
-    os.rename(target, _aside(target))
-    try:
-        os.rename(temporary, target)
-    except OSError:
-        os.rename(_aside(target), target)
-        raise
-    os.rename(_aside(target), temporary)
-
-
-def _aside(target: Path) -> Path:
-    return target.with_name(f".{target.name}.tmp-replaced")
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

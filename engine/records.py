@@ -112,15 +112,6 @@ class Records:
         return self.splits[name]
 
 
-def pixel_statistics(image_NHW: np.ndarray) -> tuple[float, float]:
-    """Mean and standard deviation of uint8 pixels, exact (from the histogram), in 0..255."""
-    counts = np.bincount(image_NHW.reshape(-1), minlength=256).astype(np.int64)
-    value = np.arange(256)
-    total = int(counts.sum())
-    mean = int((counts * value).sum()) / total
-    return mean, max(int((counts * value**2).sum()) / total - mean**2, 0.0) ** 0.5
-
-
 def write_records(
     directory: Path,
     take: Callable[[np.ndarray], np.ndarray],

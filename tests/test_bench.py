@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench import fullsize, ranks, step
+from tests.bench import fullsize, pack, ranks, step
 
 
 def checked(file: Path) -> list[str]:
@@ -13,6 +13,12 @@ def checked(file: Path) -> list[str]:
     assert all(row["low"] <= row["value"] <= row["high"] for row in result["rows"])
     assert result["environment"]["commit"] and all(isinstance(claim["met"], bool) for claim in result["claims"])
     return [claim["claim"] for claim in result["claims"]]
+
+
+def test_pack(tmp_path: Path) -> None:
+    pack.bench(tmp_path, csv=None, rounds=1, num_rows=15_000)
+    assert "open_records (s)" in checked(tmp_path / "cpu_pack.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["cpu_pack.json"]
 
 
 def test_step(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

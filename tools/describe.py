@@ -46,15 +46,12 @@ def describe(path: Path, sheet: Path) -> str:
 def _typefaces(records: Records) -> str:
     if records.fonts == ("",):
         return "typefaces: not told"
-    used = {name: {records.fonts[i] for i in np.unique(split.font_N)} for name, split in records.splits.items()}
-    parts = [f"{len(fonts):,} in {name}" for name, fonts in used.items()]
-    shared = set.union(*used.values()) - set.union(*(fonts - _others(used, name) for name, fonts in used.items()))
+    used = {name: np.unique(split.font_N) for name, split in records.splits.items()}
+    _, num_splits = np.unique(np.concatenate(list(used.values())), return_counts=True)
+    parts = ", ".join(f"{len(fonts):,} in {name}" for name, fonts in used.items())
     families = len({family(font) for font in records.fonts})
-    return f"typefaces: {len(records.fonts):,} of {families:,} families; {', '.join(parts)}; {len(shared):,} in several"
-
-
-def _others(used: dict[str, set[str]], name: str) -> set[str]:
-    return set().union(*(fonts for other, fonts in used.items() if other != name))
+    shared = int((num_splits > 1).sum())
+    return f"typefaces: {len(records.fonts):,} of {families:,} families; {parts}; {shared:,} in several splits"
 
 
 def _repeated(records: Records) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 
 from engine.config import RunConfig, load_toml, override
 from engine.errors import UserError, exit_on_user_error
-from engine.records import Records, Split, open_records, pixel_statistics
+from engine.records import Records, Split, open_records
 from engine.report import ROOT, Environment
 from engine.sample import ensure_sample
 from engine.split import draw_splits
@@ -100,14 +100,14 @@ def records_from_npz(path: Path) -> Records:
     label_N, font_N = everything.label_N, everything.font_N
     rows = draw_splits(label_N, font_N, classes, fonts, mode="random", balance=False, seed=42)
     splits = {name: everything.take(row_M) for name, row_M in rows.items()}
-    mean, std = pixel_statistics(splits["train"].image_NHW)
+    train_NHW = splits["train"].image_NHW
     return Records(
         splits=splits,
         classes=classes,
         fonts=fonts,
         fingerprint=f"npz of {num_fonts} typefaces",
-        pixel_mean=mean,
-        pixel_std=std,
+        pixel_mean=float(train_NHW.mean()),
+        pixel_std=float(train_NHW.std()),
         path=str(path),
     )
 

@@ -1,1 +1,1 @@
-"""Benchmarks: python -m tests.bench.all, or one of step, ranks, fullsize. Both sides of a comparison in one run."""
+"""Benchmarks: python -m tests.bench.all, or pack, step, ranks, fullsize. Both sides of a comparison in one run."""

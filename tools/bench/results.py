@@ -24,9 +24,10 @@ def row(name: str, values: list[float], unit: str) -> dict[str, Any]:
     }
 
 
-def claim(text: str, measured: float, wanted: float) -> dict[str, Any]:
-    """Whether a figure that must be reached was: measured >= wanted."""
-    return {"claim": text, "measured": measured, "wanted": wanted, "met": measured >= wanted}
+def claim(text: str, measured: float, wanted: float, at_most: bool = False) -> dict[str, Any]:
+    """Whether a figure that must be reached was: measured >= wanted, or <=."""
+    met = measured <= wanted if at_most else measured >= wanted
+    return {"claim": text, "measured": measured, "wanted": wanted, "at_most": at_most, "met": met}
 
 
 def write_result(
@@ -65,7 +66,8 @@ def to_markdown(result: dict[str, Any], source: str) -> str:
         lines += ["", "| must reach | measured | wanted | met |", "|---|--:|--:|---|"]
         for c in result["claims"]:
             met = "yes" if c["met"] else "**no**"
-            lines.append(f"| {_cell(c['claim'])} | {_number(c['measured'])} | {_number(c['wanted'])} | {met} |")
+            wanted = f"{'at most ' if c.get('at_most') else ''}{_number(c['wanted'])}"
+            lines.append(f"| {_cell(c['claim'])} | {_number(c['measured'])} | {wanted} | {met} |")
     return "\n".join(lines) + "\n"
 
 
