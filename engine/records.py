@@ -242,6 +242,11 @@ class StoredImages:
     def __len__(self) -> int:
         return self.shape[0]
 
+    def read_into(self, row: int, out_MP: np.ndarray) -> None:
+        """Fill `out_MP` (M, P) with the pixels of the rows from `row` on."""
+        with _refusing(self._directory):
+            self._read_run(row, out_MP)
+
     def __getitem__(self, rows: Any) -> np.ndarray:
         if isinstance(rows, (int, np.integer)):
             return self[np.array([rows])][0]
@@ -304,7 +309,12 @@ def _open(directory: Path, in_memory: bool) -> Records:
         if manifest["fingerprint"] != _fingerprint(manifest):
             raise Damaged("the fingerprint does not belong to the files listed")
         mean, std = (float(manifest["train_pixels"][key]) for key in ("mean", "std"))
-        refuse_unknown_files(directory, {FONTS, *(file.name for split in files.values() for file in split)})
+        if not (0 <= mean <= 255 and 0 <= std <= 127.5):  # also of NaN
+            raise Damaged(f"a mean of {mean} and a standard deviation of {std} cannot be those of pixels")
+        names = [file.name for split in files.values() for file in split]
+        if len(set(names)) < len(names):
+            raise Damaged("a file is listed twice")
+        refuse_unknown_files(directory, {FONTS, *names})
         fonts = _read_fonts(directory, manifest["fonts"])
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise Damaged(f"{MANIFEST} is malformed ({error!r})") from None

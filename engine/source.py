@@ -119,8 +119,10 @@ def blocks(
             cut = buffer.rfind(b"\n", stop, stop + got) + 1
             stop += got
         if (at_end and cut < stop) or not cut:
-            view[stop : stop + 1] = b"\n"
-            cut = stop = stop + 1
+            if not buffer.endswith(b"\n", 0, stop):  # it does if all of it is a blank line that was carried over
+                view[stop : stop + 1] = b"\n"
+                stop += 1
+            cut = stop
         blank = _blank_line(buffer, cut)
         carried = b"" if at_end else bytes(view[cut - blank : stop])
         cut -= blank

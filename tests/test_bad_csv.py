@@ -278,6 +278,21 @@ def test_9_43_44_oddities_are_counted(tmp_path: Path) -> None:
     assert check(tmp_path / "in.csv") == (8, [], report.warnings)
 
 
+@pytest.mark.parametrize("end", ["", "\n", "\n\n", "\r\n\r\n"])
+def test_56_the_end_at_every_place_in_a_block(end: str, tmp_path: Path) -> None:
+    """Blocks of every size around the file's, so that its last bytes come alone, together, and not at all."""
+    (tmp_path / "in.csv").write_bytes((HEADER + ROW * 3).rstrip("\n").encode() + end.encode())
+    for block_bytes in range(1, 90):
+        report = pack(
+            tmp_path / "in.csv", tmp_path / "out", mode="none", force=True, block_bytes=block_bytes, workers=1
+        )
+        assert report.manifest["source_rows"]["rows"] == 3
+    (tmp_path / "in.csv").write_bytes((HEADER + ROW * 3 + "\n\n").encode())
+    for block_bytes in range(1, 90):
+        with pytest.raises(UserError, match=r"5 \(row 4\): got 1 fields, want 6; delete the blank line"):
+            pack(tmp_path / "in.csv", tmp_path / "out", force=True, block_bytes=block_bytes, workers=1)
+
+
 @pytest.mark.parametrize("num_rows", [1, 255, 256, 257, 4096])
 def test_45_block_edges(num_rows: int, tmp_path: Path) -> None:
     text = HEADER + "".join(f"F,a,{i % 256},{i // 256}.0,0,0\n" for i in range(num_rows))

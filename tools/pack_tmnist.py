@@ -19,7 +19,7 @@ tools/pack_tmnist --describe records                 classes, typefaces, statist
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]}, epilog=EPILOG)
-@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("source", type=click.Path(path_type=Path, readable=False))
 @click.argument("out", type=click.Path(path_type=Path), required=False)
 @click.option("--split", type=click.Choice(["random", "font", "none"]), default="random", show_default=True,
               help="70/15/15 in each class, or by whole typeface families; none: all is train.")  # fmt: skip

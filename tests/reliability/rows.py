@@ -1,0 +1,57 @@
+"""All rows, and how they run: two at a time, each in a fresh process with folders of its own."""
+
+import multiprocessing
+import shutil
+import tempfile
+import time
+import traceback
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+from tests.reliability import crash, damage, fuzz, hostile, system
+from tests.reliability.common import Tally
+
+ROWS = (*crash.ROWS, *damage.ROWS, *fuzz.ROWS, *hostile.ROWS, *system.ROWS)
+JOBS = 2
+MEMORY = Path("/dev/shm")
+
+
+def run_row(number: int, level: str) -> dict[str, Any]:
+    """Run one row in this process, in folders of its own; what it raises is a failure."""
+    name, what, function = ROWS[number]
+    folder = Path(tempfile.mkdtemp(prefix="reliability-"))
+    fast = Path(tempfile.mkdtemp(prefix="reliability-", dir=MEMORY if MEMORY.is_dir() else None))
+    tally, start = Tally(level, folder, fast), time.perf_counter()
+    try:
+        folder.chmod(0o755)  # another user enters it in R17
+        function(tally)
+    except Exception:
+        tally.check(False, "the row itself")
+        tally.notes.insert(0, f"stopped by {traceback.format_exc()[-600:]}")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(fast, ignore_errors=True)
+    if not tally.tried and not any(note.startswith("skipped") for note in tally.notes):
+        tally.check(False, "nothing was tried")
+    seconds = round(time.perf_counter() - start, 2)
+    return {"row": name, "what": what, "tried": tally.tried, "failed": tally.failed, "notes": tally.notes,
+            "seconds": seconds}  # fmt: skip
+
+
+def run_rows(level: str, only: set[str]) -> list[dict[str, Any]]:
+    """Run the rows, two at a time, each in a fresh process; a line for each that ends."""
+    chosen = [number for number, row in enumerate(ROWS) if not only or row[0] in only]
+    spawn = multiprocessing.get_context("spawn")
+    results: dict[int, dict[str, Any]] = {}
+    with ProcessPoolExecutor(JOBS, spawn, max_tasks_per_child=1) as pool:
+        jobs = {pool.submit(run_row, number, level): number for number in chosen}
+        for job in as_completed(jobs):
+            results[jobs[job]] = result = job.result()
+            print(line(result), flush=True)
+    return [results[number] for number in chosen]
+
+
+def line(result: dict[str, Any]) -> str:
+    counts = f"{result['tried']:>8,} {result['failed']:>7,} {result['seconds']:>8.1f}"
+    return f"{result['row']:<4} {result['what']:<56} {counts}"
