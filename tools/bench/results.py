@@ -42,6 +42,8 @@ def write_result(
 def to_markdown(result: dict[str, Any], source: str) -> str:
     """A result file as a section of RESULTS.md."""
     facts = result["environment"]
+    if "tried" in result["rows"][0]:
+        return _reliability(result, facts, source)
     machine = facts["gpu_name"] or f"{facts['cpu_name']}, {facts['num_cpus']} cores, no GPU"
     if facts["gpu_power_limit_w"]:
         machine += (
@@ -68,6 +70,16 @@ def to_markdown(result: dict[str, Any], source: str) -> str:
             met = "yes" if c["met"] else "**no**"
             wanted = f"{'at most ' if c.get('at_most') else ''}{_number(c['wanted'])}"
             lines.append(f"| {_cell(c['claim'])} | {_number(c['measured'])} | {wanted} | {met} |")
+    return "\n".join(lines) + "\n"
+
+
+def _reliability(result: dict[str, Any], facts: dict[str, Any], source: str) -> str:
+    """What `make reliability` left."""
+    lines = ["## Reliability of packing and records", ""]
+    lines += [f"{facts['cpu_name']}, commit {facts['commit'][:12]}; `{facts['command']}`; file `{source}`", ""]
+    lines += ["| row | what is done to them | tried | failed | seconds |", "|---|---|--:|--:|--:|"]
+    for r in result["rows"]:
+        lines.append(f"| {r['row']} | {_cell(r['what'])} | {r['tried']:,} | {r['failed']:,} | {r['seconds']:.0f} |")
     return "\n".join(lines) + "\n"
 
 
