@@ -18,11 +18,33 @@ ENVIRONMENT = {"environment": True}
 
 
 @dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """Random distortion of training images; the largest amount of each, drawn evenly between minus and plus it."""
+
+    shift_pixels: float = 0.0
+    rotate_degrees: float = 0.0
+    shear_degrees: float = 0.0
+    scale_fraction: float = 0.0
+
+    @property
+    def is_on(self) -> bool:
+        return any(asdict(self).values())
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     path: str = field(default="", metadata=ENVIRONMENT)
     """Record directory; empty: the packaged sample of 128 typefaces."""
-    feed: Literal["auto", "resident", "dali", "loader", "synthetic"] = field(default="auto", metadata=ENVIRONMENT)
-    """The road the batches take; every feed but synthetic hands out the same batches."""
+    feed: Literal["auto", "resident", "dali", "stream", "loader", "loader_batched", "synthetic"] = field(
+        default="auto", metadata=ENVIRONMENT
+    )
+    """The road the batches take; for the same order every feed but synthetic hands out the same batches."""
+    order: Literal["exact", "blocked"] = "exact"
+    """exact: any sample may come at any place of an epoch; blocked: what can be read from disk in pieces (stream)."""
+    block_samples: int = 5000
+    """Neighbours in the records that stay in one window of the blocked order."""
+    window_blocks: int = 16
+    """Blocks whose samples are shuffled together in the blocked order; stream holds two such windows in memory."""
     loader_workers: int = field(default=2, metadata=ENVIRONMENT)
     """Worker processes of the loader feed."""
 
@@ -69,6 +91,7 @@ class RunConfig:
     step: StepConfig = StepConfig()
     global_batch: int = 512
     """Samples of all ranks together in one step."""
+    augment: AugmentConfig = AugmentConfig()
     epochs: int = 4
     """Passes over the training split; the schedule spans them all."""
     seed: int = 42
@@ -201,6 +224,12 @@ def _check_bounds(config: RunConfig, source: str) -> None:
         ("seed", config.seed, 0, 2**63 - 1),
         ("target_accuracy", config.target_accuracy, 0, 1),
         ("data.loader_workers", config.data.loader_workers, 0, 256),
+        ("data.block_samples", config.data.block_samples, 1, 2**32),
+        ("data.window_blocks", config.data.window_blocks, 1, 2**32),
+        ("augment.shift_pixels", config.augment.shift_pixels, 0, 1000),
+        ("augment.rotate_degrees", config.augment.rotate_degrees, 0, 180),
+        ("augment.shear_degrees", config.augment.shear_degrees, 0, 80),
+        ("augment.scale_fraction", config.augment.scale_fraction, 0, 0.9),
         ("optim.learning_rate", o.learning_rate, 0, 1000),
         ("optim.warmup_fraction", o.warmup_fraction, 0, 1),
         ("optim.weight_decay", o.weight_decay, 0, 1000),
@@ -209,3 +238,5 @@ def _check_bounds(config: RunConfig, source: str) -> None:
     for name, value, low, high in bounds:
         if not low <= value <= high:  # also true for NaN
             raise UserError(f"{source}: {name} is {value}; give a value from {low} to {high}")
+    if config.data.feed == "stream" and config.data.order == "exact":
+        raise UserError(f"{source}: the stream feed serves the blocked order only; set data.order=blocked too")

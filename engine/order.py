@@ -8,11 +8,12 @@ section 5) on [0, a) x [0, b) with a = ceil(sqrt(n)), b = ceil(n / a): the domai
 cycle walking is rare. The round function is a 32-bit integer hash whose multipliers stay below 2^31: every product fits
 an int64 lane.
 
-Shapes: S steps, B samples of one rank in a step.
+Shapes: S steps, B samples of one rank in a step, K blocks, W windows.
 """
 
 import hashlib
 from dataclasses import dataclass
+from functools import lru_cache
 from math import isqrt
 from typing import Any
 
@@ -31,14 +32,20 @@ def round_keys(*parts: int | str) -> tuple[int, ...]:
     return tuple(int.from_bytes(digest[i : i + 4], "little") for i in range(0, len(digest), 4))
 
 
-def _round(value: Any, key: int, size: int) -> Any:
-    """A keyed 32-bit hash of int64 lanes, scaled to [0, size) (multipliers: Wellons' hash prospector, below 2^31)."""
+def hash32(value: Any, key: int) -> Any:
+    """A keyed 32-bit hash of int64 lanes below 2^32 (multipliers: Wellons' hash prospector, below 2^31)."""
     value = value ^ key
     value *= 0x21F0AAAD
     value &= MASK32
     value ^= value >> 15
     value *= 0x735A2D97
     value &= MASK32
+    return value
+
+
+def _round(value: Any, key: int, size: int) -> Any:
+    """A hash scaled to [0, size)."""
+    value = hash32(value, key)
     value *= size
     value >>= 32
     return value
@@ -78,6 +85,67 @@ def permute(position: Any, n: int, keys: tuple[int, ...]) -> Any:
     return sample
 
 
+@dataclass(frozen=True)
+class Windows:
+    """The blocked order of one epoch, for sets that are read in pieces: blocks of neighbours are shuffled, then the
+    samples within each window of blocks.
+
+    Position p stands in window w at row q of the window's blocks, laid end to end; `ids` says which sample that is.
+    Needs 16 bytes a block.
+    """
+
+    block_samples: int
+    window_blocks: int
+    block_K: np.ndarray
+    """The blocks in the epoch's order."""
+    start_K: np.ndarray
+    """The position where each begins, and the end; one block, the set's last, may be short."""
+    keys: tuple[int | str, ...]
+    """Of the shuffles within windows; none in a sequential order."""
+
+    @staticmethod
+    @lru_cache(2)
+    def of(num_samples: int, block_samples: int, window_blocks: int, keys: tuple[int | str, ...]) -> "Windows":
+        """The windows of an epoch, whose `keys` are (seed, epoch), or none for a sequential order."""
+        num_blocks = -(-num_samples // block_samples)
+        block_K = np.arange(num_blocks)
+        if keys:
+            block_K = permute(block_K, num_blocks, round_keys(*keys, "blocks"))
+        size_K = np.where(block_K == num_blocks - 1, num_samples - (num_blocks - 1) * block_samples, block_samples)
+        start_K = np.concatenate([[0], np.cumsum(size_K)])
+        return Windows(block_samples, window_blocks, block_K, start_K, keys)
+
+    @property
+    def edges(self) -> np.ndarray:
+        """The position where each window begins, and the end."""
+        return np.append(self.start_K[: -1 : self.window_blocks], self.start_K[-1])
+
+    def runs(self, window: int) -> list[tuple[int, int]]:
+        """(first sample, samples) of each block of a window, in the order of its rows."""
+        slots = range(*self._slots(window))
+        return [(int(self.block_K[k]) * self.block_samples, int(self.start_K[k + 1] - self.start_K[k])) for k in slots]
+
+    def rows(self, window: int, position: np.ndarray) -> np.ndarray:
+        """The rows of positions that lie in `window`, shuffled within it."""
+        first, last = self._slots(window)
+        start, stop = int(self.start_K[first]), int(self.start_K[last])
+        if not self.keys:
+            return position - start
+        shuffled: np.ndarray = permute(position - start, stop - start, round_keys(*self.keys, "window", window))
+        return shuffled
+
+    def ids(self, window: int, row: np.ndarray) -> np.ndarray:
+        """The samples that lie at rows of a window."""
+        first, last = self._slots(window)
+        position = row + self.start_K[first]
+        slot = np.searchsorted(self.start_K[first : last + 1], position, side="right") - 1 + first
+        found: np.ndarray = self.block_K[slot] * self.block_samples + position - self.start_K[slot]
+        return found
+
+    def _slots(self, window: int) -> tuple[int, int]:
+        return window * self.window_blocks, min((window + 1) * self.window_blocks, len(self.block_K))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Order:
     """The sequence of ids one rank sees in any epoch.
@@ -94,6 +162,9 @@ class Order:
     world_size: int = 1
     seed: int = 0
     shuffle: bool = True
+    block_samples: int = 0
+    """Of the blocked order (see Windows); 0: exact, every sample may come at any place."""
+    window_blocks: int = 0
 
     def __post_init__(self) -> None:
         if self.global_batch % self.world_size:
@@ -109,12 +180,34 @@ class Order:
         """Equal on every rank."""
         return self.num_samples // self.global_batch if self.shuffle else -(-self.num_samples // self.global_batch)
 
+    @property
+    def reach_fraction(self) -> float:
+        """The quality of the shuffle: the part of all samples of which a batch's may be any; exact reaches 1."""
+        window = self.block_samples * self.window_blocks
+        return min(1.0, window / self.num_samples) if window and self.shuffle else float(self.shuffle)
+
+    def windows(self, epoch: int) -> Windows:
+        """The windows of an epoch of a blocked order, or of a sequential one that is read in blocks."""
+        keys = (self.seed, epoch) if self.shuffle else ()
+        return Windows.of(self.num_samples, self.block_samples, self.window_blocks, keys)
+
+    def positions(self, first_step: int, num_steps: int) -> np.ndarray:
+        """positions_SB int64 of this rank's samples in `num_steps` steps of an epoch."""
+        step_S1 = np.arange(first_step, first_step + num_steps).reshape(-1, 1)
+        return step_S1 * self.global_batch + self.rank * self.rank_batch + np.arange(self.rank_batch)
+
     def ids(self, epoch: int, first_step: int, num_steps: int) -> np.ndarray:
         """ids_SB int64 of `num_steps` steps of an epoch, PADDING_ID where a sequential order has run out."""
-        step_S1 = np.arange(first_step, first_step + num_steps).reshape(-1, 1)
-        position_SB = step_S1 * self.global_batch + self.rank * self.rank_batch + np.arange(self.rank_batch)
-        if self.shuffle:
+        position_SB = self.positions(first_step, num_steps)
+        if not self.shuffle:
+            position_SB[position_SB >= self.num_samples] = PADDING_ID
+            return position_SB
+        if not self.block_samples:
             id_SB: np.ndarray = permute(position_SB, self.num_samples, round_keys(self.seed, epoch))
             return id_SB
-        position_SB[position_SB >= self.num_samples] = PADDING_ID
+        windows, position = self.windows(epoch), position_SB.reshape(-1)
+        edges = np.searchsorted(position, windows.edges)
+        for window in np.flatnonzero(np.diff(edges)).tolist():
+            part = position[edges[window] : edges[window + 1]]
+            part[:] = windows.ids(window, windows.rows(window, part))
         return position_SB

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -48,7 +47,6 @@ FONTS_LIMIT_BYTES = 16 * 2**20
 """Each Arrow file repeats the typefaces' names, so they must leave room for images."""
 ROW_OVERHEAD_BYTES = 5  # label index 1, font index 4
 ARROW_OVERHEAD_BYTES = 2**16  # schema, messages, the classes, paddings
-CACHED_BLOCKS = 32
 WRITERS = 2
 READERS = 4
 REMEDY = "pack the CSV again with tools/pack_tmnist"
@@ -221,8 +219,8 @@ def _refusing(directory: Path) -> Iterator[None]:
 class StoredImages:
     """The images of a split on disk, (N, H, W) uint8; indexing reads verified blocks and gives an array of its own.
 
-    Ascending runs of rows are read as wholes; the last CACHED_BLOCKS blocks are kept. The files stay open, so a
-    directory that is replaced meanwhile is read as it was. May be used from several threads.
+    Ascending runs of rows are read as wholes, and of each block they touch, all. The files stay open, so a directory
+    that is replaced meanwhile is read as it was. May be used from several threads.
 
     Raises:
         UserError: from indexing, when a block is damaged or its file was cut.
@@ -237,7 +235,6 @@ class StoredImages:
         self._directory, self._files, self._handles = directory, files, handles
         self._first_F = np.cumsum([0, *(file.rows for file in files)])
         self.shape = (int(self._first_F[-1]), *height_width)
-        self._block = lru_cache(CACHED_BLOCKS)(self._read_block)
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -262,24 +259,21 @@ class StoredImages:
         return out_MP.reshape(len(row_M), *self.shape[1:])
 
     def _read_run(self, row: int, out_MP: np.ndarray) -> None:
-        """Fill `out_MP` with the rows from `row` on."""
+        """Fill `out_MP` with the rows from `row` on; the rest of the blocks goes to `spare`."""
+        spare = np.empty(BLOCK_BYTES, np.uint8).data
         while len(out_MP):
             number = int(np.searchsorted(self._first_F, row, side="right")) - 1
             num_rows = min(len(out_MP), int(self._first_F[number + 1]) - row)
             out = out_MP[:num_rows].reshape(-1).data
             offset = self._files[number].image_offset + (row - int(self._first_F[number])) * out_MP.shape[1]
             while len(out):
-                within = offset % BLOCK_BYTES
-                data = self._block(number, offset // BLOCK_BYTES)[within : within + len(out)]
-                out[: len(data)] = data
-                out, offset = out[len(data) :], offset + len(data)
+                block, within = divmod(offset, BLOCK_BYTES)
+                size = min(BLOCK_BYTES - within, len(out))
+                around = self._files[number].bytes - block * BLOCK_BYTES - within - size
+                pieces = [spare[:within], out[:size], spare[within : within + min(around, BLOCK_BYTES - within - size)]]
+                self._files[number].read_block(self._handles[number], block, [piece for piece in pieces if len(piece)])
+                out, offset = out[size:], offset + size
             out_MP, row = out_MP[num_rows:], row + num_rows
-
-    def _read_block(self, number: int, block: int) -> memoryview:
-        file = self._files[number]
-        data = memoryview(bytearray(min(BLOCK_BYTES, file.bytes - block * BLOCK_BYTES)))
-        file.read_block(self._handles[number], block, [data])
-        return data
 
     def __del__(self) -> None:
         for handle in self._handles:

@@ -68,6 +68,8 @@ class RunReport:
     samples_per_s: float
     data_wait_fraction: float
     """Part of the training time the host waited for the feed."""
+    order_reach_fraction: float
+    """Part of all samples that may stand in a batch: 1 in the exact order, a window's share in the blocked one."""
     warmup_s: float
     eval_s: float
     val_accuracy_fraction: float | None

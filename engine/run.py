@@ -3,14 +3,15 @@
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import click
 
-from engine.config import RunConfig, load_toml, override, parse_assignments
+from engine.config import DataConfig, RunConfig, load_toml, override, parse_assignments
 from engine.errors import UserError, exit_on_user_error
 
-FEEDS = ["auto", "resident", "dali", "loader", "synthetic"]
+FEEDS = list(get_args(get_type_hints(DataConfig)["feed"]))
+ORDERS = list(get_args(get_type_hints(DataConfig)["order"]))
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -20,6 +21,7 @@ FEEDS = ["auto", "resident", "dali", "loader", "synthetic"]
 @click.option("--cuda-graphs/--no-cuda-graphs", default=None, help="Capture the whole step in one CUDA graph.")
 @click.option("--channels-last/--no-channels-last", default=None, help="NHWC memory format.")
 @click.option("--feed", type=click.Choice(FEEDS), help="The road the batches take.")
+@click.option("--order", type=click.Choice(ORDERS), help="exact, or blocked: as the stream feed can read it.")
 @click.option("--batch-size", type=click.IntRange(1), help="Samples of one rank in a step.")
 @click.option("--epochs", type=click.IntRange(1), help="Passes over the training split.")
 @click.option("--target-accuracy", type=click.FloatRange(0, 1), help="Stop when validation reaches it (0..1).")
@@ -64,7 +66,7 @@ def main(
 def _settings(flags: dict[str, Any], world_size: int) -> dict[str, Any]:
     """Flags that were given, as settings."""
     names = {"amp": "step.precision", "cuda_graphs": "step.cuda_graphs", "channels_last": "step.channels_last",
-             "feed": "data.feed", "data": "data.path", "batch_size": "global_batch"}  # fmt: skip
+             "feed": "data.feed", "order": "data.order", "data": "data.path", "batch_size": "global_batch"}  # fmt: skip
     given = {names.get(flag, flag): value for flag, value in flags.items() if value is not None}
     if flags["data"]:
         given["data.path"] = str(Path(flags["data"]).absolute())  # a run is resumed from any folder
@@ -74,8 +76,8 @@ def _settings(flags: dict[str, Any], world_size: int) -> dict[str, Any]:
 
 
 def _run(config: RunConfig, out: Path | None, resume: bool, device: str) -> None:
+    from engine.feeds import open_for
     from engine.publish import writing
-    from engine.records import open_records
     from engine.sample import ensure_sample
     from engine.trainer import check_batch, fit
     from engine.world import check_ranks, env_rank, env_world_size, keep_large_blocks, start_world
@@ -88,7 +90,7 @@ def _run(config: RunConfig, out: Path | None, resume: bool, device: str) -> None
     check_ranks(device)
     records = None
     if config.data.path:
-        records = open_records(config.data.path)
+        records = open_for(config.data, config.data.path)
         check_batch(config, records, env_world_size())
     out = out or Path("runs") / time.strftime("%Y%m%d-%H%M%S", time.gmtime())
     _check_out(out, resume)
@@ -99,7 +101,7 @@ def _run(config: RunConfig, out: Path | None, resume: bool, device: str) -> None
 
     with start_world(device) as world:
         if records is None:
-            records = open_records(ensure_sample(world))
+            records = open_for(config.data, ensure_sample(world))
             check_batch(config, records, world.size)
         world.first(make_out)
         report = fit(config, records, world, out, resume=resume, say=say)

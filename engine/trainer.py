@@ -79,10 +79,27 @@ def effective_config(config: RunConfig, records: Records, world: World) -> tuple
     if step.cuda_graphs and step.precision == "fp16" and not config.optim.fused:
         step = replace(step, cuda_graphs=False)
         notes.append("CUDA graphs are not used: fp16 with an optimiser that is not fused reads the host in each step")
-    feed = config.data.feed
-    if feed == "auto":
-        feed = choose_feed(records.split("train"), world.device)  # type: ignore[assignment]
-    return replace(config, step=step, data=replace(config.data, feed=feed)), notes
+    data = config.data
+    if data.feed == "auto":
+        feed, why = choose_feed(data, records.split("train"), world.device)
+        data = replace(data, feed=feed)  # type: ignore[arg-type]
+        notes.append(f"the feed is {feed}: {why}")
+    return replace(config, step=step, data=data), notes
+
+
+def make_order(config: RunConfig, num_samples: int, world: World, shuffle: bool = True) -> Order:
+    """The order of a split's samples; sequential for evaluation."""
+    in_blocks = config.data.order == "blocked" or config.data.feed == "stream"
+    return Order(
+        num_samples=num_samples,
+        global_batch=config.global_batch,
+        rank=world.rank,
+        world_size=world.size,
+        seed=config.seed,
+        shuffle=shuffle,
+        block_samples=config.data.block_samples if in_blocks else 0,
+        window_blocks=config.data.window_blocks if in_blocks else 0,
+    )
 
 
 def check_batch(config: RunConfig, records: Records, world_size: int) -> None:
@@ -115,13 +132,7 @@ def open_session(config: RunConfig, records: Records, world: World) -> Session:
     clock.reset_torch_peak(world.device)
     effective, notes = effective_config(config, records, world)
     train, device = records.split("train"), world.device
-    order = Order(
-        num_samples=len(train),
-        global_batch=config.global_batch,
-        rank=world.rank,
-        world_size=world.size,
-        seed=config.seed,
-    )
+    order = make_order(config, len(train), world)
     num_classes = len(records.classes)
     start = time.perf_counter()
     model = make_model(config.model, *records.height_width, num_classes, config.seed).to(device)
@@ -130,7 +141,7 @@ def open_session(config: RunConfig, records: Records, world: World) -> Session:
     try:
         step.prepare()
         warmup_s = time.perf_counter() - start
-        feed = make_feed(effective.data, train, order, num_classes, device)
+        feed = make_feed(effective.data, train, order, num_classes, device, config.augment)
     except BaseException:
         step.close()
         raise
@@ -142,14 +153,9 @@ def evaluate(session: Session, split_name: str) -> tuple[float, float]:
     """Loss and accuracy (0..1) over a whole split, exact over all ranks: nothing counted twice, nothing left out."""
     world, config = session.world, session.config
     split = session.records.split(split_name)
-    order = Order(
-        num_samples=len(split),
-        global_batch=config.global_batch,
-        rank=world.rank,
-        world_size=world.size,
-        shuffle=False,
-    )
-    feed = make_feed(DataConfig(), split, order, len(session.records.classes), world.device)
+    order = make_order(config, len(split), world, shuffle=False)
+    data = config.data if config.data.feed == "stream" else DataConfig()
+    feed = make_feed(data, split, order, len(session.records.classes), world.device)
     try:
         for batch in feed.batches(0):
             session.step.evaluate(batch)
@@ -350,6 +356,7 @@ class _Fit:
             train_s=self.watch.total_s,
             samples_per_s=num_steps * self.config.global_batch / max(self.watch.total_s, 1e-9),
             data_wait_fraction=wait_fraction,
+            order_reach_fraction=session.feed.order.reach_fraction,
             warmup_s=session.warmup_s,
             eval_s=self.eval_s,
             val_accuracy_fraction=self.best_val,
@@ -370,4 +377,5 @@ def _switches(config: RunConfig) -> dict[str, Any]:
         "channels_last": config.step.channels_last,
         "cuda_graphs": config.step.cuda_graphs,
         "feed": config.data.feed,
+        "order": config.data.order,
     }

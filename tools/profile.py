@@ -112,7 +112,7 @@ def default_config() -> RunConfig:
 def _profile_all(
     named: list[tuple[str, RunConfig]], steps: int, device: str
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    from engine.records import open_records
+    from engine.feeds import open_for
     from engine.sample import ensure_sample
     from engine.trainer import open_session
     from engine.world import start_world
@@ -121,11 +121,10 @@ def _profile_all(
     rows, facts = [], {}
     with start_world(device) as world, world.on_stream():
         sample = ensure_sample(world) if any(not config.data.path for _, config in named) else ""
-        opened: dict[str, Any] = {}
+        opened: dict[tuple[str, bool], Any] = {}
         for name, config in named:
-            path = config.data.path or str(sample)
-            records = opened.setdefault(path, None) or open_records(path)
-            opened[path] = records
+            path, on_disk = config.data.path or str(sample), config.data.feed == "stream"
+            records = opened[path, on_disk] = opened.get((path, on_disk)) or open_for(config.data, path)
             session = open_session(config, records, world)
             try:
                 rows.append({"config": name} | profile_session(session, steps))

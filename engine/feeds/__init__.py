@@ -1,38 +1,93 @@
 """The roads batches take from records to the step. To add one: a module with a Feed, and a line in `make_feed`."""
 
+import os
+from pathlib import Path
+
+import numpy as np
 import torch
 
-from engine.config import DataConfig
+from engine.config import AugmentConfig, DataConfig
+from engine.errors import UserError
+from engine.feeds.augment import AugmentedFeed
 from engine.feeds.batch import Feed
 from engine.order import Order
-from engine.records import Split
+from engine.records import Records, Split, StoredImages, open_records
 
-DEVICE_SHARE = 0.5
-"""Part of the GPU's free memory that resident pixels may take under --feed auto."""
-
-
-def choose_feed(split: Split, device: torch.device) -> str:
-    """What --feed auto means: resident where the pixels fit, else DALI."""
-    if device.type == "cpu" or split.image_NHW.nbytes < DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]:
-        return "resident"
-    return "dali"
+MEMORY_SHARE = 0.5
+"""Part of the free memory, the GPU's or the host's, that pixels may take under --feed auto."""
 
 
-def make_feed(config: DataConfig, split: Split, order: Order, num_classes: int, device: torch.device) -> Feed:
+def open_for(config: DataConfig, path: str | Path) -> Records:
+    """The records of a run: in memory, or left on disk where the stream feed is asked for or nothing else is possible.
+
+    Raises:
+        UserError: they cannot be opened.
+    """
+    if config.feed == "auto":
+        num_bytes = sum(file.stat().st_size for file in Path(path).expanduser().glob("*.arrow"))
+        return open_records(path, in_memory=num_bytes < MEMORY_SHARE * host_free_bytes())
+    return open_records(path, in_memory=config.feed != "stream")
+
+
+def host_free_bytes() -> int:
+    """Memory that processes can still have."""
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def choose_feed(config: DataConfig, split: Split, device: torch.device) -> tuple[str, str]:
+    """(the feed that --feed auto means, why); it never changes the order.
+
+    Raises:
+        UserError: the images do not fit into memory, and the order is exact.
+    """
+    gib = len(split) * float(np.prod(split.height_width)) / 2**30
+    if isinstance(split.image_NHW, StoredImages):
+        if config.order == "exact":
+            what = f"the images take {gib:.2f} GiB, more than {MEMORY_SHARE:.0%} of the host's free memory"
+            raise UserError(f"{what}; set data.order=blocked to stream them from disk")
+        return "stream", f"the images take {gib:.2f} GiB and stay on disk"
+    if device.type == "cpu":
+        return "resident", f"the images take {gib:.2f} GiB of host memory"
+    free_gib = torch.cuda.mem_get_info(device)[0] / 2**30
+    if gib < MEMORY_SHARE * free_gib:
+        return "resident", f"the images take {gib:.2f} of {free_gib:.1f} GiB free on the GPU"
+    return "dali", f"the images take {gib:.2f} GiB, too much for {free_gib:.1f} GiB free on the GPU"
+
+
+def make_feed(
+    config: DataConfig,
+    split: Split,
+    order: Order,
+    num_classes: int,
+    device: torch.device,
+    augment: AugmentConfig | None = None,
+) -> Feed:
     """The feed that `config.feed` names.
 
     Raises:
-        UserError: what the feed needs is not installed.
+        UserError: what the feed needs is not installed, or (auto) none is possible.
     """
-    name = choose_feed(split, device) if config.feed == "auto" else config.feed
+    name = choose_feed(config, split, device)[0] if config.feed == "auto" else config.feed
+    augment = augment if augment and augment.is_on else None
     if name == "dali":
         from engine.feeds.dali import DaliFeed
 
-        return DaliFeed(split, order, device)
-    if name == "loader":
+        return DaliFeed(split, order, device, augment)
+    feed = _plain_feed(name, config, split, order, num_classes, device)
+    return AugmentedFeed(feed, augment, order.seed, split.height_width) if augment else feed
+
+
+def _plain_feed(
+    name: str, config: DataConfig, split: Split, order: Order, num_classes: int, device: torch.device
+) -> Feed:
+    if name in ("loader", "loader_batched"):
         from engine.feeds.loader import LoaderFeed
 
-        return LoaderFeed(split, order, device, config.loader_workers)
+        return LoaderFeed(split, order, device, config.loader_workers, batched=name == "loader_batched")
+    if name == "stream":
+        from engine.feeds.stream import StreamFeed
+
+        return StreamFeed(split, order, device)
     if name == "synthetic":
         from engine.feeds.synthetic import SyntheticFeed, random_batch
 

@@ -45,6 +45,34 @@ class Batch:
         self.id_B.copy_(other.id_B, non_blocking=True)
 
 
+class Upload:
+    """The way of host batches to the device: pinned ones in turn, each reused when its copy is done. None on a CPU."""
+
+    def __init__(self, batch_size: int, height_width: tuple[int, int], device: torch.device, num: int = 4) -> None:
+        self._out = Batch.empty(batch_size, height_width, device)
+        self._on_gpu = device.type == "cuda"
+        self._turn = 0
+        if self._on_gpu:
+            cpu = torch.device("cpu")
+            self._hosts = [Batch.empty(batch_size, height_width, cpu, pinned=True) for _ in range(num)]
+            self._copied = [torch.cuda.Event() for _ in range(num)]
+
+    def host(self) -> Batch:
+        """A batch to fill; waits until its last copy is done."""
+        if not self._on_gpu:
+            return self._out
+        self._turn = (self._turn + 1) % len(self._hosts)
+        self._copied[self._turn].synchronize()
+        return self._hosts[self._turn]
+
+    def __call__(self, batch: Batch) -> Batch:
+        """The device's batch, after `batch`, the last from `host`, on the current stream."""
+        if self._on_gpu:
+            self._out.copy_(batch)
+            self._copied[self._turn].record()
+        return self._out
+
+
 class Feed(Protocol):
     """A road for batches. For the same order every feed but synthetic hands out the same batches."""
 
@@ -54,7 +82,8 @@ class Feed(Protocol):
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from `first_step` on.
 
-        A batch is ready on the current stream and valid until the next is asked for.
+        A batch is ready on the current stream and valid until the next is asked for; on a GPU all are at the same
+        addresses.
         """
 
     def close(self) -> None:

@@ -1,77 +1,131 @@
 """NVIDIA DALI as the road: a pipeline on the GPU where there is one, DALI's CPU pipeline elsewhere.
 
-Our order decides which samples a batch holds; DALI carries them. A batch travels as one DALI sample (a sequence of B
-frames), because DALI pays for every sample's descriptor. The only module that imports nvidia.dali.
+Our order decides which samples a batch holds; DALI carries them, and warps them if augmentation is on. A thread of ours
+gathers ahead: DALI calls an external source on the consumer's thread, so by itself nothing would overlap. Several
+batches travel in one run, as one DALI sample (a sequence of frames): DALI pays for every run and every sample.
+The only module that imports nvidia.dali.
 
 Sources: external_source with no_copy and DALI's ownership rules (docs, "External Source"; DALI#5617: outputs are valid
-until the next run, so they are copied into one batch of ours at once).
+until the next run); warp_affine and per_frame (docs, "Sequences").
+
+Shapes: F frames of a run, B of a batch, H x W pixels.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from engine.config import AugmentConfig
 from engine.errors import UserError
+from engine.feeds.ahead import Ahead
+from engine.feeds.augment import matrices
 from engine.feeds.batch import Batch
 from engine.feeds.resident import Gather, id_blocks
 from engine.order import Order
 from engine.records import Split
 
 PREFETCH = 2
-"""DALI's own queue depth; the ring of host buffers has two more, for the run being filled and the one being read."""
+"""DALI's own queue depth."""
+HELD = PREFETCH + 2
+"""Runs whose buffers DALI may still read: those in its queue, the one being filled, the one being handed out."""
+READY = 2
+"""Runs gathered beyond those."""
+FRAMES = 8192
+"""Frames of a run, at least one batch."""
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Host buffers of one run."""
+
+    frames: Batch
+    matrix_F23: torch.Tensor
 
 
 class DaliFeed:
     name = "dali"
 
-    def __init__(self, split: Split, order: Order, device: torch.device) -> None:
+    def __init__(self, split: Split, order: Order, device: torch.device, augment: AugmentConfig | None = None) -> None:
         try:
-            from nvidia.dali import Pipeline, fn, types
+            import nvidia.dali  # noqa: F401
         except ImportError as error:
             raise UserError(f"--feed dali: {error}; install nvidia-dali-cuda120, or use --feed resident") from None
         self.order = order
+        self._augment, self._device, self._height_width = augment, device, split.height_width
         self._on_gpu = device.type == "cuda"
-        self._gather = Gather(split, torch.device("cpu"))
-        size = (order.rank_batch, split.height_width)
-        self._ring = [Batch.empty(*size, torch.device("cpu"), pinned=self._on_gpu) for _ in range(PREFETCH + 2)]
-        self._out = Batch.empty(*size, device)
+        self._gather = Gather(split, torch.device("cpu"), one_thread=not self._on_gpu)
+        self._steps_per_run = max(FRAMES // order.rank_batch, 1)
+        frames = min(self._steps_per_run, max(order.steps_per_epoch, 1)) * order.rank_batch
+        self._ring = [
+            _Run(
+                Batch.empty(frames, split.height_width, torch.device("cpu"), pinned=self._on_gpu),
+                torch.empty(frames if augment else 1, 2, 3, pin_memory=self._on_gpu),
+            )
+            for _ in range(HELD + READY + 1)
+        ]
+        self._out = Batch.empty(order.rank_batch, split.height_width, device) if self._on_gpu else None
+        self._ahead: Ahead[list[Any]] | None = None
         self._source: Iterator[list[Any]] = iter(())
         self._mid_epoch = False
-        self._pipe: Any = Pipeline(
+        self._pipe: Any = self._build()
+
+    def _build(self) -> Any:
+        from nvidia.dali import Pipeline, fn, types
+
+        num_inputs = 4 if self._augment else 3
+        pipe = Pipeline(
             batch_size=1,
-            num_threads=1,
-            device_id=device.index if self._on_gpu else None,
+            num_threads=2 if self._augment else 1,
+            device_id=self._device.index if self._on_gpu else None,
             prefetch_queue_depth=PREFETCH,
         )
-        with self._pipe:
-            outputs = fn.external_source(
+        with pipe:
+            image, label, sample_id, *matrix = fn.external_source(
                 source=lambda: next(self._source),
-                num_outputs=3,
+                num_outputs=num_inputs,
                 batch=True,
                 no_copy=True,
-                dtype=[types.UINT8, types.UINT8, types.INT64],
-                ndim=[3, 1, 1],
+                dtype=[types.UINT8, types.UINT8, types.INT64, types.FLOAT][:num_inputs],
+                ndim=[4, 1, 1, 3][:num_inputs],
+                layout=["FHWC", "F", "F", "F**"][:num_inputs],
             )
-            self._pipe.set_outputs(*(output.gpu() for output in outputs) if self._on_gpu else outputs)
-        self._pipe.build()
+            if self._on_gpu:
+                image, label, sample_id = image.gpu(), label.gpu(), sample_id.gpu()
+            if self._augment:
+                image = fn.warp_affine(image, fn.per_frame(matrix[0]), fill_value=0, interp_type=types.INTERP_LINEAR)
+            pipe.set_outputs(image, label, sample_id)
+        pipe.build()
+        return pipe
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        self._discard_prefetched()
-        self._source = self._filled(epoch, first_step)
+        self._stop()
+        self._ahead = Ahead(self._filled(epoch, first_step), slots=len(self._ring), held=HELD)
+        self._source = iter(self._ahead)
         while (outputs := self._run()) is not None:
-            self._copy_out(outputs)
-            yield self._out
+            for start in range(0, outputs[1].shape()[0][0], self.order.rank_batch):
+                yield self._batch(outputs, start)
 
     def close(self) -> None:
+        self._stop()
         self._pipe = None
 
     def _filled(self, epoch: int, first_step: int) -> Iterator[list[Any]]:
-        """What DALI takes: arrays of one sample, [1, B, H, W], [1, B] and [1, B], views of the ring's buffers."""
-        for number, id_B in enumerate(id_blocks(self.order, epoch, first_step, torch.device("cpu"))):
-            batch = self._ring[number % len(self._ring)]
-            self._gather(id_B, batch)
-            yield [tensor.unsqueeze(0).numpy() for tensor in (batch.image_BHW, batch.label_B, batch.id_B)]
+        """What DALI takes: arrays of one sample, views of the ring's buffers."""
+        size, turn, filled = self.order.rank_batch, 0, 0
+        for step, id_B in enumerate(id_blocks(self.order, epoch, first_step, torch.device("cpu")), start=first_step):
+            run, rows = self._ring[turn], slice(filled, filled + size)
+            frames = run.frames
+            self._gather(id_B, Batch(frames.image_BHW[rows], frames.label_B[rows], frames.id_B[rows]))
+            if self._augment:
+                run.matrix_F23[rows] = matrices(self._augment, id_B, self.order.seed, epoch, self._height_width)
+            filled += size
+            if filled + size > len(frames.id_B) or step == self.order.steps_per_epoch - 1:
+                image_FHW1 = frames.image_BHW[:filled].unsqueeze(-1)
+                tensors = [image_FHW1, frames.label_B[:filled], frames.id_B[:filled], run.matrix_F23[:filled]]
+                yield [tensor.unsqueeze(0).numpy() for tensor in tensors[: 4 if self._augment else 3]]
+                turn, filled = (turn + 1) % len(self._ring), 0
 
     def _run(self) -> Any | None:
         """The pipeline's next outputs, None at the end of the source; then it is ready for another source."""
@@ -84,15 +138,21 @@ class DaliFeed:
         self._mid_epoch = True
         return outputs
 
-    def _discard_prefetched(self) -> None:
-        """Run out what DALI still holds of an epoch that was left in the middle."""
+    def _stop(self) -> None:
+        """End the thread, and run out what DALI still holds of an epoch that was left in the middle."""
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
         self._source = iter(())
         while self._mid_epoch and self._run() is not None:
             pass
 
-    def _copy_out(self, outputs: Any) -> None:
-        from nvidia.dali.plugin.pytorch import feed_ndarray
-
-        stream = torch.cuda.current_stream() if self._on_gpu else None
-        for output, tensor in zip(outputs, (self._out.image_BHW, self._out.label_B, self._out.id_B), strict=True):
-            feed_ndarray(output[0], tensor, cuda_stream=stream)
+    def _batch(self, outputs: Any, start: int) -> Batch:
+        """One batch of a run's frames: on a GPU copied to where all are, on a CPU left where it is (1.6 x as fast)."""
+        rows = slice(start, start + self.order.rank_batch)
+        image_FHW1, label_F, id_F = (torch.utils.dlpack.from_dlpack(output[0]) for output in outputs)
+        batch = Batch(image_FHW1[rows].squeeze(-1), label_F[rows], id_F[rows])
+        if self._out is None:
+            return batch
+        self._out.copy_(batch)
+        return self._out

@@ -1,9 +1,11 @@
-"""The plain PyTorch DataLoader, sample by sample in worker processes: the study's feed, and the baseline's.
+"""The plain PyTorch DataLoader in worker processes: sample by sample, the study's feed and the baseline's; or batched,
+by a `__getitems__` that indexes all of a batch.
 
 It shuffles by our order, so that baseline and fast runs see the same batches; otherwise it is what a tutorial writes.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -24,6 +26,15 @@ class _Samples(Dataset[tuple[torch.Tensor, torch.Tensor, int]]):
         return self._image_NHW[row], self._label_N[row], sample_id
 
 
+class _Batches(_Samples):
+    """A batch is one item: the DataLoader hands `__getitems__` all its indices, and nothing is collated."""
+
+    def __getitems__(self, sample_ids: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        id_B = torch.tensor(sample_ids)
+        row_B = id_B.clamp(min=0)
+        return self._image_NHW[row_B], self._label_N[row_B], id_B
+
+
 class _Steps(Sampler[list[int]]):
     """The order as a batch sampler; `start` names the epoch and step of the next iteration."""
 
@@ -37,16 +48,20 @@ class _Steps(Sampler[list[int]]):
             yield id_B.tolist()
 
 
-class LoaderFeed:
-    name = "loader"
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
-    def __init__(self, split: Split, order: Order, device: torch.device, num_workers: int) -> None:
+
+class LoaderFeed:
+    def __init__(self, split: Split, order: Order, device: torch.device, num_workers: int, batched: bool) -> None:
+        self.name = "loader_batched" if batched else "loader"
         self.order = order
         self._steps = _Steps(order)
         self._out = Batch.empty(order.rank_batch, split.height_width, device)
         self._loader: DataLoader[tuple[torch.Tensor, torch.Tensor, int]] | None = DataLoader(
-            _Samples(split),
+            _Batches(split) if batched else _Samples(split),
             batch_sampler=self._steps,
+            collate_fn=_as_it_is if batched else None,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             pin_memory=device.type == "cuda",

@@ -1,0 +1,80 @@
+"""Work done ahead of its consumer, in a thread; whatever goes wrong there reaches the consumer within a second."""
+
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+DEADLINE_S = 60.0
+POLL_S = 0.5
+
+
+class Ahead(Generic[T]):
+    """The items of an iterator, made in a thread.
+
+    The iterator may reuse `slots` buffers in turn: it is asked for an item only when the consumer has let go of the one
+    made `slots` items earlier. The consumer lets go of an item by asking for `held` more.
+
+    Raises:
+        Exception: from iteration, whatever the iterator raised.
+        RuntimeError: the thread has died, or has made nothing for DEADLINE_S.
+    """
+
+    def __init__(self, items: Iterator[T], slots: int, held: int = 1) -> None:
+        assert slots > held
+        self._items, self._held = items, held
+        self._free = threading.Semaphore(slots)
+        self._ready: queue.SimpleQueue[tuple[str, T | BaseException | None]] = queue.SimpleQueue()
+        self._stopped = False
+        self._thread = threading.Thread(target=self._work, name="feed", daemon=True)
+        self._thread.start()
+
+    def _work(self) -> None:
+        try:
+            while True:
+                self._free.acquire()
+                if self._stopped:
+                    return
+                for item in self._items:
+                    self._ready.put(("item", item))
+                    break
+                else:
+                    self._ready.put(("end", None))
+                    return
+        except BaseException as error:
+            self._ready.put(("error", error))
+
+    def __iter__(self) -> Iterator[T]:
+        given: deque[None] = deque()
+        while True:
+            if len(given) >= self._held:
+                given.popleft()
+                self._free.release()
+            kind, item = self._get()
+            if kind == "error":
+                raise item  # type: ignore[misc]
+            if kind == "end":
+                return
+            given.append(None)
+            yield item  # type: ignore[misc]
+
+    def _get(self) -> tuple[str, T | BaseException | None]:
+        deadline = time.monotonic() + DEADLINE_S
+        while True:
+            alive = self._thread.is_alive()
+            try:
+                return self._ready.get(timeout=POLL_S)
+            except queue.Empty:
+                if not alive:
+                    raise RuntimeError("the feed's thread ended without a word") from None
+                if time.monotonic() > deadline:
+                    raise RuntimeError(f"the feed has made no batch for {DEADLINE_S:.0f} s") from None
+
+    def close(self) -> None:
+        """Stop the thread; an item that is being made is finished first."""
+        self._stopped = True
+        self._free.release()
+        self._thread.join(DEADLINE_S)

@@ -1,0 +1,74 @@
+"""Random affine distortion, defined once: a matrix for each sample, and the warp that torch does. DALI only warps, too.
+
+A matrix maps output to input in pixels, with a pixel's centre at its index + 0.5 (the convention of DALI, and of torch
+with align_corners=False). It is a pure function of (seed, epoch, sample id), so every feed and any number of ranks
+distort a sample alike. Images stay uint8, rounded to nearest.
+
+Shapes: B samples, H x W pixels.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch.nn import functional
+
+from engine.config import AugmentConfig
+from engine.feeds.batch import Batch, Feed
+from engine.order import MASK32, hash32, round_keys
+
+
+def matrices(
+    config: AugmentConfig, id_B: torch.Tensor, seed: int, epoch: int, height_width: tuple[int, int]
+) -> torch.Tensor:
+    """matrix_B23 float32 on id_B's device; computed there in float64, without a host synchronisation."""
+
+    def draw(name: str) -> torch.Tensor:
+        """Uniform in [-1, 1)."""
+        low, high, *_ = round_keys(seed, epoch, "augment", name)
+        hashed_B: torch.Tensor = hash32(hash32(id_B & MASK32, low) ^ (id_B >> 32 & MASK32), high)
+        return hashed_B.double() / 2**31 - 1
+
+    turn, shear = math.radians(config.rotate_degrees) * draw("turn"), math.radians(config.shear_degrees) * draw("shear")
+    zoom = 1 + config.scale_fraction * draw("zoom")
+    cos, sin, slope = turn.cos() / zoom, turn.sin() / zoom, shear.tan()
+    linear_B22 = torch.stack([cos, cos * slope - sin, sin, sin * slope + cos], 1).view(-1, 2, 2)
+    centre = torch.tensor([height_width[1] / 2, height_width[0] / 2], dtype=torch.float64, device=id_B.device)
+    shift_B2 = config.shift_pixels * torch.stack([draw("right"), draw("down")], 1)
+    return torch.cat([linear_B22, (centre - shift_B2 - linear_B22 @ centre)[:, :, None]], 2).float()
+
+
+def warp(image_BHW: torch.Tensor, matrix_B23: torch.Tensor) -> torch.Tensor:
+    """uint8 images through their matrices: bilinear, black outside."""
+    _, height, width = image_BHW.shape
+    size = torch.tensor([width, height], dtype=torch.float32, device=image_BHW.device)
+    linear_B22, offset_B2 = matrix_B23[:, :, :2], matrix_B23[:, :, 2]
+    # From pixels u to torch's coordinates 2 u / size - 1.
+    theta_B2 = (linear_B22 @ size + 2 * offset_B2) / size - 1
+    theta_B23 = torch.cat([linear_B22 * size / size[:, None], theta_B2[:, :, None]], 2)
+    grid_BHW2 = functional.affine_grid(theta_B23, [len(image_BHW), 1, height, width], align_corners=False)
+    return (
+        functional.grid_sample(image_BHW[:, None].float(), grid_BHW2, align_corners=False)[:, 0]
+        .round_()
+        .to(torch.uint8)
+    )
+
+
+class AugmentedFeed:
+    """Another feed's batches, warped where they lie."""
+
+    def __init__(self, feed: Feed, config: AugmentConfig, seed: int, height_width: tuple[int, int]) -> None:
+        self.name, self.order = feed.name, feed.order
+        self._feed, self._config, self._seed, self._height_width = feed, config, seed, height_width
+        self._out: Batch | None = None
+
+    def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        for batch in self._feed.batches(epoch, first_step):
+            if self._out is None:
+                self._out = Batch(torch.empty_like(batch.image_BHW), batch.label_B, batch.id_B)
+            matrix_B23 = matrices(self._config, batch.id_B, self._seed, epoch, self._height_width)
+            self._out.image_BHW.copy_(warp(batch.image_BHW, matrix_B23))
+            yield self._out
+
+    def close(self) -> None:
+        self._feed.close()

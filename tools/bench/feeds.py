@@ -1,0 +1,144 @@
+"""What each feed carries, alone: each in a process of its own, on the same records, uint8 batches with their ids.
+
+python -m tools.bench.feeds NAME RECORDS BATCH SECONDS measures one and prints JSON; `measure_all` runs them in turn.
+"""
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from engine.report import ROOT
+
+FEEDS = (
+    "resident",
+    "dali",
+    "stream",
+    "resident augmented",
+    "dali augmented",
+    "loader_batched",
+    "loader",
+    "TensorDataset",
+)
+Batches = Iterator[int]
+
+
+def measure_all(records: Path, batch_size: int, seconds: float) -> list[dict[str, Any]]:
+    """A row for each of FEEDS, each measured for about `seconds`."""
+    rows = []
+    for name in FEEDS:
+        command = [sys.executable, "-m", "tools.bench.feeds", name, str(records), str(batch_size), str(seconds)]
+        done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+        rows.append(json.loads(done.stdout.splitlines()[-1]))
+    return rows
+
+
+def measure(name: str, records: Path, batch_size: int, seconds: float) -> dict[str, Any]:
+    """Throughput (median over passes, after one that warms up), time to the first batch, memory, CPU time."""
+    import torch
+
+    from engine.world import keep_large_blocks
+
+    keep_large_blocks()
+    before_mib, start = _peak_mib(), time.perf_counter()
+    epoch, order, close = _ours(name, records, batch_size) if name != "TensorDataset" else _peer(records, batch_size)
+    batches = epoch(0)
+    next(batches)
+    first_batch_s = time.perf_counter() - start
+    warmed = _pass(batches, seconds / 2)[0]
+    rates: list[float] = []
+    counted, cpu_s = 0, time.process_time()
+    deadline = time.perf_counter() + seconds
+    while not rates or time.perf_counter() < deadline:
+        seen, took_s = _pass(epoch(1 + len(rates)), max(deadline - time.perf_counter(), 0.1))
+        rates.append(seen / took_s)
+        counted += seen
+    cpu_s = time.process_time() - cpu_s
+    close()
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)  # over all passes, the first included
+    cpu_s += (children.ru_utime + children.ru_stime) * counted / (counted + warmed)
+    return {
+        "name": name,
+        "samples_per_s": median(rates),
+        "low": min(rates),
+        "high": max(rates),
+        "num_passes": len(rates),
+        "order": order,
+        "threads": torch.get_num_threads(),
+        "first_batch_s": first_batch_s,
+        "peak_mib": _peak_mib() - before_mib,
+        "cpu_s_per_million": cpu_s / counted * 1e6,
+    }
+
+
+def _pass(batches: Batches, seconds: float) -> tuple[int, float]:
+    """(samples, seconds) of an epoch, or of what part of it fits into `seconds`."""
+    start, seen = time.perf_counter(), 0
+    for size in batches:
+        seen += size
+        if time.perf_counter() - start > seconds:
+            break
+    return seen, time.perf_counter() - start
+
+
+def _ours(name: str, records: Path, batch_size: int) -> tuple[Any, str, Any]:
+    import torch
+
+    from engine.config import AugmentConfig, RunConfig, override
+    from engine.feeds import make_feed, open_for
+    from engine.trainer import make_order
+    from engine.world import World
+
+    kind, _, augmented = name.partition(" ")
+    settings = {"data.feed": kind, "data.order": "blocked" if kind == "stream" else "exact", "global_batch": batch_size}
+    config = override(RunConfig(), settings, name)
+    augment = (
+        AugmentConfig(shift_pixels=2, rotate_degrees=10, shear_degrees=5, scale_fraction=0.1) if augmented else None
+    )
+    world = World(rank=0, size=1, device=torch.device("cpu"), stream=None)
+    opened = open_for(config.data, records)
+    train = opened.split("train")
+    order = make_order(config, len(train), world)
+    feed = make_feed(config.data, train, order, len(opened.classes), world.device, augment)
+
+    def epoch(number: int) -> Batches:
+        for batch in feed.batches(number):
+            yield len(batch.id_B)
+
+    return epoch, config.data.order, feed.close
+
+
+def _peer(records: Path, batch_size: int) -> tuple[Any, str, Any]:
+    """What a tutorial writes: torch's own shuffle, TensorDataset, two workers."""
+    import torch
+    from torch.utils.data import DataLoader, TensorDataset
+
+    from engine.records import open_records
+
+    train = open_records(records).split("train")
+    tensors = (torch.from_numpy(array) for array in (train.image_NHW, train.label_N))
+    data = TensorDataset(*tensors, torch.arange(len(train)))
+    loader = DataLoader(data, batch_size, shuffle=True, drop_last=True, num_workers=2, persistent_workers=True)
+
+    def epoch(number: int) -> Batches:
+        for _, label_B, _ in loader:
+            yield len(label_B)
+
+    def close() -> None:
+        nonlocal loader
+        loader = None  # type: ignore[assignment]
+
+    return epoch, "torch's", close
+
+
+def _peak_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]))))
