@@ -19,12 +19,16 @@ ENVIRONMENT = {"environment": True}
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """Random distortion of training images; the largest amount of each, drawn evenly between minus and plus it."""
+    """Random distortion of training images (feeds/augment.py); each amount is drawn evenly between minus and plus it."""
 
     shift_pixels: float = 0.0
+    """Across and down, each."""
     rotate_degrees: float = 0.0
+    """About the centre."""
     shear_degrees: float = 0.0
+    """Slant of upright lines."""
     scale_fraction: float = 0.0
+    """0.1: sizes from 0.9 to 1.1."""
 
     @property
     def is_on(self) -> bool:
@@ -96,6 +100,8 @@ class RunConfig:
     """Passes over the training split; the schedule spans them all."""
     seed: int = 42
     """Seeds the initial weights and the order of samples."""
+    log_ids: bool = field(default=False, metadata=ENVIRONMENT)
+    """Write the ids and pixels' checksums of all batches to OUT/ids, for tools/verify order; slow."""
     target_accuracy: float = field(default=0.0, metadata=ENVIRONMENT)
     """Stop at the first epoch whose validation accuracy (0..1) reaches this; 0: run all epochs."""
 

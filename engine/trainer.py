@@ -17,8 +17,9 @@ from engine import clock
 from engine.checkpoint import Position, load_checkpoint, save_checkpoint, save_model
 from engine.config import DataConfig, RunConfig, to_toml
 from engine.errors import UserError
-from engine.feeds import choose_feed, make_feed
+from engine.feeds import choose_feed, idlog, make_feed
 from engine.feeds.batch import Batch, Feed
+from engine.feeds.stream import NUM_WINDOWS
 from engine.feeds.synthetic import random_batch
 from engine.model import make_model
 from engine.order import Order
@@ -84,17 +85,21 @@ def effective_config(config: RunConfig, records: Records, world: World) -> tuple
         feed, why = choose_feed(data, records.split("train"), world.device)
         data = replace(data, feed=feed)  # type: ignore[arg-type]
         notes.append(f"the feed is {feed}: {why}")
+    if data.feed == "stream":
+        num_pixels = records.height_width[0] * records.height_width[1]
+        window_mb = data.block_samples * data.window_blocks * num_pixels / 1e6
+        notes.append(f"stream reads ahead in {NUM_WINDOWS} windows of {window_mb:,.0f} MB; evaluation does so, too")
     return replace(config, step=step, data=data), notes
 
 
-def make_order(config: RunConfig, num_samples: int, world: World, shuffle: bool = True) -> Order:
+def make_order(config: RunConfig, num_samples: int, rank: int, world_size: int, shuffle: bool = True) -> Order:
     """The order of a split's samples; sequential for evaluation."""
     in_blocks = config.data.order == "blocked" or config.data.feed == "stream"
     return Order(
         num_samples=num_samples,
         global_batch=config.global_batch,
-        rank=world.rank,
-        world_size=world.size,
+        rank=rank,
+        world_size=world_size,
         seed=config.seed,
         shuffle=shuffle,
         block_samples=config.data.block_samples if in_blocks else 0,
@@ -132,7 +137,7 @@ def open_session(config: RunConfig, records: Records, world: World) -> Session:
     clock.reset_torch_peak(world.device)
     effective, notes = effective_config(config, records, world)
     train, device = records.split("train"), world.device
-    order = make_order(config, len(train), world)
+    order = make_order(config, len(train), world.rank, world.size)
     num_classes = len(records.classes)
     start = time.perf_counter()
     model = make_model(config.model, *records.height_width, num_classes, config.seed).to(device)
@@ -153,7 +158,7 @@ def evaluate(session: Session, split_name: str) -> tuple[float, float]:
     """Loss and accuracy (0..1) over a whole split, exact over all ranks: nothing counted twice, nothing left out."""
     world, config = session.world, session.config
     split = session.records.split(split_name)
-    order = make_order(config, len(split), world, shuffle=False)
+    order = make_order(config, len(split), world.rank, world.size, shuffle=False)
     data = config.data if config.data.feed == "stream" else DataConfig()
     feed = make_feed(data, split, order, len(session.records.classes), world.device)
     try:
@@ -254,10 +259,16 @@ class _Fit:
         world.synchronize()
         with Progress(f"epoch {epoch + 1}", self.steps_per_epoch, enabled=world.is_first) as bar:
             self.watch.start()
-            for number, batch in enumerate(self._waited(self.session.feed.batches(epoch))):
+            batches = self._waited(self.session.feed.batches(epoch))
+            if self.config.log_ids:
+                batches = idlog.logged(batches, idlog.path_of(self.out, world.rank, epoch))
+            num_steps = 0
+            for num_steps, batch in enumerate(batches, start=1):
                 step.train(batch)
-                if number % 50 == 0:
-                    bar.update(number)
+                if num_steps % 50 == 0:
+                    bar.update(num_steps)
+            if num_steps != self.steps_per_epoch:
+                raise RuntimeError(f"the feed ended after {num_steps} of {self.steps_per_epoch} steps")
             return self.watch.stop()
 
     def _waited(self, batches: Iterator[Batch]) -> Iterator[Batch]:

@@ -39,6 +39,8 @@ def test_every_bench_config_is_valid(file: Path) -> None:
         ('[optim]\nname = "sgd"', "choose one of adam, adamw"),
         ("epochs = 0", "from 1 to"),
         ("target_accuracy = nan", "from 0 to 1"),
+        ('[data]\nfeed = "stream"', "set data.order=blocked too"),
+        ("[augment]\nscale_fraction = 1.0", "from 0 to 0.9"),
         ("epochs = ", "is not TOML"),
     ],
 )

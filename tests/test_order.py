@@ -87,3 +87,46 @@ def test_a_batch_that_cannot_be_divided_is_refused() -> None:
 
 GOLDEN_1000 = [620, 307, 924, 30, 500]
 GOLDEN_STEP = [[138065, 182037, 261936, 163326]]
+
+
+BLOCKED = {"num_samples": 1003, "global_batch": 64, "seed": 9, "block_samples": 40, "window_blocks": 4}
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("change", [{}, {"num_samples": 1000}, {"block_samples": 1}, {"block_samples": 2000}])
+def test_the_blocked_order_keeps_the_promises_of_the_exact_one(world_size: int, change: dict[str, int]) -> None:
+    settings = BLOCKED | change
+    alone = Order(**settings)
+    whole = alone.ids(2, 0, 15)
+    assert whole.min() >= 0 and whole.max() < settings["num_samples"] and len(np.unique(whole)) == 15 * 64
+    ranks = [Order(**settings, rank=r, world_size=world_size).ids(2, 0, 15) for r in range(world_size)]
+    assert np.array_equal(np.concatenate(ranks, axis=1), whole)
+    assert np.array_equal(alone.ids(2, 6, 9), whole[6:])
+    left_out = [set(range(settings["num_samples"])) - set(alone.ids(e, 0, 15).ravel().tolist()) for e in (0, 1)]
+    assert all(len(samples) == settings["num_samples"] - 960 for samples in left_out) and left_out[0] != left_out[1]
+
+
+def test_the_blocked_order_stays_in_its_windows_and_mixes_there() -> None:
+    order = Order(num_samples=100_000, global_batch=500, seed=1, block_samples=500, window_blocks=20)
+    assert order.reach_fraction == 0.1 and Order(num_samples=10, global_batch=1).reach_fraction == 1
+    for epoch in (0, 1):
+        sample = order.ids(epoch, 0, 200).reshape(10, 10_000)
+        for window in sample:
+            assert len(np.unique(window // 500)) == 20
+            place = np.argsort(np.argsort(window))
+            assert abs(np.corrcoef(np.arange(10_000), place)[0, 1]) < 0.05
+        assert abs(np.corrcoef(np.arange(100_000), sample.ravel())[0, 1]) < 0.3
+    windows = [set(np.unique(order.ids(epoch, 0, 20) // 500).tolist()) for epoch in (0, 1)]
+    assert windows[0] != windows[1]
+
+
+def test_the_classes_of_a_batch_are_balanced_as_in_an_exact_random_shuffle() -> None:
+    """Counts of one class in a batch spread as in drawing without replacement, in the exact and the blocked order."""
+    label = np.random.default_rng(0).integers(0, 10, 50_000)
+    share = (label == 3).mean()
+    wanted = 500 * share * (1 - share) * (1 - 500 / 50_000)
+    for blocks in ({}, {"block_samples": 250, "window_blocks": 20}):
+        order = Order(num_samples=50_000, global_batch=500, seed=5, **blocks)
+        counts = np.concatenate([(label[order.ids(e, 0, 100)] == 3).sum(1) for e in range(10)])
+        assert abs(counts.mean() - 500 * share) < 4 * (wanted / 1000) ** 0.5
+        assert abs(counts.var() / wanted - 1) < 4 * (2 / 1000) ** 0.5

@@ -119,6 +119,18 @@ def test_every_feed_trains_bit_identically(alone: Path, small_dir: Path, command
         assert metrics(out) == metrics(alone)
 
 
+def test_stream_trains_as_resident_does_in_the_blocked_order(small_dir: Path, command: Command, tmp_path: Path) -> None:
+    settings = ("--order=blocked", "--set", "data.block_samples=20", "--set", "data.window_blocks=3", *SHORT)
+    settings += ("--set", "augment.rotate_degrees=10")
+    for feed in ("resident", "stream"):
+        flags = ("--data", small_dir, "--out", tmp_path / feed, "--feed", feed, *settings)
+        done = command("python", "-m", "engine.run", *flags)
+        assert done.returncode == 0, done.stderr
+    assert metrics(tmp_path / "stream") == metrics(tmp_path / "resident")
+    assert report(tmp_path / "stream")["test_loss"] == report(tmp_path / "resident")["test_loss"]
+    assert report(tmp_path / "stream")["order_reach_fraction"] == pytest.approx(60 / 224)
+
+
 def test_a_target_ends_the_run(small_dir: Path, command: Command, tmp_path: Path) -> None:
     flags = ("--epochs", 50, "--batch-size", 32, "--target-accuracy", 0.5)
     done = command("python", "-m", "engine.run", "--data", small_dir, "--out", tmp_path / "run", *flags)

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from tests.conftest import Command, assert_refused
+from tools.bench.feeds import FEEDS
 from tools.bench.results import claim, row, to_markdown
 from tools.results import TARGET, render
 
@@ -92,3 +93,46 @@ def test_a_result_line_is_median_extremes_and_count() -> None:
 def test_the_shims_print_help(name: str, command: Command) -> None:
     done = command(f"tools/{name}", "--help")
     assert done.returncode == 0 and "Usage" in done.stdout
+
+
+def test_verify_order_finds_what_a_run_consumed_and_what_was_changed(
+    command: Command, tmp_path: Path, small_dir: Path
+) -> None:
+    run = tmp_path / "run"
+    words = ("torchrun", "--standalone", "--nproc-per-node=2", "-m", "engine.run", "--device=cpu", "--data", small_dir)
+    settings = ("--set", "log_ids=true", "--set", "data.block_samples=20", "--set", "data.window_blocks=3")
+    flags = ("--feed=stream", "--order=blocked", "--epochs=2", "--batch-size=16", "--out", run, *settings)
+    done = command(*words, *flags)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((run / "report.json").read_text())
+    assert report["effective"]["feed"] == "stream" and 0.2 < report["order_reach_fraction"] < 0.3
+    assert "stream reads ahead in 2 windows of 0 MB" in done.stdout
+    whole = command("tools/verify", "order", run)
+    assert whole.returncode == 0 and "448 samples checked, 0 faults" in whole.stdout
+    file = run / "ids" / "rank1-epoch1.bin"
+    data = bytearray(file.read_bytes())
+    data[8] ^= 1  # a pixel's checksum
+    file.write_bytes(data)
+    done = command("tools/verify", "order", run)
+    assert done.returncode == 1 and "epoch 1, rank 1: step 0, row 0: the image is not that of sample" in done.stdout
+    data[8] ^= 1
+    data[16 * 16 * 3], data[16 * 16 * 4] = data[16 * 16 * 4], data[16 * 16 * 3]
+    data[16 * 16 * 3] ^= 1
+    file.write_bytes(data)
+    assert "step 3 is the first that has other samples" in command("tools/verify", "order", run).stdout
+    file.write_bytes(data[: 16 * 16 * 2])
+    assert "2 steps, want 7" in command("tools/verify", "order", run).stdout
+    file.unlink()
+    assert_refused(command("tools/verify", "order", run), "holds no ids of rank 1, epoch 1")
+
+
+def test_profile_feeds_measures_all_of_them(command: Command, tmp_path: Path, small_dir: Path) -> None:
+    flags = ("--data", small_dir, "--batch-size", 32, "--seconds", 0.1, "--json", tmp_path / "f.json")
+    done = command("tools/profile", "feeds", *flags, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    feeds = json.loads((tmp_path / "f.json").read_text())["feeds"]
+    assert [row["name"] for row in feeds] == list(FEEDS)
+    assert all(row["samples_per_s"] > 0 and row["threads"] == 1 and row["cpu_s_per_million"] > 0 for row in feeds)
+    assert {row["order"] for row in feeds} == {"exact", "blocked", "torch's"}
+    with Image.open(tmp_path / "out" / "feeds.png") as chart:
+        assert chart.width > 500

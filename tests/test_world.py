@@ -17,6 +17,7 @@ from engine.world import World, check_ranks
 def effective(records: Records, world: World, optim: OptimConfig | None = None, **step: Any) -> tuple[StepConfig, str]:
     config = RunConfig(step=StepConfig(**step), optim=optim or OptimConfig())
     found, notes = effective_config(config, records, world)
+    assert notes.pop().startswith("the feed is resident")
     assert len(notes) <= 1
     return found.step, notes[0] if notes else ""
 
@@ -48,7 +49,7 @@ def test_fp16_and_graphs_need_a_gpu(small: Records, world: World) -> None:
 
 
 def test_graphs_on_a_gpu(small: Records, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "choose_feed", lambda split, device: "resident")
+    monkeypatch.setattr(trainer, "choose_feed", lambda config, split, device: ("resident", "it fits"))
     gpu = replace(world, device=torch.device("cuda", 0))
     assert effective(small, gpu, cuda_graphs=True)[0].cuda_graphs
     assert "all-reduce is not captured" in effective(small, replace(gpu, size=2), cuda_graphs=True)[1]

@@ -87,6 +87,22 @@ def compare(a: Path, b: Path, out: Path | None) -> None:
             click.echo(f"report: {out / 'comparison.md'}")
 
 
+@main.command()
+@click.option(
+    "--data", type=click.Path(path_type=Path), help="Records; best packed with --split none.  [default: the sample]"
+)
+@click.option("--batch-size", default=2048, show_default=True, type=click.IntRange(1), help="Samples of a batch.")
+@click.option("--seconds", default=5.0, show_default=True, type=click.FloatRange(0.1), help="For each feed.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the figures there, too.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/feeds"), show_default=True)
+def feeds(data: Path | None, batch_size: int, seconds: float, json_file: Path | None, out: Path) -> None:
+    """Measure what every feed carries, and torch's TensorDataset, without a step; a table and a bar chart."""
+    with exit_on_user_error():
+        from tools.bench.feeds import profile_feeds
+
+        click.echo(profile_feeds(data, batch_size, seconds, json_file, out))
+
+
 def _write_comparison(path: Path, reports: dict[str, dict[str, Any]]) -> None:
     from engine.report import Environment
     from tools.bench.results import row, write_result

@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
-DEADLINE_S = 60.0
-POLL_S = 0.5
+DEADLINE_S, JOIN_S, POLL_S = 20.0, 5.0, 0.5
 
 
 class Ahead(Generic[T]):
@@ -74,7 +73,7 @@ class Ahead(Generic[T]):
                     raise RuntimeError(f"the feed has made no batch for {DEADLINE_S:.0f} s") from None
 
     def close(self) -> None:
-        """Stop the thread; an item that is being made is finished first."""
+        """Stop the thread; an item that is being made is finished first, unless that takes longer than JOIN_S."""
         self._stopped = True
         self._free.release()
-        self._thread.join(DEADLINE_S)
+        self._thread.join(JOIN_S)

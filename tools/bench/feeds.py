@@ -9,11 +9,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from engine.report import ROOT
+from engine.publish import writing
+from engine.report import ROOT, environment, write_json
 
 FEEDS = (
     "resident",
@@ -36,6 +38,50 @@ def measure_all(records: Path, batch_size: int, seconds: float) -> list[dict[str
         done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
         rows.append(json.loads(done.stdout.splitlines()[-1]))
     return rows
+
+
+def profile_feeds(data: Path | None, batch_size: int, seconds: float, json_file: Path | None, out: Path) -> str:
+    """The table of all feeds; writes OUT/feeds.json and feeds.png, and the JSON to `json_file`."""
+    import torch
+
+    from engine.sample import ensure_sample
+    from engine.world import World
+
+    alone = World(rank=0, size=1, device=torch.device("cpu"), stream=None)
+    rows = measure_all(data or ensure_sample(alone), batch_size, seconds)
+    lines = [f"{'feed':<20} {'samples/s':>12} {'order':>8} {'first batch':>12} {'memory':>10} {'CPU s a million':>16}"]
+    for r in rows:
+        lines.append(
+            f"{r['name']:<20} {r['samples_per_s']:>12,.0f} {r['order']:>8} {r['first_batch_s']:>10.2f} s "
+            f"{r['peak_mib']:>6.0f} MiB {r['cpu_s_per_million']:>16.3f}"
+        )
+    facts = asdict(environment(num_threads=torch.get_num_threads(), allocator="keep_large_blocks", gpu={}))
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        for file in (out / "feeds.json", *([json_file] if json_file else [])):
+            write_json({"environment": facts, "batch_size": batch_size, "feeds": rows}, file)
+        _draw(rows, batch_size, out / "feeds.png")
+    return "\n".join([*lines, f"written: {out / 'feeds.json'}, {out / 'feeds.png'}"])
+
+
+def _draw(rows: list[dict[str, Any]], batch_size: int, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 0.5 + 0.4 * len(rows)), layout="constrained")
+    rates = [r["samples_per_s"] / 1e6 for r in rows]
+    spread = [
+        [(r["samples_per_s"] - r["low"]) / 1e6 for r in rows],
+        [(r["high"] - r["samples_per_s"]) / 1e6 for r in rows],
+    ]
+    bars = axes.barh([r["name"] for r in rows], rates, xerr=spread, color="#4477aa", ecolor="#999999")
+    axes.bar_label(bars, [f"{rate:.2f}" for rate in rates], padding=4)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"million samples/s, batch {batch_size}: median, lowest and highest epoch")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
 
 
 def measure(name: str, records: Path, batch_size: int, seconds: float) -> dict[str, Any]:
@@ -92,7 +138,6 @@ def _ours(name: str, records: Path, batch_size: int) -> tuple[Any, str, Any]:
     from engine.config import AugmentConfig, RunConfig, override
     from engine.feeds import make_feed, open_for
     from engine.trainer import make_order
-    from engine.world import World
 
     kind, _, augmented = name.partition(" ")
     settings = {"data.feed": kind, "data.order": "blocked" if kind == "stream" else "exact", "global_batch": batch_size}
@@ -100,11 +145,10 @@ def _ours(name: str, records: Path, batch_size: int) -> tuple[Any, str, Any]:
     augment = (
         AugmentConfig(shift_pixels=2, rotate_degrees=10, shear_degrees=5, scale_fraction=0.1) if augmented else None
     )
-    world = World(rank=0, size=1, device=torch.device("cpu"), stream=None)
     opened = open_for(config.data, records)
     train = opened.split("train")
-    order = make_order(config, len(train), world)
-    feed = make_feed(config.data, train, order, len(opened.classes), world.device, augment)
+    order = make_order(config, len(train), rank=0, world_size=1)
+    feed = make_feed(config.data, train, order, len(opened.classes), torch.device("cpu"), augment)
 
     def epoch(number: int) -> Batches:
         for batch in feed.batches(number):

@@ -1,0 +1,34 @@
+"""What a run consumed: each sample's id, which came with the pixels, and its pixels' CRC32. tools/verify reads it.
+
+A file a rank and epoch, OUT/ids/rank<r>-epoch<e>.bin: little-endian int64 pairs, batch after batch.
+"""
+
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from engine.feeds.batch import Batch
+
+
+def path_of(out: Path, rank: int, epoch: int) -> Path:
+    return out / "ids" / f"rank{rank}-epoch{epoch}.bin"
+
+
+def logged(batches: Iterator[Batch], path: Path) -> Iterator[Batch]:
+    """The batches, each written down before it is handed on; waits for the device at each."""
+    path.parent.mkdir(exist_ok=True)
+    with open(path, "wb") as file:
+        for batch in batches:
+            image_BHW = batch.image_BHW.cpu().numpy()
+            crc_B = [zlib.crc32(image_HW) for image_HW in image_BHW]
+            file.write(np.stack([batch.id_B.cpu().numpy(), np.array(crc_B)], 1).astype("<i8").tobytes())
+            yield batch
+
+
+def read(path: Path, rank_batch: int) -> tuple[np.ndarray, np.ndarray]:
+    """(id_SB, crc_SB) int64 of a file; S is the number of whole steps in it."""
+    pair_X2 = np.fromfile(path, "<i8").reshape(-1, 2)
+    pair_SB2 = pair_X2[: len(pair_X2) // rank_batch * rank_batch].reshape(-1, rank_batch, 2)
+    return pair_SB2[..., 0], pair_SB2[..., 1]

@@ -1,0 +1,92 @@
+"""tools/verify order RUN: did a run see the samples it should have, in the order it should have, with the right pixels?
+
+The evidence is what the run wrote with `--set log_ids=true` (engine/feeds/idlog.py).
+"""
+
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from engine.config import RunConfig, load_toml
+from engine.errors import UserError, exit_on_user_error, printable
+from engine.records import open_records
+from engine.sample import sample_path
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """Check what a run left."""
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--data", type=click.Path(), help="The records, if they are no longer where the run found them.")
+def order(run: Path, data: str | None) -> None:
+    """Compare every id and image that RUN consumed with the order and the records. Exit 1 if one differs."""
+    with exit_on_user_error():
+        checked, faults = check_order(run, data)
+        for fault in faults[:20]:
+            click.echo(printable(fault))
+        click.echo(f"{printable(str(run))}: {checked:,} samples checked, {len(faults)} faults")
+    raise SystemExit(1 if faults else 0)
+
+
+def check_order(run: Path, data: str | None = None) -> tuple[int, list[str]]:
+    """(samples checked, a sentence for each fault).
+
+    Raises:
+        UserError: RUN has no ids, or its records are others now.
+    """
+    from engine.feeds import idlog
+    from engine.trainer import make_order
+
+    report = _report(run)
+    config = load_toml(RunConfig(), run / "config.toml")
+    records = open_records(data or config.data.path or sample_path())
+    if records.fingerprint != report["dataset_fingerprint"]:
+        raise UserError(f"{records.path}: are not the records of {run}; name them by --data")
+    train, num_ranks = records.split("train"), int(report["num_ranks"])
+    faults, checked = [], 0
+    crc_N = None if config.augment.is_on else np.array([zlib.crc32(image_HW) for image_HW in train.image_NHW])
+    for epoch in range(int(report["num_epochs"])):
+        seen = []
+        for rank in range(num_ranks):
+            planned = make_order(config, len(train), rank, num_ranks)
+            path = idlog.path_of(run, rank, epoch)
+            if not path.exists():
+                raise UserError(f"{run}: holds no ids of rank {rank}, epoch {epoch}; train it with --set log_ids=true")
+            id_SB, crc_SB = idlog.read(path, planned.rank_batch)
+            where = f"epoch {epoch}, rank {rank}"
+            if len(id_SB) != planned.steps_per_epoch:
+                faults.append(f"{where}: {len(id_SB)} steps, want {planned.steps_per_epoch}")
+                continue
+            wrong_SB = id_SB != planned.ids(epoch, 0, len(id_SB))
+            if wrong_SB.any():
+                faults.append(f"{where}: step {int(np.argwhere(wrong_SB)[0][0])} is the first that has other samples")
+                continue
+            if crc_N is not None and (wrong_SB := crc_N[id_SB] != crc_SB).any():
+                step, row = np.argwhere(wrong_SB)[0]
+                faults.append(f"{where}: step {step}, row {row}: the image is not that of sample {id_SB[step, row]}")
+            seen.append(id_SB.reshape(-1))
+            checked += id_SB.size
+        if seen and len(np.unique(ids := np.concatenate(seen))) < len(ids):
+            faults.append(f"epoch {epoch}: a sample came twice")
+        if len(train) - sum(map(len, seen)) >= config.global_batch and not faults:
+            faults.append(f"epoch {epoch}: more samples were left out than one batch less one")
+    return checked, faults
+
+
+def _report(run: Path) -> dict[str, Any]:
+    try:
+        report: dict[str, Any] = json.loads((run / "report.json").read_bytes())
+    except (OSError, ValueError):
+        raise UserError(f"{run}: holds no report.json; name the folder of a finished run") from None
+    return report
+
+
+if __name__ == "__main__":
+    main()
