@@ -15,11 +15,12 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from engine.errors import UserError
 
 ENVIRONMENT = {"environment": True}
+FeedName = Literal["auto", "resident", "dali", "stream", "loader", "loader_batched", "synthetic"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """Random distortion of training images (feeds/augment.py); each amount is drawn evenly between minus and plus it."""
+    """Random distortion of training images (feeds/augment.py), drawn evenly between minus and plus these."""
 
     shift_pixels: float = 0.0
     """Across and down, each."""
@@ -39,9 +40,7 @@ class AugmentConfig:
 class DataConfig:
     path: str = field(default="", metadata=ENVIRONMENT)
     """Record directory; empty: the packaged sample of 128 typefaces."""
-    feed: Literal["auto", "resident", "dali", "stream", "loader", "loader_batched", "synthetic"] = field(
-        default="auto", metadata=ENVIRONMENT
-    )
+    feed: FeedName = field(default="auto", metadata=ENVIRONMENT)
     """The road the batches take; for the same order every feed but synthetic hands out the same batches."""
     order: Literal["exact", "blocked"] = "exact"
     """exact: any sample may come at any place of an epoch; blocked: what can be read from disk in pieces (stream)."""

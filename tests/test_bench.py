@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench import fullsize, pack, ranks, step
+from tests.bench import feeds, fullsize, pack, ranks, step
 
 
 def checked(file: Path) -> list[str]:
@@ -19,6 +19,12 @@ def test_pack(tmp_path: Path) -> None:
     pack.bench(tmp_path, csv=None, rounds=1, num_rows=15_000)
     assert "open_records (s)" in checked(tmp_path / "cpu_pack.json")
     assert [path.name for path in tmp_path.iterdir()] == ["cpu_pack.json"]
+
+
+def test_feeds(tmp_path: Path) -> None:
+    feeds.bench(tmp_path, seconds=0.1, num_rows=3000)
+    claims = checked(tmp_path / "cpu_feeds.json")
+    assert len(claims) == 6 and "training at batch 512 waits for stream (%)" in claims
 
 
 def test_step(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from tests.bench import fullsize, pack, ranks, step
+from tests.bench import feeds, fullsize, pack, ranks, step
 
 
 @click.command()
@@ -13,6 +13,7 @@ from tests.bench import fullsize, pack, ranks, step
 def main(data: Path | None, out: Path) -> None:
     """Run the benchmarks and print the files they left."""
     pack.bench(out, csv=None, rounds=7)
+    feeds.bench(out, seconds=8.0)
     step.bench(out, rounds=7, num_steps=60)
     ranks.bench(out, pairs=5, num_steps=100)
     if data:
