@@ -32,20 +32,20 @@ def matrices(
     turn, shear = math.radians(config.rotate_degrees) * draw("turn"), math.radians(config.shear_degrees) * draw("shear")
     zoom = 1 + config.scale_fraction * draw("zoom")
     cos, sin, slope = turn.cos() / zoom, turn.sin() / zoom, shear.tan()
-    linear_B22 = torch.stack([cos, cos * slope - sin, sin, sin * slope + cos], 1).view(-1, 2, 2)
-    centre = torch.tensor([height_width[1] / 2, height_width[0] / 2], dtype=torch.float64, device=id_B.device)
-    shift_B2 = config.shift_pixels * torch.stack([draw("right"), draw("down")], 1)
-    return torch.cat([linear_B22, (centre - shift_B2 - linear_B22 @ centre)[:, :, None]], 2).float()
+    y, x = height_width[0] / 2, height_width[1] / 2  # the centre stays where it is, but for the shift
+    xx, xy, yx, yy = cos, cos * slope - sin, sin, sin * slope + cos
+    right, down = config.shift_pixels * draw("right"), config.shift_pixels * draw("down")
+    rows = [xx, xy, x - right - xx * x - xy * y, yx, yy, y - down - yx * x - yy * y]
+    return torch.stack(rows, 1).view(-1, 2, 3).float()
 
 
 def warp(image_BHW: torch.Tensor, matrix_B23: torch.Tensor) -> torch.Tensor:
     """uint8 images through their matrices: bilinear, black outside."""
     _, height, width = image_BHW.shape
-    size = torch.tensor([width, height], dtype=torch.float32, device=image_BHW.device)
-    linear_B22, offset_B2 = matrix_B23[:, :, :2], matrix_B23[:, :, 2]
-    # From pixels u to torch's coordinates 2 u / size - 1.
-    theta_B2 = (linear_B22 @ size + 2 * offset_B2) / size - 1
-    theta_B23 = torch.cat([linear_B22 * size / size[:, None], theta_B2[:, :, None]], 2)
+    xx, xy, x, yx, yy, y = matrix_B23.view(-1, 6).unbind(1)
+    # From pixels u to coordinates 2 u / size - 1; by Python numbers, since a tensor of them would be uploaded.
+    x, y = xx + (xy * height + 2 * x) / width - 1, yy + (yx * width + 2 * y) / height - 1
+    theta_B23 = torch.stack([xx, xy * (height / width), x, yx * (width / height), yy, y], 1).view(-1, 2, 3)
     grid_BHW2 = functional.affine_grid(theta_B23, [len(image_BHW), 1, height, width], align_corners=False)
     return (
         functional.grid_sample(image_BHW[:, None].float(), grid_BHW2, align_corners=False)[:, 0]
