@@ -86,8 +86,8 @@ def effective_config(config: RunConfig, records: Records, world: World) -> tuple
         data = replace(data, feed=feed)  # type: ignore[arg-type]
         notes.append(f"the feed is {feed}: {why}")
     if data.feed == "stream":
-        num_pixels = records.height_width[0] * records.height_width[1]
-        window_mb = data.block_samples * data.window_blocks * num_pixels / 1e6
+        window = min(data.block_samples * data.window_blocks, len(records.split("train")))
+        window_mb = window * records.height_width[0] * records.height_width[1] / 1e6
         notes.append(f"stream reads ahead in {NUM_WINDOWS} windows of {window_mb:,.0f} MB; evaluation does so, too")
     return replace(config, step=step, data=data), notes
 

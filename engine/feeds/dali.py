@@ -56,8 +56,7 @@ class DaliFeed:
         self._augment, self._device, self._height_width = augment, device, split.height_width
         self._on_gpu = device.type == "cuda"
         self._gather = Gather(split, torch.device("cpu"), one_thread=not self._on_gpu)
-        self._steps_per_run = max(FRAMES // order.rank_batch, 1)
-        frames = min(self._steps_per_run, max(order.steps_per_epoch, 1)) * order.rank_batch
+        frames = max(min(FRAMES // order.rank_batch, order.steps_per_epoch), 1) * order.rank_batch
         self._ring = [
             _Run(
                 Batch.empty(frames, split.height_width, torch.device("cpu"), pinned=self._on_gpu),

@@ -30,7 +30,8 @@ class StreamFeed:
         assert order.block_samples, "the stream feed serves the blocked order only"
         self.order = order
         self._split = split
-        num_rows, num_pixels = order.block_samples * order.window_blocks, int(np.prod(split.height_width))
+        num_rows = min(order.block_samples * order.window_blocks, len(split))
+        num_pixels = int(np.prod(split.height_width))
         self._buffers = [np.empty((num_rows, num_pixels), np.uint8) for _ in range(NUM_WINDOWS)]
         self.memory_bytes = NUM_WINDOWS * num_rows * num_pixels
         self._upload = Upload(order.rank_batch, split.height_width, device)
