@@ -26,7 +26,8 @@ TWO_ZEROS = U(int.from_bytes(b"0.0,0.0,", "little"))
 DOT_ZERO_COMMA = U(int.from_bytes(b".0,", "little"))
 FACTOR = U(0x9E3779B97F4A7C15)  # 2**64 / golden ratio (Knuth, TAOCP 6.4)
 SEED = U(secrets.randbits(64))
-"""Of this process, so that nobody writes a file whose names collide; no output depends on it."""
+"""Of this process, so that nobody writes a file whose names collide; no output depends on it. An argument of what is
+compiled, since numba would keep a global's value in its cache."""
 
 
 def _jit(function: Callable[..., Any]) -> Any:
@@ -83,10 +84,10 @@ def _text(buffer, i, arena, tail):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _intern(length, row, arena, offsets, hashes_E, row_E, slots, count):  # type: ignore[no-untyped-def]
+def _intern(length, row, seed, arena, offsets, hashes_E, row_E, slots, count):  # type: ignore[no-untyped-def]
     """The index of the text at the arena's tail; a new one is kept, with the row it first stands in."""
     tail = offsets[count[0]]
-    code = SEED
+    code = seed
     for k in range(length):
         code = _mix(code, U(arena[tail + k]))
     slot = np.int64(code & U(len(slots) - 1))
@@ -201,7 +202,7 @@ def _pixels(buffer, i, image_P):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _lex(buffer, start, stop, font_table, label_table, image_RP, font_R, label_R, number_R3, hash_R):  # type: ignore[no-untyped-def]
+def _lex(buffer, start, stop, seed, font_table, label_table, image_RP, font_R, label_R, number_R3, hash_R):  # type: ignore[no-untyped-def]
     """Rows of buffer[start:stop] up to the first line that is none. Returns (number of rows, that line's offset or -1).
 
     A layout without fonts passes an empty `font_R`; `number_R3` takes each row's offset, sum, and sum of squares.
@@ -214,16 +215,16 @@ def _lex(buffer, start, stop, font_table, label_table, image_RP, font_R, label_R
             i, length = _text(buffer, i, font_table[0], font_table[1][font_table[5][0]])
             if i < 0:
                 return row, start
-            font_R[row] = _intern(length, row, *font_table)
+            font_R[row] = _intern(length, row, seed, *font_table)
         i, length = _text(buffer, i, label_table[0], label_table[1][label_table[5][0]])
         if i < 0:
             return row, start
-        label_R[row] = _intern(length, row, *label_table)
+        label_R[row] = _intern(length, row, seed, *label_table)
         image_P = image_RP[row]
         i = _pixels(buffer, i, image_P)
         if i < 0 or i - start > LINE_LIMIT_BYTES:
             return row, start
-        total, squares, code = np.int64(0), np.int64(0), SEED
+        total, squares, code = np.int64(0), np.int64(0), seed
         for p in range(num_pixels):
             value = np.int64(image_P[p])
             total += value
@@ -297,7 +298,7 @@ class JitLexer:
         font_R, label_R = np.zeros(most if self._layout.has_fonts else 0, np.int32), np.empty(most, np.int32)
         number_R3, hash_R = np.empty((most, 3), np.int64), np.empty(most, U)
         tables = [table.arrays(most, stop - start) for table in (self._fonts, self._labels)]
-        rows, fault = _lex(block, start, stop, *tables, image_RP, font_R, label_R, number_R3, hash_R)
+        rows, fault = _lex(block, start, stop, SEED, *tables, image_RP, font_R, label_R, number_R3, hash_R)
         seen = min(self._fonts.adopt(rows), self._labels.adopt(rows))
         if self._labels.header_index >= 0 and (self._fonts.header_index >= 0 or not self._layout.has_fonts):
             header_R = label_R[:seen] == self._labels.header_index

@@ -15,10 +15,9 @@ import warnings
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol
 
 import numpy as np
@@ -107,7 +106,7 @@ def pack(
         stack.enter_context(locked(out, wait=False))
         _check_target(out, force)
         remove_leftovers(out)
-        spool = stack.enter_context(_Spool(out.parent))
+        spool = stack.enter_context(closing(_Spool(out.parent)))
         table = _read(opened, spool, workers or min(len(os.sched_getaffinity(0)), MAX_WORKERS), block_bytes, progress)
         opened.check_unchanged(source)
         if num_classes is not None and len(table.classes) != num_classes:
@@ -357,10 +356,7 @@ class _Spool:
             start = stop
         return out_MP
 
-    def __enter__(self) -> "_Spool":
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def close(self) -> None:
         self._file.close()
 
 

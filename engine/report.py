@@ -14,6 +14,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from engine.errors import UserError
+
 ROOT = Path(__file__).resolve().parent.parent
 UNKNOWN = "unknown"
 
@@ -90,6 +92,20 @@ def write_json(value: Any, path: Path) -> None:
 
     tree = value if isinstance(value, (dict, list)) else asdict(value)
     write_file(path, (json.dumps(tree, indent=1, allow_nan=False) + "\n").encode())
+
+
+def read_report(run_folder: Path) -> dict[str, Any]:
+    """The report of a finished run, as plain values.
+
+    Raises:
+        UserError: the folder holds none.
+    """
+    try:
+        report: dict[str, Any] = json.loads((run_folder / "report.json").read_bytes())
+        Environment(**report["environment"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{run_folder}: holds no report.json; name the folder of a finished run") from None
+    return report
 
 
 def environment(*, num_threads: int, allocator: str, gpu: dict[str, Any]) -> Environment:

@@ -22,6 +22,10 @@ BLOCK_BYTES = 2 * 2**20
 """Fits the second-level cache of one core together with its pixels; 1 to 4 MiB measured alike."""
 
 
+OPENED = re.compile(r"-|/dev/stdin|/dev/fd/([0-9]{1,9})")
+"""Names of what the caller has opened for us."""
+
+
 class Source:
     """An open CSV."""
 
@@ -51,7 +55,8 @@ class Source:
         if not stat.S_ISREG(self._found.st_mode):
             return
         with reading(self.name):
-            now, named = os.fstat(self._raw.fileno()), os.stat(path)
+            now = os.fstat(self._raw.fileno())
+            named = now if OPENED.fullmatch(str(path)) else os.stat(path)
         facts = [(s.st_ino, s.st_dev, s.st_size, s.st_mtime_ns) for s in (self._found, now, named)]
         if len(set(facts)) > 1:
             raise UserError(f"{self.name}: changed while it was read; pack it again when nothing writes to it")
@@ -67,7 +72,7 @@ def open_source(path: Path) -> Iterator[Source]:
     name = "standard input" if str(path) == "-" else str(path)
     with ExitStack() as stack:
         with reading(name):
-            piped = re.fullmatch(r"-|/dev/stdin|/dev/fd/(\d+)", str(path))
+            piped = OPENED.fullmatch(str(path))
             handle = os.dup(int(piped[1] or 0)) if piped else os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             mode = os.fstat(handle).st_mode
             if not stat.S_ISREG(mode) and not (piped and stat.S_ISFIFO(mode)):

@@ -76,6 +76,14 @@ def test_a_thread_that_blocks_is_told(held: int, monkeypatch: pytest.MonkeyPatch
     never.set()
 
 
+def test_buffers_are_not_used_again_while_the_old_thread_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    never = threading.Event()
+    work = Ahead(iter(never.wait, None), 2, deadline_s=0.2)
+    with pytest.raises(RuntimeError, match="its buffers cannot be used again"):
+        work.close(to_restart=True)
+    never.set()
+
+
 def test_a_thread_that_is_gone_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Ahead, "_work", lambda self: None)
     start = time.monotonic()

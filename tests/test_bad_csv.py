@@ -326,6 +326,8 @@ def test_47_what_is_no_file_never_blocks(tmp_path: Path) -> None:
             ("dangling", "No such file"),
             ("loop", "Too many levels"),
             ("/dev/zero", "not a regular file"),
+            ("/dev/fd/99999999999", "cannot be read"),
+            ("/dev/fd/987654", "Bad file descriptor"),
         ):
             with pytest.raises(UserError, match=text):
                 pack(tmp_path / name, tmp_path / "out")
@@ -341,6 +343,10 @@ def test_48_standard_input(name: str, small_csv: Path, tmp_path: Path) -> None:
         assert done.returncode == code, done.stderr
     assert open_records(tmp_path / "out0").fingerprint == open_records(tmp_path / "out1").fingerprint
     assert b"standard input" in done.stderr or b"/dev/" in done.stderr
+    with open(small_csv, "rb") as redirected:
+        command[-1] = str(tmp_path / "out3")
+        assert subprocess.run(command, stdin=redirected, timeout=60).returncode == 0
+    assert open_records(tmp_path / "out3").fingerprint == open_records(tmp_path / "out0").fingerprint
     assert not (tmp_path / "out2").exists()
 
 

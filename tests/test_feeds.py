@@ -3,10 +3,14 @@
 A feed is named with its order: "stream blocked" reads from disk, the others from memory.
 """
 
+import gc
+import itertools
 import os
 import shutil
 import subprocess
 import sys
+import threading
+import weakref
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -19,7 +23,7 @@ import torch
 from engine import feeds
 from engine.config import AugmentConfig, DataConfig, RunConfig
 from engine.errors import UserError
-from engine.feeds import choose_feed, make_feed, open_for
+from engine.feeds import choose_feed, dali, make_feed, open_for
 from engine.feeds.batch import Batch, Feed
 from engine.feeds.dali import DaliFeed
 from engine.feeds.resident import ResidentFeed
@@ -109,6 +113,53 @@ def test_evaluation_pads_only_the_last_batch(name: str, small: Records) -> None:
     assert ids[:num].tolist() == list(range(num))
     assert (ids[num:] == PADDING_ID).all() and len(ids) % 32 == 0
     feed.close()
+
+
+@pytest.mark.parametrize("name", FEEDS)
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_what_pads_is_an_image_of_a_class_that_exists(name: str, world_size: int, small: Records) -> None:
+    """More than the whole split fits into a batch, so ranks have none of it; the loss is computed for padding, too."""
+    for rank in range(world_size):
+        feed = build(name, small, "val", shuffle=False, global_batch=128, rank=rank, world_size=world_size)
+        for _ in range(3):
+            (batch,) = copies(feed.batches(0))
+            assert batch[1].max() < len(small.classes)
+            assert (batch[2] >= 0).sum() == max(0, min(48 - rank * 128 // world_size, 128 // world_size))
+        feed.close()
+
+
+def test_dali_gives_no_stale_batch_after_a_failure(small: Records, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dali, "FRAMES", 32)
+    feed = build("dali", small)
+    assert isinstance(feed, DaliFeed)
+    gather, calls = feed._gather, itertools.count()
+
+    def fails_once(id_B: torch.Tensor, out: Batch) -> None:
+        if next(calls) == 1:
+            raise OSError("disk on fire")
+        gather(id_B, out)
+
+    feed._gather = fails_once  # type: ignore[assignment]
+    with pytest.raises(OSError, match="disk on fire"):
+        list(feed.batches(0))
+    ids = [id_B for _, _, id_B in copies(feed.batches(1))]
+    assert np.array_equal(np.stack(ids), feed.order.ids(1, 0, 7))
+    feed.close()
+
+
+def test_a_closed_stream_lets_go_of_its_memory_and_threads(small: Records) -> None:
+    gc.disable()
+    try:
+        feed = build("stream blocked", small)
+        next(feed.batches(0))
+        window = weakref.ref(feed._buffers[0])  # type: ignore[attr-defined]
+        names = [thread.name for thread in threading.enumerate()]
+        feed.close()
+        assert len([thread for thread in threading.enumerate() if thread.name in names]) < len(names)
+        del feed
+        assert window() is None
+    finally:
+        gc.enable()
 
 
 def test_a_failing_source_reaches_the_consumer_of_dali(small: Records) -> None:

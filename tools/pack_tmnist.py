@@ -51,7 +51,7 @@ def main(
         elif action == "describe":
             from tools.describe import describe
 
-            click.echo(describe(source, sheet or source.with_name(f"{source.resolve().name}.png")))
+            click.echo(describe(source, sheet or source.resolve().with_suffix(".png")))
         elif out is None:
             raise UserError(f"{source}: name the record directory to pack it into: tools/pack_tmnist {source} OUT")
         else:

@@ -3,7 +3,6 @@
 Every figure comes from the TrainStep and feeds of training (tools/bench/measure.py).
 """
 
-import json
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,8 +11,9 @@ from typing import Any
 import click
 
 from engine.config import RunConfig, load_toml, override
-from engine.errors import UserError, exit_on_user_error
+from engine.errors import exit_on_user_error
 from engine.publish import writing
+from engine.report import read_report
 
 SHOWN = {
     "config": "config",
@@ -77,7 +77,7 @@ def run(
 def compare(a: Path, b: Path, out: Path | None) -> None:
     """Put the reports of two runs, A and B, side by side."""
     with exit_on_user_error():
-        reports = {a.name: _report(a), b.name: _report(b)}
+        reports = {a.name: read_report(a), b.name: read_report(b)}
         table = comparison(reports[a.name], reports[b.name], a.name, b.name)
         click.echo(table)
         if out:
@@ -166,14 +166,6 @@ def _show(rows: list[dict[str, Any]], facts: dict[str, Any], out: Path) -> None:
         write_json({"environment": facts, "rows": rows}, out / "profile.json")
         frame.to_csv(out / "profile.csv", index=False)
     click.echo(f"written: {out / 'profile.json'}, {out / 'profile.csv'}")
-
-
-def _report(run_folder: Path) -> dict[str, Any]:
-    try:
-        report: dict[str, Any] = json.loads((run_folder / "report.json").read_bytes())
-    except (OSError, ValueError):
-        raise UserError(f"{run_folder}: holds no report.json; name the folder of a finished run") from None
-    return report
 
 
 def comparison(a: dict[str, Any], b: dict[str, Any], name_a: str, name_b: str) -> str:

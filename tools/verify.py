@@ -3,10 +3,8 @@
 The evidence is what the run wrote with `--set log_ids=true` (engine/feeds/idlog.py).
 """
 
-import json
 import zlib
 from pathlib import Path
-from typing import Any
 
 import click
 import numpy as np
@@ -14,7 +12,10 @@ import numpy as np
 from engine.config import RunConfig, load_toml
 from engine.errors import UserError, exit_on_user_error, printable
 from engine.records import open_records
+from engine.report import read_report
 from engine.sample import sample_path
+
+ROWS_READ = 4096
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -44,14 +45,15 @@ def check_order(run: Path, data: str | None = None) -> tuple[int, list[str]]:
     from engine.feeds import idlog
     from engine.trainer import make_order
 
-    report = _report(run)
+    report = read_report(run)
     config = load_toml(RunConfig(), run / "config.toml")
-    records = open_records(data or config.data.path or sample_path())
+    records = open_records(data or config.data.path or sample_path(), in_memory=config.data.feed != "stream")
     if records.fingerprint != report["dataset_fingerprint"]:
         raise UserError(f"{records.path}: are not the records of {run}; name them by --data")
     train, num_ranks = records.split("train"), int(report["num_ranks"])
     faults, checked = [], 0
-    crc_N = None if config.augment.is_on else np.array([zlib.crc32(image_HW) for image_HW in train.image_NHW])
+    images = (train.image_NHW[start : start + ROWS_READ] for start in range(0, len(train), ROWS_READ))
+    crc_N = None if config.augment.is_on else np.array([zlib.crc32(image) for part in images for image in part])
     for epoch in range(int(report["num_epochs"])):
         seen = []
         for rank in range(num_ranks):
@@ -78,14 +80,6 @@ def check_order(run: Path, data: str | None = None) -> tuple[int, list[str]]:
         if len(train) - sum(map(len, seen)) >= config.global_batch and not faults:
             faults.append(f"epoch {epoch}: more samples were left out than one batch less one")
     return checked, faults
-
-
-def _report(run: Path) -> dict[str, Any]:
-    try:
-        report: dict[str, Any] = json.loads((run / "report.json").read_bytes())
-    except (OSError, ValueError):
-        raise UserError(f"{run}: holds no report.json; name the folder of a finished run") from None
-    return report
 
 
 if __name__ == "__main__":

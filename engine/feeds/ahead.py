@@ -1,9 +1,9 @@
 """Work done ahead of its consumer, in a thread; whatever goes wrong there reaches the consumer within a second."""
 
+import itertools
 import queue
 import threading
 import time
-from collections import deque
 from collections.abc import Iterator
 from typing import Generic, TypeVar
 
@@ -19,12 +19,12 @@ class Ahead(Generic[T]):
 
     Raises:
         Exception: from iteration, whatever the iterator raised.
-        RuntimeError: the thread has died, or has made nothing for DEADLINE_S.
+        RuntimeError: the thread has died, or has made nothing for the deadline.
     """
 
-    def __init__(self, items: Iterator[T], slots: int, held: int = 1) -> None:
+    def __init__(self, items: Iterator[T], slots: int, held: int = 1, deadline_s: float | None = None) -> None:
         assert slots > held
-        self._items, self._held = items, held
+        self._items, self._held, self._deadline_s = items, held, deadline_s or DEADLINE_S
         self._free = threading.Semaphore(slots)
         self._ready: queue.SimpleQueue[tuple[str, T | BaseException | None]] = queue.SimpleQueue()
         self._stopped = False
@@ -47,21 +47,18 @@ class Ahead(Generic[T]):
             self._ready.put(("error", error))
 
     def __iter__(self) -> Iterator[T]:
-        given: deque[None] = deque()
-        while True:
-            if len(given) >= self._held:
-                given.popleft()
+        for number in itertools.count():
+            if number >= self._held:
                 self._free.release()
             kind, item = self._get()
             if kind == "error":
                 raise item  # type: ignore[misc]
             if kind == "end":
                 return
-            given.append(None)
             yield item  # type: ignore[misc]
 
     def _get(self) -> tuple[str, T | BaseException | None]:
-        deadline = time.monotonic() + DEADLINE_S
+        deadline = time.monotonic() + self._deadline_s
         while True:
             alive = self._thread.is_alive()
             try:
@@ -70,10 +67,16 @@ class Ahead(Generic[T]):
                 if not alive:
                     raise RuntimeError("the feed's thread ended without a word") from None
                 if time.monotonic() > deadline:
-                    raise RuntimeError(f"the feed has made no batch for {DEADLINE_S:.0f} s") from None
+                    raise RuntimeError(f"the feed has made no batch for {self._deadline_s:.0f} s") from None
 
-    def close(self) -> None:
-        """Stop the thread; an item that is being made is finished first, unless that takes longer than JOIN_S."""
+    def close(self, to_restart: bool = False) -> None:
+        """Stop the thread; an item that is being made is finished first, unless that takes longer than JOIN_S.
+
+        Raises:
+            RuntimeError: `to_restart`, and the thread may still write to the buffers of its iterator.
+        """
         self._stopped = True
         self._free.release()
-        self._thread.join(JOIN_S)
+        self._thread.join(self._deadline_s if to_restart else JOIN_S)
+        if to_restart and self._thread.is_alive():
+            raise RuntimeError("the feed's thread does not end; its buffers cannot be used again")

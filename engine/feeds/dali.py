@@ -65,6 +65,7 @@ class DaliFeed:
             for _ in range(HELD + READY + 1)
         ]
         self._out = Batch.empty(order.rank_batch, split.height_width, device) if self._on_gpu else None
+        self._copied = torch.cuda.Event() if self._on_gpu else None
         self._ahead: Ahead[list[Any]] | None = None
         self._source: Iterator[list[Any]] = iter(())
         self._mid_epoch = False
@@ -99,12 +100,14 @@ class DaliFeed:
         return pipe
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        self._stop()
+        self._stop(to_restart=True)
         self._ahead = Ahead(self._filled(epoch, first_step), slots=len(self._ring), held=HELD)
         self._source = iter(self._ahead)
         while (outputs := self._run()) is not None:
             for start in range(0, outputs[1].shape()[0][0], self.order.rank_batch):
                 yield self._batch(outputs, start)
+            if self._copied:  # from its next run on DALI may reuse the outputs, whatever our stream still waits for
+                self._copied.synchronize()
 
     def close(self) -> None:
         self._stop()
@@ -128,19 +131,18 @@ class DaliFeed:
 
     def _run(self) -> Any | None:
         """The pipeline's next outputs, None at the end of the source; then it is ready for another source."""
+        self._mid_epoch = True
         try:
-            outputs = self._pipe.run()
+            return self._pipe.run()
         except StopIteration:
             self._pipe.reset()
             self._mid_epoch = False
             return None
-        self._mid_epoch = True
-        return outputs
 
-    def _stop(self) -> None:
+    def _stop(self, to_restart: bool = False) -> None:
         """End the thread, and run out what DALI still holds of an epoch that was left in the middle."""
         if self._ahead is not None:
-            self._ahead.close()
+            self._ahead.close(to_restart)
             self._ahead = None
         self._source = iter(())
         while self._mid_epoch and self._run() is not None:
@@ -151,7 +153,8 @@ class DaliFeed:
         rows = slice(start, start + self.order.rank_batch)
         image_FHW1, label_F, id_F = (torch.utils.dlpack.from_dlpack(output[0]) for output in outputs)
         batch = Batch(image_FHW1[rows].squeeze(-1), label_F[rows], id_F[rows])
-        if self._out is None:
+        if self._out is None or self._copied is None:
             return batch
         self._out.copy_(batch)
+        self._copied.record()
         return self._out

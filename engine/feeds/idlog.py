@@ -29,6 +29,6 @@ def logged(batches: Iterator[Batch], path: Path) -> Iterator[Batch]:
 
 def read(path: Path, rank_batch: int) -> tuple[np.ndarray, np.ndarray]:
     """(id_SB, crc_SB) int64 of a file; S is the number of whole steps in it."""
-    pair_X2 = np.fromfile(path, "<i8").reshape(-1, 2)
-    pair_SB2 = pair_X2[: len(pair_X2) // rank_batch * rank_batch].reshape(-1, rank_batch, 2)
+    number_X = np.fromfile(path, "<i8")
+    pair_SB2 = number_X[: len(number_X) // (2 * rank_batch) * (2 * rank_batch)].reshape(-1, rank_batch, 2)
     return pair_SB2[..., 0], pair_SB2[..., 1]

@@ -13,12 +13,14 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from engine.feeds.ahead import Ahead
+from engine.feeds.ahead import DEADLINE_S, Ahead
 from engine.feeds.batch import Batch, Upload
 from engine.order import PADDING_ID, Order
 from engine.records import Split
 
 NUM_WINDOWS, NUM_READERS = 2, 2
+SLOWEST_BYTES_PER_S = 20e6
+"""A disk that is slower counts as dead."""
 Window = tuple[np.ndarray, np.ndarray, np.ndarray]
 """(pixels_MP in the order of its blocks, rows and ids of this rank's samples in their order)"""
 
@@ -61,24 +63,30 @@ class StreamFeed:
                 if filled == size:
                     yield self._upload(batch)
                     batch, filled, missing = self._upload.host(), 0, missing - 1
-        for _ in range(missing):  # the end of a sequential order
-            batch.id_B[filled:] = PADDING_ID
+        if self.order.shuffle:
+            self._next = (epoch + 1, 0)
+            return
+        for _ in range(missing):  # the end of a sequential order; what pads it must still be an image and a label
+            batch.image_BHW[filled:], batch.label_B[filled:], batch.id_B[filled:] = 0, 0, PADDING_ID
             yield self._upload(batch)
             batch, filled = self._upload.host(), 0
-        self._next = (epoch + 1, 0)
 
     def close(self) -> None:
+        self._stop()
+        self._readers.shutdown()
+
+    def _stop(self, to_restart: bool = False) -> None:
         if self._ahead is not None:
-            self._ahead.close()
-            self._ahead = None
-        self._next = (-1, -1)
+            self._ahead.close(to_restart)
+        self._ahead, self._windows, self._next = None, iter(()), (-1, -1)
 
     def _restart(self, epoch: int, first_step: int) -> None:
         """Read from a step on, and ahead into the next epochs."""
-        self.close()
+        self._stop(to_restart=True)
         starts = itertools.chain([(epoch, first_step)], ((later, 0) for later in itertools.count(epoch + 1)))
         plan = (self._read_epoch(*start) for start in itertools.islice(starts, None if self.order.shuffle else 1))
-        self._ahead = Ahead(itertools.chain.from_iterable(plan), slots=NUM_WINDOWS)
+        deadline_s = DEADLINE_S + self.memory_bytes / SLOWEST_BYTES_PER_S
+        self._ahead = Ahead(itertools.chain.from_iterable(plan), slots=NUM_WINDOWS, deadline_s=deadline_s)
         self._windows = iter(self._ahead)
 
     def _read_epoch(self, epoch: int, first_step: int) -> Iterator[Window]:

@@ -10,6 +10,7 @@ import resource
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -211,7 +212,7 @@ def _table(rng: random.Random) -> bytes:
 def _pack_verdict(path: Path, folder: Path, block_bytes: int) -> tuple[Any, list[Any]]:
     """The packer's own pass over a CSV, as `judge` answers."""
     try:
-        with open_source(path) as source, _Spool(folder) as spool:
+        with open_source(path) as source, closing(_Spool(folder)) as spool:
             table = _read(source, spool, 1, block_bytes, lambda rows, part: None)
             pixels = spool.take(np.arange(len(table.label_N)))
     except UserError as error:
