@@ -44,7 +44,7 @@ def main(
     **flags: Any,
 ) -> None:
     """Train a character recogniser. Runs alone or under torchrun; flags override --set, which overrides --config."""
-    from engine.world import env_rank, env_world_size
+    from engine.world import end_rank, env_rank, env_world_size
 
     with exit_on_user_error(speak=env_rank() == 0):
         config = RunConfig.baseline() if baseline else RunConfig()
@@ -61,6 +61,7 @@ def main(
         config = override(config, parse_assignments(assignments), "--set")
         config = override(config, _settings(flags, env_world_size()), "flags")
         _run(config, out or resume, bool(resume), device or "")
+    end_rank()
 
 
 def _settings(flags: dict[str, Any], world_size: int) -> dict[str, Any]:

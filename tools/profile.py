@@ -57,7 +57,7 @@ def run(
     device: str | None = None,
 ) -> None:
     """Profile CONFIG files (bench_configs/*.toml), each through the step and feed of training."""
-    from engine.world import env_rank, env_world_size
+    from engine.world import end_rank, env_rank, env_world_size
 
     with exit_on_user_error(speak=env_rank() == 0):
         named = [(path.stem, load_toml(RunConfig(), path)) for path in configs] or [("default", default_config())]
@@ -68,6 +68,7 @@ def run(
         rows, facts = _profile_all(named, steps, device or "")
         if env_rank() == 0:
             _show(rows, facts, out or Path("runs") / time.strftime("profile-%Y%m%d-%H%M%S", time.gmtime()))
+    end_rank()
 
 
 @main.command()
