@@ -114,26 +114,36 @@ def pack(
         rows = draw_splits(
             table.label_N, table.font_N, table.classes, table.fonts, mode=mode, balance=balance, seed=seed
         )
-        counts = _count(table)
-        with publish_directory(out) as directory:
-            manifest = write_records(
-                directory,
-                spool.take,
-                rows,
-                label_N=table.label_N,
-                font_N=table.font_N,
-                height_width=(table.layout.side, table.layout.side),
-                classes=table.classes,
-                fonts=table.fonts,
-                facts={
-                    "options": {"split": mode, "balance": balance, "seed": seed},
-                    "train_pixels": _train_pixels(table, rows["train"]),
-                    "source_rows": counts,
-                },
-            )
-    out_bytes = sum(file.stat().st_size for file in out.iterdir())
-    seconds = time.perf_counter() - start
-    return PackReport(manifest=manifest, warnings=_warnings(table, counts), out_bytes=out_bytes, seconds=seconds)
+        manifest = _publish(out, spool, table, rows, {"split": mode, "balance": balance, "seed": seed})
+    return PackReport(
+        manifest=manifest,
+        warnings=_warnings(table, manifest["source_rows"]),
+        out_bytes=sum(file.stat().st_size for file in out.iterdir()),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _publish(
+    out: Path, spool: "_Spool", table: Table, rows: dict[str, np.ndarray], options: dict[str, Any]
+) -> dict[str, Any]:
+    """Write the records and make them appear as `out`; returns their manifest."""
+    facts = {
+        "options": options,
+        "train_pixels": _train_pixels(table, rows["train"]),
+        "source_rows": _count(table),
+    }
+    with publish_directory(out) as directory:
+        return write_records(
+            directory,
+            spool.take,
+            rows,
+            label_N=table.label_N,
+            font_N=table.font_N,
+            height_width=(table.layout.side, table.layout.side),
+            classes=table.classes,
+            fonts=table.fonts,
+            facts=facts,
+        )
 
 
 def check(source: Path) -> tuple[int, list[str], list[str]]:

@@ -92,7 +92,7 @@ def reading(name: str) -> Iterator[None]:
         raise UserError(f"{name}: the compressed file ends too early; download it again") from None
     except (zipfile.BadZipFile, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{name}: the compressed file is damaged ({error}); download it again") from None
-    except (RuntimeError, NotImplementedError) as error:  # what zipfile raises for encryption and rare methods
+    except RuntimeError as error:  # zipfile's, for encryption, and (NotImplementedError) for rare methods
         raise UserError(f"{name}: cannot be unpacked ({error}); unpack it yourself and name the CSV") from None
     except OSError as error:
         reason = error.strerror or error

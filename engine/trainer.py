@@ -94,7 +94,7 @@ def effective_config(config: RunConfig, records: Records, world: World) -> tuple
 
 def make_order(config: RunConfig, num_samples: int, rank: int, world_size: int, shuffle: bool = True) -> Order:
     """The order of a split's samples; sequential for evaluation."""
-    in_blocks = config.data.order == "blocked" or config.data.feed == "stream"
+    in_blocks = config.data.order == "blocked"
     return Order(
         num_samples=num_samples,
         global_batch=config.global_batch,

@@ -207,7 +207,7 @@ def test_verify_and_describe(small_dir: Path, small: Records, tmp_path: Path, co
     whole = command("tools/pack_tmnist", "--verify", small_dir, "--fingerprint", small.fingerprint[:8].upper())
     assert whole.returncode == 0 and small.fingerprint in whole.stdout
     assert_refused(command("tools/pack_tmnist", "--verify", small_dir, "--fingerprint=00"), "these are other records")
-    copy = tmp_path / "copy"
+    copy = tmp_path / "copy.v2"
     shutil.copytree(small_dir, copy)
     described = command("tools/pack_tmnist", "--describe", copy)
     assert described.returncode == 0, described.stderr
@@ -220,7 +220,7 @@ def test_verify_and_describe(small_dir: Path, small: Records, tmp_path: Path, co
         "all         224       48       48\n",
     ):
         assert text in described.stdout
-    with Image.open(tmp_path / "copy.png") as sheet:
+    with Image.open(tmp_path / "copy.v2.png") as sheet:
         assert sheet.size == (16 * 60, 12 * 78) and len(sheet.getcolors(10**6)) > 100
     data = (copy / "val-00000.arrow").read_bytes()
     (copy / "val-00000.arrow").write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])

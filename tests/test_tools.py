@@ -136,3 +136,4 @@ def test_profile_feeds_measures_all_of_them(command: Command, tmp_path: Path, sm
     assert {row["order"] for row in feeds} == {"exact", "blocked", "torch's"}
     with Image.open(tmp_path / "out" / "feeds.png") as chart:
         assert chart.width > 500
+    assert_refused(command("tools/profile", "feeds", "--data", small_dir), "larger than the train split of 224 samples")

@@ -1,6 +1,7 @@
 """What a record directory holds, in words and as a sheet of glyphs; the work of tools/pack_tmnist --describe."""
 
 import io
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,18 +30,23 @@ def describe(path: Path, sheet: Path) -> str:
         f"train pixels: mean {records.pixel_mean:.3f}, standard deviation {records.pixel_std:.3f} (0..255)",
         _typefaces(records),
         f"images that occur more than once: {_repeated(records):,}",
-        "class " + "".join(f"{name:>9}" for name in splits),
     ]
-    counts = [np.bincount(split.label_N, minlength=len(records.classes)) for split in splits.values()]
-    for label, row in zip(records.classes, zip(*counts, strict=True), strict=True):
-        lines.append(f"{printable(label):<6}" + "".join(f"{count:>9,}" for count in row))
-    lines.append("all   " + "".join(f"{len(split):>9,}" for split in splits.values()))
+    counts = {name: np.bincount(s.label_N, minlength=len(records.classes)) for name, s in splits.items()}
+    lines += class_table(records.classes, counts)
     picture = io.BytesIO()
     image_MHW, captions = _examples(records)
     draw_sheet(image_MHW, captions, [BLACK] * len(captions)).save(picture, "PNG")
     with writing(sheet):
         write_file(sheet, picture.getvalue())
     return "\n".join([*lines, f"sheet of glyphs: {printable(str(sheet))}"])
+
+
+def class_table(classes: Sequence[str], counts: Mapping[str, Sequence[int]]) -> list[str]:
+    """Lines that tell how many rows of each class each split has."""
+    lines = ["class " + "".join(f"{name:>9}" for name in counts)]
+    for label, row in zip(classes, zip(*counts.values(), strict=True), strict=True):
+        lines.append(f"{printable(label):<6}" + "".join(f"{count:>9,}" for count in row))
+    return [*lines, "all   " + "".join(f"{sum(split):>9,}" for split in counts.values())]
 
 
 def _typefaces(records: Records) -> str:

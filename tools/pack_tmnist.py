@@ -51,7 +51,7 @@ def main(
         elif action == "describe":
             from tools.describe import describe
 
-            click.echo(describe(source, sheet or source.resolve().with_suffix(".png")))
+            click.echo(describe(source, sheet or Path(f"{source.resolve()}.png")))
         elif out is None:
             raise UserError(f"{source}: name the record directory to pack it into: tools/pack_tmnist {source} OUT")
         else:
@@ -87,15 +87,12 @@ def _check(source: Path) -> None:
 
 
 def _summary(manifest: dict[str, Any]) -> str:
-    splits = manifest["splits"]
-    lines = [f"{manifest['source_rows']['rows']:,} rows read", "class " + "".join(f"{name:>9}" for name in splits)]
-    for index, label in enumerate(manifest["classes"]):
-        counts = "".join(f"{split['rows_per_class'][index]:>9,}" for split in splits.values())
-        lines.append(f"{printable(label):<6}{counts}")
-    lines.append("all   " + "".join(f"{split['rows']:>9,}" for split in splits.values()))
+    from tools.describe import class_table
+
+    table = class_table(manifest["classes"], {n: s["rows_per_class"] for n, s in manifest["splits"].items()})
     pixels = manifest["train_pixels"]
-    lines.append(f"train pixels: mean {pixels['mean']:.3f}, standard deviation {pixels['std']:.3f} (0..255)")
-    return "\n".join(lines)
+    last = f"train pixels: mean {pixels['mean']:.3f}, standard deviation {pixels['std']:.3f} (0..255)"
+    return "\n".join([f"{manifest['source_rows']['rows']:,} rows read", *table, last])
 
 
 if __name__ == "__main__":

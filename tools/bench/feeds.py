@@ -41,14 +41,23 @@ def measure_all(records: Path, batch_size: int, seconds: float) -> list[dict[str
 
 
 def profile_feeds(data: Path | None, batch_size: int, seconds: float, json_file: Path | None, out: Path) -> str:
-    """The table of all feeds; writes OUT/feeds.json and feeds.png, and the JSON to `json_file`."""
+    """The table of all feeds; writes OUT/feeds.json and feeds.png, and the JSON to `json_file`.
+
+    Raises:
+        UserError: the records cannot be opened, or a batch is larger than their train split.
+    """
     import torch
 
+    from engine.config import RunConfig
+    from engine.records import open_records
     from engine.sample import ensure_sample
+    from engine.trainer import check_batch
     from engine.world import World
 
     alone = World(rank=0, size=1, device=torch.device("cpu"), stream=None)
-    rows = measure_all(data or ensure_sample(alone), batch_size, seconds)
+    records = data or ensure_sample(alone)
+    check_batch(RunConfig(global_batch=batch_size), open_records(records, in_memory=False), 1)
+    rows = measure_all(records, batch_size, seconds)
     lines = [f"{'feed':<20} {'samples/s':>12} {'order':>8} {'first batch':>12} {'memory':>10} {'CPU s a million':>16}"]
     for r in rows:
         lines.append(
