@@ -1,7 +1,7 @@
 """What a record directory holds, in words and as a sheet of glyphs; the work of tools/pack_tmnist --describe."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +41,7 @@ def describe(path: Path, sheet: Path) -> str:
     return "\n".join([*lines, f"sheet of glyphs: {printable(str(sheet))}"])
 
 
-def class_table(classes: Sequence[str], counts: Mapping[str, Sequence[int]]) -> list[str]:
+def class_table(classes: Sequence[str], counts: Mapping[str, Iterable[int]]) -> list[str]:
     """Lines that tell how many rows of each class each split has."""
     lines = ["class " + "".join(f"{name:>9}" for name in counts)]
     for label, row in zip(classes, zip(*counts.values(), strict=True), strict=True):
