@@ -1,11 +1,12 @@
-"""One callable of a static batch as a CUDA graph, and the state that warm-up must not change.
+"""Device work as a CUDA graph, and the state that warm-up must not change.
 
 The contract (PyTorch's CUDA notes, "CUDA Graphs"; NVIDIA's guide to CUDA graphs for PyTorch):
-- everything runs on one side stream: building, warm-up, capture and replay;
+- everything runs on one side stream: building the model and DDP, warm-up, capture and replay;
 - the inputs have static addresses; a batch of another shape, type, stride or device is refused with a sentence;
-- what outlives a replay (parameters, optimiser state, counters, sums) is allocated before capture, outside the pool;
-- the outputs are overwritten by the next replay; train and evaluation graphs share a pool and never run at once;
-- graphs die before the process group (NCCL waits for them, pytorch#115388): call reset().
+- what outlives a replay (parameters, optimiser state, counters, logs) is allocated before capture, outside the pool;
+- what the work leaves is overwritten by the next replay; graphs that share a pool never run at once;
+- nothing allocates on the device or asks it in another thread meanwhile: feeds with threads are built after capture;
+- graphs die before the process group (NCCL waits for them, pytorch#115388): call reset(), on errors too.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,28 +18,23 @@ from engine.feeds.batch import Batch
 
 
 class Graph:
-    """A captured callable.
+    """Captured device work; calling it replays the work.
 
     Args:
-        work: launches device work on the batch given to it, and reads nothing back.
-        static: the batch whose addresses are baked in; `work` was warmed up on it on the current stream.
+        work: launches device work and reads nothing back; it was warmed up on the current stream.
         pool: memory pool shared with other graphs, or None for a new one.
     """
 
-    def __init__(self, work: Callable[[Batch], None], static: Batch, pool: "torch.cuda._POOL_HANDLE | None") -> None:
-        self._static = static
+    def __init__(self, work: Callable[[], None], pool: "torch.cuda._POOL_HANDLE | None") -> None:
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, pool=pool, stream=torch.cuda.current_stream()):
-            work(static)
+            work()
 
     @property
     def pool(self) -> "torch.cuda._POOL_HANDLE":
         return self._graph.pool()
 
-    def __call__(self, batch: Batch) -> None:
-        """Copy the batch into the static one and replay."""
-        check_like(batch, self._static)
-        self._static.copy_(batch)
+    def __call__(self) -> None:
         self._graph.replay()
 
     def reset(self) -> None:
@@ -93,7 +89,5 @@ def state_kept(
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    """Every tensor the optimiser owns: its state, and learning rates that are tensors."""
-    state = [t for values in optimizer.state.values() for t in values.values() if isinstance(t, torch.Tensor)]
-    rates = [group["lr"] for group in optimizer.param_groups if isinstance(group["lr"], torch.Tensor)]
-    return state + rates
+    """Every tensor of the optimiser's state."""
+    return [t for values in optimizer.state.values() for t in values.values() if isinstance(t, torch.Tensor)]

@@ -48,8 +48,12 @@ def save_checkpoint(
     """Publish a checkpoint and delete all but the newest two.
 
     Raises:
+        UserError: a number is not finite; nothing is written.
         OSError: the disk refused; earlier checkpoints are untouched.
     """
+    for name, tensor in (_model_tensors(model) | _other_tensors(model, optimizer)).items():
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{name} is not finite after epoch {position.num_epochs}; lower optim.learning_rate")
     files = {FILES[0]: _packed(_model_tensors(model)), FILES[1]: _packed(_other_tensors(model, optimizer))}
     manifest = {
         "format": FORMAT,

@@ -78,12 +78,19 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StepConfig:
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Arithmetic of forward and backward (autocast); parameters and optimiser stay fp32."""
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of forward and backward; parameters and optimiser stay fp32. fp32 is IEEE's, also where torch would
+    round to TF32 by itself; tf32 allows that in convolutions and products; bf16 and fp16 are autocast's."""
     channels_last: bool = True
     """NHWC memory format for activations and convolution weights."""
+    compile: Literal["off", "default", "max-autotune"] = field(default="off", metadata=ENVIRONMENT)
+    """torch.compile from the batch to the loss, in this mode, without CUDA graphs of its own."""
+    accumulate: int = field(default=1, metadata=ENVIRONMENT)
+    """Parts in which a rank's batch goes through the network, one after the other, before the one update."""
     cuda_graphs: bool = field(default=False, metadata=ENVIRONMENT)
     """Capture the whole step into one CUDA graph."""
+    steps_per_graph: int = field(default=1, metadata=ENVIRONMENT)
+    """Steps in one launch; what is left of an epoch runs step by step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,6 +238,8 @@ def _check_bounds(config: RunConfig, source: str) -> None:
         ("data.loader_workers", config.data.loader_workers, 0, 256),
         ("data.block_samples", config.data.block_samples, 1, 2**32),
         ("data.window_blocks", config.data.window_blocks, 1, 2**32),
+        ("step.accumulate", config.step.accumulate, 1, 4096),
+        ("step.steps_per_graph", config.step.steps_per_graph, 1, 64),
         ("augment.shift_pixels", config.augment.shift_pixels, 0, 1000),
         ("augment.rotate_degrees", config.augment.rotate_degrees, 0, 180),
         ("augment.shear_degrees", config.augment.shear_degrees, 0, 80),

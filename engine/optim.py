@@ -26,20 +26,17 @@ def lr_table(config: OptimConfig, num_steps: int) -> np.ndarray:
 
 
 def make_optimizer(
-    config: OptimConfig, model: torch.nn.Module, device: torch.device, *, capturable: bool
+    config: OptimConfig, model: torch.nn.Module, rate: float | torch.Tensor, *, capturable: bool
 ) -> torch.optim.Optimizer:
     """Adam or AdamW over two groups: weights with decay, biases without.
 
-    A fused or capturable optimiser takes its learning rate from one device tensor that both groups share, so that
-    nothing is baked into a graph.
+    Args:
+        rate: the learning rate; a tensor for a fused or capturable optimiser, so that none is baked into a graph.
     """
     named = list(model.parameters())
     groups = [
         {"params": [p for p in named if p.dim() > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in named if p.dim() <= 1], "weight_decay": 0.0},
     ]
-    lr: float | torch.Tensor = config.learning_rate
-    if config.fused or capturable:
-        lr = torch.tensor(config.learning_rate, device=device)
     kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
-    return kind(groups, lr=lr, fused=config.fused, capturable=capturable)
+    return kind(groups, lr=rate, fused=config.fused, capturable=capturable)

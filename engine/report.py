@@ -65,6 +65,8 @@ class RunReport:
     num_train_samples: int
     num_epochs: int
     num_steps: int
+    num_skipped_steps: int
+    """Of this process: fp16 steps whose gradients overflowed."""
     train_s: float
     """Training time of all epochs, resumed parts included."""
     samples_per_s: float

@@ -19,6 +19,10 @@ ORDERS = list(get_args(get_type_hints(DataConfig)["order"]))
 @click.option("--amp", type=click.Choice(["bf16", "fp16"]), is_flag=False, flag_value="bf16",
               help="Mixed precision; alone it means bf16.")  # fmt: skip
 @click.option("--cuda-graphs/--no-cuda-graphs", default=None, help="Capture the whole step in one CUDA graph.")
+@click.option("--steps-per-graph", type=click.IntRange(1, 64), metavar="K", help="Steps in one launch.  [default: 1]")
+@click.option("--compile", type=click.Choice(["off", "default", "max-autotune"]), is_flag=False, flag_value="default",
+              help="torch.compile in this mode; alone: default.")  # fmt: skip
+@click.option("--accumulate", type=click.IntRange(1), help="Parts of a rank's batch before the one update.")
 @click.option("--channels-last/--no-channels-last", default=None, help="NHWC memory format.")
 @click.option("--feed", type=click.Choice(FEEDS), help="The road the batches take.")
 @click.option("--order", type=click.Choice(ORDERS), help="exact, or blocked: as the stream feed can read it.")
@@ -66,7 +70,8 @@ def main(
 
 def _settings(flags: dict[str, Any], world_size: int) -> dict[str, Any]:
     """Flags that were given, as settings."""
-    names = {"amp": "step.precision", "cuda_graphs": "step.cuda_graphs", "channels_last": "step.channels_last",
+    names = {"amp": "step.precision", "cuda_graphs": "step.cuda_graphs", "steps_per_graph": "step.steps_per_graph",
+             "compile": "step.compile", "accumulate": "step.accumulate", "channels_last": "step.channels_last",
              "feed": "data.feed", "order": "data.order", "data": "data.path", "batch_size": "global_batch"}  # fmt: skip
     given = {names.get(flag, flag): value for flag, value in flags.items() if value is not None}
     if flags["data"]:

@@ -4,9 +4,8 @@ Shapes: B samples of one rank, H x W pixels.
 """
 
 import json
-import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ from engine.checkpoint import Position, load_checkpoint, save_checkpoint, save_m
 from engine.config import DataConfig, RunConfig, to_toml
 from engine.errors import UserError
 from engine.feeds import choose_feed, idlog, make_feed
-from engine.feeds.batch import Batch, Feed
+from engine.feeds.batch import Feed
+from engine.feeds.resident import ResidentFeed
 from engine.feeds.stream import NUM_WINDOWS
 from engine.feeds.synthetic import random_batch
 from engine.model import make_model
@@ -28,7 +28,7 @@ from engine.records import Records
 from engine.report import Environment, RunReport, environment, write_json
 from engine.step import TrainStep
 from engine.ui import Progress
-from engine.world import World, has_fast_bf16
+from engine.world import World, cannot_compile, has_fast_bf16
 
 CLOCK_INCLUDES = "every training step with its data; not: start-up, warm-up, capture, evaluation, checkpoints, reports"
 Say = Callable[[str], None]
@@ -51,10 +51,7 @@ class Session:
 
     @property
     def effective(self) -> dict[str, Any]:
-        switches = _switches(self.config)
-        if self.world.device.type == "cuda" and self.config.step.precision == "fp32":
-            switches["fp32_convolutions"] = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
-        return switches
+        return _switches(self.config)
 
     def close(self) -> None:
         self.step.close()
@@ -65,6 +62,9 @@ def effective_config(config: RunConfig, records: Records, world: World) -> tuple
     """What can be had of `config` here, and a sentence for each thing that cannot."""
     notes = []
     step, on_cpu = config.step, world.device.type == "cpu"
+    if step.precision == "tf32" and (on_cpu or torch.cuda.get_device_capability(world.device) < (8, 0)):
+        step = replace(step, precision="fp32")
+        notes.append("TF32 is not used: this device has none; fp32 is computed as IEEE has it")
     if step.precision == "bf16" and not has_fast_bf16(world.device):
         step = replace(step, precision="fp32")
         notes.append("bf16 is not used: this device has no bf16 instructions and would be slower than in fp32")
@@ -74,12 +74,16 @@ def effective_config(config: RunConfig, records: Records, world: World) -> tuple
     if step.cuda_graphs and on_cpu:
         step = replace(step, cuda_graphs=False)
         notes.append("CUDA graphs are not used: there is no GPU; the same step runs eagerly")
-    if step.cuda_graphs and world.size > 1:
-        step = replace(step, cuda_graphs=False)
-        notes.append("CUDA graphs are not used: DDP's all-reduce is not captured yet; the same step runs eagerly")
     if step.cuda_graphs and step.precision == "fp16" and not config.optim.fused:
         step = replace(step, cuda_graphs=False)
         notes.append("CUDA graphs are not used: fp16 with an optimiser that is not fused reads the host in each step")
+    if step.compile != "off" and (why := cannot_compile(world.device)):
+        step = replace(step, compile="off")
+        notes.append(f"torch.compile is not used: {why}")
+    steps_per_epoch = len(records.split("train")) // config.global_batch
+    if step.steps_per_graph > steps_per_epoch:
+        step = replace(step, steps_per_graph=steps_per_epoch)
+        notes.append(f"{steps_per_epoch} steps in a launch: an epoch has no more")
     data = config.data
     if data.feed == "auto":
         feed, why = choose_feed(data, records.split("train"), world.device)
@@ -118,6 +122,11 @@ def check_batch(config: RunConfig, records: Records, world_size: int) -> None:
         raise UserError(
             f"a global batch of {batch} cannot be divided by {world_size} ranks; give --batch-size (samples a rank)"
         )
+    if batch // world_size % config.step.accumulate:
+        raise UserError(
+            f"a rank's batch of {batch // world_size} cannot be divided into {config.step.accumulate} parts; "
+            "give an --accumulate that divides it"
+        )
     if batch > num_samples:
         raise UserError(
             f"a global batch of {batch} is larger than the train split of {num_samples} samples; "
@@ -126,7 +135,7 @@ def check_batch(config: RunConfig, records: Records, world_size: int) -> None:
 
 
 def open_session(config: RunConfig, records: Records, world: World) -> Session:
-    """Build model, step and feed, warm up (and capture) on synthetic data, and only then start the feed.
+    """Build model, step and feed, warm up (and capture), and only then start a feed that has threads.
 
     The caller runs inside world.on_stream() and closes the session.
 
@@ -141,17 +150,28 @@ def open_session(config: RunConfig, records: Records, world: World) -> Session:
     num_classes = len(records.classes)
     start = time.perf_counter()
     model = make_model(config.model, *records.height_width, num_classes, config.seed).to(device)
-    static = random_batch(order.rank_batch, records.height_width, num_classes, device)
-    step = TrainStep(model, effective, config.epochs * order.steps_per_epoch, static, world)
+    num_static = order.rank_batch * effective.step.steps_per_graph
+    static = random_batch(num_static, records.height_width, num_classes, device)
+    resident = ResidentFeed(train, order, device) if _gathers(effective) else None
+    step = TrainStep(model, effective, order, static, world, resident)
     try:
         step.prepare()
         warmup_s = time.perf_counter() - start
-        feed = make_feed(effective.data, train, order, num_classes, device, config.augment)
+        if step.capture_failure:
+            notes.append(f"CUDA graphs are not used: {step.capture_failure}; the same step runs eagerly")
+            effective = replace(effective, step=replace(effective.step, cuda_graphs=False))
+        feed = resident or make_feed(effective.data, train, order, num_classes, device, config.augment)
     except BaseException:
         step.close()
         raise
     facts = environment(num_threads=torch.get_num_threads(), allocator=world.allocator, gpu=clock.gpu_facts(device))
     return Session(world, records, effective, _switches(config), notes, step, feed, facts, warmup_s)
+
+
+def _gathers(config: RunConfig) -> bool:
+    """Whether launches gather their batches from the resident table themselves; distorted images are handed over."""
+    in_launches = config.step.cuda_graphs or config.step.steps_per_graph > 1
+    return in_launches and config.data.feed == "resident" and not config.augment.is_on
 
 
 def evaluate(session: Session, split_name: str) -> tuple[float, float]:
@@ -164,7 +184,7 @@ def evaluate(session: Session, split_name: str) -> tuple[float, float]:
     try:
         for batch in feed.batches(0):
             session.step.evaluate(batch)
-        loss, accuracy, seen = session.step.take_sums(training=False)
+        loss, accuracy, seen = session.step.read_evaluation()
     finally:
         feed.close()
     assert seen == len(split), f"evaluated {seen} of {len(split)} samples"
@@ -200,6 +220,7 @@ class _Fit:
     say: Say
     wait_s: float = 0.0
     eval_s: float = 0.0
+    num_skipped: int = 0
     best_val: float | None = None
     time_to_target_s: float | None = None
     utilisation_percent: list[float] = field(default_factory=list)
@@ -231,18 +252,18 @@ class _Fit:
         lap_s = self._train_epoch(epoch)
         if (percent := self.nvml.utilisation_percent()) is not None:
             self.utilisation_percent.append(percent)
-        loss, accuracy, seen = self.session.step.take_sums(training=True)
-        if not math.isfinite(loss):
-            raise UserError(f"the loss is not finite in epoch {epoch + 1}; lower optim.learning_rate or use --amp bf16")
+        log = self.session.step.read_training()
+        self.num_skipped += log.num_skipped
+        rate = log.num_samples / lap_s
         metrics: dict[str, Any] = {
             "epoch": epoch + 1,
             "step": (epoch + 1) * self.steps_per_epoch,
             "train_s": self.watch.total_s,
-            "train_loss": loss,
-            "train_accuracy_fraction": accuracy,
-            "samples_per_s": seen / lap_s,
+            "train_loss": log.loss,
+            "train_accuracy_fraction": log.accuracy,
+            "samples_per_s": rate,
         }
-        line = f"epoch {epoch + 1:>3}/{self.config.epochs}  loss {loss:.4f}  train {accuracy:7.2%}"
+        line = f"epoch {epoch + 1:>3}/{self.config.epochs}  loss {log.loss:.4f}  train {log.accuracy:7.2%}"
         if self.has_val:
             val_loss, val = self._timed_evaluate("val")
             metrics |= {"val_loss": val_loss, "val_accuracy_fraction": val}
@@ -251,7 +272,7 @@ class _Fit:
             if 0 < self.config.target_accuracy <= val:
                 self.time_to_target_s = self.watch.total_s
         self._save(epoch + 1, metrics)
-        self.say(f"{line}  {seen / lap_s:>9,.0f} samples/s  {self.watch.total_s:7.2f} s")
+        self.say(f"{line}  {rate:>9,.0f} samples/s  {self.watch.total_s:7.2f} s")
 
     def _train_epoch(self, epoch: int) -> float:
         """Train one epoch on the clock; returns its seconds."""
@@ -259,27 +280,14 @@ class _Fit:
         world.synchronize()
         with Progress(f"epoch {epoch + 1}", self.steps_per_epoch, enabled=world.is_first) as bar:
             self.watch.start()
-            batches = self._waited(self.session.feed.batches(epoch))
-            if self.config.log_ids:
-                batches = idlog.logged(batches, idlog.path_of(self.out, world.rank, epoch))
             num_steps = 0
-            for num_steps, batch in enumerate(batches, start=1):
-                step.train(batch)
-                if num_steps % 50 == 0:
-                    bar.update(num_steps)
-            if num_steps != self.steps_per_epoch:
-                raise RuntimeError(f"the feed ended after {num_steps} of {self.steps_per_epoch} steps")
+            for launch in step.train_epoch(self.session.feed, epoch):
+                self.wait_s += launch.wait_s
+                if self.config.log_ids:
+                    idlog.append(idlog.path_of(self.out, world.rank, epoch), launch.batch, first=not num_steps)
+                num_steps += launch.num_steps
+                bar.update(num_steps)
             return self.watch.stop()
-
-    def _waited(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The batches, the host's time in the feed added up."""
-        while True:
-            start = time.perf_counter()
-            batch = next(batches, None)
-            self.wait_s += time.perf_counter() - start
-            if batch is None:
-                return
-            yield batch
 
     def _timed_evaluate(self, split: str) -> tuple[float, float]:
         start = time.perf_counter()
@@ -364,6 +372,7 @@ class _Fit:
             num_train_samples=len(session.records.split("train")),
             num_epochs=num_epochs,
             num_steps=num_steps,
+            num_skipped_steps=self.num_skipped,
             train_s=self.watch.total_s,
             samples_per_s=num_steps * self.config.global_batch / max(self.watch.total_s, 1e-9),
             data_wait_fraction=wait_fraction,
@@ -386,7 +395,9 @@ def _switches(config: RunConfig) -> dict[str, Any]:
     return {
         "precision": config.step.precision,
         "channels_last": config.step.channels_last,
+        "compile": config.step.compile,
         "cuda_graphs": config.step.cuda_graphs,
+        "steps_per_launch": config.step.steps_per_graph,
         "feed": config.data.feed,
         "order": config.data.order,
     }

@@ -6,11 +6,13 @@ Does not train; the trainer passes a World to everything that must know where it
 import ctypes
 import os
 import platform
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib.util import find_spec
 
 import torch
 import torch.distributed as dist
@@ -54,6 +56,16 @@ class World:
             torch.cuda.synchronize(self.device)
         if self.size > 1:
             dist.barrier()
+
+    def first_reason(self, reason: str) -> str:
+        """The reason of the lowest rank that has one, on every rank; empty where none has. Collective."""
+        if self.size == 1:
+            return reason
+        text_RX = torch.zeros(self.size, 400, dtype=torch.uint8)
+        text = torch.tensor(list(reason.encode()[:400]), dtype=torch.uint8)
+        text_RX[self.rank, : len(text)] = text
+        texts = [bytes(row).rstrip(b"\0").decode(errors="replace") for row in self.sum(text_RX).tolist()]
+        return next((f"rank {rank}: {text}" for rank, text in enumerate(texts) if text), "")
 
     def first(self, work: Callable[[], None]) -> None:
         """Let rank 0 do `work` while the others wait; where it fails, every rank ends.
@@ -156,6 +168,16 @@ def keep_large_blocks() -> bool:
     m_mmap_threshold, m_trim_threshold, m_top_pad = -3, -1, -2  # malloc.h
     settings = ((m_mmap_threshold, HEAP_THRESHOLD_BYTES), (m_trim_threshold, 2**31 - 1), (m_top_pad, 64 * 2**20))
     return all(mallopt(name, value) == 1 for name, value in settings)
+
+
+def cannot_compile(device: torch.device) -> str:
+    """Why torch.compile would fail here; empty where it has what it needs."""
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        return f"it needs a C++ compiler, and there is no {compiler}"
+    if device.type == "cuda" and find_spec("triton") is None:
+        return "it needs triton on a GPU, which is not installed"
+    return ""
 
 
 def has_fast_bf16(device: torch.device) -> bool:

@@ -1,6 +1,7 @@
 """The network, the optimiser and the step: exact where they can be, within stated tolerances elsewhere."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,16 @@ GOLDEN = Path(__file__).with_name("golden_losses.json")
 CPU = torch.device("cpu")
 
 
-def make_step(world: World, num_steps: int = 20, batch_size: int = 32, num_classes: int = 8, **step: Any) -> TrainStep:
-    config = RunConfig(optim=OptimConfig(learning_rate=2e-3), step=StepConfig(**step))
+def build(world: World, config: RunConfig, num_steps: int = 20, num_classes: int = 8) -> TrainStep:
+    """A step of batch 32 in a run of one epoch of `num_steps`."""
     model = make_model(config.model, 28, 28, num_classes, seed=1)
-    return TrainStep(model, config, num_steps, random_batch(batch_size, (28, 28), num_classes, CPU), world)
+    order = Order(num_samples=num_steps * 32, global_batch=32)
+    static = random_batch(32 * config.step.steps_per_graph, (28, 28), num_classes, CPU)
+    return TrainStep(model, replace(config, epochs=1), order, static, world)
+
+
+def make_step(world: World, num_steps: int = 20, learning_rate: float = 2e-3, **step: Any) -> TrainStep:
+    return build(world, RunConfig(optim=OptimConfig(learning_rate=learning_rate), step=StepConfig(**step)), num_steps)
 
 
 def losses(step: TrainStep, records: Records, num_steps: int = 20) -> list[float]:
@@ -39,7 +46,7 @@ def losses(step: TrainStep, records: Records, num_steps: int = 20) -> list[float
             if len(found) == num_steps:
                 return found
             step.train(batch)
-            found.append(step.take_sums(training=True)[0])
+            found.append(step.read_training().loss)
     raise AssertionError("too few batches")
 
 
@@ -89,7 +96,7 @@ def test_one_cycle_rises_to_the_highest_rate_and_falls_to_almost_zero() -> None:
 
 def test_biases_are_not_decayed() -> None:
     model = make_model(ModelConfig(), 28, 28, 94, seed=0)
-    groups = make_optimizer(OptimConfig(weight_decay=0.1), model, CPU, capturable=False).param_groups
+    groups = make_optimizer(OptimConfig(weight_decay=0.1), model, torch.ones(()), capturable=False).param_groups
     assert [(g["weight_decay"], {p.dim() > 1 for p in g["params"]}) for g in groups] == [(0.1, {True}), (0.0, {False})]
 
 
@@ -130,8 +137,7 @@ def test_fused_and_plain_optimisers_agree(world: World, small: Records) -> None:
     found = []
     for fused in (True, False):
         config = RunConfig(optim=OptimConfig(fused=fused), step=StepConfig(channels_last=False))
-        model = make_model(config.model, 28, 28, 8, seed=1)
-        found.append(losses(TrainStep(model, config, 20, random_batch(32, (28, 28), 8, CPU), world), small))
+        found.append(losses(build(world, config), small))
     assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
@@ -146,12 +152,12 @@ def test_warm_up_changes_nothing(precision: str, world: World, small: Records) -
     assert all(torch.equal(before[name], t) for name, t in warm.model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), rng)
     assert warm.scaler.state_dict() == cold.scaler.state_dict()
-    assert int(warm.step_index) == 0 and warm.take_sums(training=True)[2] == warm.take_sums(training=False)[2] == 0
+    assert not warm.counter_21.any() and warm.read_evaluation()[2] == 0
     assert losses(warm, small, 3) == losses(cold, small, 3)
 
 
 def test_sums_are_the_batches_own(world: World, small: Records) -> None:
-    step = make_step(world, batch_size=32)
+    step = make_step(world)
     split = small.split("val")
     feed = ResidentFeed(split, Order(num_samples=len(split), global_batch=32, shuffle=False), CPU)
     padded = 0
@@ -159,14 +165,14 @@ def test_sums_are_the_batches_own(world: World, small: Records) -> None:
         padded += int((batch.id_B == PADDING_ID).sum())
         step.evaluate(batch)
     assert padded > 0
-    loss, accuracy, seen = step.take_sums(training=False)
+    loss, accuracy, seen = step.read_evaluation()
     with torch.no_grad():
         logits = step.model(torch.from_numpy(split.image_NHW).unsqueeze(1) / 255)
     label = torch.from_numpy(split.label_N).long()
     assert seen == len(split)
     assert loss == pytest.approx(float(torch.nn.functional.cross_entropy(logits, label)), rel=1e-5)
     assert accuracy == pytest.approx(float((logits.argmax(1) == label).float().mean()))
-    assert step.take_sums(training=False) == (0.0, 0.0, 0)
+    assert step.read_evaluation() == (0.0, 0.0, 0)
 
 
 def test_the_learning_rate_follows_the_table_at_the_device_counter(world: World, small: Records) -> None:
@@ -184,7 +190,7 @@ def test_the_learning_rate_follows_the_table_at_the_device_counter(world: World,
 def test_an_optimiser_to_be_captured_bakes_nothing_in(fused: bool) -> None:
     """torch refuses to capture a group that is not capturable, fused or not; a float rate would be baked in."""
     model = make_model(ModelConfig(), 28, 28, 8, 0)
-    groups = make_optimizer(OptimConfig(fused=fused), model, CPU, capturable=True).param_groups
+    groups = make_optimizer(OptimConfig(fused=fused), model, torch.ones(()), capturable=True).param_groups
     assert all(group["capturable"] for group in groups)
     assert isinstance(groups[0]["lr"], torch.Tensor) and len({id(group["lr"]) for group in groups}) == 1
 
@@ -193,8 +199,7 @@ def test_an_optimiser_to_be_captured_bakes_nothing_in(fused: bool) -> None:
 def test_steps_beyond_the_table_keep_its_last_rate(fused: bool, world: World, small: Records) -> None:
     """Profiles run longer than the epochs of their config."""
     config = RunConfig(optim=OptimConfig(fused=fused))
-    model = make_model(config.model, 28, 28, 8, seed=1)
-    step = TrainStep(model, config, 2, random_batch(32, (28, 28), 8, CPU), world)
+    step = build(world, config, num_steps=2)
     losses(step, small, 5)
     assert float(step.optimizer.param_groups[1]["lr"]) == lr_table(config.optim, 2)[-1]
 

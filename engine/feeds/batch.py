@@ -43,6 +43,12 @@ class Batch:
             torch.empty(batch_size, dtype=torch.int64, device=device, pin_memory=pinned),
         )
 
+    def rows(self, start: int, stop: int) -> "Batch":
+        """A part of the samples, as views."""
+        if stop - start == len(self.id_B):
+            return self
+        return Batch(self.image_BHW[start:stop], self.label_B[start:stop], self.id_B[start:stop])
+
     def copy_(self, other: "Batch") -> None:
         """Overwrite this batch's contents; ordered on the current stream, no host synchronisation."""
         self.image_BHW.copy_(other.image_BHW, non_blocking=True)

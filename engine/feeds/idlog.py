@@ -4,7 +4,6 @@ A file a rank and epoch, OUT/ids/rank<r>-epoch<e>.bin: little-endian int64 pairs
 """
 
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +15,13 @@ def path_of(out: Path, rank: int, epoch: int) -> Path:
     return out / "ids" / f"rank{rank}-epoch{epoch}.bin"
 
 
-def logged(batches: Iterator[Batch], path: Path) -> Iterator[Batch]:
-    """The batches, each written down before it is handed on; waits for the device at each."""
+def append(path: Path, batch: Batch, first: bool) -> None:
+    """Write a batch down as it was trained on, the epoch's first into a new file; waits for the device."""
     path.parent.mkdir(exist_ok=True)
-    with open(path, "wb") as file:
-        for batch in batches:
-            image_BHW = batch.image_BHW.cpu().numpy()
-            crc_B = [zlib.crc32(image_HW) for image_HW in image_BHW]
-            file.write(np.stack([batch.id_B.cpu().numpy(), np.array(crc_B)], 1).astype("<i8").tobytes())
-            yield batch
+    image_BHW = batch.image_BHW.cpu().numpy()
+    crc_B = [zlib.crc32(image_HW) for image_HW in image_BHW]
+    with open(path, "wb" if first else "ab") as file:
+        file.write(np.stack([batch.id_B.cpu().numpy(), np.array(crc_B)], 1).astype("<i8").tobytes())
 
 
 def read(path: Path, rank_batch: int) -> tuple[np.ndarray, np.ndarray]:

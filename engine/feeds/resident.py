@@ -1,6 +1,9 @@
 """All pixels on the device (or in host memory on a CPU) as uint8; a batch is one gather into a reused buffer.
 
-Shapes: N images of the split, S steps of a block, B samples of one rank, H x W pixels.
+The feed hands batches out, or a launch of the step gathers those of its K steps itself, inside a graph: the ids of an
+epoch are then a table on the device, indexed by the device's step counter.
+
+Shapes: N images of the split, S steps of a block or an epoch, K of a launch, B samples of one rank, H x W pixels.
 """
 
 from collections.abc import Iterator
@@ -58,11 +61,37 @@ class ResidentFeed:
         self._device = device
         self._gather = Gather(split, device)
         self._out = Batch.empty(order.rank_batch, split.height_width, device)
+        self._table_SB: torch.Tensor | None = None
+        self._drawn: tuple[int, torch.Tensor] | None = None
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         for id_B in id_blocks(self.order, epoch, first_step, self._device):
             self._gather(id_B, self._out)
             yield self._out
+
+    def load_epoch(self, epoch: int) -> None:
+        """Put an epoch's ids into the table; ordered on the current stream. The table keeps its address."""
+        drawn_epoch, id_SB = self._drawn or (epoch, None)
+        if id_SB is None or drawn_epoch != epoch:
+            id_SB = self._draw(epoch)
+        self._drawn = None
+        if self._table_SB is None:
+            self._table_SB = torch.empty_like(id_SB, device=self._device)
+        self._table_SB.copy_(id_SB, non_blocking=True)
+
+    def draw_ahead(self, epoch: int) -> None:
+        """Draw the ids that the next `load_epoch` needs while the device is still busy with this one's."""
+        self._drawn = (epoch, self._draw(epoch))
+
+    def gather(self, step_K: torch.Tensor, out: Batch) -> None:
+        """Fill `out` with the K * B samples of some steps of the table's epoch; device work only."""
+        assert self._table_SB is not None
+        torch.index_select(self._table_SB, 0, step_K, out=out.id_B.view(len(step_K), -1))
+        self._gather(out.id_B, out)
+
+    def _draw(self, epoch: int) -> torch.Tensor:
+        id_SB = torch.from_numpy(self.order.ids(epoch, 0, self.order.steps_per_epoch))
+        return id_SB.pin_memory() if self._device.type == "cuda" else id_SB
 
     def close(self) -> None:
         pass

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 
 from engine import clock
-from engine.feeds.batch import Batch
+from engine.step import Launch
 from engine.trainer import Session
 
 NUM_UNTIMED = 5
-"""Steps after the warm-up proper that let the feed fill its queues."""
+"""Launches after the warm-up proper that let the feed fill its queues."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,33 +25,32 @@ class Measured:
     """Times of the steps of one rank."""
 
     step_ms_S: np.ndarray
-    """Milliseconds of each step, its waiting for data included."""
-    wait_ms_S: np.ndarray
-    """Milliseconds the host waited for the feed before each step."""
+    """Milliseconds of each step, its waiting for data included; those of one launch share its time."""
+    wait_ms: float
+    """Milliseconds the host waited for the feed, in all."""
     samples_per_s: float
     """Over all ranks."""
 
 
 def measure(session: Session, num_steps: int) -> Measured:
-    """Train `num_steps` steps on the clock; call inside world.on_stream()."""
-    batches = _endless(session)
-    for batch in islice(batches, NUM_UNTIMED):
-        session.step.train(batch)
+    """Train at least `num_steps` steps on the clock, in whole launches; call inside world.on_stream()."""
+    launches = _endless(session)
+    for _ in islice(launches, NUM_UNTIMED):
+        pass
     session.world.synchronize()
     on_gpu = session.world.device.type == "cuda"
-    marks, waits_s = [_mark(on_gpu)], []
-    for _ in range(num_steps):
-        start = time.perf_counter()
-        batch = next(batches)
-        waits_s.append(time.perf_counter() - start)
-        session.step.train(batch)
+    marks, sizes, wait_s = [_mark(on_gpu)], [0], 0.0
+    while sum(sizes) < num_steps:
+        launch = next(launches)
         marks.append(_mark(on_gpu))
+        sizes.append(launch.num_steps)
+        wait_s += launch.wait_s
     session.world.synchronize()
-    step_ms = np.array([_elapsed_ms(a, b) for a, b in pairwise(marks)])
+    launch_ms = [_elapsed_ms(a, b) for a, b in pairwise(marks)]
     return Measured(
-        step_ms_S=step_ms,
-        wait_ms_S=np.array(waits_s) * 1000,
-        samples_per_s=num_steps * session.config.global_batch / (float(step_ms.sum()) / 1000),
+        step_ms_S=np.concatenate([np.full(n, ms / n) for n, ms in zip(sizes[1:], launch_ms, strict=True)]),
+        wait_ms=wait_s * 1000,
+        samples_per_s=sum(sizes) * session.config.global_batch / (sum(launch_ms) / 1000),
     )
 
 
@@ -63,7 +62,7 @@ def describe(session: Session, measured: Measured, nvml: clock.Nvml, energy_j: f
         "step_ms": median,
         "step_p10_ms": p10,
         "step_p90_ms": p90,
-        "data_wait_fraction": measured.wait_ms_S.sum() / measured.step_ms_S.sum(),
+        "data_wait_fraction": measured.wait_ms / measured.step_ms_S.sum(),
         "num_steps": len(measured.step_ms_S),
         "num_ranks": session.world.size,
         "global_batch": session.config.global_batch,
@@ -88,9 +87,9 @@ def profile_session(session: Session, num_steps: int) -> dict[str, Any]:
     return describe(session, measured, nvml, used_j)
 
 
-def _endless(session: Session) -> Iterator[Batch]:
+def _endless(session: Session) -> Iterator[Launch]:
     for epoch in count():
-        yield from session.feed.batches(epoch)
+        yield from session.step.train_epoch(session.feed, epoch)
 
 
 def _mark(on_gpu: bool) -> Any:
