@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench import feeds, fullsize, pack, ranks, step
+from tests.bench import feeds, fullsize, pack, precision, ranks, step
 from tools.bench import feeds as measure_feeds
 
 
@@ -41,6 +41,11 @@ def test_ranks(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(ranks, "BATCH", 32)
     ranks.bench(tmp_path, pairs=1, num_steps=2)
     assert checked(tmp_path / "cpu_ranks.json") == ["2 ranks over 1 (x)"]
+
+
+def test_precision(tmp_path: Path, small_dir: Path) -> None:
+    precision.bench(tmp_path, small_dir, pairs=2, extra=("--epochs=2", "--batch-size=32"))
+    assert checked(tmp_path / "precision.json") == ["the interval's end that is farther from 0 (points)"]
 
 
 def test_fullsize(tmp_path: Path, small_dir: Path) -> None:

@@ -1,14 +1,14 @@
-"""make bench: every benchmark; the full-size training only where --data names its records."""
+"""make bench: every benchmark; those of whole trainings only where --data names the records."""
 
 from pathlib import Path
 
 import click
 
-from tests.bench import feeds, fullsize, pack, ranks, step
+from tests.bench import feeds, fullsize, pack, precision, ranks, step
 
 
 @click.command()
-@click.option("--data", type=click.Path(path_type=Path), help="Records of all typefaces for the full-size training.")
+@click.option("--data", type=click.Path(path_type=Path), help="Records of all typefaces for whole trainings.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/bench"), show_default=True)
 def main(data: Path | None, out: Path) -> None:
     """Run the benchmarks and print the files they left."""
@@ -18,8 +18,9 @@ def main(data: Path | None, out: Path) -> None:
     ranks.bench(out, pairs=5, num_steps=100)
     if data:
         fullsize.bench(out, data, rounds=1)
+        precision.bench(out, data, pairs=5)
     else:
-        click.echo("full-size training: skipped; name its records with BENCH_ARGS='--data DIR'")
+        click.echo("whole trainings: skipped; name its records with BENCH_ARGS='--data DIR'")
     click.echo(f"written: {', '.join(map(str, sorted(out.glob('*.json'))))}")
 
 
