@@ -85,11 +85,16 @@ class Nvml:
 
     def facts(self) -> dict[str, Any]:
         limit_mw = self._read("nvmlDeviceGetPowerManagementLimit")
+        default_mw = self._read("nvmlDeviceGetPowerManagementDefaultLimit")
         driver = None
         if self._handle:
             with suppress(self._nvml.NVMLError):
                 driver = self._nvml.nvmlSystemGetDriverVersion()
-        return {"power_limit_w": None if limit_mw is None else limit_mw / 1000, "driver": driver}
+        return {
+            "power_limit_w": None if limit_mw is None else limit_mw / 1000,
+            "default_power_limit_w": None if default_mw is None else default_mw / 1000,
+            "driver": driver,
+        }
 
     def used_gib(self) -> float | None:
         memory = self._read("nvmlDeviceGetMemoryInfo")

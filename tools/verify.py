@@ -1,5 +1,6 @@
-"""tools/verify order RUN: did a run see the samples it should have, in the order it should have, with the right pixels?
+"""tools/verify: is this machine fit for training (doctor), and is fast training the same training (parity)? Bare: both.
 
+`tools/verify order RUN`: did a run see the samples it should have, in the order it should have, with the right pixels?
 The evidence is what the run wrote with `--set log_ids=true` (engine/feeds/idlog.py).
 """
 
@@ -18,9 +19,81 @@ from engine.sample import sample_path
 ROWS_READ = 4096
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
-def main() -> None:
-    """Check what a run left."""
+DEVICE = click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: cuda where there is a GPU]")
+
+
+@click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@DEVICE
+@click.pass_context
+def main(context: click.Context, device: str | None) -> None:
+    """Check this machine and the engine on it: doctor, then parity. Exit 1 if something is bad."""
+    if context.invoked_subcommand is None:
+        with exit_on_user_error():
+            good = run_doctor(device or "")
+            click.echo()
+            good &= run_parity(device or "", ())
+        raise SystemExit(0 if good else 1)
+
+
+@main.command()
+@DEVICE
+def doctor(device: str | None) -> None:
+    """Look for what makes training slow or graphs impossible: versions, variables, power, hidden waits."""
+    with exit_on_user_error():
+        good = run_doctor(device or "")
+    raise SystemExit(0 if good else 1)
+
+
+@main.command()
+@DEVICE
+@click.option("--precision", "precisions", multiple=True, type=click.Choice(["fp32", "tf32", "bf16", "fp16"]),
+              help="[default: fp32, and bf16 where it is fast]")  # fmt: skip
+def parity(device: str | None, precisions: tuple[str, ...]) -> None:
+    """Train the same two epochs in every way there is, and compare all that each leaves with the eager step's."""
+    with exit_on_user_error():
+        good = run_parity(device or "", precisions)
+    raise SystemExit(0 if good else 1)
+
+
+def run_doctor(device: str) -> bool:
+    """Print the findings; whether none is bad."""
+    from engine.sample import ensure_sample
+    from engine.world import start_world
+    from tools.bench.doctor import doctor as examine
+
+    good = True
+    with start_world(device) as world, world.on_stream():
+        for finding in examine(open_records(ensure_sample(world)), world):
+            click.echo(printable(f"{finding.grade:<5} {finding.name:<20} {finding.text}"))
+            good &= finding.grade != "BAD"
+    return good
+
+
+def run_parity(device: str, precisions: tuple[str, ...]) -> bool:
+    """Print the table; whether every variant is the same training."""
+    from engine.sample import ensure_sample
+    from engine.world import has_fast_bf16, start_world
+    from tools.bench.parity import GROUPS
+    from tools.bench.parity import parity as compare
+
+    good, missing = True, []
+    with start_world(device) as world, world.on_stream():
+        tried = list(precisions) or ["fp32", *(["bf16"] if has_fast_bf16(world.device) else [])]
+        click.echo(f"{'compared with the eager step':<36} {'':<5} {'  '.join(f'{g:>10}' for g in GROUPS)}  verdict")
+        for verdict in compare(open_records(ensure_sample(world)), world, tried):
+            if verdict.missing:
+                missing.append(f"{verdict.variant} ({verdict.precision}): not tried, {verdict.missing}")
+                continue
+            cells = "  ".join(
+                f"{verdict.difference[g]:>10.1e}" if verdict.difference[g] else f"{'=':>10}" for g in GROUPS
+            )
+            exact = not any(verdict.difference.values())
+            text = "equal to the bit" if exact else "within tolerance" if verdict.ok else "DIFFERS"
+            click.echo(f"{verdict.variant:<36} {verdict.precision:<5} {cells}  {text}")
+            good &= verdict.ok
+    for line in missing:
+        click.echo(line)
+    return good
 
 
 @main.command()

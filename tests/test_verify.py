@@ -1,0 +1,91 @@
+"""tools/verify: it finds what is bad, and passes what is the same training."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from engine.records import Records
+from engine.world import World
+from tests.conftest import Command
+from tests.test_launches import session
+from tools.bench import doctor as examined
+from tools.bench.doctor import doctor, host_reads
+from tools.bench.parity import GROUPS, Verdict, differences
+
+CPU = torch.device("cpu")
+
+
+def test_bare_it_examines_the_machine_and_compares_every_way_of_training(command: Command) -> None:
+    done = command("tools/verify", "--device", "cpu")
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert any(line.startswith("ok    hidden waits") for line in lines)
+    exact = [line for line in lines if line.endswith("equal to the bit")]
+    near = [line for line in lines if line.endswith("within tolerance") or line.startswith("torchrun, ")]
+    assert {line[:36].strip() for line in exact} >= {
+        "eager, again",
+        "4 steps a launch, not captured",
+        "resumed at an epoch's end",
+        "resumed, 4 steps a launch",
+        "torchrun, 1 rank",
+    }
+    assert {line[:36].strip() for line in near} >= {"torchrun, 2 ranks", "torchrun, 4 ranks"}
+    assert "one CUDA graph of 4 steps (fp32): not tried, there is no GPU" in lines and "DIFFERS" not in done.stdout
+
+
+def test_a_hidden_wait_is_found(small: Records, world: World) -> None:
+    opened = session(small, world)
+    assert host_reads(opened.step.train_epoch(opened.feed, 0), CPU) == []
+    opened.step.model.register_forward_hook(lambda module, inputs, output: print(float(output.detach().mean())))
+    assert host_reads(opened.step.train_epoch(opened.feed, 0), CPU) == ["_local_scalar_dense"]
+    opened.close()
+
+
+def findings(records: Records, world: World, environ: dict[str, str]) -> dict[str, examined.Finding]:
+    return {finding.name: finding for finding in doctor(records, world, environ)}
+
+
+def test_harmful_settings_are_named_with_a_remedy(
+    small: Records, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert findings(small, world, {})["environment"].grade == "ok"
+    found = findings(
+        small, world, {"CUDA_LAUNCH_BLOCKING": "1", "NVIDIA_TF32_OVERRIDE": "0", "NCCL_BLOCKING_WAIT": "0"}
+    )
+    assert found["CUDA_LAUNCH_BLOCKING"].grade == "BAD" and "unset it" in found["CUDA_LAUNCH_BLOCKING"].text
+    assert found["NVIDIA_TF32_OVERRIDE"].grade == "note"
+    assert "NCCL_BLOCKING_WAIT" not in found and "environment" not in found
+    assert found["allocator"].grade == "note" and found["hidden waits"].grade == "ok"
+    assert findings(small, replace(world, allocator="glibc"), {})["allocator"].grade == "ok"
+    versions = {"torch": "2.10.0+cu126", "triton": "3.6.0"}
+
+    def version(package: str) -> str:
+        if package not in versions:
+            raise examined.PackageNotFoundError
+        return versions[package]
+
+    monkeypatch.setattr(examined, "version", version)
+    found = findings(small, world, {})
+    assert found["torch"].grade == "BAD" and "2.10.0+cu126: tested from 2.11" in found["torch"].text
+    assert found["triton"].grade == "ok" and found["numpy"].grade == "BAD"
+    assert found["nvidia-dali-cuda120"].grade == "note"
+
+
+def test_a_bad_finding_ends_with_1(command: Command) -> None:
+    done = command("tools/verify", "doctor", "--device", "cpu", TORCH_DISTRIBUTED_DEBUG="DETAIL")
+    assert done.returncode == 1 and "BAD   TORCH_DISTRIBUTED_DEBUG" in done.stdout
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_difference_is_not_overlooked(group: str) -> None:
+    wanted = {name: torch.arange(1.0, 100.0, dtype=torch.float64) for name in GROUPS}
+    for change, exact, inexact in ((0.0, True, True), (1e-9, False, True), (0.2, False, False)):
+        got = wanted | {group: wanted[group] * (1 + change)}
+        verdicts = [Verdict("fp32", "", differences(got, wanted), near).ok for near in (False, True)]
+        assert verdicts == [exact, inexact and not (change and group in ("scaler", "counters"))], change
+    for damaged in ({k: v for k, v in wanted.items() if k != group}, wanted | {group: wanted[group][:-1]}):
+        assert differences(damaged, wanted)[group] == float("inf")
+    spoilt: dict[str, Any] = wanted | {group: wanted[group].clone().fill_(float("nan"))}
+    assert not Verdict("fp32", "", differences(spoilt, wanted), True).ok
