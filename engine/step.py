@@ -25,8 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from engine.capture import Graph, check_like, state_kept
 from engine.config import RunConfig
 from engine.errors import UserError
-from engine.feeds.batch import Batch, Feed
-from engine.feeds.resident import ResidentFeed
+from engine.feeds.batch import Batch, Feed, Source
 from engine.model import GlyphNet
 from engine.optim import lr_table, make_optimizer
 from engine.order import PADDING_ID, Order, round_keys
@@ -107,7 +106,7 @@ class TrainStep:
         order: of the training split; tells the batch size and the steps of an epoch.
         static: K * B random samples on the device, K = config.step.steps_per_graph: warm-up trains on them, and their
             addresses are baked into the graphs.
-        source: the feed whose batches a launch gathers itself from its table of ids; None: batches are handed over.
+        source: the feed whose batches a launch gathers itself; None: batches are handed over.
     """
 
     def __init__(
@@ -117,7 +116,7 @@ class TrainStep:
         order: Order,
         static: Batch,
         world: World,
-        source: ResidentFeed | None = None,
+        source: Source | None = None,
     ) -> None:
         self._config, self._order, self._static, self._world, self._source = config, order, static, world, source
         device, num_steps = world.device, config.epochs * order.steps_per_epoch

@@ -16,9 +16,8 @@ from engine import clock
 from engine.checkpoint import Position, load_checkpoint, save_checkpoint, save_model
 from engine.config import DataConfig, RunConfig, to_toml
 from engine.errors import UserError
-from engine.feeds import choose_feed, idlog, make_feed
+from engine.feeds import SOURCES, choose_feed, idlog, make_feed, make_source
 from engine.feeds.batch import Feed
-from engine.feeds.resident import ResidentFeed
 from engine.feeds.stream import NUM_WINDOWS
 from engine.feeds.synthetic import random_batch
 from engine.model import make_model
@@ -152,15 +151,15 @@ def open_session(config: RunConfig, records: Records, world: World) -> Session:
     model = make_model(config.model, *records.height_width, num_classes, config.seed).to(device)
     num_static = order.rank_batch * effective.step.steps_per_graph
     static = random_batch(num_static, records.height_width, num_classes, device)
-    resident = ResidentFeed(train, order, device) if _gathers(effective) else None
-    step = TrainStep(model, effective, order, static, world, resident)
+    source = make_source(effective.data, train, order, static) if _gathers(effective) else None
+    step = TrainStep(model, effective, order, static, world, source)
     try:
         step.prepare()
         warmup_s = time.perf_counter() - start
         if step.capture_failure:
             notes.append(f"CUDA graphs are not used: {step.capture_failure}; the same step runs eagerly")
             effective = replace(effective, step=replace(effective.step, cuda_graphs=False))
-        feed = resident or make_feed(effective.data, train, order, num_classes, device, config.augment)
+        feed = source or make_feed(effective.data, train, order, num_classes, device, config.augment)
     except BaseException:
         step.close()
         raise
@@ -169,9 +168,9 @@ def open_session(config: RunConfig, records: Records, world: World) -> Session:
 
 
 def _gathers(config: RunConfig) -> bool:
-    """Whether launches gather their batches from the resident table themselves; distorted images are handed over."""
+    """Whether launches gather their batches themselves, on the device; distorted images are handed over."""
     in_launches = config.step.cuda_graphs or config.step.steps_per_graph > 1
-    return in_launches and config.data.feed == "resident" and not config.augment.is_on
+    return in_launches and config.data.feed in SOURCES and not config.augment.is_on
 
 
 def evaluate(session: Session, split_name: str) -> tuple[float, float]:

@@ -91,6 +91,11 @@ def command(cache: Path) -> Command:
     return run
 
 
+def run_configs() -> list[Path]:
+    """The files of bench_configs that describe a run."""
+    return [path for path in sorted((ROOT / "bench_configs").glob("*.toml")) if not path.name.startswith("ladder")]
+
+
 def assert_refused(done: subprocess.CompletedProcess[str], *texts: str) -> None:
     """One line on stderr with each of `texts`, exit code 2, no traceback."""
     assert done.returncode == 2, done.stderr

@@ -8,6 +8,7 @@ import pytest
 from engine.config import RunConfig, load_toml, override, parse_assignments, to_toml
 from engine.errors import UserError
 from engine.report import ROOT
+from tests.conftest import run_configs
 
 
 @pytest.mark.parametrize("config", [RunConfig(), RunConfig.baseline()])
@@ -21,7 +22,7 @@ def test_the_baseline_file_is_the_baseline() -> None:
     assert load_toml(RunConfig(), ROOT / "bench_configs" / "baseline.toml") == RunConfig.baseline()
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "bench_configs").glob("*.toml")), ids=lambda p: p.name)
+@pytest.mark.parametrize("file", run_configs(), ids=lambda p: p.name)
 def test_every_bench_config_is_valid(file: Path) -> None:
     load_toml(RunConfig(), file)
 

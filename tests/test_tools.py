@@ -2,13 +2,19 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 
-from tests.conftest import Command, assert_refused
+from engine.config import RunConfig
+from tests.conftest import Command, assert_refused, run_configs
+from tools import gpu
+from tools.bench import ladder
 from tools.bench.feeds import FEEDS
+from tools.bench.ladder import read_ladder
 from tools.bench.results import claim, row, to_markdown
 from tools.results import TARGET, render
 
@@ -26,7 +32,7 @@ def test_profile_bare_profiles_the_default(command: Command, tmp_path: Path) -> 
 
 
 def test_profile_takes_every_bench_config(command: Command, tmp_path: Path) -> None:
-    configs = sorted(Path("bench_configs").glob("*.toml"))
+    configs = run_configs()
     done = command(
         "python", "-m", "tools.profile", "run", *configs, "--steps", 2, "--batch-size", 64, "--out", tmp_path
     )
@@ -47,9 +53,49 @@ def test_profile_runs_on_two_ranks(command: Command, tmp_path: Path) -> None:
 def test_the_gpu_round_runs_dry(command: Command, tmp_path: Path) -> None:
     done = command("python", "-m", "tools.gpu", "--device", "cpu", "--quick", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "ladder.json").read_text())
-    assert len(result["rows"]) == 6 and all(r["value"] > 0 for r in result["rows"])
-    assert (tmp_path / "tests.txt").exists() and "batch 128: graph" in (tmp_path / "ladder.md").read_text()
+    results = {
+        name: json.loads((tmp_path / f"gpu_{name}.json").read_text()) for name in ("ladder", "training", "feeds")
+    }
+    for result in results.values():
+        assert all(r["value"] > 0 for r in result["rows"] if r["unit"] == "samples/s")
+    names = [r["name"] for r in results["ladder"]["rows"]]
+    rungs = [rung["name"] for rung in read_ladder()["rung"] if "torch.compile" not in rung["name"]]
+    assert [name.removeprefix("batch 64: ").split(" (")[0] for name in names[:-1]] == rungs
+    assert names[-1] == "best at batch 64" and len(set(names)) == len(names)
+    assert results["training"]["rows"][-1]["name"] == "test accuracy at batch 8192 less at 512"
+    assert any("fed by dali" in r["name"] for r in results["feeds"]["rows"])
+    assert "skipped" in (tmp_path / "tests.txt").read_text() and "hidden waits" in (tmp_path / "verify.txt").read_text()
+    assert (tmp_path / "summary.md").read_text().count("## ") == 3 and not (tmp_path / "failures.txt").read_text()
+
+
+def test_what_fails_in_the_gpu_round_does_not_take_the_rest_with_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cache: Path
+) -> None:
+    """A rung that cannot be opened, and a part that raises."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    keep = ladder.open_session
+
+    def breaks(config: RunConfig, *given: Any) -> Any:
+        if config.step.precision == "tf32":
+            raise RuntimeError("out of memory\nand more")
+        return keep(config, *given)
+
+    def fails(shared: gpu.Round) -> None:
+        raise ValueError("no training today")
+
+    monkeypatch.setattr(ladder, "open_session", breaks)
+    cells, fed = ladder.make_cells(64, compiled=False)[2:5], []
+    monkeypatch.setattr(gpu, "make_cells", lambda largest_batch, compiled: cells)
+    monkeypatch.setattr(gpu, "_training", fails)
+    monkeypatch.setattr(gpu, "_feeds", lambda shared: fed.append(shared.quick))
+    monkeypatch.setattr(gpu, "_command", lambda log, limit_s, module, *words: ["exit code 3"] * (module == "pytest"))
+    done = CliRunner().invoke(gpu.main, ["--device", "cpu", "--quick", "--out", str(tmp_path)])
+    assert done.exit_code == 1, done.output
+    failures = (tmp_path / "failures.txt").read_text()
+    assert "tests: exit code 3" in failures and "ValueError: no training today" in failures
+    assert "ladder: batch 64: TF32: RuntimeError: out of memory\n" in failures
+    rows = json.loads((tmp_path / "gpu_ladder.json").read_text())["rows"]
+    assert len(rows) == 3 and fed == [True]
 
 
 def test_the_gpu_round_refuses_a_foreign_archive(command: Command, tmp_path: Path) -> None:

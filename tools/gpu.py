@@ -1,32 +1,67 @@
-"""python3 -m tools.gpu: everything that only a GPU can show, as one offline command that leaves a folder of evidence.
+"""python3 -m tools.gpu: everything that only a GPU can show, as one offline command of some 8 minutes.
 
-First the tests marked gpu, then three rungs (eager fp32, bf16 channels-last, the same as one CUDA graph) at batch 64
-and 2048. Needs no DALI, no CSV and no git: --npz trains straight from an archive of names (F,) and images (F, K, H, W).
+Its parts leave a folder of evidence: the tests marked gpu (tests.txt), tools/verify (verify.txt), the ladder of the
+step (gpu_ladder.json), training to the study's accuracy and to the end (gpu_training.json), what the feeds carry, DALI
+last (gpu_feeds.json), and all tables (summary.md). Needs no DALI, no CSV and no git: --npz trains straight from an
+archive of names (F,) and images (F, K, H, W). A part that fails makes the exit code 1; the others still run.
 """
 
 import subprocess
 import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
+import torch
 
-from engine.config import RunConfig, load_toml, override
+from engine import clock
+from engine.config import RunConfig, override
 from engine.errors import UserError, exit_on_user_error
 from engine.records import Records, Split, open_records
-from engine.report import ROOT, Environment
+from engine.report import ROOT, Environment, RunReport, environment
 from engine.sample import ensure_sample
 from engine.split import draw_splits
-from engine.trainer import open_session
+from engine.trainer import fit, open_session
 from engine.world import World, start_world
-from tools.bench.measure import measure
+from tools.bench.ladder import Cell, climb, joules, make_cells, rows_of
 from tools.bench.results import row, to_markdown, write_result
 
-RUNGS = ("rung_eager_fp32", "rung_bf16", "rung_graph")
-BATCHES = (64, 2048)
-REPETITIONS = 5
+TESTS_S, VERIFY_S, LADDER_S = 90, 60, 300
+"""Wall time each part should take at most; the first two are ended after three times that."""
+STUDY_ACCURACY = 0.8765
+"""What the study's own recipe reaches on typefaces.npz after 12 epochs (random split, two CPU cores)."""
 FIRST_CHARACTER = 33
 """images[:, 0] of the archive is '!'."""
+FAST = {"step.precision": "bf16", "step.cuda_graphs": True, "step.steps_per_graph": 16, "data.feed": "resident"}
+LARGE = {"global_batch": 8192, "epochs": 12, "optim.learning_rate": 0.02}
+"""The recipe at a global batch of 8192."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """What the parts share."""
+
+    records: Records
+    world: World
+    out: Path
+    quick: bool
+    facts: Environment
+
+    def write(self, name: str, title: str, rows: list[dict[str, Any]]) -> None:
+        title = f"{title} on one {self.facts.gpu_name or 'CPU'}" + " (dry run)" * self.quick
+        path = self.out / f"{name}.json"
+        write_result(path, title=title, environment=self.facts, rows=rows, claims=[])
+        table = to_markdown({"title": title, "environment": asdict(self.facts), "rows": rows, "claims": []}, path.name)
+        click.echo(table)
+        with open(self.out / "summary.md", "a") as file:
+            file.write(table + "\n")
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -35,47 +70,138 @@ FIRST_CHARACTER = 33
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cuda", show_default=True)
 @click.option("--quick", is_flag=True, help="Small batches, few steps, one repetition: proves the script.")
 def main(npz: Path | None, out: Path, device: str, quick: bool) -> None:
-    """Run the GPU tests and the ladder; write OUT/ladder.json, ladder.md and tests.txt. Exit 1 if a test failed."""
+    """Run the GPU tests, verify, the ladder, trainings and feeds; write OUT. Exit 1 if a part failed."""
+    failures: list[str] = []
+
+    def part(name: str, work: Callable[[], list[str] | None]) -> None:
+        start = time.perf_counter()
+        try:
+            found = work() or []
+        except Exception:  # whatever breaks one part, the evidence of the others is wanted
+            found = [traceback.format_exc()]
+        failures.extend(f"{name}: {text}" for text in found)
+        click.echo(f"{name}: {'FAILED' if found else 'ok'}, {time.perf_counter() - start:.0f} s\n")
+
     with exit_on_user_error():
+        records = records_from_npz(npz) if npz else None
         out.mkdir(parents=True, exist_ok=True)
-        passed = _run_tests(out / "tests.txt")
+        (out / "summary.md").unlink(missing_ok=True)
+        part(
+            "tests",
+            lambda: _command(out / "tests.txt", TESTS_S, "pytest", "-q", "-m", "gpu", "-rs", "tests/test_gpu.py"),
+        )
+        few = ("doctor",) if quick else ()
+        part("verify", lambda: _command(out / "verify.txt", VERIFY_S, "tools.verify", *few, f"--device={device}"))
         with start_world(device) as world, world.on_stream():
-            records = records_from_npz(npz) if npz else open_records(ensure_sample(world))
-            facts, rows = _ladder(records, world, quick)
-        title = f"Ladder of the step on one {facts.gpu_name or 'CPU'}"
-        write_result(out / "ladder.json", title=title, environment=facts, rows=rows, claims=[])
-        table = to_markdown({"title": title, "environment": vars(facts), "rows": rows, "claims": []}, "ladder.json")
-        (out / "ladder.md").write_text(table)
-        click.echo(table)
-    raise SystemExit(0 if passed else 1)
+            facts = environment(
+                num_threads=torch.get_num_threads(), allocator=world.allocator, gpu=clock.gpu_facts(world.device)
+            )
+            shared = Round(records or open_records(ensure_sample(world)), world, out, quick, facts)
+            part("ladder", lambda: _ladder(shared))
+            part("training", lambda: _training(shared))
+            part("feeds", lambda: _feeds(shared))
+        (out / "failures.txt").write_text("\n".join(failures) + "\n" * bool(failures))
+        for failure in failures:
+            click.echo(failure, err=True)
+    raise SystemExit(1 if failures else 0)
 
 
-def _run_tests(log: Path) -> bool:
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-rs", str(ROOT / "tests" / "test_gpu.py")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+def _command(log: Path, limit_s: float, module: str, *words: str) -> list[str]:
+    """Run a module in a process of its own; what it prints goes to `log`."""
+    try:
+        command = [sys.executable, "-m", module, *words]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=3 * limit_s)
+    except subprocess.TimeoutExpired:
+        return [f"did not end within {3 * limit_s:.0f} s"]
     log.write_text(done.stdout + done.stderr)
-    click.echo(f"gpu tests: {(done.stdout.strip().splitlines() or ['no output'])[-1]}")
-    return done.returncode == 0
+    click.echo(done.stdout)
+    return [] if done.returncode == 0 else [f"exit code {done.returncode}, see {log.name}"]
 
 
-def _ladder(records: Records, world: World, quick: bool) -> tuple[Environment, list[dict[str, object]]]:
-    rates: dict[str, list[float]] = {}
-    batches, num_steps, repetitions = ((64, 128), 3, 1) if quick else (BATCHES, 100, REPETITIONS)
-    for _ in range(repetitions):
-        for batch in batches:
-            for rung in RUNGS:
-                config = load_toml(RunConfig(), ROOT / "bench_configs" / f"{rung}.toml")
-                session = open_session(override(config, {"global_batch": batch}, rung), records, world)
-                try:
-                    rate = measure(session, num_steps).samples_per_s
-                finally:
-                    session.close()
-                name = f"batch {batch}: {rung.removeprefix('rung_')}"
-                if session.effective.get("fp32_convolutions") == "tf32":
-                    name += ", TF32 convolutions (torch's default)"
-                rates.setdefault(name, []).append(rate)
-                facts = session.environment
-    return facts, [row(name, values, "samples/s") for name, values in rates.items()]
+def _ladder(shared: Round) -> list[str]:
+    cells = make_cells(64 if shared.quick else 8192, compiled=not shared.quick)
+    seconds, repetitions = (0.02, 1) if shared.quick else (0.3, 5)
+    failures = climb(
+        cells, shared.records, shared.world, seconds=seconds, repetitions=repetitions, budget_s=0.8 * LADDER_S
+    )
+    rows = rows_of(cells)
+    last = next((cell for cell in reversed(cells) if cell.session), None)
+    if last and last.session and (used := joules(last.session, 0.1 if shared.quick else 3.0)) is not None:
+        rows.append(row(f"{last.name}: energy for a thousand samples", [used], "J"))
+    for cell in cells:
+        if cell.session:
+            cell.session.close()
+    shared.write("gpu_ladder", "Ladder of the step", rows)
+    return failures
+
+
+def _training(shared: Round) -> None:
+    """The default recipe until the study's accuracy, and to its end; and to its end at a batch of 8192."""
+    recipes: dict[str, dict[str, Any]] = {
+        "until": {"target_accuracy": STUDY_ACCURACY},
+        "512": {},
+        "8192": LARGE,
+    }
+    rows, accuracy = [], {}
+    for name, settings in recipes.items():
+        if shared.quick:
+            settings = settings | {"epochs": 1, "global_batch": 512}
+        report = _train(shared, settings)
+        if name == "until":
+            goal = f"time to {STUDY_ACCURACY:.2%} validation accuracy"
+            rows.append(row(goal, [report.time_to_target_s or float(report.train_s)], "s"))
+            if report.time_to_target_s is None:
+                rows[-1]["name"] += ": not reached"
+            continue
+        accuracy[name] = 100 * (report.test_accuracy_fraction or 0.0)
+        title = f"batch {report.config['global_batch']}, {report.num_epochs} epochs"
+        rows.append(row(f"{title}: training time", [report.train_s], "s"))
+        rows.append(row(f"{title}: samples/s", [report.samples_per_s], "samples/s"))
+        rows.append(row(f"{title}: test accuracy", [accuracy[name]], "%"))
+    rows.append(row("test accuracy at batch 8192 less at 512", [accuracy["8192"] - accuracy["512"]], "points"))
+    shared.write("gpu_training", f"Training on {report.num_train_samples:,} images", rows)
+
+
+def _train(shared: Round, settings: dict[str, Any]) -> RunReport:
+    config = override(RunConfig(), FAST | settings, "tools.gpu")
+    with tempfile.TemporaryDirectory() as folder:
+        return fit(config, shared.records, shared.world, Path(folder), resume=False, say=click.echo)
+
+
+def _feeds(shared: Round) -> list[str]:
+    """The feeds without a step, and the step fed by DALI, last: its threads would disturb a capture."""
+    rows, failures = [], []
+    batch = 64 if shared.quick else 2048
+    for feed in ("resident", "loader_batched", *(["dali"] if find_spec("nvidia.dali") else [])):
+        settings = {"step.precision": "bf16", "data.feed": feed, "global_batch": batch}
+        session = open_session(override(RunConfig(), settings, feed), shared.records, shared.world)
+        try:
+            rows.append(
+                row(f"{feed} alone, batch {batch}", [_carried(session.feed, shared) for _ in range(3)], "samples/s")
+            )
+        finally:
+            session.close()
+    if find_spec("nvidia.dali"):
+        cells = [
+            Cell("fed by dali", override(RunConfig(), FAST | {"data.feed": "dali", "global_batch": batch}, "dali"))
+        ]
+        failures = climb(cells, shared.records, shared.world, seconds=0.3, repetitions=3, budget_s=30)
+        rows += [row(cell.name, cell.rates, "samples/s") for cell in cells if cell.rates]
+        for cell in cells:
+            if cell.session:
+                cell.session.close()
+    shared.write("gpu_feeds", "Feeds", rows)
+    return failures
+
+
+def _carried(feed: Any, shared: Round) -> float:
+    """samples/s of an epoch's batches, ready on the device."""
+    shared.world.synchronize()
+    start, seen = time.perf_counter(), 0
+    for batch in feed.batches(0):
+        seen += len(batch.id_B)
+    shared.world.synchronize()
+    return seen / (time.perf_counter() - start)
 
 
 def records_from_npz(path: Path) -> Records:

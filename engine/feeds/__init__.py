@@ -8,10 +8,14 @@ import torch
 from engine.config import AugmentConfig, DataConfig
 from engine.errors import UserError
 from engine.feeds.augment import AugmentedFeed
-from engine.feeds.batch import Feed
+from engine.feeds.batch import Batch, Feed, Source
+from engine.feeds.resident import ResidentFeed
+from engine.feeds.synthetic import SyntheticFeed, random_batch
 from engine.order import Order
 from engine.records import Records, Split, StoredImages, open_records
 
+SOURCES = ("resident", "synthetic")
+"""Feeds whose batches the step can gather itself, inside a launch."""
 MEMORY_SHARE = 0.5
 """Part of the free memory, the GPU's or the host's, that pixels may take under --feed auto."""
 
@@ -54,6 +58,13 @@ def choose_feed(config: DataConfig, split: Split, device: torch.device) -> tuple
     return "dali", f"the images take {gib:.2f} GiB, too much for {free_gib:.1f} GiB free on the GPU"
 
 
+def make_source(config: DataConfig, split: Split, order: Order, static: Batch) -> Source:
+    """The feed that `config.feed` names, one of SOURCES; `static` is the step's own batch."""
+    if config.feed == "synthetic":
+        return SyntheticFeed(static.rows(0, order.rank_batch), order)
+    return ResidentFeed(split, order, static.id_B.device)
+
+
 def make_feed(
     config: DataConfig,
     split: Split,
@@ -89,9 +100,5 @@ def _plain_feed(
 
         return StreamFeed(split, order, device)
     if name == "synthetic":
-        from engine.feeds.synthetic import SyntheticFeed, random_batch
-
         return SyntheticFeed(random_batch(order.rank_batch, split.height_width, num_classes, device), order)
-    from engine.feeds.resident import ResidentFeed
-
     return ResidentFeed(split, order, device)

@@ -99,3 +99,16 @@ class Feed(Protocol):
 
     def close(self) -> None:
         """Stop threads and processes; the feed is unusable afterwards."""
+
+
+class Source(Feed, Protocol):
+    """A feed whose batches the step can also make itself, on the device, in the middle of a captured launch."""
+
+    def load_epoch(self, epoch: int) -> None:
+        """Put what `gather` needs for an epoch on the device; ordered on the current stream, at the same addresses."""
+
+    def draw_ahead(self, epoch: int) -> None:
+        """Do the host's part of the next `load_epoch`, while the device is still busy with this one's steps."""
+
+    def gather(self, step_K: torch.Tensor, out: Batch) -> None:
+        """Fill `out` with the K * B samples of some steps of the epoch; device work only."""

@@ -70,7 +70,6 @@ class ResidentFeed:
             yield self._out
 
     def load_epoch(self, epoch: int) -> None:
-        """Put an epoch's ids into the table; ordered on the current stream. The table keeps its address."""
         drawn_epoch, id_SB = self._drawn or (epoch, None)
         if id_SB is None or drawn_epoch != epoch:
             id_SB = self._draw(epoch)
@@ -80,11 +79,9 @@ class ResidentFeed:
         self._table_SB.copy_(id_SB, non_blocking=True)
 
     def draw_ahead(self, epoch: int) -> None:
-        """Draw the ids that the next `load_epoch` needs while the device is still busy with this one's."""
         self._drawn = (epoch, self._draw(epoch))
 
     def gather(self, step_K: torch.Tensor, out: Batch) -> None:
-        """Fill `out` with the K * B samples of some steps of the table's epoch; device work only."""
         assert self._table_SB is not None
         torch.index_select(self._table_SB, 0, step_K, out=out.id_B.view(len(step_K), -1))
         self._gather(out.id_B, out)

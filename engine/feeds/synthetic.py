@@ -29,5 +29,14 @@ class SyntheticFeed:
         for _ in range(first_step, self.order.steps_per_epoch):
             yield self._batch
 
+    def load_epoch(self, epoch: int) -> None:
+        pass
+
+    def draw_ahead(self, epoch: int) -> None:
+        pass
+
+    def gather(self, step_K: torch.Tensor, out: Batch) -> None:
+        """What `out` holds is as good."""
+
     def close(self) -> None:
         pass

@@ -61,15 +61,15 @@ def to_markdown(result: dict[str, Any], source: str) -> str:
     ]
     for r in result["rows"]:
         lines.append(
-            f"| {_cell(r['name'])} | {_number(r['value'])} | {_number(r['low'])} | {_number(r['high'])} "
+            f"| {_cell(r['name'])} | {number(r['value'])} | {number(r['low'])} | {number(r['high'])} "
             f"| {r['n']} | {_cell(r['unit'])} |"
         )
     if result["claims"]:
         lines += ["", "| must reach | measured | wanted | met |", "|---|--:|--:|---|"]
         for c in result["claims"]:
             met = "yes" if c["met"] else "**no**"
-            wanted = f"{'at most ' if c.get('at_most') else ''}{_number(c['wanted'])}"
-            lines.append(f"| {_cell(c['claim'])} | {_number(c['measured'])} | {wanted} | {met} |")
+            wanted = f"{'at most ' if c.get('at_most') else ''}{number(c['wanted'])}"
+            lines.append(f"| {_cell(c['claim'])} | {number(c['measured'])} | {wanted} | {met} |")
     return "\n".join(lines) + "\n"
 
 
@@ -83,7 +83,8 @@ def _reliability(result: dict[str, Any], facts: dict[str, Any], source: str) -> 
     return "\n".join(lines) + "\n"
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
+    """Four digits, or all before the point."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 

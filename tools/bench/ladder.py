@@ -1,0 +1,127 @@
+"""The ladder: rungs of bench_configs/ladder_h100.toml as cells of (rung, batch size), measured in turn.
+
+All sessions are opened first (every capture comes before any feed's threads), then measured A B C A B C, so that drift
+favours none. A cell that fails is told, and the others go on.
+"""
+
+import time
+import tomllib
+from dataclasses import dataclass, field
+from math import ceil
+from typing import Any
+
+from engine import clock
+from engine.config import RunConfig, override
+from engine.errors import UserError
+from engine.records import Records
+from engine.report import ROOT
+from engine.trainer import Session, open_session
+from engine.world import World
+from tools.bench.measure import measure
+from tools.bench.results import row
+
+LADDER = ROOT / "bench_configs" / "ladder_h100.toml"
+BATCHES = [2048]
+"""Of a rung that names none."""
+
+
+@dataclass
+class Cell:
+    rung: str
+    config: RunConfig
+    session: Session | None = None
+    rates: list[float] = field(default_factory=list)
+    """samples/s of each repetition."""
+
+    @property
+    def name(self) -> str:
+        name = f"batch {self.config.global_batch}: {self.rung}"
+        lacking = self.session and [note for note in self.session.notes if "used" in note]
+        return f"{name} ({'; '.join(lacking)})" if lacking else name
+
+
+def read_ladder() -> dict[str, Any]:
+    """The file's tables `rung` and `expected`."""
+    return tomllib.loads(LADDER.read_text())
+
+
+def make_cells(largest_batch: int, compiled: bool) -> list[Cell]:
+    """Every rung at each of its batch sizes, up to `largest_batch` (or at that, if all are larger)."""
+    settings: dict[str, dict[str, Any]] = {"": {}}
+    cells, before = [], ""
+    for rung in read_ladder()["rung"]:
+        settings[rung["name"]] = settings[rung.get("base", before)] | rung["set"]
+        before = rung["name"]
+        if settings[before].get("step.compile", "off") != "off" and not compiled:
+            continue
+        wanted = rung.get("batches", BATCHES)
+        for batch in [b for b in wanted if b <= largest_batch] or [largest_batch]:
+            config = override(RunConfig(), settings[before] | {"global_batch": batch}, LADDER.name)
+            cells.append(Cell(before, config))
+    return cells
+
+
+def climb(
+    cells: list[Cell], records: Records, world: World, *, seconds: float, repetitions: int, budget_s: float
+) -> list[str]:
+    """Open, measure and close all cells; a sentence for each that failed. Repetitions end when the budget is spent."""
+    failures: list[str] = []
+    end = time.perf_counter() + budget_s
+
+    def tried(cell: Cell, work: Any) -> None:
+        try:
+            work(cell)
+        except (RuntimeError, UserError, AssertionError) as error:  # out of memory, no compiler, capture refused ...
+            failures.append(f"{cell.name}: {type(error).__name__}: {str(error).splitlines()[0]}")
+            close(cell)
+
+    def enter(cell: Cell) -> None:
+        cell.session = open_session(cell.config, records, world)
+
+    def repeat(cell: Cell) -> None:
+        if cell.session:
+            cell.rates.append(rate(cell.session, seconds))
+
+    def close(cell: Cell) -> None:
+        if cell.session:
+            cell.session.close()
+            cell.session = None
+
+    for cell in cells:
+        tried(cell, enter)
+    for number in range(repetitions):
+        if number and time.perf_counter() > end:
+            break
+        for cell in cells:
+            tried(cell, repeat)
+    return failures
+
+
+def rate(session: Session, seconds: float) -> float:
+    """samples/s over about so many seconds, in whole launches; a first, short measurement tells how many."""
+    first = measure(session, 2 * session.step.steps_per_launch)
+    steps_per_s = first.samples_per_s / session.config.global_batch
+    return measure(session, ceil(seconds * steps_per_s)).samples_per_s
+
+
+def joules(session: Session, seconds: float) -> float | None:
+    """J of the whole GPU for a thousand samples, over so many seconds; NVML is too coarse for less than some."""
+    nvml = clock.Nvml(session.world.device)
+    steps = ceil(seconds * measure(session, session.step.steps_per_launch).samples_per_s / session.config.global_batch)
+    before_j = nvml.energy_j()
+    measure(session, steps)
+    after_j = nvml.energy_j()
+    if before_j is None or after_j is None:
+        return None
+    return (after_j - before_j) / (steps * session.config.global_batch) * 1000
+
+
+def rows_of(cells: list[Cell]) -> list[dict[str, Any]]:
+    """A result line for each measured cell, and the best of each batch size."""
+    measured = [cell for cell in cells if cell.rates]
+    rows = [row(cell.name, cell.rates, "samples/s") for cell in measured]
+    for batch in sorted({cell.config.global_batch for cell in measured}):
+        own = [r for r, c in zip(rows, measured, strict=True) if c.config.global_batch == batch]
+        real = [r for r in own if "synthetic" not in r["name"]]
+        rows.append(max(real, key=lambda r: float(r["value"])) | {"name": f"best at batch {batch}"})
+    return rows
