@@ -104,7 +104,7 @@ class TrainStep:
         model: on the world's device.
         config: what is *effective*; `prepare` captures if config.step.cuda_graphs.
         order: of the training split; tells the batch size and the steps of an epoch.
-        static: K * B random samples on the device, K = config.step.steps_per_graph: warm-up trains on them, and their
+        static: B random samples on the device K = config.step.steps_per_graph times: warm-up trains on them, and their
             addresses are baked into the graphs.
         source: the feed whose batches a launch gathers itself; None: batches are handed over.
     """

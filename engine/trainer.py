@@ -149,8 +149,9 @@ def open_session(config: RunConfig, records: Records, world: World) -> Session:
     num_classes = len(records.classes)
     start = time.perf_counter()
     model = make_model(config.model, *records.height_width, num_classes, config.seed).to(device)
-    num_static = order.rank_batch * effective.step.steps_per_graph
-    static = random_batch(num_static, records.height_width, num_classes, device)
+    static = random_batch(
+        order.rank_batch, records.height_width, num_classes, device, copies=effective.step.steps_per_graph
+    )
     source = make_source(effective.data, train, order, static) if _gathers(effective) else None
     step = TrainStep(model, effective, order, static, world, source)
     try:

@@ -40,12 +40,12 @@ def test_ranks(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     monkeypatch.setattr(ranks, "BATCH", 32)
     ranks.bench(tmp_path, pairs=1, num_steps=2)
-    assert checked(tmp_path / "cpu_ranks.json") == ["2 ranks over 1 (x)"]
+    assert checked(tmp_path / "cpu_ranks.json") == ["efficiency of 2 ranks (%)"]
 
 
 def test_precision(tmp_path: Path, small_dir: Path) -> None:
     precision.bench(tmp_path, small_dir, pairs=2, extra=("--epochs=2", "--batch-size=32"))
-    assert checked(tmp_path / "precision.json") == ["the interval's end that is farther from 0 (points)"]
+    assert checked(tmp_path / "cpu_precision.json") == ["the interval's end that is farther from 0 (points)"]
 
 
 def test_fullsize(tmp_path: Path, small_dir: Path) -> None:

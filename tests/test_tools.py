@@ -1,6 +1,7 @@
 """The commands, each run once for real."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -177,9 +178,9 @@ def test_profile_feeds_measures_all_of_them(command: Command, tmp_path: Path, sm
     done = command("tools/profile", "feeds", *flags, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     feeds = json.loads((tmp_path / "f.json").read_text())["feeds"]
-    assert [row["name"] for row in feeds] == list(FEEDS)
+    assert [row["name"] for row in feeds] == [name for name in FEEDS if name != "FFCV" or find_spec("ffcv")]
     assert all(row["samples_per_s"] > 0 and row["threads"] == 1 and row["cpu_s_per_million"] > 0 for row in feeds)
-    assert {row["order"] for row in feeds} == {"exact", "blocked", "torch's"}
+    assert {row["order"] for row in feeds} >= {"exact", "blocked", "torch's"}
     with Image.open(tmp_path / "out" / "feeds.png") as chart:
         assert chart.width > 500
     assert_refused(command("tools/profile", "feeds", "--data", small_dir), "larger than the train split of 224 samples")

@@ -29,7 +29,7 @@ def train(data: Path, seed: int, flags: tuple[str, ...], extra: tuple[str, ...])
 
 
 def bench(out: Path, data: Path, pairs: int, extra: tuple[str, ...] = ()) -> None:
-    """Measure and write OUT/precision.json; `extra` flags shorten a smoke run."""
+    """Measure and write OUT/cpu_precision.json; `extra` flags shorten a smoke run."""
     accuracy: dict[str, list[float]] = {name: [] for name in SIDES}
     for seed in range(1, pairs + 1):
         for name, flags in SIDES.items():
@@ -48,7 +48,7 @@ def bench(out: Path, data: Path, pairs: int, extra: tuple[str, ...] = ()) -> Non
     claims = [claim("the interval's end that is farther from 0 (points)", max(-low, high), 0.3, at_most=True)]
     title = f"bf16 against fp32: {report['num_epochs']} epochs on {report['num_train_samples']:,} images"
     environment = Environment(**report["environment"])
-    write_result(out / "precision.json", title=title, environment=environment, rows=rows, claims=claims)
+    write_result(out / "cpu_precision.json", title=title, environment=environment, rows=rows, claims=claims)
 
 
 @click.command()

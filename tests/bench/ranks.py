@@ -24,7 +24,8 @@ def bench(out: Path, pairs: int, num_steps: int) -> None:
         row("2 ranks x 1 thread, gloo", two, "samples/s"),
         row("ratio, pair by pair", [b / a for a, b in zip(one, two, strict=True)], "x"),
     ]
-    claims = [claim("2 ranks over 1 (x)", rows[2]["value"], 1.8)]
+    rows.append(row("efficiency, pair by pair", [50 * b / a for a, b in zip(one, two, strict=True)], "%"))
+    claims = [claim("efficiency of 2 ranks (%)", rows[3]["value"], 92)]
     title = f"DDP on two cores, batch {BATCH} a rank, bf16 channels-last"
     write_result(out / "cpu_ranks.json", title=title, environment=environment, rows=rows, claims=claims)
 

@@ -7,12 +7,17 @@ import json
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+import numpy as np
 
 from engine.publish import writing
 from engine.report import ROOT, environment, write_json
@@ -26,7 +31,9 @@ FEEDS = (
     "loader_batched",
     "loader",
     "TensorDataset",
+    "FFCV",
 )
+"""The last two are others'; FFCV is measured where it is installed."""
 Batches = Iterator[int]
 
 
@@ -34,6 +41,8 @@ def measure_all(records: Path, batch_size: int, seconds: float) -> list[dict[str
     """A row for each of FEEDS, each measured for about `seconds`."""
     rows = []
     for name in FEEDS:
+        if name == "FFCV" and find_spec("ffcv") is None:
+            continue
         command = [sys.executable, "-m", "tools.bench.feeds", name, str(records), str(batch_size), str(seconds)]
         done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
         rows.append(json.loads(done.stdout.splitlines()[-1]))
@@ -101,7 +110,8 @@ def measure(name: str, records: Path, batch_size: int, seconds: float) -> dict[s
 
     keep_large_blocks()
     before_mib, start = _peak_mib(), time.perf_counter()
-    epoch, order, close = _ours(name, records, batch_size) if name != "TensorDataset" else _peer(records, batch_size)
+    make = {"TensorDataset": _tensor_dataset, "FFCV": _ffcv}.get(name) or partial(_ours, name)
+    epoch, order, close = make(records, batch_size)
     batches = epoch(0)
     next(batches)
     first_batch_s = time.perf_counter() - start
@@ -166,7 +176,7 @@ def _ours(name: str, records: Path, batch_size: int) -> tuple[Any, str, Any]:
     return epoch, config.data.order, feed.close
 
 
-def _peer(records: Path, batch_size: int) -> tuple[Any, str, Any]:
+def _tensor_dataset(records: Path, batch_size: int) -> tuple[Any, str, Any]:
     """What a tutorial writes: torch's own shuffle, TensorDataset, two workers."""
     import torch
     from torch.utils.data import DataLoader, TensorDataset
@@ -187,6 +197,47 @@ def _peer(records: Path, batch_size: int) -> tuple[Any, str, Any]:
         loader = None  # type: ignore[assignment]
 
     return epoch, "torch's", close
+
+
+def _ffcv(records: Path, batch_size: int) -> tuple[Any, str, Any]:
+    """FFCV with two workers, its file in the page cache, its own shuffle."""
+    from ffcv.fields import IntField, NDArrayField
+    from ffcv.fields.decoders import IntDecoder, NDArrayDecoder
+    from ffcv.loader import Loader, OrderOption
+    from ffcv.transforms import ToTensor
+    from ffcv.writer import DatasetWriter
+
+    from engine.records import open_records
+
+    train = open_records(records).split("train")
+    folder = tempfile.TemporaryDirectory()
+    path = str(Path(folder.name) / "train.beton")
+    fields = {"image": NDArrayField(np.dtype("uint8"), train.height_width), "label": IntField(), "id": IntField()}
+    writer = DatasetWriter(path, fields, num_workers=1)
+    writer.from_indexed_dataset(_Rows(train.image_NHW, train.label_N))
+    pipelines = {"image": [NDArrayDecoder(), ToTensor()], "label": [IntDecoder(), ToTensor()], "id": [IntDecoder()]}
+    loader = Loader(
+        path, batch_size, num_workers=2, order=OrderOption.RANDOM, os_cache=True, drop_last=True, pipelines=pipelines
+    )
+
+    def epoch(number: int) -> Batches:
+        for _, label_B, _ in loader:
+            yield len(label_B)
+
+    return epoch, "FFCV's", folder.cleanup
+
+
+class _Rows:
+    """What FFCV's writer reads, row by row."""
+
+    def __init__(self, image_NHW: np.ndarray, label_N: np.ndarray) -> None:
+        self._image_NHW, self._label_N = image_NHW, label_N
+
+    def __len__(self) -> int:
+        return len(self._label_N)
+
+    def __getitem__(self, row: int) -> tuple[np.ndarray, int, int]:
+        return self._image_NHW[row], int(self._label_N[row]), row
 
 
 def _peak_mib() -> float:
