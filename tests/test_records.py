@@ -65,8 +65,7 @@ def test_a_split_may_span_files(in_many_files: Path, in_memory: bool, small: Rec
 def test_images_on_disk_are_indexed_like_an_array(
     small_csv: Path, small: Records, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (record_file, records_module):
-        monkeypatch.setattr(module, "BLOCK_BYTES", 5_000)  # rows lie across blocks
+    monkeypatch.setattr(record_file, "BLOCK_BYTES", 5_000)  # rows lie across blocks
     pack(small_csv, tmp_path / "out")
     stored = open_records(tmp_path / "out", in_memory=False).split("train")
     image_NHW, wanted = stored.image_NHW, small.split("train").image_NHW
