@@ -268,6 +268,21 @@ def test_a_failed_exchange_keeps_the_old(
     assert os.listdir(tmp_path) == ["out"]
 
 
+def test_publishing_leaves_the_umask_of_the_process_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads that set it and set it back could leave it at 0, and every later file open to all users."""
+    before = os.umask(0o027)
+    try:
+        monkeypatch.setattr(os, "umask", lambda mask: pytest.fail("the umask belongs to the whole process"))
+        publish.write_file(tmp_path / "file", b"x")
+        with publish.publish_directory(tmp_path / "folder") as folder:
+            (folder / "file").write_bytes(b"x")
+    finally:
+        monkeypatch.undo()
+        os.umask(before)
+    modes = [(tmp_path / name).stat().st_mode & 0o777 for name in ("file", "folder", "folder/file")]
+    assert modes == [0o640, 0o750, 0o640]
+
+
 def test_a_split_of_wrong_arrays_cannot_be_built() -> None:
     image = np.zeros((2, 4, 4), np.uint8)
     with pytest.raises(AssertionError):
