@@ -59,9 +59,9 @@ def _mix(code, word):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _text(buffer, i, arena, tail):  # type: ignore[no-untyped-def]
-    """Copy the field at `i`, unquoted, to arena[tail:]. Returns (offset behind its comma, length), or (-1, 0)."""
-    length = 0
+def _text(buffer, i, row, seed, arena, offsets, hashes_E, row_E, slots, count):  # type: ignore[no-untyped-def]
+    """The field at `i`: (offset behind its comma, its index), or (-1, 0). A new text is kept, with its row."""
+    tail, length, code = offsets[count[0]], 0, seed
     quoted = buffer[i] == QUOTE
     i += int(quoted)
     while buffer[i] != LF and length < FIELD_LIMIT_BYTES + 1:
@@ -73,23 +73,14 @@ def _text(buffer, i, arena, tail):  # type: ignore[no-untyped-def]
             break
         if byte == QUOTE:
             if not quoted:
-                return -1, 0
+                return -1, np.int32(0)
             i += 1  # the first of two
         arena[tail + length] = byte
+        code = _mix(code, U(byte))
         length += 1
         i += 1
     if buffer[i] != COMMA or length == 0 or length > FIELD_LIMIT_BYTES:
-        return -1, 0
-    return i + 1, length
-
-
-@_jit
-def _intern(length, row, seed, arena, offsets, hashes_E, row_E, slots, count):  # type: ignore[no-untyped-def]
-    """The index of the text at the arena's tail; a new one is kept, with the row it first stands in."""
-    tail = offsets[count[0]]
-    code = seed
-    for k in range(length):
-        code = _mix(code, U(arena[tail + k]))
+        return -1, np.int32(0)
     slot = np.int64(code & U(len(slots) - 1))
     while slots[slot] >= 0:
         entry = slots[slot]
@@ -99,7 +90,7 @@ def _intern(length, row, seed, arena, offsets, hashes_E, row_E, slots, count):  
             while k < length and arena[start + k] == arena[tail + k]:
                 k += 1
             if k == length:
-                return entry
+                return i + 1, entry
         slot = (slot + 1) & (len(slots) - 1)
     entry = np.int32(count[0])
     slots[slot] = entry
@@ -107,7 +98,7 @@ def _intern(length, row, seed, arena, offsets, hashes_E, row_E, slots, count):  
     offsets[entry + 1] = tail + length
     row_E[entry] = row
     count[0] += 1
-    return entry
+    return i + 1, entry
 
 
 @_jit
@@ -202,24 +193,19 @@ def _pixels(buffer, i, image_P):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _lex(buffer, start, stop, seed, font_table, label_table, image_RP, font_R, label_R, number_R3, hash_R):  # type: ignore[no-untyped-def]
+def _lex(buffer, start, stop, seed, has_fonts, tables, image_RP, text_R2, number_R3, hash_R):  # type: ignore[no-untyped-def]
     """Rows of buffer[start:stop] up to the first line that is none. Returns (number of rows, that line's offset or -1).
 
-    A layout without fonts passes an empty `font_R`; `number_R3` takes each row's offset, sum, and sum of squares.
+    `tables` and `text_R2` are of fonts and labels; `number_R3` takes each row's offset, sum, and sum of squares.
     """
     num_pixels = image_RP.shape[1]
     row = 0
     while start < stop:
         i = start
-        if len(font_R):
-            i, length = _text(buffer, i, font_table[0], font_table[1][font_table[5][0]])
+        for k in range(0 if has_fonts else 1, 2):
+            i, text_R2[row, k] = _text(buffer, i, row, seed, *tables[k])
             if i < 0:
                 return row, start
-            font_R[row] = _intern(length, row, seed, *font_table)
-        i, length = _text(buffer, i, label_table[0], label_table[1][label_table[5][0]])
-        if i < 0:
-            return row, start
-        label_R[row] = _intern(length, row, seed, *label_table)
         image_P = image_RP[row]
         i = _pixels(buffer, i, image_P)
         if i < 0 or i - start > LINE_LIMIT_BYTES:
@@ -240,7 +226,7 @@ def _lex(buffer, start, stop, seed, font_table, label_table, image_RP, font_R, l
 
 
 class _TextTable:
-    """Texts by the order in which they came; its arrays are the last arguments of `_intern`."""
+    """Texts by the order in which they came; its arrays are the last arguments of `_text`."""
 
     def __init__(self, column: int, header: str) -> None:
         self.texts: list[str] = []
@@ -286,8 +272,9 @@ class JitLexer:
         self._layout = layout
         self._fonts = _TextTable(1, layout.columns[0])
         self._labels = _TextTable(layout.num_text, layout.columns[layout.num_text - 1])
-        self.fonts = self._fonts.texts if layout.has_fonts else [""]
-        self.labels = self._labels.texts
+        if not layout.has_fonts:  # all rows have the same, and so has a header
+            self._fonts.texts, self._fonts.header_index = [""], 0
+        self.fonts, self.labels = self._fonts.texts, self._labels.texts
 
     def lex(self, block: np.ndarray, start: int, stop: int, image_RP: np.ndarray) -> Rows:
         """The rows of block[start:stop], whose last byte is a line feed; their pixels are left in `image_RP`."""
@@ -295,20 +282,19 @@ class JitLexer:
         assert start == stop or block[stop - 1] == LF
         assert len(block) >= stop + SLACK_BYTES
         assert len(image_RP) >= most and image_RP.shape[1] == self._layout.num_pixels
-        font_R, label_R = np.zeros(most if self._layout.has_fonts else 0, np.int32), np.empty(most, np.int32)
-        number_R3, hash_R = np.empty((most, 3), np.int64), np.empty(most, U)
-        tables = [table.arrays(most, stop - start) for table in (self._fonts, self._labels)]
-        rows, fault = _lex(block, start, stop, SEED, *tables, image_RP, font_R, label_R, number_R3, hash_R)
+        text_R2, number_R3 = np.zeros((most, 2), np.int32), np.empty((most, 3), np.int64)
+        hash_R = np.empty(most, U)
+        tables = tuple(table.arrays(most, stop - start) for table in (self._fonts, self._labels))
+        rows, fault = _lex(
+            block, start, stop, SEED, self._layout.has_fonts, tables, image_RP, text_R2, number_R3, hash_R
+        )
         seen = min(self._fonts.adopt(rows), self._labels.adopt(rows))
-        if self._labels.header_index >= 0 and (self._fonts.header_index >= 0 or not self._layout.has_fonts):
-            header_R = label_R[:seen] == self._labels.header_index
-            if self._layout.has_fonts:
-                header_R &= font_R[:seen] == self._fonts.header_index
-            seen = int(header_R.argmax()) if header_R.any() else seen
+        header_R = (text_R2[:seen] == (self._fonts.header_index, self._labels.header_index)).all(1)
+        seen = int(header_R.argmax()) if header_R.any() else seen
         return Rows(
             image_RP=image_RP[:seen],
-            label_R=label_R[:seen],
-            font_R=font_R[:seen] if self._layout.has_fonts else np.zeros(seen, np.int32),
+            label_R=text_R2[:seen, 1],
+            font_R=text_R2[:seen, 0],
             sum_R=number_R3[:seen, 1],
             squares_R=number_R3[:seen, 2],
             hash_R=hash_R[:seen],
@@ -318,8 +304,5 @@ class JitLexer:
 
 def _grown(array: np.ndarray, size: int) -> np.ndarray:
     """`array`, or a longer one that begins with it."""
-    if len(array) >= size:
-        return array
-    grown: np.ndarray = np.zeros(max(size, 2 * len(array)), array.dtype)
-    grown[: len(array)] = array
-    return grown
+    missing = size - len(array)
+    return array if missing <= 0 else np.append(array, np.zeros(max(missing, len(array)), array.dtype))
