@@ -12,7 +12,6 @@ rows/s) where numba cannot be imported. Shapes: R rows of a block, P pixels of a
 import csv
 import io
 import re
-import unicodedata
 from dataclasses import dataclass
 from math import isqrt
 
@@ -164,11 +163,6 @@ def check_text(text: str, column: int) -> str:
     return text
 
 
-def looks_like(label: str) -> str:
-    """The same string for labels that are printed alike but written with different code points."""
-    return unicodedata.normalize("NFC", label)
-
-
 def _fields(line: bytes) -> list[str]:
     if (place := line.find(0)) >= 0:
         raise Fault(f"holds a NUL byte at byte {place + 1} of the line; copy or download the file again")
@@ -225,25 +219,19 @@ class PlainLexer:
                 fault = start
                 break
             image_RP[len(labels)] = np.frombuffer(pixels, np.uint8)
-            labels.append(_intern(label, self._label_index, self.labels))
-            fonts.append(_intern(font, self._font_index, self.fonts))
+            labels.append(self._label_index.setdefault(label, len(self._label_index)))
+            fonts.append(self._font_index.setdefault(font, len(self._font_index)))
             start += len(line)
+        self.labels += list(self._label_index)[len(self.labels) :]
+        self.fonts += list(self._font_index)[len(self.fonts) :]
         image_RP = image_RP[: len(labels)]
         wide_RP = image_RP.astype(np.int64)
-        hashes = [hash(row.tobytes()) & (2**64 - 1) for row in image_RP]
         return Rows(
             image_RP=image_RP,
             label_R=np.array(labels, np.int32),
             font_R=np.array(fonts, np.int32),
             sum_R=wide_RP.sum(1),
             squares_R=(wide_RP**2).sum(1),
-            hash_R=np.array(hashes, np.uint64),
+            hash_R=np.array([hash(row.tobytes()) for row in image_RP], np.int64).view(np.uint64),
             fault=fault,
         )
-
-
-def _intern(text: str, index: dict[str, int], table: list[str]) -> int:
-    number = index.setdefault(text, len(table))
-    if number == len(table):
-        table.append(text)
-    return number

@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 import time
+import unicodedata
 import warnings
 from collections import deque
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from engine.errors import UserError
-from engine.lexer import Fault, Layout, PlainLexer, Rows, looks_like, read_header, read_row
+from engine.lexer import Fault, Layout, PlainLexer, Rows, read_header, read_row
 from engine.publish import MANIFEST, locked, publish_directory, remove_leftovers, writing
 from engine.records import FONTS_LIMIT_BYTES, MAX_CLASSES, write_records
 from engine.source import BLOCK_BYTES, Source, blocks, buffer_bytes, open_source
@@ -100,21 +101,19 @@ def pack(
     _check_name(out)
     out = Path(os.path.realpath(out.expanduser()))
     _check_target(out, force)
-    with ExitStack() as stack:
-        stack.enter_context(writing(out))
-        opened = stack.enter_context(open_source(source))
-        stack.enter_context(locked(out, wait=False))
+    with writing(out), open_source(source) as opened, locked(out, wait=False):
         _check_target(out, force)
         remove_leftovers(out)
-        spool = stack.enter_context(closing(_Spool(out.parent)))
-        table = _read(opened, spool, workers or min(len(os.sched_getaffinity(0)), MAX_WORKERS), block_bytes, progress)
-        opened.check_unchanged(source)
-        if num_classes is not None and len(table.classes) != num_classes:
-            raise UserError(f"{source}: has {len(table.classes)} labels, want {num_classes}; give another --classes")
-        rows = draw_splits(
-            table.label_N, table.font_N, table.classes, table.fonts, mode=mode, balance=balance, seed=seed
-        )
-        manifest = _publish(out, spool, table, rows, {"split": mode, "balance": balance, "seed": seed})
+        with closing(_Spool(out.parent)) as spool:
+            table = _read(opened, spool, workers, block_bytes, progress)
+            opened.check_unchanged(source)
+            num = len(table.classes)
+            if num_classes is not None and num != num_classes:
+                raise UserError(f"{source}: has {num} labels, want {num_classes}; give another --classes")
+            rows = draw_splits(
+                table.label_N, table.font_N, table.classes, table.fonts, mode=mode, balance=balance, seed=seed
+            )
+            manifest = _publish(out, spool, table, rows, {"split": mode, "balance": balance, "seed": seed})
     return PackReport(
         manifest=manifest,
         warnings=_warnings(table, manifest["source_rows"]),
@@ -190,8 +189,9 @@ def make_lexer(layout: Layout) -> Lexer:
     return JitLexer(layout)
 
 
-def _read(source: Source, spool: "_Spool", workers: int, block_bytes: int, progress: Progress) -> Table:
+def _read(source: Source, spool: "_Spool", workers: int | None, block_bytes: int, progress: Progress) -> Table:
     """The whole source: block k is lexed by thread k % workers, and collected in order."""
+    workers = workers or min(len(os.sched_getaffinity(0)), MAX_WORKERS)
     buffers = deque(bytearray(buffer_bytes(block_bytes)) for _ in range(workers + 2))
     images: deque[np.ndarray] = deque()
     pending: deque[tuple[Future[Rows], Lexer, bytearray, np.ndarray]] = deque()
@@ -206,25 +206,22 @@ def _read(source: Source, spool: "_Spool", workers: int, block_bytes: int, progr
         buffers.append(buffer)
         images.append(image_RP)
 
-    def free_buffer() -> bytearray:
-        if not buffers:
-            collect()
-        return buffers.popleft()
-
     with ExitStack() as stack:
         threads = [stack.enter_context(ThreadPoolExecutor(1)) for _ in range(workers)]
         lexers: list[Lexer] = []
-        for number, (buffer, stop) in enumerate(blocks(source, free_buffer, block_bytes)):
+        for number, (buffer, stop) in enumerate(blocks(source, lambda: buffers[0], block_bytes)):
             start = 0
             if collector is None:
                 collector, start = _collector(source.name, buffer, spool)
                 lexers = [make_lexer(collector.layout) for _ in threads]
-                images.extend(collector.layout.images(len(buffer)) for _ in range(workers + 2))
+                images.extend(collector.layout.images(len(buffer)) for _ in buffers)
                 _check_space(source, spool, collector.layout, stop / buffer.count(b"\n", 0, stop))
             lexer, image_RP = lexers[number % workers], images.popleft()
             block = np.frombuffer(buffer, np.uint8)
             future = threads[number % workers].submit(lexer.lex, block, start, stop, image_RP)
-            pending.append((future, lexer, buffer, image_RP))
+            pending.append((future, lexer, buffers.popleft(), image_RP))
+            if not buffers:
+                collect()
         while pending:
             collect()
     if collector is None or not collector.row:
@@ -301,7 +298,7 @@ class _Collector:
 
     def _check_label(self, label: str, row: int) -> None:
         column = self.layout.num_text
-        other, other_row = self._looks.setdefault(looks_like(label), (label, row))
+        other, other_row = self._looks.setdefault(unicodedata.normalize("NFC", label), (label, row))
         if other != label:
             what = f"{label!r} looks like the label of row {other_row} but has other code points; write one of them"
             raise self._refusal(row, Fault(what, column))
@@ -332,9 +329,7 @@ class _Texts:
     def sorted(self) -> tuple[tuple[str, ...], np.ndarray]:
         """The texts by code point, and each id's place among them."""
         texts = sorted(self.index)
-        rank = np.empty(len(texts), np.int32)
-        rank[[self.index[text] for text in texts]] = np.arange(len(texts))
-        return tuple(texts), rank
+        return tuple(texts), np.argsort([self.index[text] for text in texts]).astype(np.int32)
 
 
 class _Spool:
