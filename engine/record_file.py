@@ -125,26 +125,14 @@ def write_file(
         "label": pa.DictionaryArray.from_arrays(pa.array(label_M), pa.array(list(classes), pa.string())),
         "font": pa.DictionaryArray.from_arrays(pa.array(font_M), pa.array(list(fonts), pa.string())),
     }
-    schema = pa.schema([(name, column.type) for name, column in columns.items()])
-    schema = schema.with_metadata({"height": str(height), "width": str(width)})
+    batch = pa.record_batch(columns).replace_schema_metadata({"height": str(height), "width": str(width)})
     sink = _HashingFile(path)
-    with pa.PythonFile(sink, "w") as target, pa.ipc.new_file(target, schema) as writer:
-        writer.write_batch(pa.record_batch(list(columns.values()), schema=schema))
+    with pa.PythonFile(sink, "w") as target, pa.ipc.new_file(target, batch.schema) as writer:
+        writer.write_batch(batch)
     fsync(path)
     offsets = [sink.offsets.get(column.ctypes.data, 0) for column in (image_MP, label_M, font_M)]
     assert len(image_MP) == 0 or all(offsets), "Arrow copied a column"
-    return asdict(
-        FileEntry(
-            name=path.name,
-            rows=len(image_MP),
-            bytes=sink.size,
-            sha256=sink.sha256.hexdigest(),
-            crc32=sink.crc32,
-            image_offset=offsets[0],
-            label_offset=offsets[1],
-            font_offset=offsets[2],
-        )
-    )
+    return asdict(FileEntry(path.name, len(image_MP), sink.size, sink.sha256.hexdigest(), sink.crc32, *offsets))
 
 
 class _HashingFile(io.FileIO):
