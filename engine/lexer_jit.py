@@ -263,6 +263,6 @@ def _texts(arena_A: np.ndarray, end_E: np.ndarray, index_R: np.ndarray, column: 
     return texts, len(index_R)
 
 
-@lru_cache(2**12)
+@lru_cache(2**10)
 def _checked(data: bytes, column: int) -> str:
     return check_text(data.decode(), column)
