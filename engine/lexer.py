@@ -12,7 +12,6 @@ rows/s) where numba cannot be imported. Shapes: R rows of a block, P pixels of a
 import csv
 import io
 import re
-import unicodedata
 from dataclasses import dataclass
 from math import isqrt
 
@@ -85,10 +84,13 @@ class Rows:
 
     image_RP: np.ndarray
     """uint8."""
+    labels: list[str]
+    """The block's different labels as they come; and some, perhaps, of what stands behind its rows."""
     label_R: np.ndarray
-    """int32, index into the lexer's labels."""
+    """int32, index into `labels`."""
+    fonts: list[str]
     font_R: np.ndarray
-    """int32, index into the lexer's fonts."""
+    """int32, index into `fonts`."""
     sum_R: np.ndarray
     """int64, sum of the row's pixels."""
     squares_R: np.ndarray
@@ -164,11 +166,6 @@ def check_text(text: str, column: int) -> str:
     return text
 
 
-def looks_like(label: str) -> str:
-    """The same string for labels that are printed alike but written with different code points."""
-    return unicodedata.normalize("NFC", label)
-
-
 def _fields(line: bytes) -> list[str]:
     if (place := line.find(0)) >= 0:
         raise Fault(f"holds a NUL byte at byte {place + 1} of the line; copy or download the file again")
@@ -203,47 +200,36 @@ def _pixel(text: str, column: int) -> int:
     raise Fault(f"got {text[:40]!r}, want an integer 0..255{hint}", column)
 
 
-class PlainLexer:
-    """Blocks of lines -> Rows, by `read_row`."""
-
-    def __init__(self, layout: Layout) -> None:
-        self._layout = layout
-        self.labels: list[str] = []
-        self.fonts: list[str] = []
-        self._label_index: dict[str, int] = {}
-        self._font_index: dict[str, int] = {}
-
-    def lex(self, block: np.ndarray, start: int, stop: int, image_RP: np.ndarray) -> Rows:
-        """The rows of block[start:stop], whose last byte is a line feed; their pixels are left in `image_RP`."""
-        labels: list[int] = []
-        fonts: list[int] = []
-        fault = -1
-        for line in io.BytesIO(block[start:stop].tobytes()):
-            try:
-                font, label, pixels = read_row(line, self._layout)
-            except Fault:
-                fault = start
-                break
-            image_RP[len(labels)] = np.frombuffer(pixels, np.uint8)
-            labels.append(_intern(label, self._label_index, self.labels))
-            fonts.append(_intern(font, self._font_index, self.fonts))
-            start += len(line)
-        image_RP = image_RP[: len(labels)]
-        wide_RP = image_RP.astype(np.int64)
-        hashes = [hash(row.tobytes()) & (2**64 - 1) for row in image_RP]
-        return Rows(
-            image_RP=image_RP,
-            label_R=np.array(labels, np.int32),
-            font_R=np.array(fonts, np.int32),
-            sum_R=wide_RP.sum(1),
-            squares_R=(wide_RP**2).sum(1),
-            hash_R=np.array(hashes, np.uint64),
-            fault=fault,
-        )
+def lex_plainly(layout: Layout, block: np.ndarray, start: int, stop: int, image_RP: np.ndarray) -> Rows:
+    """The rows of block[start:stop], whose last byte is a line feed; their pixels are left in `image_RP`."""
+    rows: list[tuple[str, str, bytes]] = []
+    fault = -1
+    for line in io.BytesIO(block[start:stop].tobytes()):
+        try:
+            rows.append(read_row(line, layout))
+        except Fault:
+            fault = start
+            break
+        image_RP[len(rows) - 1] = np.frombuffer(rows[-1][2], np.uint8)
+        start += len(line)
+    image_RP = image_RP[: len(rows)]
+    wide_RP = image_RP.astype(np.int64)
+    labels, label_R = _encoded([label for _, label, _ in rows])
+    fonts, font_R = _encoded([font for font, _, _ in rows])
+    return Rows(
+        image_RP=image_RP,
+        labels=labels,
+        label_R=label_R,
+        fonts=fonts,
+        font_R=font_R,
+        sum_R=wide_RP.sum(1),
+        squares_R=(wide_RP**2).sum(1),
+        hash_R=np.array([hash(pixels) for _, _, pixels in rows], np.int64).view(np.uint64),
+        fault=fault,
+    )
 
 
-def _intern(text: str, index: dict[str, int], table: list[str]) -> int:
-    number = index.setdefault(text, len(table))
-    if number == len(table):
-        table.append(text)
-    return number
+def _encoded(texts: list[str]) -> tuple[list[str], np.ndarray]:
+    """The different texts as they come, and each one's index among them."""
+    index = {text: number for number, text in enumerate(dict.fromkeys(texts))}
+    return list(index), np.array([index[text] for text in texts], np.int32)

@@ -1,15 +1,17 @@
 """lexer.py's language, compiled by numba: blocks of lines -> Rows, at 1.8 GB/s a core (EPYC, 2026-11-23).
 
 Safe on any bytes: a block ends with a line feed, which ends every field, and SLACK_BYTES lie readable behind it; so no
-loop passes the block's end and no wide comparison passes the slack. Text (names, labels) is interned as bytes here and
-looked at in Python once, when it is new. A line that is not in the language is only found here; lexer.py says what is
-wrong with it.
+loop passes the block's end and no wide comparison passes the slack. Text (names, labels) is looked up as bytes
+here; Python looks at each block's different ones. A line that is not in the language is only found here; lexer.py says
+what is wrong with it.
 
-Shapes: R rows of a block, P pixels of a row, E entries of a text table.
+Shapes: R rows of a block, P pixels of a row, E different texts in A bytes.
 """
 
 import secrets
 from collections.abc import Callable
+from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -59,9 +61,12 @@ def _mix(code, word):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _text(buffer, i, arena, tail):  # type: ignore[no-untyped-def]
-    """Copy the field at `i`, unquoted, to arena[tail:]. Returns (offset behind its comma, length), or (-1, 0)."""
-    length = 0
+def _text(buffer, i, seed, arena_A, end_E, slots, count):  # type: ignore[no-untyped-def]
+    """Look up the field at `i`, unquoted. Returns (offset behind its comma, index of its text), or (-1, 0).
+
+    Text e is arena_A[end_E[e] : end_E[e + 1]]; one that is new is kept.
+    """
+    tail, length, code = end_E[count[0]], 0, seed
     quoted = buffer[i] == QUOTE
     i += int(quoted)
     while buffer[i] != LF and length < FIELD_LIMIT_BYTES + 1:
@@ -73,51 +78,30 @@ def _text(buffer, i, arena, tail):  # type: ignore[no-untyped-def]
             break
         if byte == QUOTE:
             if not quoted:
-                return -1, 0
+                return -1, np.int32(0)
             i += 1  # the first of two
-        arena[tail + length] = byte
+        arena_A[tail + length] = byte
+        code = _mix(code, U(byte))
         length += 1
         i += 1
     if buffer[i] != COMMA or length == 0 or length > FIELD_LIMIT_BYTES:
-        return -1, 0
-    return i + 1, length
-
-
-@_jit
-def _intern(length, row, seed, arena, offsets, hashes_E, row_E, slots, count):  # type: ignore[no-untyped-def]
-    """The index of the text at the arena's tail; a new one is kept, with the row it first stands in."""
-    tail = offsets[count[0]]
-    code = seed
-    for k in range(length):
-        code = _mix(code, U(arena[tail + k]))
+        return -1, np.int32(0)
     slot = np.int64(code & U(len(slots) - 1))
     while slots[slot] >= 0:
         entry = slots[slot]
-        start = offsets[entry]
-        if hashes_E[entry] == code and offsets[entry + 1] - start == length:
+        start = end_E[entry]
+        if end_E[entry + 1] - start == length:
             k = 0
-            while k < length and arena[start + k] == arena[tail + k]:
+            while k < length and arena_A[start + k] == arena_A[tail + k]:
                 k += 1
             if k == length:
-                return entry
+                return i + 1, entry
         slot = (slot + 1) & (len(slots) - 1)
     entry = np.int32(count[0])
     slots[slot] = entry
-    hashes_E[entry] = code
-    offsets[entry + 1] = tail + length
-    row_E[entry] = row
+    end_E[entry + 1] = tail + length
     count[0] += 1
-    return entry
-
-
-@_jit
-def _fill_slots(hashes_E, slots, count):  # type: ignore[no-untyped-def]
-    slots[:] = -1
-    for entry in range(count):
-        slot = np.int64(hashes_E[entry] & U(len(slots) - 1))
-        while slots[slot] >= 0:
-            slot = (slot + 1) & (len(slots) - 1)
-        slots[slot] = entry
+    return i + 1, entry
 
 
 @_jit
@@ -202,24 +186,21 @@ def _pixels(buffer, i, image_P):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _lex(buffer, start, stop, seed, font_table, label_table, image_RP, font_R, label_R, number_R3, hash_R):  # type: ignore[no-untyped-def]
+def _lex(buffer, start, stop, seed, tables, has_fonts, text_2R, image_RP, number_R3, hash_R):  # type: ignore[no-untyped-def]
     """Rows of buffer[start:stop] up to the first line that is none. Returns (number of rows, that line's offset or -1).
 
-    A layout without fonts passes an empty `font_R`; `number_R3` takes each row's offset, sum, and sum of squares.
+    `tables` are the last arguments of `_text`, stacked, and `text_2R` the indices, first of fonts, then of labels;
+    `number_R3` takes each row's offset, sum, and sum of squares.
     """
+    arena_2A, end_2E, slots_2, count_2 = tables
     num_pixels = image_RP.shape[1]
     row = 0
     while start < stop:
         i = start
-        if len(font_R):
-            i, length = _text(buffer, i, font_table[0], font_table[1][font_table[5][0]])
+        for k in range(0 if has_fonts else 1, 2):
+            i, text_2R[k, row] = _text(buffer, i, seed, arena_2A[k], end_2E[k], slots_2[k], count_2[k : k + 1])
             if i < 0:
                 return row, start
-            font_R[row] = _intern(length, row, seed, *font_table)
-        i, length = _text(buffer, i, label_table[0], label_table[1][label_table[5][0]])
-        if i < 0:
-            return row, start
-        label_R[row] = _intern(length, row, seed, *label_table)
         image_P = image_RP[row]
         i = _pixels(buffer, i, image_P)
         if i < 0 or i - start > LINE_LIMIT_BYTES:
@@ -239,87 +220,49 @@ def _lex(buffer, start, stop, seed, font_table, label_table, image_RP, font_R, l
     return row, -1
 
 
-class _TextTable:
-    """Texts by the order in which they came; its arrays are the last arguments of `_intern`."""
-
-    def __init__(self, column: int, header: str) -> None:
-        self.texts: list[str] = []
-        self.header_index = -1
-        self._column, self._header = column, header
-        self._arena = np.empty(2**16, np.uint8)
-        self._offsets, self._hashes_E, self._row_E = np.zeros(2**10, np.int64), np.zeros(2**10, U), np.zeros(2**10, int)
-        self._slots, self._count = np.full(2**11, -1, np.int32), np.zeros(1, np.int64)
-
-    def arrays(self, num_rows: int, num_bytes: int) -> tuple[np.ndarray, ...]:
-        """The arrays, with room for a block of so many rows and bytes."""
-        entries = len(self.texts) + num_rows + 1
-        tail = int(self._offsets[len(self.texts)])
-        self._arena = _grown(self._arena, tail + num_bytes + FIELD_LIMIT_BYTES + 1)
-        self._offsets, self._hashes_E, self._row_E = (
-            _grown(array, entries) for array in (self._offsets, self._hashes_E, self._row_E)
-        )
-        if len(self._slots) < 2 * entries:
-            self._slots = np.empty(1 << (2 * entries).bit_length(), np.int32)
-            _fill_slots(self._hashes_E, self._slots, len(self.texts))
-        return self._arena, self._offsets, self._hashes_E, self._row_E, self._slots, self._count
-
-    def adopt(self, num_rows: int) -> int:
-        """Look at the texts that are new; the number of rows before the first that may not be, and forget the rest."""
-        for entry in range(len(self.texts), int(self._count[0])):
-            raw = self._arena[self._offsets[entry] : self._offsets[entry + 1]].tobytes()
-            try:
-                text = check_text(raw.decode(), self._column)
-            except (UnicodeDecodeError, Fault):
-                self._count[0] = entry
-                _fill_slots(self._hashes_E, self._slots, entry)
-                return min(num_rows, int(self._row_E[entry]))
-            if text == self._header:
-                self.header_index = entry
-            self.texts.append(text)
-        return num_rows
+def lex(layout: Layout, block: np.ndarray, start: int, stop: int, image_RP: np.ndarray) -> Rows:
+    """lexer.lex_plainly, compiled."""
+    most, num_bytes = layout.most_rows(stop - start), stop - start
+    assert start == stop or block[stop - 1] == LF
+    assert len(block) >= stop + SLACK_BYTES
+    assert len(image_RP) >= most and image_RP.shape[1] == layout.num_pixels
+    arena_2A, end_2E = np.empty((2, num_bytes), np.uint8), np.zeros((2, most + 1), np.int64)
+    tables = (arena_2A, end_2E, np.full((2, 1 << (2 * most).bit_length()), -1, np.int32), np.zeros(2, np.int64))
+    text_2R, number_R3, hash_R = np.zeros((2, most), np.int32), np.empty((most, 3), np.int64), np.empty(most, U)
+    rows, fault = _lex(block, start, stop, SEED, tables, layout.has_fonts, text_2R, image_RP, number_R3, hash_R)
+    font_R, label_R = text_2R[:, :rows]
+    labels, seen = _texts(arena_2A[1], end_2E[1], label_R, layout.num_text)
+    fonts, good = _texts(arena_2A[0], end_2E[0], font_R, 1) if layout.has_fonts else ([""], rows)
+    seen = min(seen, good)
+    header_R = np.array([label == layout.columns[layout.num_text - 1] for label in labels], bool)[label_R[:seen]]
+    if layout.has_fonts:
+        header_R &= np.array([font == layout.columns[0] for font in fonts], bool)[font_R[:seen]]
+    seen = int(header_R.argmax()) if header_R.any() else seen
+    return Rows(  # of what is kept until the last block, copies: the arrays have room for more than twice the rows
+        image_RP=image_RP[:seen],
+        labels=labels,
+        label_R=label_R[:seen],
+        fonts=fonts,
+        font_R=font_R[:seen],
+        sum_R=number_R3[:seen, 1].copy(),
+        squares_R=number_R3[:seen, 2].copy(),
+        hash_R=hash_R[:seen].copy(),
+        fault=int(number_R3[seen, 0]) if seen < rows else fault,
+    )
 
 
-class JitLexer:
-    """Blocks of lines -> Rows; one for each thread. Takes lexer.PlainLexer's place."""
-
-    def __init__(self, layout: Layout) -> None:
-        self._layout = layout
-        self._fonts = _TextTable(1, layout.columns[0])
-        self._labels = _TextTable(layout.num_text, layout.columns[layout.num_text - 1])
-        self.fonts = self._fonts.texts if layout.has_fonts else [""]
-        self.labels = self._labels.texts
-
-    def lex(self, block: np.ndarray, start: int, stop: int, image_RP: np.ndarray) -> Rows:
-        """The rows of block[start:stop], whose last byte is a line feed; their pixels are left in `image_RP`."""
-        most = self._layout.most_rows(stop - start)
-        assert start == stop or block[stop - 1] == LF
-        assert len(block) >= stop + SLACK_BYTES
-        assert len(image_RP) >= most and image_RP.shape[1] == self._layout.num_pixels
-        font_R, label_R = np.zeros(most if self._layout.has_fonts else 0, np.int32), np.empty(most, np.int32)
-        number_R3, hash_R = np.empty((most, 3), np.int64), np.empty(most, U)
-        tables = [table.arrays(most, stop - start) for table in (self._fonts, self._labels)]
-        rows, fault = _lex(block, start, stop, SEED, *tables, image_RP, font_R, label_R, number_R3, hash_R)
-        seen = min(self._fonts.adopt(rows), self._labels.adopt(rows))
-        if self._labels.header_index >= 0 and (self._fonts.header_index >= 0 or not self._layout.has_fonts):
-            header_R = label_R[:seen] == self._labels.header_index
-            if self._layout.has_fonts:
-                header_R &= font_R[:seen] == self._fonts.header_index
-            seen = int(header_R.argmax()) if header_R.any() else seen
-        return Rows(
-            image_RP=image_RP[:seen],
-            label_R=label_R[:seen],
-            font_R=font_R[:seen] if self._layout.has_fonts else np.zeros(seen, np.int32),
-            sum_R=number_R3[:seen, 1],
-            squares_R=number_R3[:seen, 2],
-            hash_R=hash_R[:seen],
-            fault=int(number_R3[seen, 0]) if seen < rows else fault,
-        )
+def _texts(arena_A: np.ndarray, end_E: np.ndarray, index_R: np.ndarray, column: int) -> tuple[list[str], int]:
+    """The texts of a block's rows, and how many rows stand before the first with one that may not be."""
+    ends = end_E[: index_R.max(initial=-1) + 2].tolist()
+    data, texts = arena_A[: ends[-1]].tobytes(), list[str]()
+    for start, stop in pairwise(ends):
+        try:
+            texts.append(_checked(data[start:stop], column))
+        except (UnicodeDecodeError, Fault):
+            return texts, int((index_R == len(texts)).argmax())
+    return texts, len(index_R)
 
 
-def _grown(array: np.ndarray, size: int) -> np.ndarray:
-    """`array`, or a longer one that begins with it."""
-    if len(array) >= size:
-        return array
-    grown: np.ndarray = np.zeros(max(size, 2 * len(array)), array.dtype)
-    grown[: len(array)] = array
-    return grown
+@lru_cache(2**10)
+def _checked(data: bytes, column: int) -> str:
+    return check_text(data.decode(), column)

@@ -11,19 +11,20 @@ import os
 import shutil
 import tempfile
 import time
+import unicodedata
 import warnings
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from engine.errors import UserError
-from engine.lexer import Fault, Layout, PlainLexer, Rows, looks_like, read_header, read_row
+from engine.lexer import Fault, Layout, Rows, lex_plainly, read_header, read_row
 from engine.publish import MANIFEST, locked, publish_directory, remove_leftovers, writing
 from engine.records import FONTS_LIMIT_BYTES, MAX_CLASSES, write_records
 from engine.source import BLOCK_BYTES, Source, blocks, buffer_bytes, open_source
@@ -37,15 +38,8 @@ MAX_WORKERS = 8
 
 Progress = Callable[[int, float], None]
 """Called with the rows read and the part (0..1) of the source's bytes."""
-
-
-class Lexer(Protocol):
-    """PlainLexer or JitLexer."""
-
-    labels: list[str]
-    fonts: list[str]
-
-    def lex(self, block: np.ndarray, start: int, stop: int, image_RP: np.ndarray) -> Rows: ...
+Lexer = Callable[[Layout, np.ndarray, int, int, np.ndarray], Rows]
+"""lex_plainly or its compiled twin."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,21 +94,19 @@ def pack(
     _check_name(out)
     out = Path(os.path.realpath(out.expanduser()))
     _check_target(out, force)
-    with ExitStack() as stack:
-        stack.enter_context(writing(out))
-        opened = stack.enter_context(open_source(source))
-        stack.enter_context(locked(out, wait=False))
+    with writing(out), open_source(source) as opened, locked(out, wait=False):
         _check_target(out, force)
         remove_leftovers(out)
-        spool = stack.enter_context(closing(_Spool(out.parent)))
-        table = _read(opened, spool, workers or min(len(os.sched_getaffinity(0)), MAX_WORKERS), block_bytes, progress)
-        opened.check_unchanged(source)
-        if num_classes is not None and len(table.classes) != num_classes:
-            raise UserError(f"{source}: has {len(table.classes)} labels, want {num_classes}; give another --classes")
-        rows = draw_splits(
-            table.label_N, table.font_N, table.classes, table.fonts, mode=mode, balance=balance, seed=seed
-        )
-        manifest = _publish(out, spool, table, rows, {"split": mode, "balance": balance, "seed": seed})
+        with closing(_Spool(out.parent)) as spool:
+            table = _read(opened, spool, workers, block_bytes, progress)
+            opened.check_unchanged(source)
+            num = len(table.classes)
+            if num_classes is not None and num != num_classes:
+                raise UserError(f"{source}: has {num} labels, want {num_classes}; give another --classes")
+            rows = draw_splits(
+                table.label_N, table.font_N, table.classes, table.fonts, mode=mode, balance=balance, seed=seed
+            )
+            manifest = _publish(out, spool, table, rows, {"split": mode, "balance": balance, "seed": seed})
     return PackReport(
         manifest=manifest,
         warnings=_warnings(table, manifest["source_rows"]),
@@ -153,7 +145,7 @@ def check(source: Path) -> tuple[int, list[str], list[str]]:
         UserError: it cannot be read, or its header declares no layout.
     """
     faults: list[str] = []
-    collector = None
+    lex, collector = find_lexer(), None
     with open_source(source) as opened:
         buffer = bytearray(buffer_bytes())
         block = np.frombuffer(buffer, np.uint8)
@@ -161,13 +153,12 @@ def check(source: Path) -> tuple[int, list[str], list[str]]:
             start = 0
             if collector is None:
                 collector, start = _collector(opened.name, buffer, None)
-                lexer = make_lexer(collector.layout)
             image_RP = collector.layout.images(stop)
             while start < stop:
-                rows = lexer.lex(block, start, stop, image_RP)
+                rows = lex(collector.layout, block, start, stop, image_RP)
                 start = stop if rows.fault < 0 else buffer.index(b"\n", rows.fault) + 1
                 try:
-                    collector.add(lexer, rows, _faulty_line(buffer, rows))
+                    collector.add(rows, _faulty_line(buffer, rows))
                 except UserError as error:
                     faults.append(str(error))
                 if len(faults) == MAX_FAULTS:
@@ -180,51 +171,45 @@ def check(source: Path) -> tuple[int, list[str], list[str]]:
     return collector.row, [], _warnings(table, _count(table))
 
 
-def make_lexer(layout: Layout) -> Lexer:
+def find_lexer() -> Lexer:
     """The compiled lexer, or the plain one where numba cannot be imported: it lags behind NumPy's versions."""
     try:
-        from engine.lexer_jit import JitLexer
+        from engine.lexer_jit import lex
     except ImportError as error:
         warnings.warn(f"numba cannot be imported ({error}): reading some 8,000 rows/s", RuntimeWarning, stacklevel=2)
-        return PlainLexer(layout)
-    return JitLexer(layout)
+        return lex_plainly
+    return lex
 
 
-def _read(source: Source, spool: "_Spool", workers: int, block_bytes: int, progress: Progress) -> Table:
-    """The whole source: block k is lexed by thread k % workers, and collected in order."""
+def _read(source: Source, spool: "_Spool", workers: int | None, block_bytes: int, progress: Progress) -> Table:
+    """The whole source: blocks are lexed by several threads, and collected in order."""
+    workers = workers or min(len(os.sched_getaffinity(0)), MAX_WORKERS)
     buffers = deque(bytearray(buffer_bytes(block_bytes)) for _ in range(workers + 2))
     images: deque[np.ndarray] = deque()
-    pending: deque[tuple[Future[Rows], Lexer, bytearray, np.ndarray]] = deque()
-    collector = None
+    pending: deque[tuple[Future[Rows], bytearray, np.ndarray]] = deque()
+    lex, collector = find_lexer(), None
 
     def collect() -> None:
-        future, lexer, buffer, image_RP = pending.popleft()
+        future, buffer, image_RP = pending.popleft()
         rows = future.result()
         assert collector is not None
-        collector.add(lexer, rows, _faulty_line(buffer, rows))
+        collector.add(rows, _faulty_line(buffer, rows))
         progress(collector.row, source.part)
         buffers.append(buffer)
         images.append(image_RP)
 
-    def free_buffer() -> bytearray:
-        if not buffers:
-            collect()
-        return buffers.popleft()
-
-    with ExitStack() as stack:
-        threads = [stack.enter_context(ThreadPoolExecutor(1)) for _ in range(workers)]
-        lexers: list[Lexer] = []
-        for number, (buffer, stop) in enumerate(blocks(source, free_buffer, block_bytes)):
+    with ThreadPoolExecutor(workers) as pool:
+        for buffer, stop in blocks(source, lambda: buffers[0], block_bytes):
             start = 0
             if collector is None:
                 collector, start = _collector(source.name, buffer, spool)
-                lexers = [make_lexer(collector.layout) for _ in threads]
-                images.extend(collector.layout.images(len(buffer)) for _ in range(workers + 2))
+                images.extend(collector.layout.images(len(buffer)) for _ in buffers)
                 _check_space(source, spool, collector.layout, stop / buffer.count(b"\n", 0, stop))
-            lexer, image_RP = lexers[number % workers], images.popleft()
-            block = np.frombuffer(buffer, np.uint8)
-            future = threads[number % workers].submit(lexer.lex, block, start, stop, image_RP)
-            pending.append((future, lexer, buffer, image_RP))
+            block, image_RP = np.frombuffer(buffer, np.uint8), images.popleft()
+            future = pool.submit(lex, collector.layout, block, start, stop, image_RP)
+            pending.append((future, buffers.popleft(), image_RP))
+            if not buffers:
+                collect()
         while pending:
             collect()
     if collector is None or not collector.row:
@@ -253,12 +238,13 @@ class _Collector:
         self.row = 0
         """Rows so far, with those that were refused."""
         self._source, self._spool = source, spool
-        self._labels, self._fonts = _Texts(), _Texts()
+        self._labels: dict[str, int] = {}
+        self._fonts: dict[str, int] = {}
         self._looks: dict[str, tuple[str, int]] = {}
         self._font_bytes = 0
         self._parts: list[tuple[np.ndarray, ...]] = []
 
-    def add(self, lexer: Lexer, rows: Rows, faulty_line: bytes) -> None:
+    def add(self, rows: Rows, faulty_line: bytes) -> None:
         """Take a block's rows.
 
         Raises:
@@ -266,10 +252,10 @@ class _Collector:
         """
         first = self.row
         self.row += len(rows) + bool(faulty_line)
-        label_R, new_labels = self._labels.merge(lexer.labels, rows.label_R)
-        font_R, new_fonts = self._fonts.merge(lexer.fonts, rows.font_R)
+        label_R, new_labels = _merge(self._labels, rows.labels, rows.label_R)
+        font_R, new_fonts = _merge(self._fonts, rows.fonts, rows.font_R)
         for label in new_labels:
-            self._check_label(label, first + int((label_R == self._labels.index[label]).argmax()) + 1)
+            self._check_label(label, first + int((label_R == self._labels[label]).argmax()) + 1)
         self._font_bytes += sum(len(font.encode()) for font in new_fonts)
         if self._font_bytes > FONTS_LIMIT_BYTES:
             raise UserError(f"{self._source}: holds more than {FONTS_LIMIT_BYTES} bytes of names; are they typefaces?")
@@ -286,8 +272,8 @@ class _Collector:
     def table(self) -> Table:
         """All rows, with labels and fonts sorted by code point."""
         label_N, font_N, sum_N, squares_N, hash_N = (np.concatenate(part) for part in zip(*self._parts, strict=True))
-        classes, label_rank = self._labels.sorted()
-        fonts, font_rank = self._fonts.sorted()
+        classes, label_rank = _sorted(self._labels)
+        fonts, font_rank = _sorted(self._fonts)
         return Table(
             layout=self.layout,
             classes=classes,
@@ -301,11 +287,11 @@ class _Collector:
 
     def _check_label(self, label: str, row: int) -> None:
         column = self.layout.num_text
-        other, other_row = self._looks.setdefault(looks_like(label), (label, row))
+        other, other_row = self._looks.setdefault(unicodedata.normalize("NFC", label), (label, row))
         if other != label:
             what = f"{label!r} looks like the label of row {other_row} but has other code points; write one of them"
             raise self._refusal(row, Fault(what, column))
-        if self._labels.index[label] >= MAX_CLASSES:
+        if self._labels[label] >= MAX_CLASSES:
             raise self._refusal(row, Fault(f"more than {MAX_CLASSES} labels; are names and labels swapped?", column))
 
     def _refusal(self, row: int, fault: Fault) -> UserError:
@@ -313,28 +299,17 @@ class _Collector:
         return UserError(f"{self._source}:{row + 1} (row {row}{column}): {fault}")
 
 
-class _Texts:
-    """One index over the texts of all lexers."""
+def _merge(index: dict[str, int], texts: list[str], id_R: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """A block's ids as ids of `index`, and the texts that are new to it."""
+    known, used = len(index), texts[: id_R.max(initial=-1) + 1]
+    ids = np.array([index.setdefault(text, len(index)) for text in used], np.int32)
+    return ids[id_R], [text for text in used if index[text] >= known]
 
-    def __init__(self) -> None:
-        self.index: dict[str, int] = {}
-        self._known: dict[int, np.ndarray] = {}
 
-    def merge(self, texts: list[str], id_R: np.ndarray) -> tuple[np.ndarray, list[str]]:
-        """A lexer's ids as ids of this index, and the texts that are new to it."""
-        known = self._known.get(id(texts), np.empty(0, np.int32))
-        size, before = int(id_R.max(initial=-1)) + 1, len(self.index)
-        if size > len(known):
-            added = [self.index.setdefault(text, len(self.index)) for text in texts[len(known) : size]]
-            self._known[id(texts)] = known = np.append(known, np.array(added, np.int32))
-        return known[id_R], list(self.index)[before:] if len(self.index) > before else []
-
-    def sorted(self) -> tuple[tuple[str, ...], np.ndarray]:
-        """The texts by code point, and each id's place among them."""
-        texts = sorted(self.index)
-        rank = np.empty(len(texts), np.int32)
-        rank[[self.index[text] for text in texts]] = np.arange(len(texts))
-        return tuple(texts), rank
+def _sorted(index: dict[str, int]) -> tuple[tuple[str, ...], np.ndarray]:
+    """The texts by code point, and each id's place among them."""
+    texts = sorted(index)
+    return tuple(texts), np.argsort([index[text] for text in texts]).astype(np.int32)
 
 
 class _Spool:

@@ -10,11 +10,11 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import stat
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -34,16 +34,15 @@ class Damaged(Exception):
 @contextmanager
 def writing_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write to that becomes `path`, in one instant, when the block ends without an exception."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.tmp-", dir=path.parent)
+    temporary = _temporary(path)
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "xb") as file:
             yield file
             file.flush()
-            os.fchmod(file.fileno(), 0o666 & ~_umask())
             os.fsync(file.fileno())
-        os.replace(name, path)
+        os.replace(temporary, path)
     except BaseException:
-        os.unlink(name)
+        temporary.unlink(missing_ok=True)
         raise
     fsync(path.parent)
 
@@ -62,9 +61,9 @@ def publish_directory(target: Path) -> Iterator[Path]:
     the same instant and deleted last. On any exception the temporary directory is deleted.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.tmp-", dir=target.parent))
+    temporary = _temporary(target)
+    temporary.mkdir()
     try:
-        os.chmod(temporary, 0o777 & ~_umask())
         yield temporary
         for file in temporary.iterdir():
             fsync(file)
@@ -72,6 +71,11 @@ def publish_directory(target: Path) -> Iterator[Path]:
         _swap_in(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _temporary(target: Path) -> Path:
+    """A new name beside `target`, which `remove_leftovers` knows."""
+    return target.with_name(f".{target.name}.tmp-{secrets.token_hex(4)}")
 
 
 def remove_leftovers(target: Path) -> None:
@@ -182,17 +186,10 @@ def _lock(path: Path, target: Path, wait: bool) -> int:
             holder = os.pread(handle, 20, 0).decode("ascii", "replace") or "unknown"
             os.close(handle)
             raise UserError(f"{target}: process {holder} is writing it; wait for it, or choose another place") from None
-        if _is_still(path, handle):
-            return handle
+        with suppress(FileNotFoundError):  # its last holder may have removed it while we waited
+            if os.path.samestat(os.stat(path), os.fstat(handle)):
+                return handle
         os.close(handle)
-
-
-def _is_still(path: Path, handle: int) -> bool:
-    """Whether `path` names the open file: its last holder may have removed it while we waited."""
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(handle))
-    except FileNotFoundError:
-        return False
 
 
 def _swap_in(temporary: Path, target: Path) -> None:
@@ -215,12 +212,6 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is no number of JSON")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def fsync(path: Path) -> None:

@@ -9,11 +9,12 @@ Shapes: M rows of the file, H x W pixels, P = H * W.
 
 import errno
 import hashlib
+import io
 import os
 import re
 import stat
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -65,59 +66,40 @@ class FileEntry:
             raise Damaged(f"{self.name} has {found.st_size} bytes, want {self.bytes}")
         return handle
 
-    def read_block(self, handle: int, number: int, pieces: Iterable[memoryview]) -> None:
-        """Read block `number` into `pieces`, which together have its size, and compare its checksum.
+    def read(self, handle: int, offset: int, out: memoryview) -> None:
+        """Fill `out` with the bytes from `offset` on; all blocks that it touches are read whole and verified.
 
         Raises:
             Damaged: the file was cut or changed.
         """
-        offset, crc = number * BLOCK_BYTES, 0
-        for piece in pieces:
-            if os.preadv(handle, [piece], offset) != len(piece):
+        spare = np.empty(BLOCK_BYTES, np.uint8).data
+        while len(out):
+            number, within = divmod(offset, BLOCK_BYTES)
+            block_bytes = min(BLOCK_BYTES, self.bytes - number * BLOCK_BYTES)
+            size = min(block_bytes - within, len(out))
+            pieces = [spare[:within], out[:size], spare[within + size : block_bytes]]
+            if os.preadv(handle, pieces, number * BLOCK_BYTES) != block_bytes:
                 raise Damaged(f"{self.name} ended while it was read")
-            offset += len(piece)
-            crc = zlib.crc32(piece, crc)
-        if crc != self.crc32[number]:
-            where = f"{self.name}: the block at byte {number * BLOCK_BYTES}"
-            raise Damaged(f"{where} has CRC32 {crc:08x}, want {self.crc32[number]:08x}")
+            crc = 0
+            for piece in pieces:
+                crc = zlib.crc32(piece, crc)
+            if crc != self.crc32[number]:
+                where = f"{self.name}: the block at byte {number * BLOCK_BYTES}"
+                raise Damaged(f"{where} has CRC32 {crc:08x}, want {self.crc32[number]:08x}")
+            out, offset = out[size:], offset + size
 
+    def read_columns(self, handle: int, num_pixels: int) -> tuple[np.ndarray, np.ndarray]:
+        """label_M uint8 and font_M int32; with them all blocks are verified that do not hold pixels only.
 
-def read_file(
-    file: FileEntry,
-    handle: int,
-    image_MHW: np.ndarray | None,
-    label_M: np.ndarray,
-    font_M: np.ndarray,
-    height_width: tuple[int, int],
-) -> None:
-    """Fill the columns from one file, verified; without `image_MHW` only the blocks of the others are read.
-
-    Raises:
-        Damaged: it was cut or changed.
-    """
-    image_stop = file.image_offset + file.rows * height_width[0] * height_width[1]
-    if image_MHW is None:
-        start = tail_start = image_stop // BLOCK_BYTES * BLOCK_BYTES
-        pieces = []
-    else:
-        start, tail_start = 0, image_stop
-        pieces = [memoryview(bytearray(file.image_offset)), image_MHW.reshape(-1).data]
-    tail = bytearray(file.bytes - tail_start)
-    pieces.append(memoryview(tail))
-    for number in range(start // BLOCK_BYTES, len(file.crc32)):
-        first = number * BLOCK_BYTES - start
-        file.read_block(handle, number, _window(pieces, first, first + BLOCK_BYTES))
-    label_M[:] = np.frombuffer(tail, np.uint8, file.rows, file.label_offset - tail_start)
-    font_M[:] = np.frombuffer(tail, "<i4", file.rows, file.font_offset - tail_start)
-
-
-def _window(pieces: list[memoryview], start: int, stop: int) -> Iterator[memoryview]:
-    """The parts of `pieces`, laid end to end, that lie in [start, stop)."""
-    for piece in pieces:
-        part = piece[max(start, 0) : max(stop, 0)]
-        if len(part):
-            yield part
-        start, stop = start - len(piece), stop - len(piece)
+        Raises:
+            Damaged: the file was cut or changed.
+        """
+        start = self.image_offset + self.rows * num_pixels
+        tail = bytearray(self.bytes - start)
+        self.read(handle, 0, memoryview(bytearray(self.image_offset)))
+        self.read(handle, start, memoryview(tail))
+        label_M = np.frombuffer(tail, np.uint8, self.rows, self.label_offset - start)
+        return label_M, np.frombuffer(tail, "<i4", self.rows, self.font_offset - start)
 
 
 def write_file(
@@ -143,78 +125,45 @@ def write_file(
         "label": pa.DictionaryArray.from_arrays(pa.array(label_M), pa.array(list(classes), pa.string())),
         "font": pa.DictionaryArray.from_arrays(pa.array(font_M), pa.array(list(fonts), pa.string())),
     }
-    schema = pa.schema([(name, column.type) for name, column in columns.items()])
-    schema = schema.with_metadata({"height": str(height), "width": str(width)})
+    batch = pa.record_batch(columns).replace_schema_metadata({"height": str(height), "width": str(width)})
     sink = _HashingFile(path)
-    with pa.PythonFile(sink, "w") as target, pa.ipc.new_file(target, schema) as writer:
-        writer.write_batch(pa.record_batch(list(columns.values()), schema=schema))
+    with pa.PythonFile(sink, "w") as target, pa.ipc.new_file(target, batch.schema) as writer:
+        writer.write_batch(batch)
     fsync(path)
-    offset = {name: sink.offsets.get(array.ctypes.data, 0) for name, array in
-              (("image", image_MP), ("label", label_M), ("font", font_M))}  # fmt: skip
-    assert len(image_MP) == 0 or all(offset.values()), "Arrow copied a column"
-    return asdict(
-        FileEntry(
-            name=path.name,
-            rows=len(image_MP),
-            bytes=sink.tell(),
-            sha256=sink.sha256.hexdigest(),
-            crc32=sink.crcs(),
-            image_offset=offset["image"],
-            label_offset=offset["label"],
-            font_offset=offset["font"],
-        )
-    )
+    offsets = [sink.offsets.get(column.ctypes.data, 0) for column in (image_MP, label_M, font_M)]
+    assert len(image_MP) == 0 or all(offsets), "Arrow copied a column"
+    return asdict(FileEntry(path.name, len(image_MP), sink.size, sink.sha256.hexdigest(), sink.crc32, *offsets))
 
 
-class _HashingFile:
-    """A file for pyarrow that hashes what it writes and knows where each buffer went; it copies nothing."""
-
-    closed = False
+class _HashingFile(io.FileIO):
+    """A new file that hashes what pyarrow writes and knows where each buffer went; it copies nothing."""
 
     def __init__(self, path: Path) -> None:
-        self._file = open(path, "wb", buffering=0)  # noqa: SIM115
+        super().__init__(path, "w")
         self.sha256 = hashlib.sha256()
+        self.crc32: list[int] = []
+        """Of each block."""
         self.offsets: dict[int, int] = {}
         """Of buffers, by their address in memory."""
-        self._crcs, self._size = [0], 0
+        self.size = 0
 
-    def write(self, data: Any) -> None:
+    def write(self, data: Any) -> int:
         if hasattr(data, "address"):
-            self.offsets[data.address] = self._size
+            self.offsets[data.address] = self.size
         view = memoryview(data).cast("B")
+        num_bytes = len(view)
         while len(view):
-            part = view[: BLOCK_BYTES - self._size % BLOCK_BYTES]
-            if self._file.write(part) != len(part):
+            within = self.size % BLOCK_BYTES
+            if not within:
+                self.crc32.append(0)
+            part = view[: BLOCK_BYTES - within]
+            if super().write(part) != len(part):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self.sha256.update(part)
-            self._crcs[-1] = zlib.crc32(part, self._crcs[-1])
-            self._size += len(part)
-            if self._size % BLOCK_BYTES == 0:
-                self._crcs.append(0)
+            self.crc32[-1] = zlib.crc32(part, self.crc32[-1])
+            self.size += len(part)
             view = view[len(part) :]
-
-    def crcs(self) -> list[int]:
-        """The CRC32 of each block."""
-        return self._crcs[: -(-self._size // BLOCK_BYTES)]
-
-    def tell(self) -> int:
-        return self._size
-
-    def flush(self) -> None:
-        """Nothing is held back."""
-
-    def close(self) -> None:
-        self._file.close()
-        self.closed = True
-
-    def readable(self) -> bool:
-        return False
-
-    def writable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return False
+        return num_bytes
 
 
 def are_counts(*values: Any) -> bool:

@@ -14,11 +14,12 @@ Shapes: N images of a split, M of them, H x W pixels, P = H * W.
 import hashlib
 import json
 import os
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from engine.publish import (
     refuse_unknown_files,
     write_manifest,
 )
-from engine.record_file import BLOCK_BYTES, FileEntry, are_counts, read_file, write_file
+from engine.record_file import FileEntry, are_counts, write_file
 
 FORMAT = "glyph-records"
 VERSION = 2
@@ -145,22 +146,18 @@ def write_records(
         path = directory / f"{name}-{number:05}.arrow"
         return write_file(path, take(row_M), label_N[row_M], font_N[row_M], classes, fonts, height_width)
 
+    parts = [
+        (name, number, row_M[start : start + rows_per_file])
+        for name, row_M in rows.items()
+        for number, start in enumerate(range(0, max(len(row_M), 1), rows_per_file))
+    ]
     with ThreadPoolExecutor(WRITERS) as pool:
-        jobs = {}
-        for name, row_M in rows.items():
-            starts = range(0, max(len(row_M), 1), rows_per_file)
-            parts = [row_M[start : start + rows_per_file] for start in starts]
-            jobs[name] = [pool.submit(write, name, number, part) for number, part in enumerate(parts)]
-        try:
-            files = {name: [job.result() for job in jobs[name]] for name in rows}
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+        files = list(pool.map(write, *zip(*parts, strict=True)))
     manifest["splits"] = {
         name: {
             "rows": len(row_M),
             "rows_per_class": np.bincount(label_N[row_M], minlength=len(classes)).tolist(),
-            "files": files[name],
+            "files": [file for file, part in zip(files, parts, strict=True) if part[0] == name],
         }
         for name, row_M in rows.items()
     }
@@ -229,20 +226,31 @@ class StoredImages:
     dtype = np.dtype(np.uint8)
     ndim = 3
 
-    def __init__(
-        self, directory: Path, files: list[FileEntry], handles: list[int], height_width: tuple[int, int]
-    ) -> None:
-        self._directory, self._files, self._handles = directory, files, handles
-        self._first_F = np.cumsum([0, *(file.rows for file in files)])
-        self.shape = (int(self._first_F[-1]), *height_width)
+    def __init__(self, directory: Path, files: list[FileEntry], height_width: tuple[int, int]) -> None:
+        self._directory, self._files = directory, files
+        self._handles: list[int] = []
+        for file in files:
+            self._handles.append(file.open(directory))
+        self.edges = [0, *accumulate(file.rows for file in files)]
+        """The first row of each file, and N."""
+        self.shape = (self.edges[-1], *height_width)
 
     def __len__(self) -> int:
         return self.shape[0]
 
+    def read_columns(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """label_M uint8 and font_M int32 of file `number`."""
+        return self._files[number].read_columns(self._handles[number], self.shape[1] * self.shape[2])
+
     def read_into(self, row: int, out_MP: np.ndarray) -> None:
         """Fill `out_MP` (M, P) with the pixels of the rows from `row` on."""
         with _refusing(self._directory):
-            self._read_run(row, out_MP)
+            while len(out_MP):
+                number = bisect_right(self.edges, row) - 1
+                file, first = self._files[number], row - self.edges[number]
+                out, out_MP = out_MP[: file.rows - first], out_MP[file.rows - first :]
+                file.read(self._handles[number], file.image_offset + first * out.shape[1], out.reshape(-1).data)
+                row += len(out)
 
     def __getitem__(self, rows: Any) -> np.ndarray:
         if isinstance(rows, (int, np.integer)):
@@ -251,29 +259,10 @@ class StoredImages:
         if len(row_M) and not 0 <= row_M.min() <= row_M.max() < len(self):
             raise IndexError(f"rows {row_M.min()} to {row_M.max()} of {len(self)}")
         out_MP = np.empty((len(row_M), self.shape[1] * self.shape[2]), np.uint8)
-        edges = [0, *(np.flatnonzero(np.diff(row_M) != 1) + 1).tolist(), len(row_M)]
-        with _refusing(self._directory):
-            for start, stop in pairwise(edges):
-                if start < stop:
-                    self._read_run(int(row_M[start]), out_MP[start:stop])
+        for start, stop in pairwise([0, *(np.flatnonzero(np.diff(row_M) != 1) + 1).tolist(), len(row_M)]):
+            if start < stop:
+                self.read_into(int(row_M[start]), out_MP[start:stop])
         return out_MP.reshape(len(row_M), *self.shape[1:])
-
-    def _read_run(self, row: int, out_MP: np.ndarray) -> None:
-        """Fill `out_MP` with the rows from `row` on; the rest of the blocks goes to `spare`."""
-        spare = np.empty(BLOCK_BYTES, np.uint8).data
-        while len(out_MP):
-            number = int(np.searchsorted(self._first_F, row, side="right")) - 1
-            num_rows = min(len(out_MP), int(self._first_F[number + 1]) - row)
-            out = out_MP[:num_rows].reshape(-1).data
-            offset = self._files[number].image_offset + (row - int(self._first_F[number])) * out_MP.shape[1]
-            while len(out):
-                block, within = divmod(offset, BLOCK_BYTES)
-                size = min(BLOCK_BYTES - within, len(out))
-                around = self._files[number].bytes - block * BLOCK_BYTES - within - size
-                pieces = [spare[:within], out[:size], spare[within : within + min(around, BLOCK_BYTES - within - size)]]
-                self._files[number].read_block(self._handles[number], block, [piece for piece in pieces if len(piece)])
-                out, offset = out[size:], offset + size
-            out_MP, row = out_MP[num_rows:], row + num_rows
 
     def __del__(self) -> None:
         for handle in self._handles:
@@ -330,33 +319,21 @@ def _read_split(
     directory: Path, files: list[FileEntry], height_width: tuple[int, int], limits: tuple[int, int], in_memory: bool
 ) -> Split:
     """A split; `limits` are the numbers of classes and of fonts."""
-    num = sum(file.rows for file in files)
-    handles: list[int] = []
-    try:
-        for file in files:  # every size is compared before anything is allocated
-            handles.append(file.open(directory))
-        image_NHW = np.empty((num, *height_width), np.uint8) if in_memory else None
-        label_N, font_N = np.empty(num, np.uint8), np.empty(num, np.int32)
-        with ThreadPoolExecutor(READERS) as pool:
-            jobs, first = [], 0
-            for file, handle in zip(files, handles, strict=True):
-                rows = slice(first, first + file.rows)
-                image_MHW = None if image_NHW is None else image_NHW[rows]
-                jobs.append(pool.submit(read_file, file, handle, image_MHW, label_N[rows], font_N[rows], height_width))
-                first += file.rows
-            for job in jobs:
-                job.result()
-        if num and (label_N.max() >= limits[0] or font_N.min() < 0 or font_N.max() >= limits[1]):
-            raise Damaged(f"{files[0].name} or its like: a label or font index lies outside its table")
-        if image_NHW is None:
-            images: Any = StoredImages(directory, files, handles, height_width)
-            handles = []
-        else:
-            images = image_NHW
-        return Split(image_NHW=images, label_N=label_N, font_N=font_N)
-    finally:
-        for handle in handles:
-            os.close(handle)
+    stored = StoredImages(directory, files, height_width)  # every size is compared before anything is allocated
+    image_NHW: Any = np.empty(stored.shape, np.uint8) if in_memory else stored
+    label_N, font_N = np.empty(len(stored), np.uint8), np.empty(len(stored), np.int32)
+
+    def read(number: int) -> None:
+        rows = slice(*stored.edges[number : number + 2])
+        label_N[rows], font_N[rows] = stored.read_columns(number)
+        if in_memory:
+            stored.read_into(rows.start, image_NHW[rows].reshape(-1, height_width[0] * height_width[1]))
+
+    with ThreadPoolExecutor(READERS) as pool:
+        list(pool.map(read, range(len(files))))
+    if len(stored) and (label_N.max() >= limits[0] or font_N.min() < 0 or font_N.max() >= limits[1]):
+        raise Damaged(f"{files[0].name} or its like: a label or font index lies outside its table")
+    return Split(image_NHW=image_NHW, label_N=label_N, font_N=font_N)
 
 
 def _read_fonts(directory: Path, entry: dict[str, Any]) -> tuple[str, ...]:

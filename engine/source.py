@@ -24,6 +24,7 @@ BLOCK_BYTES = 2 * 2**20
 
 OPENED = re.compile(r"-|/dev/stdin|/dev/fd/([0-9]{1,9})")
 """Names of what the caller has opened for us."""
+_BLANK_LINE = re.compile(rb"(?:\A|\n)(\r?\n)\Z")
 
 
 class Source:
@@ -109,8 +110,8 @@ def blocks(
 ) -> Iterator[tuple[bytearray, int]]:
     """(buffer, stop) of the source's whole lines in order, the last with a line feed even if the source has none there.
 
-    `take` hands out the next free buffer. A line longer than LINE_LIMIT_BYTES is cut, for the lexer to refuse. One
-    blank line at the source's end is dropped.
+    `take` hands out a free buffer; one that is not yielded stays free. A line longer than LINE_LIMIT_BYTES is cut, for
+    the lexer to refuse. One blank line at the source's end is dropped.
     """
     carried, at_end = b"", False
     while not at_end:
@@ -128,20 +129,12 @@ def blocks(
                 view[stop : stop + 1] = b"\n"
                 stop += 1
             cut = stop
-        blank = _blank_line(buffer, cut)
-        carried = b"" if at_end else bytes(view[cut - blank : stop])
-        cut -= blank
+        if blank := _BLANK_LINE.search(buffer, max(cut - 3, 0), cut):
+            cut = blank.start(1)
+        carried = bytes(view[cut:stop])
         buffer[cut : cut + SLACK_BYTES] = bytes(SLACK_BYTES)
         if cut:
             yield buffer, cut
-
-
-def _blank_line(buffer: bytearray, stop: int) -> int:
-    """The bytes of the last line of buffer[:stop] if it is blank, else 0."""
-    tail = bytes(buffer[max(stop - 3, 0) : stop])
-    if tail == b"\n" or tail.endswith(b"\n\n"):
-        return 1
-    return 2 if tail == b"\r\n" or tail.endswith(b"\n\r\n") else 0
 
 
 def _unpack(raw: io.BufferedReader, name: str, stack: ExitStack) -> tuple[Any, int | None]:

@@ -51,13 +51,12 @@ def draw_splits(
         return {"train": np.sort(np.concatenate(kept))}
     if mode == "font":
         return _draw_fonts(np.sort(np.concatenate(kept)), font_N, fonts, seed)
-    parts: dict[str, list[np.ndarray]] = {"train": [], "val": [], "test": []}
+    parts = []
     for row_M in kept:
         held_out = max(1, round(len(row_M) * EVAL_FRACTION))
-        parts["train"].append(row_M[2 * held_out :])
-        parts["val"].append(row_M[:held_out])
-        parts["test"].append(row_M[held_out : 2 * held_out])
-    return {name: np.sort(np.concatenate(part)) for name, part in parts.items()}
+        parts.append(np.split(row_M, [held_out, 2 * held_out]))
+    val, test, train = (np.sort(np.concatenate(part)) for part in zip(*parts, strict=True))
+    return {"train": train, "val": val, "test": test}
 
 
 def family(font: str) -> str:
@@ -74,13 +73,12 @@ def _draw_fonts(row_M: np.ndarray, font_N: np.ndarray, fonts: tuple[str, ...], s
     number_of = {name: number for number, name in enumerate(families)}
     family_M = np.array([number_of[family(font)] for font in fonts])[font_N[row_M]]
     sizes = np.bincount(family_M, minlength=len(families))
-    split_of = np.zeros(len(families), np.int8)
-    room = {1: EVAL_FRACTION * len(row_M), 2: EVAL_FRACTION * len(row_M)}
+    split_of = np.full(len(families), "train")
+    room = {"val": EVAL_FRACTION * len(row_M), "test": EVAL_FRACTION * len(row_M), "train": np.inf}
     for number in permute(np.arange(len(families)), len(families), round_keys(seed, "split", "fonts")):
-        split = next((split for split, rows in room.items() if sizes[number] <= rows), 0)
-        split_of[number] = split
-        room[split] = room.get(split, 0) - sizes[number]
-    rows = {name: row_M[split_of[family_M] == split] for split, name in enumerate(("train", "val", "test"))}
+        split = split_of[number] = next(name for name, rows in room.items() if sizes[number] <= rows)
+        room[split] -= sizes[number]
+    rows = {name: row_M[(split_of == name)[family_M]] for name in ("train", "val", "test")}
     for name, drawn in rows.items():
         if not len(drawn):
             raise UserError(f"the typeface families are too large to leave one for {name}; use --split random")

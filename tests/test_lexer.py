@@ -14,13 +14,13 @@ from engine.lexer import (
     SLACK_BYTES,
     Fault,
     Layout,
-    PlainLexer,
     check_text,
+    lex_plainly,
     read_header,
     read_row,
 )
-from engine.lexer_jit import JitLexer
-from engine.pack import Lexer, make_lexer
+from engine.lexer_jit import lex
+from engine.pack import Lexer, find_lexer
 from engine.report import ROOT
 
 TMNIST = read_header(b"names,labels,1,2,3,4,5,6,7,8,9\n")
@@ -31,11 +31,11 @@ Found = list[tuple[str, str, bytes]]
 def lexed(lexer: Lexer, layout: Layout, data: bytes, start: int = 0) -> tuple[Found, int]:
     """(font, label, pixels) of each row, and the offset of the fault, from one block."""
     block = np.frombuffer(data + bytes(SLACK_BYTES), np.uint8)
-    rows = lexer.lex(block, start, len(data), layout.images(len(data)))
+    rows = lexer(layout, block, start, len(data), layout.images(len(data)))
     assert rows.sum_R.tolist() == rows.image_RP.sum(1, dtype=np.int64).tolist()
     assert rows.squares_R.tolist() == (rows.image_RP.astype(np.int64) ** 2).sum(1).tolist()
     parts = zip(rows.font_R, rows.label_R, rows.image_RP, strict=True)
-    return [(lexer.fonts[f], lexer.labels[b], image_P.tobytes()) for f, b, image_P in parts], rows.fault
+    return [(rows.fonts[f], rows.labels[b], image_P.tobytes()) for f, b, image_P in parts], rows.fault
 
 
 def by_csv(layout: Layout, data: bytes) -> Found:
@@ -84,15 +84,12 @@ def fuzz(count: int, seed: int) -> dict[str, int]:
     rng = random.Random(seed)
     wide = read_header(",".join(["names", "labels", *map(str, range(1, 26))]).encode())  # takes the 32-byte steps
     layouts = (wide, MNIST, read_header(b"names,labels,1\n"))
-    fast: dict[Layout, Lexer] = {layout: JitLexer(layout) for layout in layouts}
     verdicts = {"accepted": 0, "refused": 0}
-    for number in range(count):
+    for _ in range(count):
         layout = rng.choice(layouts)
         data = mutated(rng, layout)
-        if number % 1000 == 0:
-            fast[layout] = JitLexer(layout)
-        found, fault = lexed(fast[layout], layout, data)
-        assert (found, fault) == lexed(PlainLexer(layout), layout, data), data
+        found, fault = lexed(lex, layout, data)
+        assert (found, fault) == lexed(lex_plainly, layout, data), data
         verdicts["accepted" if fault < 0 else "refused"] += 1
         if fault < 0:
             assert found == by_csv(layout, data), data
@@ -108,9 +105,9 @@ def test_both_lexers_agree_on_mutated_inputs() -> None:
 
 
 def test_a_lexer_goes_on_behind_a_fault_and_keeps_its_texts() -> None:
-    """As --check does; the interned texts of refused rows must not come back as accepted ones."""
+    """As --check does; the texts of refused rows must not come back as accepted ones."""
     data = b"F,a,1,2,3,4,5,6,7,8,9\nG\x07,b,1,2,3,4,5,6,7,8,9\nG\x07,c,1,2,3,4,5,6,7,8,9\nF,d,9,8,7,6,5,4,3,2,1\n"
-    for lexer in (JitLexer(TMNIST), PlainLexer(TMNIST)):
+    for lexer in (lex, lex_plainly):
         found, fault = lexed(lexer, TMNIST, data)
         assert [label for _, label, _ in found] == ["a"] and fault == data.index(b"G")
         found, again = lexed(lexer, TMNIST, data, data.rindex(b"G"))
@@ -119,16 +116,14 @@ def test_a_lexer_goes_on_behind_a_fault_and_keeps_its_texts() -> None:
         assert found == [("F", "d", bytes(range(9, 0, -1)))] and fault == -1
 
 
-def test_tables_grow() -> None:
+def test_a_block_may_hold_many_texts() -> None:
     rows = [f"Font {'x' * (i % 300)}{i},{i},1,2,3,4,5,6,7,8,9\n" for i in range(20_000)]
-    lexer = JitLexer(TMNIST)
     for start in range(0, len(rows), 7000):
         part = rows[start : start + 7000]
-        found, fault = lexed(lexer, TMNIST, "".join(part).encode())
+        found, fault = lexed(lex, TMNIST, "".join(part).encode())
         assert fault == -1 and [f"{font},{label}" for font, label, _ in found] == [r[:-19] for r in part]
-    assert lexer.fonts == [r.split(",")[0] for r in rows]
-    _, fault = lexed(lexer, TMNIST, "".join(rows).encode())
-    assert fault == -1 and len(lexer.fonts) == len(rows)
+    found, fault = lexed(lex, TMNIST, "".join(rows).encode())
+    assert fault == -1 and [font for font, _, _ in found] == [r.split(",")[0] for r in rows]
 
 
 def test_equal_pixels_have_equal_hashes_and_others_not() -> None:
@@ -139,8 +134,9 @@ def test_equal_pixels_have_equal_hashes_and_others_not() -> None:
     image_RP[200:, :] = image_RP[0]
     image_RP[200:, 684:][np.diag_indices(100)] ^= 1  # one bit at each of the last places
     data = "".join(f"F,a,{','.join(map(str, row))}\n" for row in image_RP).encode()
-    for lexer in (JitLexer(layout), PlainLexer(layout)):
-        rows = lexer.lex(np.frombuffer(data + bytes(SLACK_BYTES), np.uint8), 0, len(data), layout.images(len(data)))
+    for lexer in (lex, lex_plainly):
+        block = np.frombuffer(data + bytes(SLACK_BYTES), np.uint8)
+        rows = lexer(layout, block, 0, len(data), layout.images(len(data)))
         assert np.array_equal(rows.image_RP, image_RP)
         assert np.array_equal(rows.hash_R[:100], rows.hash_R[100:200])
         assert len(set(rows.hash_R.tolist())) == 200
@@ -176,6 +172,6 @@ def test_without_numba_the_plain_lexer_packs_the_same(small_csv: Path, small_dir
     command = [sys.executable, "-c", code, small_csv, tmp_path / "out"]
     done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     assert done.stdout == "None\n" and "numba cannot be imported" in done.stderr
-    assert isinstance(make_lexer(TMNIST), JitLexer)
+    assert find_lexer() is lex
     for file in small_dir.iterdir():
         assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()

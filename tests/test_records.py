@@ -65,8 +65,7 @@ def test_a_split_may_span_files(in_many_files: Path, in_memory: bool, small: Rec
 def test_images_on_disk_are_indexed_like_an_array(
     small_csv: Path, small: Records, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (record_file, records_module):
-        monkeypatch.setattr(module, "BLOCK_BYTES", 5_000)  # rows lie across blocks
+    monkeypatch.setattr(record_file, "BLOCK_BYTES", 5_000)  # rows lie across blocks
     pack(small_csv, tmp_path / "out")
     stored = open_records(tmp_path / "out", in_memory=False).split("train")
     image_NHW, wanted = stored.image_NHW, small.split("train").image_NHW
@@ -267,6 +266,21 @@ def test_a_failed_exchange_keeps_the_old(
         pack(small_csv, tmp_path / "out", seed=1, force=True)
     assert open_records(tmp_path / "out").fingerprint == small.fingerprint
     assert os.listdir(tmp_path) == ["out"]
+
+
+def test_publishing_leaves_the_umask_of_the_process_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads that set it and set it back could leave it at 0, and every later file open to all users."""
+    before = os.umask(0o027)
+    try:
+        monkeypatch.setattr(os, "umask", lambda mask: pytest.fail("the umask belongs to the whole process"))
+        publish.write_file(tmp_path / "file", b"x")
+        with publish.publish_directory(tmp_path / "folder") as folder:
+            (folder / "file").write_bytes(b"x")
+    finally:
+        monkeypatch.undo()
+        os.umask(before)
+    modes = [(tmp_path / name).stat().st_mode & 0o777 for name in ("file", "folder", "folder/file")]
+    assert modes == [0o640, 0o750, 0o640]
 
 
 def test_a_split_of_wrong_arrays_cannot_be_built() -> None:

@@ -1,13 +1,12 @@
 """What a record directory holds, in words and as a sheet of glyphs; the work of tools/pack_tmnist --describe."""
 
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from engine.errors import printable
-from engine.publish import write_file, writing
+from engine.publish import writing, writing_file
 from engine.records import Records, open_records
 from engine.split import family
 from tools.sheet import BLACK, draw_sheet
@@ -33,11 +32,9 @@ def describe(path: Path, sheet: Path) -> str:
     ]
     counts = {name: np.bincount(s.label_N, minlength=len(records.classes)) for name, s in splits.items()}
     lines += class_table(records.classes, counts)
-    picture = io.BytesIO()
     image_MHW, captions = _examples(records)
-    draw_sheet(image_MHW, captions, [BLACK] * len(captions)).save(picture, "PNG")
-    with writing(sheet):
-        write_file(sheet, picture.getvalue())
+    with writing(sheet), writing_file(sheet) as file:
+        draw_sheet(image_MHW, captions, [BLACK] * len(captions)).save(file, "PNG")
     return "\n".join([*lines, f"sheet of glyphs: {printable(str(sheet))}"])
 
 

@@ -60,16 +60,21 @@ def main(
 
 def _pack(source: Path, out: Path, classes: int | None, **options: Any) -> None:
     from engine.pack import pack
+    from tools.describe import class_table
 
     with Progress(f"packing {printable(source.name)}", total=1.0) as bar:
         report = pack(source, out, mode=options.pop("split"), num_classes=classes, **options,
                       progress=lambda rows, part: bar.update(part, f"{rows:,} rows"))  # fmt: skip
-    click.echo(_summary(report.manifest))
+    manifest, pixels = report.manifest, report.manifest["train_pixels"]
+    click.echo(f"{manifest['source_rows']['rows']:,} rows read")
+    for line in class_table(manifest["classes"], {n: s["rows_per_class"] for n, s in manifest["splits"].items()}):
+        click.echo(line)
+    click.echo(f"train pixels: mean {pixels['mean']:.3f}, standard deviation {pixels['std']:.3f} (0..255)")
     for warning in report.warnings:
         click.echo(f"note: {printable(warning)}")
     click.echo(
         f"{printable(str(out))}: {report.out_bytes:,} bytes in {report.seconds:.2f} s, "
-        f"fingerprint {report.manifest['fingerprint'][:16]}"
+        f"fingerprint {manifest['fingerprint'][:16]}"
     )
 
 
@@ -77,22 +82,14 @@ def _check(source: Path) -> None:
     from engine.pack import check
 
     num_rows, faults, warnings = check(source)
-    for line in faults:
+    for line in [
+        *faults,
+        *(f"note: {line}" for line in warnings),
+        f"{source}: {num_rows:,} rows, {len(faults)} faults",
+    ]:
         click.echo(printable(line))
-    for line in warnings:
-        click.echo(f"note: {printable(line)}")
-    click.echo(f"{printable(str(source))}: {num_rows:,} rows, {len(faults)} faults")
     if faults:
         raise SystemExit(EXIT_USER_ERROR)
-
-
-def _summary(manifest: dict[str, Any]) -> str:
-    from tools.describe import class_table
-
-    table = class_table(manifest["classes"], {n: s["rows_per_class"] for n, s in manifest["splits"].items()})
-    pixels = manifest["train_pixels"]
-    last = f"train pixels: mean {pixels['mean']:.3f}, standard deviation {pixels['std']:.3f} (0..255)"
-    return "\n".join([f"{manifest['source_rows']['rows']:,} rows read", *table, last])
 
 
 if __name__ == "__main__":
