@@ -1,49 +1,79 @@
-"""The fast step as a bare loop of PyTorch's operations: what the engine's overhead is measured against.
+"""What the engine adds to PyTorch's own operations: its step and a bare loop of the same operations, in turn.
 
-python -m tests.bench.minimal BATCH STEPS prints the samples/s. The operations are those of `rung_bf16`: gather by id
-from uint8 images, scale to 0..1, channels-last, bf16 autocast, cross entropy with smoothing, fused AdamW. What the
-engine adds: the order's ids, the table of rates, right answers, the check of gradients, the log.
+python -m tests.bench.minimal BATCH ROUNDS STEPS prints two lists of milliseconds: the median step of each round of
+STEPS steps. Both sides train the same network by the same optimiser in one process: how fast a step is depends on the
+weights (other learning rates changed it by 5 %) and on where the heap's blocks lie (as much from process to process).
+
+The operations are those of `rung_bf16`: gather by id from uint8 images, scale to 0..1, channels-last, bf16 autocast,
+cross entropy with smoothing, fused AdamW. The engine adds the order's ids, the table of rates, right answers, the check
+of the gradients, the log.
 """
 
+import json
 import sys
 import time
+from collections.abc import Iterator
+from itertools import count
+from statistics import median
 
 import torch
 from torch.nn import functional
 
-from engine.config import ModelConfig
-from engine.model import make_model
-from engine.records import open_records
+from engine.config import RunConfig, load_toml, override
+from engine.records import Records, open_records
+from engine.report import ROOT
 from engine.sample import ensure_sample
-from engine.world import World, keep_large_blocks
-
-UNTIMED = 8
-"""Steps before the clock: as many as the engine's warm-up and its benchmark do."""
+from engine.trainer import Session, open_session
+from engine.world import start_world
 
 
-def main(batch_size: int, num_steps: int) -> float:
-    """Samples/s of `num_steps` steps on the packaged sample."""
-    keep_large_blocks()
-    world = World(rank=0, size=1, device=torch.device("cpu"), stream=None)
-    records = open_records(ensure_sample(world))
-    train = records.split("train")
+def engine(session: Session) -> Iterator[object]:
+    """A step at each iteration."""
+    for epoch in count():
+        yield from session.step.train_epoch(session.feed, epoch)
+
+
+def bare(session: Session, records: Records, batch_size: int) -> Iterator[object]:
+    """The same on the same network, typed out."""
+    model, optimizer, train = session.step.model, session.step.optimizer, records.split("train")
     image_NHW, label_N = torch.from_numpy(train.image_NHW), torch.from_numpy(train.label_N)
-    model = make_model(ModelConfig(), 28, 28, len(records.classes), seed=42).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
-    shuffled = torch.randperm(len(train)).repeat(1 + (UNTIMED + num_steps) * batch_size // len(train))
-    for step in range(UNTIMED + num_steps):
-        if step == UNTIMED:
-            start = time.perf_counter()
-        id_B = shuffled[step * batch_size : (step + 1) * batch_size]
-        image_B1HW = image_NHW.index_select(0, id_B).unsqueeze(1).to(torch.float32).mul_(1 / 255)
-        optimizer.zero_grad(set_to_none=True)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            logits_BC = model(image_B1HW.contiguous(memory_format=torch.channels_last))
-        label_B = label_N.index_select(0, id_B).long()
-        functional.cross_entropy(logits_BC.float(), label_B, label_smoothing=0.05).backward()
-        optimizer.step()
-    return num_steps * batch_size / (time.perf_counter() - start)
+    while True:
+        for id_B in torch.randperm(len(train)).split(batch_size)[: len(train) // batch_size]:
+            image_B1HW = image_NHW.index_select(0, id_B).unsqueeze(1).to(torch.float32).mul_(1 / 255)
+            optimizer.found_inf = None  # type: ignore[attr-defined]  # the engine's check is not part of it
+            optimizer.zero_grad(set_to_none=True)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                logits_BC = model(image_B1HW.contiguous(memory_format=torch.channels_last))
+            label_B = label_N.index_select(0, id_B).long()
+            functional.cross_entropy(logits_BC.float(), label_B, label_smoothing=0.05).backward()
+            optimizer.step()
+            yield None
+
+
+def step_ms(steps: Iterator[object], num_steps: int) -> float:
+    """The median of so many steps."""
+    times = []
+    for _ in range(num_steps):
+        start = time.perf_counter()
+        next(steps)
+        times.append(time.perf_counter() - start)
+    return 1000 * median(times)
+
+
+def main(batch_size: int, rounds: int, num_steps: int) -> dict[str, list[float]]:
+    """Milliseconds of each round, after one that does not count."""
+    config = load_toml(RunConfig(), ROOT / "bench_configs" / "rung_bf16.toml")
+    with start_world("cpu") as world:
+        records = open_records(ensure_sample(world))
+        session = open_session(override(config, {"global_batch": batch_size}, "minimal"), records, world)
+        sides = {"engine": engine(session), "bare": bare(session, records, batch_size)}
+        found: dict[str, list[float]] = {name: [] for name in sides}
+        for number in range(rounds + 1):
+            for name in sorted(sides, reverse=bool(number % 2)):
+                found[name].append(step_ms(sides[name], num_steps))
+        session.close()
+    return {name: times[1:] for name, times in found.items()}
 
 
 if __name__ == "__main__":
-    print(main(int(sys.argv[1]), int(sys.argv[2])))
+    print(json.dumps(main(*map(int, sys.argv[1:4]))))
