@@ -184,17 +184,16 @@ class TrainStep:
             self._wrap()
 
     def _capture(self) -> None:
-        failure, works = "", dict[int | str, Callable[[], None]]()
-        for num_steps in sorted({self.steps_per_launch, 1}, reverse=True):
-            works[num_steps] = partial(self._run, self._slots(num_steps), num_steps)
-        works["evaluation"] = partial(self._evaluate, self._slots(1))
+        failure, pool = "", None
+        works: dict[int | str, Callable[[], None]] = {
+            num_steps: partial(self._run, self._slots(num_steps), num_steps) for num_steps in (self.steps_per_launch, 1)
+        }
         try:
-            pool = None
-            for name, work in works.items():
+            for name, work in (works | {"evaluation": partial(self._evaluate, self._slots(1))}).items():
                 self._graphs[name] = Graph(work, pool)
                 pool = self._graphs[name].pool
         except Exception as error:  # whatever it is, the run can go on without graphs, and must do so on all ranks
-            failure = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+            failure = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         self.capture_failure = self._world.first_reason(failure)
 
     def train_epoch(self, feed: Feed, epoch: int, first_step: int = 0) -> Iterator[Launch]:
@@ -353,9 +352,7 @@ class TrainStep:
             self.scaler.update()
             return
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        torch._amp_foreach_non_finite_check_and_unscale_(
-            gradients, bad, self._one
-        )  # GradScaler's own check: one kernel
+        torch._amp_foreach_non_finite_check_and_unscale_(gradients, bad, self._one)  # GradScaler's check: one kernel
         if self._config.optim.fused:
             self.optimizer.found_inf = bad  # type: ignore[attr-defined]  # as GradScaler hands it to fused optimisers
         self.optimizer.step()
@@ -370,19 +367,18 @@ class TrainStep:
     @torch.no_grad()
     def _evaluate(self, batch: Batch) -> None:
         set_fp32_precision(self._config.step.precision, self._world.device)
-        logits_BC, real_B, label_B = (
-            self._objective.logits(batch.image_BHW),
-            batch.id_B != PADDING_ID,
-            batch.label_B.long(),
-        )
+        logits_BC = self._objective.logits(batch.image_BHW)
+        real_B, label_B = batch.id_B != PADDING_ID, batch.label_B.long()
         loss_B = functional.cross_entropy(logits_BC, label_B, reduction="none").where(real_B, 0.0)
         correct = ((logits_BC.argmax(1) == label_B) & real_B).sum()
         self._eval_sums += torch.stack((loss_B.sum(dtype=torch.float64), correct, real_B.sum()))
 
 
 def set_fp32_precision(precision: str, device: torch.device) -> None:
-    """fp32 on a GPU: IEEE's, or TF32 in convolutions and products (torch's default: in convolutions only)."""
+    """fp32 on a GPU: IEEE's, or TF32 in convolutions and products (torch's default: in convolutions only).
+
+    By the older switches, since they set the `fp32_precision` ones too; those alone leave the older ones behind, and
+    inductor, which reads them, then raises (torch 2.13).
+    """
     if device.type == "cuda":
-        mode = "tf32" if precision == "tf32" else "ieee"
-        torch.backends.cuda.matmul.fp32_precision = mode
-        torch.backends.cudnn.conv.fp32_precision = mode  # type: ignore[attr-defined]
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"

@@ -129,8 +129,7 @@ def _ladder(shared: Round) -> list[str]:
     if last and last.session and (used := joules(last.session, 0.1 if shared.quick else 3.0)) is not None:
         rows.append(row(f"{last.name}: energy for a thousand samples", [used], "J"))
     for cell in cells:
-        if cell.session:
-            cell.session.close()
+        cell.close()
     shared.write("gpu_ladder", "Ladder of the step", rows)
     return failures
 
@@ -188,8 +187,7 @@ def _feeds(shared: Round) -> list[str]:
         failures = climb(cells, shared.records, shared.world, seconds=0.3, repetitions=3, budget_s=30)
         rows += [row(cell.name, cell.rates, "samples/s") for cell in cells if cell.rates]
         for cell in cells:
-            if cell.session:
-                cell.session.close()
+            cell.close()
     shared.write("gpu_feeds", "Feeds", rows)
     return failures
 

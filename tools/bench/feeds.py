@@ -32,8 +32,10 @@ FEEDS = (
     "loader",
     "TensorDataset",
     "FFCV",
+    "index_select",
 )
-"""The last two are others'; FFCV is measured where it is installed."""
+"""The last three are not feeds of ours. FFCV is measured where it is installed; index_select is torch's gather of ids
+that were drawn before: what the memory allows."""
 Batches = Iterator[int]
 
 
@@ -110,7 +112,9 @@ def measure(name: str, records: Path, batch_size: int, seconds: float) -> dict[s
 
     keep_large_blocks()
     before_mib, start = _peak_mib(), time.perf_counter()
-    make = {"TensorDataset": _tensor_dataset, "FFCV": _ffcv}.get(name) or partial(_ours, name)
+    make = {"TensorDataset": _tensor_dataset, "FFCV": _ffcv, "index_select": _index_select}.get(name) or partial(
+        _ours, name
+    )
     epoch, order, close = make(records, batch_size)
     batches = epoch(0)
     next(batches)
@@ -225,6 +229,24 @@ def _ffcv(records: Path, batch_size: int) -> tuple[Any, str, Any]:
             yield len(label_B)
 
     return epoch, "FFCV's", folder.cleanup
+
+
+def _index_select(records: Path, batch_size: int) -> tuple[Any, str, Any]:
+    import torch
+
+    from engine.records import open_records
+
+    train = open_records(records).split("train")
+    image_NP = torch.from_numpy(train.image_NHW).view(len(train), -1)
+    out_BP = torch.from_numpy(np.empty((batch_size, image_NP.shape[1]), np.uint8))
+    ids = torch.randperm(len(train))[: len(train) // batch_size * batch_size].split(batch_size)
+
+    def epoch(number: int) -> Batches:
+        for id_B in ids:
+            torch.index_select(image_NP, 0, id_B, out=out_BP)
+            yield batch_size
+
+    return epoch, "drawn", lambda: None
 
 
 class _Rows:

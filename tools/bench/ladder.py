@@ -39,6 +39,18 @@ class Cell:
         lacking = self.session and [note for note in self.session.notes if "used" in note]
         return f"{name} ({'; '.join(lacking)})" if lacking else name
 
+    def open(self, records: Records, world: World) -> None:
+        self.session = open_session(self.config, records, world)
+
+    def repeat(self, seconds: float) -> None:
+        if self.session:
+            self.rates.append(rate(self.session, seconds))
+
+    def close(self) -> None:
+        if self.session:
+            self.session.close()
+            self.session = None
+
 
 def read_ladder() -> dict[str, Any]:
     """The file's tables `rung` and `expected`."""
@@ -64,36 +76,22 @@ def make_cells(largest_batch: int, compiled: bool) -> list[Cell]:
 def climb(
     cells: list[Cell], records: Records, world: World, *, seconds: float, repetitions: int, budget_s: float
 ) -> list[str]:
-    """Open, measure and close all cells; a sentence for each that failed. Repetitions end when the budget is spent."""
+    """Open all cells and measure them in turn; a sentence for each that failed. Repetitions end with the budget."""
     failures: list[str] = []
     end = time.perf_counter() + budget_s
-
-    def tried(cell: Cell, work: Any) -> None:
-        try:
-            work(cell)
-        except (RuntimeError, UserError, AssertionError) as error:  # out of memory, no compiler, capture refused ...
-            failures.append(f"{cell.name}: {type(error).__name__}: {str(error).splitlines()[0]}")
-            close(cell)
-
-    def enter(cell: Cell) -> None:
-        cell.session = open_session(cell.config, records, world)
-
-    def repeat(cell: Cell) -> None:
-        if cell.session:
-            cell.rates.append(rate(cell.session, seconds))
-
-    def close(cell: Cell) -> None:
-        if cell.session:
-            cell.session.close()
-            cell.session = None
-
-    for cell in cells:
-        tried(cell, enter)
-    for number in range(repetitions):
-        if number and time.perf_counter() > end:
+    for number in range(1 + repetitions):
+        if number > 1 and time.perf_counter() > end:
             break
         for cell in cells:
-            tried(cell, repeat)
+            try:
+                cell.repeat(seconds) if number else cell.open(records, world)
+            except (
+                RuntimeError,
+                UserError,
+                AssertionError,
+            ) as error:  # out of memory, no compiler, refused capture ...
+                failures.append(f"{cell.name}: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
+                cell.close()
     return failures
 
 
