@@ -1,5 +1,6 @@
 """Launches of several steps, accumulation, the numerics guard, and the way back to eager: the same training, always."""
 
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from engine import trainer
 from engine.capture import Graph
 from engine.config import DataConfig, OptimConfig, RunConfig, StepConfig, override
 from engine.errors import UserError
+from engine.feeds.resident import ResidentFeed
 from engine.records import Records
 from engine.step import MAX_SKIPPED, TrainStep
 from engine.trainer import Session, fit, open_session
@@ -87,6 +89,24 @@ def test_an_epoch_can_be_entered_in_the_middle(small: Records, world: World) -> 
         found.append(opened.step.read_training().loss_S)
         opened.close()
     assert len(found[0]) == 5 and np.array_equal(*found)
+
+
+def test_epochs_may_come_in_any_order(small: Records, world: World) -> None:
+    """The ids that were drawn ahead for the next epoch are not those of another."""
+    opened = session(small, world, {"step.steps_per_graph": 7})
+    for epoch in (0, 3, 1, 2):
+        (launch,) = opened.step.train_epoch(opened.feed, epoch)
+        assert np.array_equal(launch.batch.id_B.numpy(), opened.feed.order.ids(epoch, 0, 7).reshape(-1))
+    opened.close()
+
+
+def test_a_feed_that_does_not_end_with_its_epoch_ends_the_run(small: Records, world: World) -> None:
+    opened, more = session(small, world), ResidentFeed.batches
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ResidentFeed, "batches", lambda *given: chain(more(*given), more(*given)))
+        with pytest.raises(RuntimeError, match="goes on after the epoch's last step"):
+            list(opened.step.train_epoch(opened.feed, 0))
+    opened.close()
 
 
 def test_too_many_steps_in_a_launch_are_cut_to_an_epoch_and_told(small: Records, world: World) -> None:

@@ -40,8 +40,8 @@ STUDY_ACCURACY = 0.8765
 FIRST_CHARACTER = 33
 """images[:, 0] of the archive is '!'."""
 FAST = {"step.precision": "bf16", "step.cuda_graphs": True, "step.steps_per_graph": 16, "data.feed": "resident"}
-LARGE = {"global_batch": 8192, "optim.learning_rate": 0.02, "epochs": 12}
-"""The recipe at a global batch of 8192."""
+LARGE = {"global_batch": 8192, "optim.learning_rate": 0.04, "epochs": 12}
+"""The recipe at a global batch of 8192: of 0.02, 0.04 and 0.08 the best on two cores, 88.12 % against 88.7 % at 512."""
 
 
 @dataclass(frozen=True)
