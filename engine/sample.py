@@ -1,22 +1,20 @@
 """The packaged sample: 128 typefaces, packed once into the user's cache folder."""
 
 import hashlib
-import os
 from pathlib import Path
 
 from engine.pack import pack
 from engine.publish import MANIFEST, locked, writing
 from engine.records import FORMAT, VERSION
-from engine.world import World
+from engine.world import World, user_cache
 
 CSV = Path(__file__).with_name("data") / "typefaces_sample.csv.gz"
 
 
 def sample_path() -> Path:
     """Where the sample's records are, or will be: $XDG_CACHE_HOME (or ~/.cache), named by the CSV's content."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     name = hashlib.sha256(CSV.read_bytes()).hexdigest()[:12]
-    return cache / "tmnist-engine" / f"sample-{name}-{FORMAT}-{VERSION}"
+    return user_cache() / f"sample-{name}-{FORMAT}-{VERSION}"
 
 
 def ensure_sample(world: World) -> Path:

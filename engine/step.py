@@ -29,7 +29,7 @@ from engine.feeds.batch import Batch, Feed, Source
 from engine.model import GlyphNet
 from engine.optim import lr_table, make_optimizer
 from engine.order import PADDING_ID, Order, round_keys
-from engine.world import World
+from engine.world import World, keep_compiled_code_private
 
 WARMUP_STEPS = 3
 DDP_WARMUP_STEPS = 11
@@ -151,6 +151,7 @@ class TrainStep:
         self._objective = Objective(self.model, self._config, device)
         self._net: torch.nn.Module | None = None  # the old DDP's hooks go with it
         if (mode := self._config.step.compile) != "off":
+            keep_compiled_code_private()
             self._objective.compile(mode=None if mode == "default" else f"{mode}-no-cudagraphs", dynamic=False)
         self._net = self._objective
         if self._world.size > 1:

@@ -13,11 +13,13 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from engine.errors import UserError
+from engine.publish import writing
 
 COLLECTIVE_TIMEOUT = timedelta(seconds=120)
 HEAP_THRESHOLD_BYTES = 32 * 2**20
@@ -168,6 +170,20 @@ def keep_large_blocks() -> bool:
     m_mmap_threshold, m_trim_threshold, m_top_pad = -3, -1, -2  # malloc.h
     settings = ((m_mmap_threshold, HEAP_THRESHOLD_BYTES), (m_trim_threshold, 2**31 - 1), (m_top_pad, 64 * 2**20))
     return all(mallopt(name, value) == 1 for name, value in settings)
+
+
+def user_cache() -> Path:
+    """The user's own folder for what may be made anew: $XDG_CACHE_HOME, or ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tmnist-engine"
+
+
+def keep_compiled_code_private() -> None:
+    """Let torch.compile keep its files in a folder that is the user's alone; its default lies in /tmp."""
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+        folder = user_cache() / "inductor"
+        with writing(folder):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
 
 
 def cannot_compile(device: torch.device) -> str:
