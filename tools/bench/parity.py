@@ -31,8 +31,12 @@ from engine.world import World, end_rank, start_world
 BATCH, STEPS, EPOCHS = 128, 9, 2
 K = 4
 """Two launches of four steps an epoch, and one of one."""
-RANKS = {1: 1, 2: 1, 4: 2}
-"""Numbers of ranks, and the parts in which each takes its batch (step.accumulate)."""
+RANKS: dict[int, tuple[str, dict[str, Any]]] = {
+    1: ("torchrun, 1 rank", {}),
+    2: (f"2 ranks, {K} steps a launch", {"step.steps_per_graph": K}),
+    4: ("4 ranks, each batch in 2 parts", {"step.accumulate": 2}),
+}
+"""Numbers of ranks, and what else is different there."""
 GROUPS = ("loss", "parameters", "gradients", "optimiser", "scaler", "counters")
 TOLERANCE = {"fp32": (1e-3, 1e-2), "tf32": (1e-2, 1e-1), "bf16": (5e-2, 5e-1), "fp16": (5e-2, 5e-1)}
 """For what adds in another order (ranks, a GPU's kernels): of losses and parameters, of gradients and optimiser.
@@ -159,8 +163,7 @@ def parity(records: Records, world: World, precisions: list[str]) -> Iterator[Ve
                 yield verdict(name, missing="there is no GPU")
             else:
                 yield verdict(name, work(config_of(precision, settings), records, world))
-    for num_ranks, num_parts in RANKS.items():
-        name = f"torchrun, {num_ranks} rank{'s' * (num_ranks > 1)}" + f", {num_parts} parts each" * (num_parts > 1)
+    for num_ranks, (name, _) in RANKS.items():
         if on_gpu and torch.cuda.device_count() < num_ranks:
             for precision in precisions:
                 yield _verdict(precision, {}, True, name, missing=f"there are {torch.cuda.device_count()} GPUs")
@@ -193,7 +196,7 @@ def rank_main(folder: Path, device: str, precisions: list[str]) -> None:
     with start_world(device) as world, world.on_stream():
         records = few(open_records(ensure_sample(world)))
         for precision in precisions:
-            settings = {"step.cuda_graphs": world.device.type == "cuda", "step.accumulate": RANKS[world.size]}
+            settings = RANKS[world.size][1] | {"step.cuda_graphs": world.device.type == "cuda"}
             state = trained(config_of(precision, settings), records, world)
             world.first(partial(save_file, state, folder / f"{precision}.safetensors"))
     end_rank()
