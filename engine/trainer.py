@@ -286,7 +286,8 @@ class _Fit:
                 if self.config.log_ids:
                     idlog.append(idlog.path_of(self.out, world.rank, epoch), launch.batch, first=not num_steps)
                 num_steps += launch.num_steps
-                bar.update(num_steps)
+                if num_steps % 50 < launch.num_steps:
+                    bar.update(num_steps)
             return self.watch.stop()
 
     def _timed_evaluate(self, split: str) -> tuple[float, float]:
@@ -396,6 +397,7 @@ def _switches(config: RunConfig) -> dict[str, Any]:
         "precision": config.step.precision,
         "channels_last": config.step.channels_last,
         "compile": config.step.compile,
+        "accumulate": config.step.accumulate,
         "cuda_graphs": config.step.cuda_graphs,
         "steps_per_launch": config.step.steps_per_graph,
         "feed": config.data.feed,
