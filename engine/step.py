@@ -270,6 +270,9 @@ class TrainStep:
                     "use --amp bf16 or lower optim.learning_rate"
                 )
 
+        if len(log_3S.T) and not np.isfinite(log_3S[LOSS]).any():  # fp16, in an epoch of fewer steps than that
+            raise UserError(f"the loss was not finite in any step up to {step}; use --amp bf16")
+
     def read_evaluation(self) -> tuple[float, float, int]:
         """Mean loss, accuracy (0..1) and samples seen over all ranks since the last call. Collective; synchronises."""
         loss, correct, seen = self._world.sum(self._eval_sums).tolist()

@@ -220,6 +220,14 @@ def test_fp16_skips_what_overflows_and_counts_it(small: Records, world: World) -
     assert not torch.equal(next(step.model.parameters()), before[0])
 
 
+def test_an_epoch_without_a_finite_loss_ends_the_run(small: Records, world: World) -> None:
+    """Even in fp16, and in fewer steps than may be skipped in a row."""
+    step = make_step(world, precision="fp16")
+    step.model.register_forward_hook(lambda module, inputs, output: output * float("inf"))
+    with pytest.raises(UserError, match="the loss was not finite in any step up to 1;"):
+        losses(step, small, 1)
+
+
 def test_fp16_trains_ten_steps_as_fp32(small: Records, world: World) -> None:
     wanted, got = (losses(make_step(world, precision=name), small, 10) for name in ("fp32", "fp16"))
     assert got == pytest.approx(wanted, rel=0.02) and got[-1] < 0.8 * got[0]

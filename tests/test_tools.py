@@ -64,6 +64,10 @@ def test_the_gpu_round_runs_dry(command: Command, tmp_path: Path) -> None:
     assert [name.removeprefix("batch 64: ").split(" (")[0] for name in names[:-1]] == rungs
     assert names[-1] == "best at batch 64" and len(set(names)) == len(names)
     assert results["training"]["rows"][-1]["name"] == "test accuracy at batch 8192 less at 512"
+    for line in read_ladder()["expected"]:
+        if line["row"] != "best at batch 2048":
+            measured = [r["name"].removesuffix(": not reached") for r in results[line["file"][4:-5]]["rows"]]
+            assert line["row"] in measured, "a figure that is expected is never measured"
     assert any("fed by dali" in r["name"] for r in results["feeds"]["rows"])
     assert "skipped" in (tmp_path / "tests.txt").read_text() and "hidden waits" in (tmp_path / "verify.txt").read_text()
     assert (tmp_path / "summary.md").read_text().count("## ") == 3 and not (tmp_path / "failures.txt").read_text()

@@ -8,7 +8,7 @@ import torch
 
 from engine.records import Records
 from engine.world import World
-from tests.conftest import Command
+from tests.conftest import Command, assert_refused
 from tests.test_launches import session
 from tools.bench import doctor as examined
 from tools.bench.doctor import doctor, host_reads
@@ -76,6 +76,11 @@ def test_harmful_settings_are_named_with_a_remedy(
 def test_a_bad_finding_ends_with_1(command: Command) -> None:
     done = command("tools/verify", "doctor", "--device", "cpu", TORCH_DISTRIBUTED_DEBUG="DETAIL")
     assert done.returncode == 1 and "BAD   TORCH_DISTRIBUTED_DEBUG" in done.stdout
+
+
+def test_a_precision_that_cannot_be_had_is_refused(command: Command) -> None:
+    done = command("tools/verify", "parity", "--device", "cpu", "--precision", "tf32")
+    assert_refused(done, "TF32 is not used", "name another --precision")
 
 
 @pytest.mark.parametrize("group", GROUPS)

@@ -1,4 +1,4 @@
-"""python3 -m tools.gpu: everything that only a GPU can show, as one offline command of some 8 minutes.
+"""python3 -m tools.gpu: everything that only a GPU can show, as one offline command, planned for 8 minutes.
 
 Its parts leave a folder of evidence: the tests marked gpu (tests.txt), tools/verify (verify.txt), the ladder of the
 step (gpu_ladder.json), training to the study's accuracy and to the end (gpu_training.json), what the feeds carry, DALI
@@ -86,10 +86,8 @@ def main(npz: Path | None, out: Path, device: str, quick: bool) -> None:
         records = records_from_npz(npz) if npz else None
         out.mkdir(parents=True, exist_ok=True)
         (out / "summary.md").unlink(missing_ok=True)
-        part(
-            "tests",
-            lambda: _command(out / "tests.txt", TESTS_S, "pytest", "-q", "-m", "gpu", "-rs", "tests/test_gpu.py"),
-        )
+        tests = ("-q", "-m", "gpu", "-rs", "tests/test_gpu.py")
+        part("tests", lambda: _command(out / "tests.txt", TESTS_S, "pytest", *tests))
         few = ("doctor",) if quick else ()
         part("verify", lambda: _command(out / "verify.txt", VERIFY_S, "tools.verify", *few, f"--device={device}"))
         with start_world(device) as world, world.on_stream():
@@ -145,7 +143,7 @@ def _training(shared: Round) -> None:
     for name, settings in recipes.items():
         report = _train(shared, settings)
         if name == "until":
-            goal = f"time to {STUDY_ACCURACY:.2%} validation accuracy"
+            goal = f"time to {100 * STUDY_ACCURACY:.2f} % validation accuracy"
             rows.append(row(goal, [report.time_to_target_s or float(report.train_s)], "s"))
             if report.time_to_target_s is None:
                 rows[-1]["name"] += ": not reached"
@@ -171,7 +169,7 @@ def _feeds(shared: Round) -> list[str]:
     """The feeds without a step, and the step fed by DALI, last: its threads would disturb a capture."""
     rows, failures = [], []
     batch = 64 if shared.quick else 2048
-    for feed in ("resident", "loader_batched", *(["dali"] if find_spec("nvidia.dali") else [])):
+    for feed in ("resident", "loader_batched", *(["dali"] if has_dali() else [])):
         settings = {"step.precision": "bf16", "data.feed": feed, "global_batch": batch}
         session = open_session(override(RunConfig(), settings, feed), shared.records, shared.world)
         try:
@@ -180,7 +178,7 @@ def _feeds(shared: Round) -> list[str]:
             )
         finally:
             session.close()
-    if find_spec("nvidia.dali"):
+    if has_dali():
         cells = [
             Cell("fed by dali", override(RunConfig(), FAST | {"data.feed": "dali", "global_batch": batch}, "dali"))
         ]
@@ -190,6 +188,14 @@ def _feeds(shared: Round) -> list[str]:
             cell.close()
     shared.write("gpu_feeds", "Feeds", rows)
     return failures
+
+
+def has_dali() -> bool:
+    """Whether it can be imported; find_spec raises where nothing of nvidia's is installed."""
+    try:
+        return find_spec("nvidia.dali") is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def _carried(feed: Any, shared: Round) -> float:

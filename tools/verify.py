@@ -17,8 +17,6 @@ from engine.report import read_report
 from engine.sample import sample_path
 
 ROWS_READ = 4096
-
-
 DEVICE = click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: cuda where there is a GPU]")
 
 

@@ -13,7 +13,6 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from itertools import count
 from statistics import median
 
 import torch
@@ -25,12 +24,7 @@ from engine.report import ROOT
 from engine.sample import ensure_sample
 from engine.trainer import Session, open_session
 from engine.world import start_world
-
-
-def engine(session: Session) -> Iterator[object]:
-    """A step at each iteration."""
-    for epoch in count():
-        yield from session.step.train_epoch(session.feed, epoch)
+from tools.bench.measure import endless
 
 
 def bare(session: Session, records: Records, batch_size: int) -> Iterator[object]:
@@ -66,7 +60,7 @@ def main(batch_size: int, rounds: int, num_steps: int) -> dict[str, list[float]]
     with start_world("cpu") as world:
         records = open_records(ensure_sample(world))
         session = open_session(override(config, {"global_batch": batch_size}, "minimal"), records, world)
-        sides = {"engine": engine(session), "bare": bare(session, records, batch_size)}
+        sides = {"engine": endless(session), "bare": bare(session, records, batch_size)}
         found: dict[str, list[float]] = {name: [] for name in sides}
         for number in range(rounds + 1):
             for name in sorted(sides, reverse=bool(number % 2)):

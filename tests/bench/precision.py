@@ -1,17 +1,15 @@
 """bf16 against fp32: the default recipe on the same records, trained with both from the same seeds, pair by pair."""
 
-import json
-import subprocess
-import sys
 import tempfile
+from itertools import product
 from math import sqrt
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
 
 import click
 
-from engine.report import ROOT, Environment
+from engine.report import Environment
+from tests.bench.fullsize import train
 from tools.bench.results import claim, row, write_result
 
 SIDES = {"fp32": (), "bf16": ("--amp",)}
@@ -19,23 +17,14 @@ STUDENT_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.3
 """97.5 % quantile of Student's t with n - 1 degrees of freedom, by the number n of pairs."""
 
 
-def train(data: Path, seed: int, flags: tuple[str, ...], extra: tuple[str, ...]) -> dict[str, Any]:
-    """The report of one run in a process of its own."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "engine.run", f"--data={data}", f"--seed={seed}", f"--out={folder}/run"]
-        subprocess.run([*command, *flags, *extra], cwd=ROOT, check=True)
-        report: dict[str, Any] = json.loads((Path(folder) / "run" / "report.json").read_text())
-    return report
-
-
 def bench(out: Path, data: Path, pairs: int, extra: tuple[str, ...] = ()) -> None:
     """Measure and write OUT/cpu_precision.json; `extra` flags shorten a smoke run."""
     accuracy: dict[str, list[float]] = {name: [] for name in SIDES}
-    for seed in range(1, pairs + 1):
-        for name, flags in SIDES.items():
-            report = train(data, seed, flags, extra)
-            assert report["effective"]["precision"] == name, f"{name} cannot be had here: {report['notes']}"
-            accuracy[name].append(100 * report["test_accuracy_fraction"])
+    for seed, (name, flags) in product(range(1, pairs + 1), SIDES.items()):
+        with tempfile.TemporaryDirectory() as folder:
+            report = train(data, (f"--seed={seed}", *flags, *extra), Path(folder) / "run")
+        assert report["effective"]["precision"] == name, f"{name} cannot be had here: {report['notes']}"
+        accuracy[name].append(100 * report["test_accuracy_fraction"])
     points = [b - a for a, b in zip(accuracy["fp32"], accuracy["bf16"], strict=True)]
     half = STUDENT_T[pairs] * stdev(points) / sqrt(pairs)
     low, high = mean(points) - half, mean(points) + half

@@ -85,11 +85,7 @@ def climb(
         for cell in cells:
             try:
                 cell.repeat(seconds) if number else cell.open(records, world)
-            except (
-                RuntimeError,
-                UserError,
-                AssertionError,
-            ) as error:  # out of memory, no compiler, refused capture ...
+            except (RuntimeError, UserError, AssertionError) as error:  # out of memory, refused capture, ...
                 failures.append(f"{cell.name}: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
                 cell.close()
     return failures
@@ -107,11 +103,11 @@ def joules(session: Session, seconds: float) -> float | None:
     nvml = clock.Nvml(session.world.device)
     steps = ceil(seconds * measure(session, session.step.steps_per_launch).samples_per_s / session.config.global_batch)
     before_j = nvml.energy_j()
-    measure(session, steps)
+    measured = measure(session, steps)
     after_j = nvml.energy_j()
     if before_j is None or after_j is None:
         return None
-    return (after_j - before_j) / (steps * session.config.global_batch) * 1000
+    return (after_j - before_j) / (len(measured.step_ms_S) * session.config.global_batch) * 1000
 
 
 def rows_of(cells: list[Cell]) -> list[dict[str, Any]]:
@@ -121,5 +117,6 @@ def rows_of(cells: list[Cell]) -> list[dict[str, Any]]:
     for batch in sorted({cell.config.global_batch for cell in measured}):
         own = [r for r, c in zip(rows, measured, strict=True) if c.config.global_batch == batch]
         real = [r for r in own if "synthetic" not in r["name"]]
-        rows.append(max(real, key=lambda r: float(r["value"])) | {"name": f"best at batch {batch}"})
+        if real:
+            rows.append(max(real, key=lambda r: float(r["value"])) | {"name": f"best at batch {batch}"})
     return rows

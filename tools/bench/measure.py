@@ -34,7 +34,7 @@ class Measured:
 
 def measure(session: Session, num_steps: int) -> Measured:
     """Train at least `num_steps` steps on the clock, in whole launches; call inside world.on_stream()."""
-    launches = _endless(session)
+    launches = endless(session)
     for _ in islice(launches, NUM_UNTIMED):
         pass
     session.world.synchronize()
@@ -87,7 +87,8 @@ def profile_session(session: Session, num_steps: int) -> dict[str, Any]:
     return describe(session, measured, nvml, used_j)
 
 
-def _endless(session: Session) -> Iterator[Launch]:
+def endless(session: Session) -> Iterator[Launch]:
+    """Launches without end, epoch after epoch."""
     for epoch in count():
         yield from session.step.train_epoch(session.feed, epoch)
 

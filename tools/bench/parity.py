@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from engine.checkpoint import Position, load_checkpoint, save_checkpoint
 from engine.config import RunConfig, override
+from engine.errors import UserError
 from engine.records import Records, open_records
 from engine.report import ROOT
 from engine.sample import ensure_sample
@@ -102,7 +103,8 @@ def train(session: Session, epochs: range) -> list[np.ndarray]:
 def trained(config: RunConfig, records: Records, world: World) -> State:
     session = open_session(config, records, world)
     try:
-        assert session.config.step == config.step, f"not what was asked for: {session.notes}"
+        if session.config.step != config.step:
+            raise UserError(f"parity cannot be shown here: {session.notes[0]}; name another --precision or --device")
         return state_of(session.step, train(session, range(EPOCHS)))
     finally:
         session.close()
