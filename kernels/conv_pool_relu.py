@@ -1,0 +1,250 @@
+"""First layer in one kernel: y = relu(max_pool2d(conv2d(image / 255, weight, padding=1) + bias, 2)), one input channel.
+
+A pooled position sees 4x4 pixels, which are 16, the smallest depth of a tensor-core product: its four candidates are
+four products of those pixels with the 3x3 weights, put where each candidate's window lies in the 4x4. Pixels enter as
+the integers 0..255, exact in bf16 and fp16, and the sum is scaled by 1/255, so it is rounded less than PyTorch's.
+
+Backward has the image, the pooled gradient and the code, and no input gradient: for each place in the window the
+gradient of the positions won there, times their 4x4 pixels; the four 16 x C sums fold into 9 x C weight gradients.
+
+Bytes a sample (28x28, C = 32, bf16): forward reads 784 and writes 12,544 + 2,352 of code; backward reads all three.
+
+Shapes: B samples, H x W pixels, P = B (H // 2) (W // 2) pooled positions, C channels, G = C / 32 groups.
+"""
+
+from typing import Any
+
+import torch
+import triton
+from torch.nn import functional
+from torch.nn.grad import conv2d_weight
+from triton import language as tl
+
+from kernels.launch import (
+    FLOATS,
+    check,
+    check_channels,
+    on_triton,
+    pool_reference,
+    share,
+    start,
+    unpool_reference,
+)
+from kernels.pool import LANES, better, load_code, store_code
+
+BLOCK = 128
+"""Pooled positions a program takes at once."""
+SCALE = tl.constexpr(1 / 255)
+
+
+def conv_pool_relu_reference(
+    image_BHW: torch.Tensor, weight_C133: torch.Tensor, bias_C: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(y_BCYX, code), computed in the weights' type."""
+    x_B1HW = image_BHW[:, None].to(weight_C133.dtype) / 255
+    y_BCYX, code_3PG = pool_reference(functional.conv2d(x_B1HW, weight_C133, padding=1), bias_C)
+    return y_BCYX.to(dtype).contiguous(memory_format=torch.channels_last), code_3PG
+
+
+def conv_pool_relu_backward_reference(
+    grad_BCYX: torch.Tensor, code_3PG: torch.Tensor, image_BHW: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of weight [C, 1, 3, 3] and bias [C], computed and given in `dtype`."""
+    x_B1HW = image_BHW[:, None].to(dtype) / 255
+    grad_BCHW, grad_bias_C = unpool_reference(grad_BCYX.to(dtype), code_3PG, *image_BHW.shape[1:])
+    grad_weight = conv2d_weight(x_B1HW, (grad_BCYX.shape[1], 1, 3, 3), grad_BCHW, padding=1)
+    return grad_weight, grad_bias_C
+
+
+@triton.jit
+def _patches(image_ptr, position, real, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """[BLOCK, 16]: the 4x4 pixels of each pooled position, 0 outside the image."""
+    per_image: tl.constexpr = (HEIGHT // 2) * (WIDTH // 2)
+    sample, rest = position // per_image, position % per_image
+    tap = tl.arange(0, 16)[None, :]
+    row = (rest // (WIDTH // 2) * 2 - 1)[:, None] + tap // 4
+    column = (rest % (WIDTH // 2) * 2 - 1)[:, None] + tap % 4
+    inside = real[:, None] & (row >= 0) & (row < HEIGHT) & (column >= 0) & (column < WIDTH)
+    return tl.load(image_ptr + sample[:, None] * (HEIGHT * WIDTH) + row * WIDTH + column, mask=inside, other=0)
+
+
+@triton.jit
+def _placed(weight_ptr, channel, PLACE: tl.constexpr):
+    """[16, 32]: the 3x3 weights where they lie in the 4x4 pixels for the candidate at PLACE = 2 y + x, 0 elsewhere."""
+    tap = tl.arange(0, 16)[:, None]
+    row, column = tap // 4 - PLACE // 2, tap % 4 - PLACE % 2
+    inside = (row >= 0) & (row < 3) & (column >= 0) & (column < 3)
+    return tl.load(weight_ptr + channel[None, :] * 9 + row * 3 + column, mask=inside, other=0.0)
+
+
+@triton.jit
+def _forward(
+    image_ptr, weight_ptr, bias_ptr, y_ptr, code_ptr, num_positions,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, TURNS: tl.constexpr,
+):  # fmt: skip
+    dtype = y_ptr.dtype.element_ty
+    group = tl.program_id(1)
+    channel = group * LANES + tl.arange(0, LANES)
+    bias = tl.load(bias_ptr + channel).to(tl.float32)[None, :]
+    weight_0, weight_1 = _placed(weight_ptr, channel, 0).to(dtype), _placed(weight_ptr, channel, 1).to(dtype)
+    weight_2, weight_3 = _placed(weight_ptr, channel, 2).to(dtype), _placed(weight_ptr, channel, 3).to(dtype)
+    for number in range(TURNS):
+        position = (tl.program_id(0) + number * tl.num_programs(0)) * BLOCK + tl.arange(0, BLOCK)
+        real = position < num_positions
+        pixels = _patches(image_ptr, position, real, HEIGHT, WIDTH).to(dtype)
+        best = tl.dot(pixels, weight_0, input_precision="ieee")
+        winner = tl.zeros([BLOCK, LANES], tl.int32)
+        best, winner = better(best, winner, tl.dot(pixels, weight_1, input_precision="ieee"), 1)
+        best, winner = better(best, winner, tl.dot(pixels, weight_2, input_precision="ieee"), 2)
+        best, winner = better(best, winner, tl.dot(pixels, weight_3, input_precision="ieee"), 3)
+        y = best * SCALE + bias
+        passes = ~(y <= 0)
+        tl.store(y_ptr + position[:, None] * CHANNELS + channel[None, :], tl.where(passes, y, 0.0), mask=real[:, None])
+        num_words = num_positions * (CHANNELS // LANES)
+        store_code(code_ptr, winner, passes, position * (CHANNELS // LANES) + group, num_words, real)
+
+
+@triton.jit
+def _fold(sum_16C, PLACE: tl.constexpr):
+    """[16, 32] sums over 4x4 pixels -> the 9 weights' rows, for the candidates at PLACE; rows 9 to 15 are 0."""
+    weight, tap = tl.arange(0, 16)[:, None], tl.arange(0, 16)[None, :]
+    lies_at = (weight // 3 + PLACE // 2) * 4 + weight % 3 + PLACE % 2
+    return tl.dot(((tap == lies_at) & (weight < 9)).to(tl.float32), sum_16C, input_precision="ieee")
+
+
+@triton.jit
+def _backward(
+    grad_ptr, code_ptr, image_ptr, partial_ptr, num_positions,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, TURNS: tl.constexpr,
+):  # fmt: skip
+    """partial [programs, 16, C] fp32: rows 0 to 8 the weights' gradients, row 9 the bias's."""
+    dtype = grad_ptr.dtype.element_ty
+    group = tl.program_id(1)
+    channel = group * LANES + tl.arange(0, LANES)
+    sum_0, sum_1 = tl.zeros([16, LANES], tl.float32), tl.zeros([16, LANES], tl.float32)
+    sum_2, sum_3 = tl.zeros([16, LANES], tl.float32), tl.zeros([16, LANES], tl.float32)
+    bias_sum = tl.zeros([LANES], tl.float32)
+    for number in range(TURNS):
+        position = (tl.program_id(0) + number * tl.num_programs(0)) * BLOCK + tl.arange(0, BLOCK)
+        real = position < num_positions
+        pixels = tl.trans(_patches(image_ptr, position, real, HEIGHT, WIDTH).to(dtype))
+        num_words = num_positions * (CHANNELS // LANES)
+        winner, passes = load_code(code_ptr, position * (CHANNELS // LANES) + group, num_words, real)
+        grad = tl.load(grad_ptr + position[:, None] * CHANNELS + channel[None, :], mask=real[:, None], other=0.0)
+        grad = tl.where(passes, grad.to(tl.float32), 0.0)
+        bias_sum += tl.sum(grad, 0)
+        sum_0 = tl.dot(pixels, tl.where(winner == 0, grad, 0.0).to(dtype), sum_0, input_precision="ieee")
+        sum_1 = tl.dot(pixels, tl.where(winner == 1, grad, 0.0).to(dtype), sum_1, input_precision="ieee")
+        sum_2 = tl.dot(pixels, tl.where(winner == 2, grad, 0.0).to(dtype), sum_2, input_precision="ieee")
+        sum_3 = tl.dot(pixels, tl.where(winner == 3, grad, 0.0).to(dtype), sum_3, input_precision="ieee")
+    total = (_fold(sum_0, 0) + _fold(sum_1, 1) + _fold(sum_2, 2) + _fold(sum_3, 3)) * SCALE
+    tap = tl.arange(0, 16)[:, None]
+    total = tl.where(tap == 9, bias_sum[None, :], total)
+    tl.store(partial_ptr + (tl.program_id(0) * 16 + tap) * CHANNELS + channel[None, :], total)
+
+
+@triton.jit
+def _add_partials(
+    partial_ptr, grad_weight_ptr, grad_bias_ptr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, PARTIALS: tl.constexpr
+):
+    """A program for each of the rows 0 to 9; always in the same order, so that the sum is the same to the bit."""
+    row = tl.program_id(0)
+    channel = tl.program_id(1) * LANES + tl.arange(0, LANES)
+    total = tl.zeros([BLOCK, LANES], tl.float32)
+    for first in range(0, PARTIALS, BLOCK):
+        number = first + tl.arange(0, BLOCK)[:, None]
+        place = (number * 16 + row) * CHANNELS + channel[None, :]
+        total += tl.load(partial_ptr + place, mask=number < PARTIALS, other=0.0)
+    if row < 9:
+        tl.store(grad_weight_ptr + channel * 9 + row, tl.sum(total, 0))
+    else:
+        tl.store(grad_bias_ptr + channel, tl.sum(total, 0))
+
+
+@torch.library.custom_op("tmnist::conv_pool_relu", mutates_args=())
+def _op(
+    image_BHW: torch.Tensor, weight_C133: torch.Tensor, bias_C: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    check("image", image_BHW, (torch.uint8,), (None, None, None), image_BHW)
+    (_, height, width), channels = image_BHW.shape, len(bias_C)
+    check("weight", weight_C133, (torch.float32, torch.float64), (channels, 1, 3, 3), image_BHW)
+    check("bias", bias_C, (weight_C133.dtype,), (channels,), image_BHW)
+    check_channels(channels)
+    if not on_triton(image_BHW):
+        return conv_pool_relu_reference(image_BHW, weight_C133, bias_C, dtype)
+    y_BCYX, code_3PG = _fake(image_BHW, weight_C133, bias_C, dtype)
+    check("y", y_BCYX, FLOATS, (None, None, None, None), image_BHW)
+    num_positions, groups = code_3PG.shape[1:]
+    programs, turns = share(image_BHW, num_positions, BLOCK, 8)
+    tensors = (image_BHW.contiguous(), weight_C133.contiguous(), bias_C, y_BCYX, code_3PG)
+    sizes = {"HEIGHT": height, "WIDTH": width, "CHANNELS": channels, "BLOCK": BLOCK, "TURNS": turns}
+    start(_forward, (programs, groups), *tensors, num_positions, **sizes)
+    return y_BCYX, code_3PG
+
+
+@_op.register_fake
+def _fake(
+    image_BHW: torch.Tensor, weight_C133: torch.Tensor, bias_C: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    (batch_size, height, width), channels = image_BHW.shape, weight_C133.shape[0]
+    y_BYXC = image_BHW.new_empty((batch_size, height // 2, width // 2, channels), dtype=dtype)
+    num_positions = batch_size * (height // 2) * (width // 2)
+    return y_BYXC.permute(0, 3, 1, 2), image_BHW.new_empty((3, num_positions, channels // 32), dtype=torch.int32)
+
+
+@torch.library.custom_op("tmnist::conv_pool_relu_backward", mutates_args=())
+def _backward_op(
+    grad_BCYX: torch.Tensor, code_3PG: torch.Tensor, image_BHW: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if not on_triton(image_BHW):
+        return conv_pool_relu_backward_reference(grad_BCYX, code_3PG, image_BHW, dtype)
+    grad_weight, grad_bias = _backward_fake(grad_BCYX, code_3PG, image_BHW, dtype)
+    (_, channels, _, _), (_, height, width) = grad_BCYX.shape, image_BHW.shape
+    num_positions, groups = code_3PG.shape[1:]
+    programs, turns = share(image_BHW, num_positions, BLOCK, 4)
+    partial = image_BHW.new_empty((programs, 16, channels), dtype=torch.float32)
+    grad_BCYX = grad_BCYX.contiguous(memory_format=torch.channels_last)
+    tensors = (grad_BCYX, code_3PG, image_BHW.contiguous(), partial)
+    sizes = {"HEIGHT": height, "WIDTH": width, "CHANNELS": channels, "BLOCK": BLOCK, "TURNS": turns}
+    start(_backward, (programs, groups), *tensors, num_positions, **sizes)
+    sizes = {"CHANNELS": channels, "BLOCK": 64, "PARTIALS": programs}
+    start(_add_partials, (10, groups), partial, grad_weight, grad_bias, **sizes)
+    return grad_weight, grad_bias
+
+
+@_backward_op.register_fake
+def _backward_fake(
+    grad_BCYX: torch.Tensor, code_3PG: torch.Tensor, image_BHW: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    channels = grad_BCYX.shape[1]
+    return grad_BCYX.new_empty((channels, 1, 3, 3), dtype=dtype), grad_BCYX.new_empty((channels,), dtype=dtype)
+
+
+def _save(ctx: Any, inputs: tuple[torch.Tensor, ...], output: tuple[torch.Tensor, ...]) -> None:
+    ctx.save_for_backward(output[1], inputs[0])
+    ctx.dtype = inputs[1].dtype
+
+
+def _differentiate(ctx: Any, grad_BCYX: torch.Tensor, _: None) -> tuple[object, ...]:
+    code_3PG, image_BHW = ctx.saved_tensors
+    return None, *_backward_op(grad_BCYX, code_3PG, image_BHW, ctx.dtype), None
+
+
+_op.register_autograd(_differentiate, setup_context=_save)
+
+
+def conv_pool_relu(
+    image_BHW: torch.Tensor, weight_C133: torch.Tensor, bias_C: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """relu(max_pool2d(conv2d(image / 255, weight, padding=1) + bias, 2)).
+
+    Args:
+        image_BHW: uint8.
+        weight_C133, bias_C: fp32; C a multiple of 32. (On a CPU, by the reference, also fp64.)
+        dtype: fp32, bf16 or fp16, that of the products and of the result; sums are fp32.
+    Returns:
+        [B, C, H // 2, W // 2] in channels-last memory; differentiable in weight and bias.
+    Raises:
+        ValueError: a shape, type or device does not fit.
+    """
+    return _op(image_BHW, weight_C133, bias_C, dtype)[0]

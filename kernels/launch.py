@@ -1,0 +1,120 @@
+"""What the kernels share: where they run, checks that are sentences, and the one place that starts them.
+
+On CUDA tensors a kernel runs, on CPU tensors its reference does, unless Triton's interpreter is on (TRITON_INTERPRET=1
+before the import): then the kernel runs everywhere, slowly, for proofs.
+
+A *code* is what a pool keeps for its backward: for each pooled position and channel two bits that name the winner of
+four, 2 y + x in its window, and one that says whether the ReLU let it pass. 32 channels are a word: int32
+[3, positions, channels / 32], the planes being the winner's low bits, its high bits, and the passing bits.
+
+Shapes: B samples, H x W pixels, P pooled positions of all samples, C channels, G = C / 32 groups.
+"""
+
+from typing import Any
+
+import torch
+import triton
+
+INTERPRETED: bool = triton.knobs.runtime.interpret
+LANES = 32
+"""Channels of a group: one bit each in a word of the code."""
+LARGEST = 2**31
+"""Elements that 32-bit offsets reach."""
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def on_triton(tensor: torch.Tensor) -> bool:
+    """Whether the kernel runs for this tensor, rather than its reference."""
+    return tensor.is_cuda or INTERPRETED
+
+
+def start(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+    """Start a kernel on the current stream."""
+    kernel[grid](*args, **constants)
+
+
+def share(tensor: torch.Tensor, num_items: int, block: int, per_processor: int) -> tuple[int, int]:
+    """(programs, turns of each) that walk over items in blocks: at most so many programs a multiprocessor.
+
+    Turns are a constant of the kernel: with numpy 2.4 the interpreter cannot loop to a number it reads. There, programs
+    are three, so that each takes several turns.
+    """
+    num_blocks = -(-num_items // block)
+    processors = torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 0
+    programs = min(num_blocks, per_processor * processors or 3)
+    return programs, -(-num_blocks // programs)
+
+
+def check(
+    name: str,
+    tensor: torch.Tensor,
+    dtypes: tuple[torch.dtype, ...],
+    shape: tuple[int | None, ...],
+    like: torch.Tensor,
+    any_size: bool = False,
+) -> None:
+    """Raise ValueError with a sentence unless the tensor has one of the types, the shape (None: any size), and like's
+    device.
+
+    It must also be reached by 32-bit offsets, but for `any_size`.
+    """
+    fits = len(shape) == tensor.dim() and all(
+        want in (None, got) for want, got in zip(shape, tensor.shape, strict=True)
+    )
+    if not fits:
+        wanted = "[" + ", ".join("any" if size is None else str(size) for size in shape) + "]"
+        raise ValueError(f"{name} has shape {list(tensor.shape)}; give {wanted}")
+    if tensor.dtype not in dtypes:
+        raise ValueError(f"{name} is {tensor.dtype}; give {' or '.join(map(str, dtypes))}")
+    if tensor.device != like.device:
+        raise ValueError(f"{name} is on {tensor.device}; move it to {like.device}")
+    if tensor.numel() >= LARGEST and not any_size:
+        raise ValueError(f"{name} has {tensor.numel():,} elements; give fewer than 2^31, e.g. a smaller batch")
+
+
+def check_channels(num_channels: int) -> None:
+    if num_channels % LANES:
+        raise ValueError(f"{num_channels} channels are not a multiple of {LANES}; leave this kernel off for them")
+
+
+def pack_code(winner_PC: torch.Tensor, passes_PC: torch.Tensor) -> torch.Tensor:
+    """The code of winners 0..3 and passing bits, in PyTorch."""
+    lane = torch.arange(LANES, device=winner_PC.device)
+    planes = torch.stack([winner_PC & 1, winner_PC >> 1, passes_PC.long()]).view(3, len(winner_PC), -1, LANES)
+    return (planes << lane).sum(3).to(torch.int32)  # bit 31 wraps into the sign
+
+
+def unpack_code(code_3PG: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(winner_PC int64 in 0..3, passes_PC bool), in PyTorch."""
+    lane = torch.arange(LANES, device=code_3PG.device)
+    low, high, passes = (code_3PG.long()[..., None] >> lane & 1).flatten(2)
+    return low + 2 * high, passes.bool()
+
+
+def pool_reference(x_BCHW: torch.Tensor, bias_C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(relu(max_pool2d(x, 2) + bias) as [B, C, H / 2, W / 2], its code); of equal values the first wins, NaN always."""
+    batch_size, channels, height, width = x_BCHW.shape
+    window = x_BCHW[:, :, : height // 2 * 2, : width // 2 * 2].reshape(
+        batch_size, channels, height // 2, 2, width // 2, 2
+    )
+    four_BCYX4 = window.permute(0, 1, 2, 4, 3, 5).flatten(4)
+    winner = four_BCYX4.argmax(4)  # the first of equals, by its documentation
+    y = four_BCYX4.amax(4) + bias_C.to(x_BCHW.dtype)[:, None, None]
+    passes = ~(y <= 0)
+    rows = [t.permute(0, 2, 3, 1).reshape(-1, channels) for t in (winner, passes)]
+    return torch.where(passes, y, 0), pack_code(*rows)
+
+
+def unpool_reference(
+    grad_BCYX: torch.Tensor, code_3PG: torch.Tensor, height: int, width: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(gradient of x [B, C, H, W], of the bias [C]) of pool_reference."""
+    batch_size, channels, rows, columns = grad_BCYX.shape
+    shape = (batch_size, rows, columns, channels)
+    winner, passes = (t.view(shape).permute(0, 3, 1, 2) for t in unpack_code(code_3PG))
+    live = torch.where(passes, grad_BCYX, 0)
+    four = torch.where(winner[..., None] == torch.arange(4, device=live.device), live[..., None], 0)
+    window = four.view(batch_size, channels, rows, columns, 2, 2).permute(0, 1, 2, 4, 3, 5)
+    grad = torch.zeros(batch_size, channels, height, width, dtype=live.dtype, device=live.device)
+    grad[:, :, : 2 * rows, : 2 * columns] = window.reshape(batch_size, channels, 2 * rows, 2 * columns)
+    return grad, live.sum((0, 2, 3))
