@@ -94,11 +94,31 @@ class StepConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KernelConfig:
+    use: Literal["off", "triton", "compile", "auto"] = "off"
+    """Where fused code comes from: kernels/, torch.compile, or (auto) the one that a result file shows ahead."""
+    gather_warp: bool = True
+    """With triton: this one of kernels/, too. Batches of the resident feed, and the warp of augmented images."""
+    conv_pool_relu: bool = True
+    """The first layer, from uint8 pixels."""
+    bias_pool_relu: bool = True
+    """What follows the second layer's convolution."""
+    softmax_cross_entropy: bool = True
+    """Loss, its gradient and the right answers."""
+
+    @property
+    def fused(self) -> frozenset[str]:
+        """The names of those that are used."""
+        return frozenset(name for name, on in asdict(self).items() if on is True and self.use == "triton")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     optim: OptimConfig = OptimConfig()
     step: StepConfig = StepConfig()
+    kernels: KernelConfig = field(default=KernelConfig(), metadata=ENVIRONMENT)
     global_batch: int = 512
     """Samples of all ranks together in one step."""
     augment: AugmentConfig = AugmentConfig()

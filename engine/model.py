@@ -3,6 +3,8 @@
 Shapes: B samples, C channels, H x W pixels, K classes.
 """
 
+from typing import cast
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -19,20 +21,46 @@ class GlyphNet(nn.Module):
     the maximum of four and the ReLU commute, forward and gradient are bit-identical, and the ReLU reads a quarter.
     """
 
-    def __init__(self, height: int, width: int, num_classes: int, *, relu_after_pool: bool) -> None:
+    def __init__(
+        self,
+        height: int,
+        width: int,
+        num_classes: int,
+        *,
+        relu_after_pool: bool,
+        fused: frozenset[str] = frozenset(),
+    ) -> None:
+        """`fused`: those of kernels.NAMES that compute layers; with conv_pool_relu images are uint8, unscaled."""
         super().__init__()
         self.relu_after_pool = relu_after_pool
+        self.fused = fused
         self.conv1 = nn.Conv2d(1, CONV1_CHANNELS, 3, padding=1)
         self.conv2 = nn.Conv2d(CONV1_CHANNELS, CONV2_CHANNELS, 3, padding=1)
         self.fc1 = nn.Linear(CONV2_CHANNELS * (height // 4) * (width // 4), HIDDEN)
         self.fc2 = nn.Linear(HIDDEN, num_classes)
 
     def forward(self, image_B1HW: torch.Tensor) -> torch.Tensor:
-        """Logits [B, K] of images scaled to 0..1."""
-        x_BCHW = self._relu_pool(self.conv1(image_B1HW))
-        x_BCHW = self._relu_pool(self.conv2(x_BCHW))
+        """Logits [B, K] of images scaled to 0..1 (or of pixels: see `fused`)."""
+        x_BCHW = self._second(self._first(image_B1HW))
         logits_BK: torch.Tensor = self.fc2(functional.relu(self.fc1(x_BCHW.flatten(1))))
         return logits_BK
+
+    def _first(self, image_B1HW: torch.Tensor) -> torch.Tensor:
+        if "conv_pool_relu" not in self.fused:
+            return self._relu_pool(self.conv1(image_B1HW))
+        from kernels.conv_pool_relu import conv_pool_relu
+
+        device = image_B1HW.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+        return conv_pool_relu(image_B1HW[:, 0], self.conv1.weight, cast(torch.Tensor, self.conv1.bias), dtype)
+
+    def _second(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        if "bias_pool_relu" not in self.fused:
+            return self._relu_pool(self.conv2(x_BCHW))
+        from kernels.bias_pool_relu import bias_pool_relu
+
+        x_BCHW = functional.conv2d(x_BCHW, self.conv2.weight, padding=1)
+        return bias_pool_relu(x_BCHW, cast(torch.Tensor, self.conv2.bias))
 
     def _relu_pool(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         if self.relu_after_pool:
@@ -40,11 +68,13 @@ class GlyphNet(nn.Module):
         return functional.max_pool2d(functional.relu(x_BCHW), 2)
 
 
-def make_model(config: ModelConfig, height: int, width: int, num_classes: int, seed: int) -> GlyphNet:
+def make_model(
+    config: ModelConfig, height: int, width: int, num_classes: int, seed: int, fused: frozenset[str] = frozenset()
+) -> GlyphNet:
     """The network on the CPU, its weights a function of `seed` alone; the global random state is not touched."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return GlyphNet(height, width, num_classes, relu_after_pool=config.name == "fast")
+        return GlyphNet(height, width, num_classes, relu_after_pool=config.name == "fast", fused=fused)
 
 
 def flops_per_image(height: int, width: int, num_classes: int) -> int:

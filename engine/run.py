@@ -7,10 +7,11 @@ from typing import Any, get_args, get_type_hints
 
 import click
 
-from engine.config import DataConfig, RunConfig, load_toml, override, parse_assignments
+from engine.config import DataConfig, KernelConfig, RunConfig, load_toml, override, parse_assignments
 from engine.errors import UserError, exit_on_user_error
 
 FEEDS = list(get_args(get_type_hints(DataConfig)["feed"]))
+KERNELS = list(get_args(get_type_hints(KernelConfig)["use"]))
 ORDERS = list(get_args(get_type_hints(DataConfig)["order"]))
 
 
@@ -22,6 +23,9 @@ ORDERS = list(get_args(get_type_hints(DataConfig)["order"]))
 @click.option("--steps-per-graph", type=click.IntRange(1, 64), metavar="K", help="Steps in one launch.  [default: 1]")
 @click.option("--compile", type=click.Choice(["off", "default", "max-autotune"]), is_flag=False, flag_value="default",
               help="torch.compile in this mode; alone: default.")  # fmt: skip
+@click.option(
+    "--kernels", type=click.Choice(KERNELS), help="Fused code: kernels/ (triton), torch.compile, or the best."
+)
 @click.option("--accumulate", type=click.IntRange(1), help="Parts of a rank's batch before the one update.")
 @click.option("--channels-last/--no-channels-last", default=None, help="NHWC memory format.")
 @click.option("--feed", type=click.Choice(FEEDS), help="The road the batches take.")
@@ -72,7 +76,8 @@ def _settings(flags: dict[str, Any], world_size: int) -> dict[str, Any]:
     """Flags that were given, as settings."""
     names = {"amp": "step.precision", "cuda_graphs": "step.cuda_graphs", "steps_per_graph": "step.steps_per_graph",
              "compile": "step.compile", "accumulate": "step.accumulate", "channels_last": "step.channels_last",
-             "feed": "data.feed", "order": "data.order", "data": "data.path", "batch_size": "global_batch"}  # fmt: skip
+             "kernels": "kernels.use", "feed": "data.feed", "order": "data.order", "data": "data.path",
+             "batch_size": "global_batch"}  # fmt: skip
     given = {names.get(flag, flag): value for flag, value in flags.items() if value is not None}
     if flags["data"]:
         given["data.path"] = str(Path(flags["data"]).absolute())  # a run is resumed from any folder

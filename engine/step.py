@@ -80,21 +80,32 @@ class Objective(torch.nn.Module):
         self.model = model
         self._channels_last = config.step.channels_last
         self._smoothing = config.optim.label_smoothing
+        self._fused_loss = "softmax_cross_entropy" in config.kernels.fused
         self._device_type, self._dtype = device.type, _AUTOCAST.get(config.step.precision)
 
     def forward(self, image_BHW: torch.Tensor, label_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._fused_loss:
+            from kernels.softmax_cross_entropy import softmax_cross_entropy
+
+            return softmax_cross_entropy(self._raw_logits(image_BHW), label_B, self._smoothing)
         logits_BC, target_B = self.logits(image_BHW), label_B.long()
         loss = functional.cross_entropy(logits_BC, target_B, label_smoothing=self._smoothing)
         return loss, (logits_BC.detach().argmax(1) == target_B).sum()
 
     def logits(self, image_BHW: torch.Tensor) -> torch.Tensor:
-        """fp32 logits_BC; cast, scaling to 0..1 and layout are the first operations."""
-        image_B1HW = image_BHW.unsqueeze(1).to(torch.float32).mul_(1 / 255)
-        if self._channels_last:
-            image_B1HW = image_B1HW.contiguous(memory_format=torch.channels_last)
+        """fp32 logits_BC."""
+        return self._raw_logits(image_BHW).float()
+
+    def _raw_logits(self, image_BHW: torch.Tensor) -> torch.Tensor:
+        """Of the type of the arithmetic; cast, scaling to 0..1 and layout are the first operations."""
+        image_B1HW = image_BHW.unsqueeze(1)
+        if "conv_pool_relu" not in self.model.fused:
+            image_B1HW = image_B1HW.to(torch.float32).mul_(1 / 255)
+            if self._channels_last:
+                image_B1HW = image_B1HW.contiguous(memory_format=torch.channels_last)
         with torch.autocast(self._device_type, self._dtype or torch.bfloat16, enabled=self._dtype is not None):
             logits_BC: torch.Tensor = self.model(image_B1HW)
-        return logits_BC.float()
+        return logits_BC
 
 
 class TrainStep:
@@ -150,8 +161,9 @@ class TrainStep:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self._config.step.precision == "fp16")
         self._objective = Objective(self.model, self._config, device)
         self._net: torch.nn.Module | None = None  # the old DDP's hooks go with it
-        if (mode := self._config.step.compile) != "off":
+        if (mode := self._config.step.compile) != "off" or self._config.kernels.fused:
             keep_compiled_code_private()
+        if mode != "off":
             self._objective.compile(mode=None if mode == "default" else f"{mode}-no-cudagraphs", dynamic=False)
         self._net = self._objective
         if self._world.size > 1:

@@ -27,9 +27,11 @@ from engine.records import Records
 from engine.report import Environment, RunReport, environment, write_json
 from engine.step import TrainStep
 from engine.ui import Progress
-from engine.world import World, cannot_compile, has_fast_bf16
+from engine.world import World, cannot_compile, cannot_fuse, has_fast_bf16
 
 CLOCK_INCLUDES = "every training step with its data; not: start-up, warm-up, capture, evaluation, checkpoints, reports"
+AUTO_KERNELS = "no result file of a GPU shows kernels/ ahead of torch.compile yet"
+"""To be changed with the first result file that does, and bench_configs/ladder_h100.toml's rungs with it."""
 Say = Callable[[str], None]
 
 
@@ -76,6 +78,16 @@ def effective_config(config: RunConfig, records: Records, world: World) -> tuple
     if step.cuda_graphs and step.precision == "fp16" and not config.optim.fused:
         step = replace(step, cuda_graphs=False)
         notes.append("CUDA graphs are not used: fp16 with an optimiser that is not fused reads the host in each step")
+    kernels = config.kernels
+    if kernels.use == "auto":
+        kernels = replace(kernels, use="off" if on_cpu else "compile")
+        where = "on a CPU PyTorch's operations are the fastest" if on_cpu else AUTO_KERNELS
+        notes.append(f"the kernels are {kernels.use}: {where}")
+    if kernels.use == "triton" and (why := cannot_fuse(world.device)):
+        kernels = replace(kernels, use="off")
+        notes.append(f"Triton kernels are not used: {why}; PyTorch's operations compute the same")
+    if kernels.use == "compile" and step.compile == "off":
+        step = replace(step, compile="default")
     if step.compile != "off" and (why := cannot_compile(world.device)):
         step = replace(step, compile="off")
         notes.append(f"torch.compile is not used: {why}")
@@ -92,7 +104,7 @@ def effective_config(config: RunConfig, records: Records, world: World) -> tuple
         window = min(data.block_samples * data.window_blocks, len(records.split("train")))
         window_mb = window * records.height_width[0] * records.height_width[1] / 1e6
         notes.append(f"stream reads ahead in {NUM_WINDOWS} windows of {window_mb:,.0f} MB; evaluation does so, too")
-    return replace(config, step=step, data=data), notes
+    return replace(config, step=step, data=data, kernels=kernels), notes
 
 
 def make_order(config: RunConfig, num_samples: int, rank: int, world_size: int, shuffle: bool = True) -> Order:
@@ -147,12 +159,13 @@ def open_session(config: RunConfig, records: Records, world: World) -> Session:
     train, device = records.split("train"), world.device
     order = make_order(config, len(train), world.rank, world.size)
     num_classes = len(records.classes)
+    fused = effective.kernels.fused
     start = time.perf_counter()
-    model = make_model(config.model, *records.height_width, num_classes, config.seed).to(device)
+    model = make_model(config.model, *records.height_width, num_classes, config.seed, fused).to(device)
     static = random_batch(
         order.rank_batch, records.height_width, num_classes, device, copies=effective.step.steps_per_graph
     )
-    source = make_source(effective.data, train, order, static) if _gathers(effective) else None
+    source = make_source(effective.data, train, order, static, fused) if _gathers(effective) else None
     step = TrainStep(model, effective, order, static, world, source)
     try:
         step.prepare()
@@ -160,7 +173,7 @@ def open_session(config: RunConfig, records: Records, world: World) -> Session:
         if step.capture_failure:
             notes.append(f"CUDA graphs are not used: {step.capture_failure}; the same step runs eagerly")
             effective = replace(effective, step=replace(effective.step, cuda_graphs=False))
-        feed = source or make_feed(effective.data, train, order, num_classes, device, config.augment)
+        feed = source or make_feed(effective.data, train, order, num_classes, device, config.augment, fused)
     except BaseException:
         step.close()
         raise
@@ -400,6 +413,7 @@ def _switches(config: RunConfig) -> dict[str, Any]:
         "accumulate": config.step.accumulate,
         "cuda_graphs": config.step.cuda_graphs,
         "steps_per_launch": config.step.steps_per_graph,
+        "kernels": config.kernels.use if not config.kernels.fused else ", ".join(sorted(config.kernels.fused)),
         "feed": config.data.feed,
         "order": config.data.order,
     }

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+import kernels
 from engine.errors import UserError
 from engine.publish import writing
 
@@ -178,12 +179,13 @@ def user_cache() -> Path:
 
 
 def keep_compiled_code_private() -> None:
-    """Let torch.compile keep its files in a folder that is the user's alone; its default lies in /tmp."""
-    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
-        folder = user_cache() / "inductor"
-        with writing(folder):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+    """Let torch.compile and Triton keep their files in folders that are the user's alone; inductor's lies in /tmp."""
+    for name, folder_name in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton")):
+        if name not in os.environ:
+            folder = user_cache() / folder_name
+            with writing(folder):
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            os.environ[name] = str(folder)
 
 
 def cannot_compile(device: torch.device) -> str:
@@ -193,6 +195,20 @@ def cannot_compile(device: torch.device) -> str:
         return f"it needs a C++ compiler, and there is no {compiler}"
     if device.type == "cuda" and find_spec("triton") is None:
         return "it needs triton on a GPU, which is not installed"
+    return ""
+
+
+def cannot_fuse(device: torch.device) -> str:
+    """Why the Triton kernels would fail here, or not be worth it; empty where they run.
+
+    Triton's interpreter (TRITON_INTERPRET=1) runs them on a CPU, some thousand times slower: for proofs.
+    """
+    if why := kernels.missing():
+        return why
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "there is no GPU"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return "they need a GPU of compute capability 8.0 (Ampere) or newer"
     return ""
 
 

@@ -67,8 +67,9 @@ def _forward(
     best = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
     winner = tl.zeros([BLOCK, LANES], tl.int32)
     for number in tl.static_range(1, 4):
-        step: tl.constexpr = (number // 2 * WIDTH + number % 2) * CHANNELS
-        value = tl.load(x_ptr + place + step, mask=mask, other=0.0).to(tl.float32)
+        value = tl.load(x_ptr + place + (number // 2 * WIDTH + number % 2) * CHANNELS, mask=mask, other=0.0).to(
+            tl.float32
+        )
         best, winner = better(best, winner, value, number)
     y = best + tl.load(bias_ptr + channel).to(tl.float32)
     passes = ~(y <= 0)
@@ -96,8 +97,8 @@ def _backward(
         bias_sum += grad
         place = _corner(position, HEIGHT, WIDTH)[:, None] * CHANNELS + channel
         for number in tl.static_range(4):
-            step: tl.constexpr = (number // 2 * WIDTH + number % 2) * CHANNELS
-            tl.store(grad_x_ptr + place + step, tl.where(winner == number, grad, 0.0), mask=real[:, None])
+            at = grad_x_ptr + place + (number // 2 * WIDTH + number % 2) * CHANNELS
+            tl.store(at, tl.where(winner == number, grad, 0.0), mask=real[:, None])
     tl.store(partial_ptr + tl.program_id(0) * CHANNELS + channel, tl.sum(bias_sum, 0)[None, :])
 
 

@@ -32,8 +32,8 @@ from kernels.launch import (
 )
 from kernels.pool import LANES, better, load_code, store_code
 
-BLOCK = 128
-"""Pooled positions a program takes at once."""
+BLOCK, BACKWARD_BLOCK = 64, 32
+"""Pooled positions a program takes at once: the most that leave registers for four programs a multiprocessor."""
 SCALE = tl.constexpr(1 / 255)
 
 
@@ -92,11 +92,11 @@ def _forward(
         position = (tl.program_id(0) + number * tl.num_programs(0)) * BLOCK + tl.arange(0, BLOCK)
         real = position < num_positions
         pixels = _patches(image_ptr, position, real, HEIGHT, WIDTH).to(dtype)
-        best = tl.dot(pixels, weight_0, input_precision="ieee")
+        best = tl.dot(pixels, weight_0, input_precision="tf32x3")
         winner = tl.zeros([BLOCK, LANES], tl.int32)
-        best, winner = better(best, winner, tl.dot(pixels, weight_1, input_precision="ieee"), 1)
-        best, winner = better(best, winner, tl.dot(pixels, weight_2, input_precision="ieee"), 2)
-        best, winner = better(best, winner, tl.dot(pixels, weight_3, input_precision="ieee"), 3)
+        best, winner = better(best, winner, tl.dot(pixels, weight_1, input_precision="tf32x3"), 1)
+        best, winner = better(best, winner, tl.dot(pixels, weight_2, input_precision="tf32x3"), 2)
+        best, winner = better(best, winner, tl.dot(pixels, weight_3, input_precision="tf32x3"), 3)
         y = best * SCALE + bias
         passes = ~(y <= 0)
         tl.store(y_ptr + position[:, None] * CHANNELS + channel[None, :], tl.where(passes, y, 0.0), mask=real[:, None])
@@ -109,7 +109,7 @@ def _fold(sum_16C, PLACE: tl.constexpr):
     """[16, 32] sums over 4x4 pixels -> the 9 weights' rows, for the candidates at PLACE; rows 9 to 15 are 0."""
     weight, tap = tl.arange(0, 16)[:, None], tl.arange(0, 16)[None, :]
     lies_at = (weight // 3 + PLACE // 2) * 4 + weight % 3 + PLACE % 2
-    return tl.dot(((tap == lies_at) & (weight < 9)).to(tl.float32), sum_16C, input_precision="ieee")
+    return tl.dot(((tap == lies_at) & (weight < 9)).to(tl.float32), sum_16C, input_precision="tf32x3")
 
 
 @triton.jit
@@ -133,10 +133,10 @@ def _backward(
         grad = tl.load(grad_ptr + position[:, None] * CHANNELS + channel[None, :], mask=real[:, None], other=0.0)
         grad = tl.where(passes, grad.to(tl.float32), 0.0)
         bias_sum += tl.sum(grad, 0)
-        sum_0 = tl.dot(pixels, tl.where(winner == 0, grad, 0.0).to(dtype), sum_0, input_precision="ieee")
-        sum_1 = tl.dot(pixels, tl.where(winner == 1, grad, 0.0).to(dtype), sum_1, input_precision="ieee")
-        sum_2 = tl.dot(pixels, tl.where(winner == 2, grad, 0.0).to(dtype), sum_2, input_precision="ieee")
-        sum_3 = tl.dot(pixels, tl.where(winner == 3, grad, 0.0).to(dtype), sum_3, input_precision="ieee")
+        sum_0 = tl.dot(pixels, tl.where(winner == 0, grad, 0.0).to(dtype), sum_0, input_precision="tf32x3")
+        sum_1 = tl.dot(pixels, tl.where(winner == 1, grad, 0.0).to(dtype), sum_1, input_precision="tf32x3")
+        sum_2 = tl.dot(pixels, tl.where(winner == 2, grad, 0.0).to(dtype), sum_2, input_precision="tf32x3")
+        sum_3 = tl.dot(pixels, tl.where(winner == 3, grad, 0.0).to(dtype), sum_3, input_precision="tf32x3")
     total = (_fold(sum_0, 0) + _fold(sum_1, 1) + _fold(sum_2, 2) + _fold(sum_3, 3)) * SCALE
     tap = tl.arange(0, 16)[:, None]
     total = tl.where(tap == 9, bias_sum[None, :], total)
@@ -201,11 +201,11 @@ def _backward_op(
     grad_weight, grad_bias = _backward_fake(grad_BCYX, code_3PG, image_BHW, dtype)
     (_, channels, _, _), (_, height, width) = grad_BCYX.shape, image_BHW.shape
     num_positions, groups = code_3PG.shape[1:]
-    programs, turns = share(image_BHW, num_positions, BLOCK, 4)
+    programs, turns = share(image_BHW, num_positions, BACKWARD_BLOCK, 4)
     partial = image_BHW.new_empty((programs, 16, channels), dtype=torch.float32)
     grad_BCYX = grad_BCYX.contiguous(memory_format=torch.channels_last)
     tensors = (grad_BCYX, code_3PG, image_BHW.contiguous(), partial)
-    sizes = {"HEIGHT": height, "WIDTH": width, "CHANNELS": channels, "BLOCK": BLOCK, "TURNS": turns}
+    sizes = {"HEIGHT": height, "WIDTH": width, "CHANNELS": channels, "BLOCK": BACKWARD_BLOCK, "TURNS": turns}
     start(_backward, (programs, groups), *tensors, num_positions, **sizes)
     sizes = {"CHANNELS": channels, "BLOCK": 64, "PARTIALS": programs}
     start(_add_partials, (10, groups), partial, grad_weight, grad_bias, **sizes)

@@ -33,15 +33,18 @@ def start(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> N
     kernel[grid](*args, **constants)
 
 
+def num_processors(tensor: torch.Tensor) -> int:
+    """Multiprocessors of the tensor's GPU; 1 elsewhere."""
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 1
+
+
 def share(tensor: torch.Tensor, num_items: int, block: int, per_processor: int) -> tuple[int, int]:
     """(programs, turns of each) that walk over items in blocks: at most so many programs a multiprocessor.
 
-    Turns are a constant of the kernel: with numpy 2.4 the interpreter cannot loop to a number it reads. There, programs
-    are three, so that each takes several turns.
+    Turns are a constant of the kernel: with numpy 2.4 the interpreter cannot loop to a number it reads.
     """
     num_blocks = -(-num_items // block)
-    processors = torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 0
-    programs = min(num_blocks, per_processor * processors or 3)
+    programs = min(num_blocks, per_processor * num_processors(tensor))
     return programs, -(-num_blocks // programs)
 
 

@@ -58,11 +58,13 @@ def choose_feed(config: DataConfig, split: Split, device: torch.device) -> tuple
     return "dali", f"the images take {gib:.2f} GiB, too much for {free_gib:.1f} GiB free on the GPU"
 
 
-def make_source(config: DataConfig, split: Split, order: Order, static: Batch) -> Source:
-    """The feed that `config.feed` names, one of SOURCES; `static` is the step's own batch."""
+def make_source(
+    config: DataConfig, split: Split, order: Order, static: Batch, fused: frozenset[str] = frozenset()
+) -> Source:
+    """The feed that `config.feed` names, one of SOURCES; `static` is the step's own batch, `fused` names kernels."""
     if config.feed == "synthetic":
         return SyntheticFeed(static.rows(0, order.rank_batch), order)
-    return ResidentFeed(split, order, static.id_B.device)
+    return ResidentFeed(split, order, static.id_B.device, fused)
 
 
 def make_feed(
@@ -72,8 +74,9 @@ def make_feed(
     num_classes: int,
     device: torch.device,
     augment: AugmentConfig | None = None,
+    fused: frozenset[str] = frozenset(),
 ) -> Feed:
-    """The feed that `config.feed` names.
+    """The feed that `config.feed` names; `fused` names kernels.
 
     Raises:
         UserError: what the feed needs is not installed, or (auto) none is possible.
@@ -84,12 +87,18 @@ def make_feed(
         from engine.feeds.dali import DaliFeed
 
         return DaliFeed(split, order, device, augment)
-    feed = _plain_feed(name, config, split, order, num_classes, device)
-    return AugmentedFeed(feed, augment, order.seed, split.height_width) if augment else feed
+    feed = _plain_feed(name, config, split, order, num_classes, device, fused)
+    return AugmentedFeed(feed, augment, order.seed, split.height_width, fused) if augment else feed
 
 
 def _plain_feed(
-    name: str, config: DataConfig, split: Split, order: Order, num_classes: int, device: torch.device
+    name: str,
+    config: DataConfig,
+    split: Split,
+    order: Order,
+    num_classes: int,
+    device: torch.device,
+    fused: frozenset[str],
 ) -> Feed:
     if name in ("loader", "loader_batched"):
         from engine.feeds.loader import LoaderFeed
@@ -101,4 +110,4 @@ def _plain_feed(
         return StreamFeed(split, order, device)
     if name == "synthetic":
         return SyntheticFeed(random_batch(order.rank_batch, split.height_width, num_classes, device), order)
-    return ResidentFeed(split, order, device)
+    return ResidentFeed(split, order, device, fused)

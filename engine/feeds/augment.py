@@ -54,10 +54,30 @@ def warp(image_BHW: torch.Tensor, matrix_B23: torch.Tensor) -> torch.Tensor:
     )
 
 
+def fused_warp(image_BHW: torch.Tensor, matrix_B23: torch.Tensor) -> torch.Tensor:
+    """As `warp`, by the kernel that gathers: to the same grey value, give or take one."""
+    from kernels.gather_warp import gather_warp
+
+    row_1B = torch.arange(len(image_BHW), device=image_BHW.device)[None]
+    label_B, step_1 = row_1B[0].to(torch.uint8), row_1B.new_zeros(1)
+    out = Batch(torch.empty_like(image_BHW), label_B.clone(), row_1B[0].clone())
+    gather_warp(image_BHW, label_B, row_1B, step_1, matrix_B23, out.image_BHW, out.label_B, out.id_B)
+    return out.image_BHW
+
+
 class AugmentedFeed:
     """Another feed's batches, warped where they lie."""
 
-    def __init__(self, feed: Feed, config: AugmentConfig, seed: int, height_width: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        feed: Feed,
+        config: AugmentConfig,
+        seed: int,
+        height_width: tuple[int, int],
+        fused: frozenset[str] = frozenset(),
+    ) -> None:
+        """`fused`: names of kernels; with gather_warp, it warps."""
+        self._warp = fused_warp if "gather_warp" in fused else warp
         self.name, self.order = feed.name, feed.order
         self._feed, self._config, self._seed, self._height_width = feed, config, seed, height_width
         self._out: Batch | None = None
@@ -67,7 +87,7 @@ class AugmentedFeed:
             if self._out is None:
                 self._out = Batch(torch.empty_like(batch.image_BHW), batch.label_B, batch.id_B)
             matrix_B23 = matrices(self._config, batch.id_B, self._seed, epoch, self._height_width)
-            self._out.image_BHW.copy_(warp(batch.image_BHW, matrix_B23))
+            self._out.image_BHW.copy_(self._warp(batch.image_BHW, matrix_B23))
             yield self._out
 
     def close(self) -> None:

@@ -22,15 +22,25 @@ IDS_PER_BLOCK = 65_536
 class Gather:
     """Rows of a split, gathered by id into a batch; used by every feed that reads from memory."""
 
-    def __init__(self, split: Split, device: torch.device, one_thread: bool = False) -> None:
-        """`one_thread`: for a thread beside the consumer's; where both wait for OpenMP's team, each slows the other."""
+    def __init__(
+        self, split: Split, device: torch.device, one_thread: bool = False, fused: frozenset[str] = frozenset()
+    ) -> None:
+        """Put the split on the device.
+
+        Args:
+            one_thread: for a thread beside the consumer's; where both wait for OpenMP's team, each slows the other.
+            fused: names of kernels; with gather_warp, it gathers.
+        """
         num, height, width = split.image_NHW.shape
+        self._fused = "gather_warp" in fused
         self._one_thread = one_thread
         self._image_NP = torch.from_numpy(split.image_NHW).view(num, height * width).to(device)
         self._label_N = torch.from_numpy(split.label_N).to(device)
 
     def __call__(self, id_B: torch.Tensor, out: Batch) -> None:
         """Fill `out`; a padding id gathers row 0, which nothing counts."""
+        if self._fused:
+            return self.steps(id_B[None], id_B.new_zeros(1), out)
         row_B = id_B.clamp(min=0)
         image_BP = out.image_BHW.view(len(row_B), -1)
         if self._one_thread:
@@ -39,6 +49,17 @@ class Gather:
             torch.index_select(self._image_NP, 0, row_B, out=image_BP)
         torch.index_select(self._label_N, 0, row_B, out=out.label_B)
         out.id_B.copy_(id_B)
+
+    def steps(self, table_SB: torch.Tensor, step_K: torch.Tensor, out: Batch) -> None:
+        """Fill `out` with the K * B samples of some steps."""
+        if self._fused:
+            from kernels.gather_warp import gather_warp
+
+            image_NHW = self._image_NP.view(-1, *out.image_BHW.shape[1:])
+            gather_warp(image_NHW, self._label_N, table_SB, step_K, None, out.image_BHW, out.label_B, out.id_B)
+        else:
+            torch.index_select(table_SB, 0, step_K, out=out.id_B.view(len(step_K), -1))
+            self(out.id_B, out)
 
 
 def id_blocks(order: Order, epoch: int, first_step: int, device: torch.device) -> Iterator[torch.Tensor]:
@@ -56,10 +77,10 @@ def id_blocks(order: Order, epoch: int, first_step: int, device: torch.device) -
 class ResidentFeed:
     name = "resident"
 
-    def __init__(self, split: Split, order: Order, device: torch.device) -> None:
+    def __init__(self, split: Split, order: Order, device: torch.device, fused: frozenset[str] = frozenset()) -> None:
         self.order = order
         self._device = device
-        self._gather = Gather(split, device)
+        self._gather = Gather(split, device, fused=fused)
         self._out = Batch.empty(order.rank_batch, split.height_width, device)
         self._table_SB: torch.Tensor | None = None
         self._drawn: tuple[int, torch.Tensor] | None = None
@@ -83,8 +104,7 @@ class ResidentFeed:
 
     def gather(self, step_K: torch.Tensor, out: Batch) -> None:
         assert self._table_SB is not None
-        torch.index_select(self._table_SB, 0, step_K, out=out.id_B.view(len(step_K), -1))
-        self._gather(out.id_B, out)
+        self._gather.steps(self._table_SB, step_K, out)
 
     def _draw(self, epoch: int) -> torch.Tensor:
         id_SB = torch.from_numpy(self.order.ids(epoch, 0, self.order.steps_per_epoch))

@@ -1,0 +1,133 @@
+"""Every kernel compiled for GPUs that are not here: pytest tests/kernels/compiled.py, without TRITON_INTERPRET.
+
+The launchers are called as in training, at batch 2048 on an H100's 132 multiprocessors, and what they would start is
+compiled for sm_80, sm_90 and sm_100, in all types, bf16 included. cuobjdump, which comes with Triton, tells registers,
+stack and local memory: a spill is a failure. Registers are compared with resources.json for the triton version that
+wrote it: `python -m tests.kernels.compiled` writes it anew.
+"""
+
+import json
+import re
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kernels import bias_pool_relu as second
+from kernels import conv_pool_relu as first
+from kernels import gather_warp as gather
+from kernels import launch
+from kernels import softmax_cross_entropy as loss_file
+
+ARCHITECTURES = (80, 90, 100)
+EXPECTED = Path(__file__).with_name("resources.json")
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+FILES = (first, second, gather, loss_file)
+NAMES = {
+    torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64",
+    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",
+}  # fmt: skip
+BATCH = 2048
+Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
+
+
+def launches() -> list[Launch]:
+    """(kernel, arguments, constants) of each launch that a training step makes, in every type."""
+    assert not launch.INTERPRETED, "run me without TRITON_INTERPRET"
+    found: list[Launch] = []
+    kept = [(file, file.start, file.on_triton) for file in FILES], launch.num_processors
+    launch.num_processors = lambda tensor: 132  # type: ignore[assignment]
+    for file in FILES:
+        file.start = lambda kernel, grid, *args, **constants: found.append((kernel, args, constants))  # type: ignore
+        file.on_triton = lambda tensor: True  # type: ignore
+    try:
+        for dtype in launch.FLOATS:
+            _call_all(dtype)
+        for dtype in (torch.uint8, *launch.FLOATS):
+            _gather(dtype, None)
+            _gather(dtype, torch.zeros(BATCH, 2, 3))
+    finally:
+        launch.num_processors = kept[1]
+        for file, start, on_triton in kept[0]:
+            file.start, file.on_triton = start, on_triton  # type: ignore
+    return found
+
+
+def _call_all(dtype: torch.dtype) -> None:
+    image, label = torch.zeros(BATCH, 28, 28, dtype=torch.uint8), torch.zeros(BATCH, dtype=torch.uint8)
+    first.conv_pool_relu(image, torch.zeros(32, 1, 3, 3).requires_grad_(), torch.zeros(32), dtype).sum().backward()
+    x = torch.zeros(BATCH, 64, 14, 14, dtype=dtype).requires_grad_()
+    second.bias_pool_relu(x, torch.zeros(64)).sum().backward()
+    logits = torch.zeros(BATCH, 94, dtype=dtype).requires_grad_()
+    loss_file.softmax_cross_entropy(logits, label, 0.05)[0].backward()
+
+
+def _gather(dtype: torch.dtype, matrix: torch.Tensor | None) -> None:
+    image, label = torch.zeros(BATCH, 28, 28, dtype=torch.uint8), torch.zeros(BATCH, dtype=torch.uint8)
+    table, step = torch.zeros(5, BATCH, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    gather.gather_warp(image, label, table, step, matrix, torch.zeros(image.shape, dtype=dtype), label, table[0])
+
+
+def source(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> tuple[str, ASTSource]:
+    """(name, what triton.compile takes), specialised as a launch is: pointers and whole multiples of 16 are marked."""
+    signature: dict[str, str] = {}
+    marks: dict[tuple[int, ...], Any] = {}
+    for number, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
+        tensor = isinstance(value, torch.Tensor)
+        signature[name] = "*" + NAMES[value.dtype] if tensor else "i32"
+        if tensor or value % 16 == 0:
+            marks[(number,)] = [["tt.divisibility", 16]]
+    signature |= dict.fromkeys(constants, "constexpr")
+    types = " ".join(t[1:] for t in signature.values() if t.startswith("*"))
+    warped = " warped" * constants.get("WARPED", False)
+    return f"{kernel.fn.__module__}.{kernel.__name__} {types}{warped}", ASTSource(kernel, signature, constants, marks)
+
+
+@cache
+def resources(architecture: int) -> dict[str, dict[str, int]]:
+    """REG, STACK and LOCAL of each kernel compiled for an architecture, and whether it has tensor-core products."""
+    found = {}
+    for name, what in dict(source(*launched) for launched in launches()).items():
+        compiled = triton.compile(what, target=GPUTarget("cuda", architecture, 32))
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            command = [str(CUOBJDUMP), "--dump-resource-usage", file.name]
+            told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        usage = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", told))
+        found[name] = {key: int(usage[key]) for key in ("REG", "STACK", "LOCAL")}
+        found[name]["mma"] = int(bool(re.search(r"\b(mma|wgmma|tcgen05)", compiled.asm["ptx"])))
+    return found
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_nothing_spills_and_products_use_tensor_cores(architecture: int) -> None:
+    found = resources(architecture)
+    assert len(found) == 3 * 6 + 1 + 8, "every kernel in every type"
+    for name, usage in found.items():
+        assert usage["STACK"] == usage["LOCAL"] == 0, f"{name} spills: {usage}"
+        product = "conv_pool_relu" in name and "_add_partials" not in name
+        assert usage["mma"] == product, name
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_registers_are_those_expected(architecture: int) -> None:
+    expected = json.loads(EXPECTED.read_text()).get(triton.__version__)
+    if expected is None:
+        pytest.skip(f"resources.json knows no triton {triton.__version__}; python -m tests.kernels.compiled adds it")
+    assert {name: usage["REG"] for name, usage in resources(architecture).items()} == expected[str(architecture)]
+
+
+if __name__ == "__main__":
+    known = json.loads(EXPECTED.read_text()) if EXPECTED.exists() else {}
+    known[triton.__version__] = {
+        str(a): {name: usage["REG"] for name, usage in resources(a).items()} for a in ARCHITECTURES
+    }
+    EXPECTED.write_text(json.dumps(known, indent=1) + "\n")

@@ -1,0 +1,245 @@
+"""Every kernel in Triton's interpreter against float64: TRITON_INTERPRET=1 pytest tests/kernels/interpreted.py.
+
+fp32 and fp16 in full. bf16 only where it is loaded, cast at once and stored, and to one unit in the last place: the
+interpreter of triton 3.6 computes bf16 on raw bits (a product would be silently wrong) and truncates its stores.
+Memory that a kernel should write is poisoned before (NaN, largest integers): torch's fill_uninitialized_memory.
+"""
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+
+from kernels import bias_pool_relu as second
+from kernels import conv_pool_relu as first
+from kernels import gather_warp as gather
+from kernels import launch
+from kernels import softmax_cross_entropy as loss_file
+
+SHAPES = [(1, 28, 28), (5, 28, 28), (3, 9, 7), (7, 4, 6)]
+"""B, H, W: one and several turns of a program, odd sides (a row and column in no window), partly filled blocks."""
+UNIT = {torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
+"""Distance of neighbours at 1."""
+LAUNCHED: set[tuple[str, str, str]] = set()
+"""(file, kernel, types and switches) of every launch."""
+
+
+@pytest.fixture(autouse=True)
+def poisoned_and_recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    assert launch.INTERPRETED and os.environ["TRITON_INTERPRET"] == "1", "run me with TRITON_INTERPRET=1"
+
+    def start(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+        types = [str(a.dtype).removeprefix("torch.") for a in args if isinstance(a, torch.Tensor)]
+        switches = [f"{name}={value}" for name, value in constants.items() if name == "WARPED"]
+        LAUNCHED.add((kernel.fn.__module__.split(".")[-1], kernel.__name__, " ".join(types + switches)))
+        launch.start(kernel, grid, *args, **constants)
+
+    for file in (first, second, gather, loss_file):
+        monkeypatch.setattr(file, "start", start)
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.zeros(1).new_empty(3).isnan().all(), "poison works"
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def close(got: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype, scale: float = 1.0, units: float = 1.0) -> None:
+    """Within so many units in the last place of `dtype`, and of fp32 sums of size `scale`."""
+    error = (got.double() - wanted.double()).abs()
+    allowed = units * UNIT[dtype] * wanted.double().abs() + 4e-6 * scale + (1e-7 if dtype == torch.float16 else 0)
+    assert got.shape == wanted.shape and (error <= allowed).all(), f"{(error - allowed).max()} too much"
+
+
+@pytest.mark.parametrize("channels", [32, 64])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_conv_pool_relu(dtype: torch.dtype, shape: tuple[int, int, int], channels: int) -> None:
+    image = torch.randint(256, shape, dtype=torch.uint8)
+    image[0, : shape[1] // 2] = 0  # a blank part: ties and, with a negative bias, nothing passes
+    weight, bias = torch.randn(channels, 1, 3, 3).requires_grad_(), torch.randn(channels).requires_grad_()
+    y, code = first._op(image, weight, bias, dtype)
+    rounded = weight.detach().to(dtype).double()
+    pixels = image[:, None].double() / 255
+    candidates = functional.conv2d(pixels, rounded, bias.detach().double(), padding=1)
+    close(y, functional.relu(functional.max_pool2d(candidates, 2)), dtype, scale=5)
+
+    winner, passes = launch.unpack_code(code)
+    wanted, _ = launch.pool_reference(candidates, torch.zeros(channels, dtype=torch.float64))
+    rows = wanted.permute(0, 2, 3, 1).reshape(-1, channels)
+    assert passes[rows > 1e-4].all(), "what is clearly positive passes"
+    chosen, _ = launch.unpool_reference(torch.ones_like(wanted), code, *shape[1:])
+    assert (functional.avg_pool2d(chosen * candidates, 2) * 4 - wanted).abs().max() < 1e-4, "the winner is the largest"
+    assert (winner < 4).all()
+
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    exact = first.conv_pool_relu_backward_reference(grad, code, image, torch.float64)
+    sums = first.conv_pool_relu_backward_reference(grad.abs(), code, image, torch.float64)
+    for got, want, size in zip((weight.grad, bias.grad), exact, sums, strict=True):
+        assert got is not None and got.dtype == torch.float32
+        close(got, want, torch.float32, scale=float(size.max()))
+
+
+def test_a_blank_image_gives_the_bias_and_the_first_winner() -> None:
+    bias = torch.linspace(-1, 1, 32)
+    y, code = first._op(torch.zeros(2, 8, 8, dtype=torch.uint8), torch.randn(32, 1, 3, 3), bias, torch.float32)
+    assert torch.equal(y, bias.clamp(min=0)[None, :, None, None].expand_as(y))
+    winner, passes = launch.unpack_code(code)
+    assert not winner.any() and torch.equal(passes, (bias > 0).expand_as(passes))
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous", "every_other"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_bias_pool_relu(dtype: torch.dtype, shape: tuple[int, int, int], layout: str) -> None:
+    size, height, width = shape
+    x = torch.randint(-8, 9, (2 * size, 64, height, width)).to(dtype)  # whole numbers: many ties
+    x = x[::2] if layout == "every_other" else x[:size]
+    x = x.to(memory_format=torch.channels_last) if layout == "channels_last" else x
+    x, bias = x.requires_grad_(), torch.randn(64).requires_grad_()
+    y, code = second._op(x, bias)
+    pooled, index = functional.max_pool2d(x.detach().double(), 2, return_indices=True)
+    before = pooled + bias.detach().double()[:, None, None]
+    close(y, functional.relu(before), dtype)
+    winner, passes = launch.unpack_code(code)
+    place = (index // width % 2 * 2 + index % width % 2).permute(0, 2, 3, 1).reshape(-1, 64)
+    assert torch.equal(winner, place), "of equal values the first wins, as PyTorch has it"
+    assert torch.equal(passes, (before > 0).permute(0, 2, 3, 1).reshape(-1, 64))
+
+    grad = torch.randn(y.shape).to(dtype)
+    y.backward(grad)
+    twin = x.detach().double().requires_grad_()
+    twin_bias = bias.detach().double().requires_grad_()
+    functional.relu(functional.max_pool2d(twin, 2) + twin_bias[:, None, None]).backward(grad.double())
+    assert x.grad is not None and bias.grad is not None and twin.grad is not None and twin_bias.grad is not None
+    assert torch.equal(x.grad.double(), twin.grad), "a gradient is moved, not computed"
+    close(bias.grad, twin_bias.grad, torch.float32, scale=float(grad.double().abs().sum((0, 2, 3)).max()))
+
+
+def test_a_gradient_without_memory_of_its_own_is_taken() -> None:
+    x, bias = torch.randn(2, 32, 4, 4).requires_grad_(), torch.zeros(32).requires_grad_()
+    second.bias_pool_relu(x, bias).sum().backward()  # its gradient is one number, expanded
+    assert x.grad is not None and x.grad.sum() == (functional.max_pool2d(x, 2) > 0).sum()
+
+
+def test_nan_is_not_lost_in_a_pool() -> None:
+    for place in range(4):
+        x = torch.zeros(1, 32, 2, 2)
+        x[0, 5, place // 2, place % 2] = torch.nan
+        y = second.bias_pool_relu(x, torch.zeros(32))
+        assert y.isnan().sum() == 1 and y[0, 5].isnan()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.05])
+@pytest.mark.parametrize("batch_size, num_classes", [(1, 94), (37, 94), (5, 8), (8, 128), (3, 200)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_softmax_cross_entropy(dtype: torch.dtype, batch_size: int, num_classes: int, smoothing: float) -> None:
+    wide = (4 * torch.randn(batch_size, num_classes + 3)).to(dtype)
+    logits = wide[:, :num_classes].detach().requires_grad_()  # rows lie further apart than they are long
+    label = torch.randint(num_classes, (batch_size,), dtype=torch.uint8)
+    twin = logits.detach().double().requires_grad_()
+    wanted = functional.cross_entropy(twin, label.long(), label_smoothing=smoothing)
+    scale = 1024.0 if dtype == torch.float16 else 3.0
+    loss, correct = loss_file.softmax_cross_entropy(logits, label, smoothing)
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(wanted.item(), rel=1e-6)
+    first_best = (twin == twin.amax(1, keepdim=True)).int().argmax(1)
+    assert correct.item() == (first_best == label).sum()
+    (scale * loss).backward()
+    (scale * wanted).backward()
+    assert logits.grad is not None and twin.grad is not None and logits.grad.dtype == dtype
+    close(logits.grad, twin.grad, dtype, scale=scale / batch_size, units=2)  # rounded twice
+    assert logits.grad.double().sum(1).abs().max() <= num_classes * UNIT[dtype] * scale / batch_size
+
+
+def test_a_label_that_is_no_class_and_a_nan_reach_the_loss() -> None:
+    logits, label = torch.randn(3, 8), torch.tensor([1, 8, 2], dtype=torch.uint8)
+    assert loss_file.softmax_cross_entropy(logits, label, 0.05)[0].isnan()
+    logits[0, 3] = torch.nan
+    assert loss_file.softmax_cross_entropy(logits, label.clamp(max=7), 0.05)[0].isnan()
+    ties = torch.zeros(2, 8)
+    _, correct = loss_file.softmax_cross_entropy(ties, torch.tensor([0, 1], dtype=torch.uint8), 0.0)
+    assert correct == 1, "of equal logits the first is the answer"
+
+
+@pytest.mark.parametrize("warped", [False, True])
+@pytest.mark.parametrize("shape", [(28, 28), (9, 7)])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float16, torch.bfloat16])
+def test_gather_warp(dtype: torch.dtype, shape: tuple[int, int], warped: bool) -> None:
+    num, batch_size, margin = 20, 5, 3
+    image, label = torch.randint(256, (num, *shape), dtype=torch.uint8), torch.randint(94, (num,), dtype=torch.uint8)
+    table, step = torch.randint(-1, num, (6, batch_size)), torch.tensor([5, 0, 3])
+    size = len(step) * batch_size
+    matrix = torch.eye(2, 3).repeat(size, 1, 1) + 0.2 * torch.randn(size, 2, 3) if warped else None
+    if matrix is not None:
+        matrix[:, :, 2] *= 20
+        matrix[0] = torch.tensor([[1, 0, 1e9], [0, 1, -1e9]])  # far outside: black
+    whole = [torch.full((size + 2 * margin, *shape), 77, dtype=dtype)]
+    whole += [torch.full((size + 2 * margin,), 77, dtype=kind) for kind in (torch.uint8, torch.int64)]
+    out = [t[margin : margin + size] for t in whole]
+    gather.gather_warp(image, label, table, step, matrix, *out)
+    number = table[step].flatten()
+    assert torch.equal(out[2], number) and torch.equal(out[1], label[number.clamp(min=0)])
+    for t in whole:
+        assert (t[:margin] == 77).all() and (t[-margin:] == 77).all(), "nothing beside the buffers is written"
+    wanted = [torch.empty_like(t) for t in out]
+    exact = torch.float32 if dtype != torch.uint8 else dtype
+    pixels = torch.empty(out[0].shape, dtype=exact)
+    gather.gather_warp_reference(image, label, table, step, matrix, pixels, *wanted[1:])
+    if matrix is None and dtype == torch.uint8:
+        assert torch.equal(out[0], image[number.clamp(min=0)])
+    elif dtype == torch.uint8:
+        assert (out[0].int() - pixels.int()).abs().max() <= 1
+    else:
+        close(out[0], pixels, dtype, scale=4)
+    if matrix is not None:
+        assert not out[0][0].any()
+
+
+def test_the_identity_and_whole_shifts_move_pixels_exactly() -> None:
+    image = torch.randint(256, (3, 9, 7), dtype=torch.uint8)
+    matrix = torch.eye(2, 3).repeat(3, 1, 1)
+    matrix[1, 0, 2], matrix[2, 1, 2] = 2, -3
+    out, labels = torch.empty_like(image), torch.zeros(3, dtype=torch.uint8)
+    rows = torch.arange(3)
+    gather.gather_warp(image, labels, rows[None], torch.zeros(1, dtype=torch.int64), matrix, out, labels, rows.clone())
+    assert torch.equal(out[0], image[0])
+    assert torch.equal(out[1], functional.pad(image[1, :, 2:], (0, 2)))
+    assert torch.equal(out[2], functional.pad(image[2, :-3], (0, 0, 3, 0)))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_training_step_with_all_kernels_is_the_plain_step(precision: str) -> None:
+    """20 steps of 6 samples, fp16 by autocast on the CPU; 2 steps a launch, so that gather_warp gathers."""
+    from tests.kernels.training import train
+
+    plain, fused = train(precision, "off"), train(precision, "triton")
+    tight = precision == "fp32"
+    assert fused.loss_S == pytest.approx(plain.loss_S, rel=1e-5 if tight else 2e-2)
+    assert plain.loss_S[-5:].mean() < 0.7 * plain.loss_S[:5].mean(), "the loss must fall, or equality shows nothing"
+    for name, wanted in plain.parameters.items():
+        distance = (fused.parameters[name] - wanted).norm() / (wanted - plain.start[name]).norm()
+        assert distance < (1e-3 if tight else 0.2), f"{name}: {distance:.1e} of the way it went"
+    assert fused.accuracy == pytest.approx(plain.accuracy, abs=0 if tight else 0.05)
+
+
+def test_every_branch_ran() -> None:
+    """Last: each kernel in each type and with each switch that a launcher can ask for (bf16 products excepted)."""
+    floats = ("float32", "float16", "bfloat16")
+    wanted = {("conv_pool_relu", "_add_partials", "float32 float32 float32")}
+    for t in floats:
+        if t != "bfloat16":
+            wanted.add(("conv_pool_relu", "_forward", f"uint8 float32 float32 {t} int32"))
+            wanted.add(("conv_pool_relu", "_backward", f"{t} int32 uint8 float32"))
+        wanted.add(("bias_pool_relu", "_forward", f"{t} float32 {t} int32"))
+        wanted.add(("bias_pool_relu", "_backward", f"{t} int32 {t} float32"))
+        wanted.add(("softmax_cross_entropy", "_forward", f"{t} uint8 float32 {t}"))
+        wanted.add(("softmax_cross_entropy", "_backward", f"{t} float32 {t}"))
+    for t in ("uint8", *floats):
+        for matrix, warped in (("uint8", False), ("float32", True)):
+            types = f"uint8 uint8 int64 int64 {matrix} {t} uint8 int64 WARPED={warped}"
+            wanted.add(("gather_warp", "_gather", types))
+    assert wanted == LAUNCHED

@@ -1,0 +1,50 @@
+"""Some steps of training, plain or with every kernel, for the proof that both are the same."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from engine.config import RunConfig, override
+from engine.feeds.resident import ResidentFeed
+from engine.feeds.synthetic import random_batch
+from engine.model import make_model
+from engine.order import Order
+from engine.records import Split
+from engine.step import TrainStep
+from engine.world import World
+
+BATCH, STEPS, CLASSES = 6, 20, 5
+
+
+@dataclass(frozen=True)
+class Trained:
+    loss_S: np.ndarray
+    accuracy: float
+    start: dict[str, torch.Tensor]
+    parameters: dict[str, torch.Tensor]
+
+
+def train(precision: str, use: str) -> Trained:
+    """The same 20 steps, two in a launch, on drawn bars; fp32 or fp16 weights are the same in both."""
+    settings = {"step.precision": precision, "step.steps_per_graph": 2, "kernels.use": use, "global_batch": BATCH}
+    rate = {"optim.learning_rate": 2e-3, "optim.schedule": "constant", "epochs": 1}
+    config = override(RunConfig(), settings | rate, "proof")
+    rng = np.random.default_rng(0)
+    label_N = rng.integers(0, CLASSES, STEPS * BATCH, dtype=np.uint8)
+    image_NHW = rng.integers(0, 60, (len(label_N), 28, 28), dtype=np.uint8)
+    for image_HW, label in zip(image_NHW, label_N, strict=True):
+        image_HW[4 * label + 2 : 4 * label + 6, 4:24] += 150
+    split = Split(image_NHW=image_NHW, label_N=label_N, font_N=np.zeros(len(label_N), np.int32))
+    order = Order(num_samples=len(label_N), global_batch=BATCH, seed=1)
+    cpu = torch.device("cpu")
+    fused = config.kernels.fused
+    model = make_model(config.model, 28, 28, CLASSES, seed=1, fused=fused)
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    source = ResidentFeed(split, order, cpu, fused)
+    static = random_batch(BATCH, (28, 28), CLASSES, cpu, copies=2)
+    step = TrainStep(model, config, order, static, World(rank=0, size=1, device=cpu, stream=None), source)
+    for _ in step.train_epoch(source, 0):
+        pass
+    log = step.read_training()
+    return Trained(log.loss_S, log.accuracy, start, {n: p.detach().clone() for n, p in model.named_parameters()})
