@@ -26,6 +26,8 @@ test: $(VENV)/.installed-test
 
 proofs: $(VENV)/.installed-test
 	@$(RUN) python -m tests.reliability $(RELIABILITY_ARGS)
+	@$(RUN) TRITON_INTERPRET=1 pytest -q tests/kernels/interpreted.py
+	@$(RUN) pytest -q tests/kernels/compiled.py
 
 reliability: $(VENV)/.installed-test
 	@$(RUN) python -m tests.reliability --full --json runs/reliability.json $(RELIABILITY_ARGS)

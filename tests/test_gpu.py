@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+import kernels
 from engine import step as step_module
 from engine.config import RunConfig, override
 from engine.feeds.synthetic import random_batch
@@ -17,6 +18,10 @@ from engine.records import Records
 from engine.step import TrainLog
 from engine.trainer import Session, evaluate, open_session
 from engine.world import World, start_world
+from kernels.bias_pool_relu import bias_pool_relu
+from kernels.conv_pool_relu import conv_pool_relu
+from kernels.gather_warp import gather_warp
+from kernels.softmax_cross_entropy import softmax_cross_entropy
 from tools.bench.doctor import host_reads
 
 pytestmark = pytest.mark.gpu
@@ -148,3 +153,65 @@ def test_feeds_bring_the_same_batches_to_the_gpu(feed: str, small: Records, gpu_
         assert torch.equal(wanted.label_B, got.label_B) and torch.equal(wanted.id_B, got.id_B)
     a.close()
     b.close()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("graphs", [False, True])
+def test_the_kernels_train_as_pytorchs_operations(
+    graphs: bool, precision: str, small: Records, gpu_world: World
+) -> None:
+    plain = session(small, gpu_world, step_precision=precision)
+    wanted, wanted_evaluation = losses(plain), evaluate(plain, "val")
+    plain.close()
+    settings = {"step_precision": precision, "step_cuda_graphs": graphs, "step_steps_per_graph": 3 if graphs else 1}
+    fused = session(small, gpu_world, kernels_use="triton", **settings)
+    assert fused.config.kernels.fused == set(kernels.NAMES) and fused.effective["cuda_graphs"] == graphs, fused.notes
+    assert losses(fused) == pytest.approx(wanted, rel=1e-3 if precision == "fp32" else 3e-2)
+    assert evaluate(fused, "val")[0] == pytest.approx(wanted_evaluation[0], rel=5e-2)
+    fused.close()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("batch", [1, 37, 2048])
+def test_the_kernels_agree_with_float64(batch: int, dtype: torch.dtype, gpu_world: World) -> None:
+    """Forward and gradient, each on what the kernel was given; tolerances of the type, and of sums over the batch."""
+    close = 3 * {torch.float32: 4e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
+    image = torch.randint(256, (batch, 28, 28), dtype=torch.uint8)
+    weight, bias = torch.randn(32, 1, 3, 3).to(dtype).float(), torch.randn(32)
+    x = torch.randn(batch, 64, 14, 14).to(dtype).contiguous(memory_format=torch.channels_last)
+    logits, label = torch.randn(batch, 94).to(dtype), torch.randint(94, (batch,), dtype=torch.uint8)
+    cases: list[tuple[Any, tuple[torch.Tensor, ...]]] = [
+        (lambda i, w, b: conv_pool_relu(i, w, b, torch.float64 if w.dtype == torch.float64 else dtype),
+         (image, weight, bias)),
+        (bias_pool_relu, (x, bias.repeat(2))),
+        (lambda a, b: softmax_cross_entropy(a, b, 0.05)[0], (logits, label)),
+    ]  # fmt: skip
+    for call, given in cases:
+        ours = [t.cuda().requires_grad_(t.is_floating_point()) for t in given]
+        exact = [t.double().requires_grad_() if t.is_floating_point() else t for t in given]
+        y, wanted = call(*ours), call(*exact)  # on the CPU the reference
+        torch.testing.assert_close(y.cpu().double(), wanted, rtol=close, atol=close)
+        grad = torch.randn(wanted.shape, dtype=torch.float64).to(y.dtype).double()
+        y.backward(grad.to("cuda", y.dtype))
+        wanted.backward(grad)
+        for a, b in zip(ours, exact, strict=True):
+            if a.grad is not None and b.grad is not None:
+                assert (a.grad.cpu().double() - b.grad).norm() <= max(
+                    5 * close, 5e-3
+                ) * b.grad.norm()  # some winners change
+
+
+def test_the_gather_kernel_is_index_select_on_the_gpu(gpu_world: World) -> None:
+    image, label = torch.randint(256, (99, 28, 28), dtype=torch.uint8), torch.randint(94, (99,), dtype=torch.uint8)
+    table, step = torch.randint(-1, 99, (7, 33)), torch.tensor([3, 6])
+    matrix = torch.eye(2, 3).repeat(66, 1, 1) + 0.1 * torch.randn(66, 2, 3)
+    for given in (None, matrix):
+        found = []
+        for device in ("cuda", "cpu"):
+            out = (torch.empty(66, 28, 28, dtype=torch.uint8, device=device), label[:66].to(device).clone())
+            ids = torch.empty(66, dtype=torch.int64, device=device)
+            inputs = [t if t is None else t.to(device) for t in (image, label, table, step, given)]
+            gather_warp(*inputs, *out, ids)
+            found.append([t.cpu() for t in (*out, ids)])
+        assert (found[0][0].int() - found[1][0].int()).abs().max() <= (given is not None)
+        assert torch.equal(found[0][1], found[1][1]) and torch.equal(found[0][2], found[1][2])

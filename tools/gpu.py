@@ -1,8 +1,9 @@
 """python3 -m tools.gpu: everything that only a GPU can show, as one offline command, planned for 8 minutes.
 
 Its parts leave a folder of evidence: the tests marked gpu (tests.txt), tools/verify (verify.txt), the ladder of the
-step (gpu_ladder.json), training to the study's accuracy and to the end (gpu_training.json), what the feeds carry, DALI
-last (gpu_feeds.json), and all tables (summary.md). Needs no DALI, no CSV and no git: --npz trains straight from an
+step (gpu_ladder.json), each Triton kernel against PyTorch's operations (gpu_kernels.json), training to the study's
+accuracy and to the end (gpu_training.json), what the feeds carry, DALI last (gpu_feeds.json), and all tables
+(summary.md). Needs no DALI, no CSV and no git: --npz trains straight from an
 archive of names (F,) and images (F, K, H, W). A part that fails makes the exit code 1; the others still run.
 """
 
@@ -21,6 +22,7 @@ import click
 import numpy as np
 import torch
 
+import kernels
 from engine import clock
 from engine.config import RunConfig, override
 from engine.errors import UserError, exit_on_user_error
@@ -96,6 +98,7 @@ def main(npz: Path | None, out: Path, device: str, quick: bool) -> None:
             )
             shared = Round(records or open_records(ensure_sample(world)), world, out, quick, facts)
             part("ladder", lambda: _ladder(shared))
+            part("kernels", lambda: _kernels(shared))
             part("training", lambda: _training(shared))
             part("feeds", lambda: _feeds(shared))
         (out / "failures.txt").write_text("\n".join(failures) + "\n" * bool(failures))
@@ -130,6 +133,17 @@ def _ladder(shared: Round) -> list[str]:
         cell.close()
     shared.write("gpu_ladder", "Ladder of the step", rows)
     return failures
+
+
+def _kernels(shared: Round) -> list[str]:
+    if why := kernels.missing():
+        return [why]
+    from tools.bench.kernels import kernel_rows
+
+    batch, repetitions = (64, 1) if shared.quick else (8192, 20)
+    rows = kernel_rows(shared.world, batch, repetitions, compiled=not shared.quick)
+    shared.write("gpu_kernels", f"Kernels at batch {batch}", rows)
+    return []
 
 
 def _training(shared: Round) -> None:

@@ -192,7 +192,8 @@ def test_gather_warp(dtype: torch.dtype, shape: tuple[int, int], warped: bool) -
     if matrix is None and dtype == torch.uint8:
         assert torch.equal(out[0], image[number.clamp(min=0)])
     elif dtype == torch.uint8:
-        assert (out[0].int() - pixels.int()).abs().max() <= 1
+        away = (out[0].int() - pixels.int()).abs()
+        assert away.max() <= 1 and away.float().mean() < 0.02, "rounded to nearest, but for fp32's own rounding"
     else:
         close(out[0], pixels, dtype, scale=4)
     if matrix is not None:

@@ -17,7 +17,7 @@ from engine import clock
 from engine.config import RunConfig, StepConfig
 from engine.records import Records
 from engine.trainer import open_session
-from engine.world import World, cannot_compile, has_fast_bf16
+from engine.world import World, cannot_compile, cannot_fuse, has_fast_bf16
 
 Grade = Literal["ok", "note", "BAD"]
 
@@ -121,6 +121,8 @@ def _device(world: World) -> Iterator[Finding]:
 def _compiler(device: torch.device) -> Iterator[Finding]:
     why = cannot_compile(device)
     yield Finding("note" if why else "ok", "torch.compile", why or "has its compiler")
+    why = cannot_fuse(device)
+    yield Finding("note" if why else "ok", "Triton kernels", why or "can be compiled")
 
 
 def _step(records: Records, world: World) -> Iterator[Finding]:

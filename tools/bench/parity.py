@@ -27,7 +27,7 @@ from engine.report import ROOT
 from engine.sample import ensure_sample
 from engine.step import TrainStep
 from engine.trainer import Session, open_session
-from engine.world import World, end_rank, start_world
+from engine.world import World, cannot_fuse, end_rank, start_world
 
 BATCH, STEPS, EPOCHS = 128, 9, 2
 K = 4
@@ -38,6 +38,7 @@ RANKS: dict[int, tuple[str, dict[str, Any]]] = {
     4: ("4 ranks, each batch in 2 parts", {"step.accumulate": 2}),
 }
 """Numbers of ranks, and what else is different there."""
+FUSED = {"kernels.use": "triton", "step.cuda_graphs": True, "step.steps_per_graph": K}
 GROUPS = ("loss", "parameters", "gradients", "optimiser", "scaler", "counters")
 TOLERANCE = {"fp32": (1e-3, 1e-2), "tf32": (1e-2, 1e-1), "bf16": (5e-2, 5e-1), "fp16": (5e-2, 5e-1)}
 """For what adds in another order (ranks, a GPU's kernels): of losses and parameters, of gradients and optimiser.
@@ -103,7 +104,7 @@ def train(session: Session, epochs: range) -> list[np.ndarray]:
 def trained(config: RunConfig, records: Records, world: World) -> State:
     session = open_session(config, records, world)
     try:
-        if session.config.step != config.step:
+        if (session.config.step, session.config.kernels) != (config.step, config.kernels):
             raise UserError(f"parity cannot be shown here: {session.notes[0]}; name another --precision or --device")
         return state_of(session.step, train(session, range(EPOCHS)))
     finally:
@@ -155,14 +156,19 @@ def parity(records: Records, world: World, precisions: list[str]) -> Iterator[Ve
         (f"{K} steps a launch, not captured", {"step.steps_per_graph": K}, trained),
         ("one CUDA graph a step", {"step.cuda_graphs": True}, trained),
         (f"one CUDA graph of {K} steps", {"step.cuda_graphs": True, "step.steps_per_graph": K}, trained),
+        ("Triton kernels", {"kernels.use": "triton"}, trained),
+        (f"Triton kernels, one CUDA graph of {K} steps", FUSED, trained),
         ("resumed at an epoch's end", {}, resumed),
         (f"resumed, {K} steps a launch", {"step.steps_per_graph": K, "step.cuda_graphs": on_gpu}, resumed),
     ]
     for precision, reference in references.items():
         verdict = partial(_verdict, precision, reference, on_gpu)
         for name, settings, work in plain:
+            why = cannot_fuse(world.device) if "kernels.use" in settings else ""
             if settings.get("step.cuda_graphs") and not on_gpu:
-                yield verdict(name, missing="there is no GPU")
+                why = "there is no GPU"
+            if why:
+                yield verdict(name, missing=why)
             else:
                 yield verdict(name, work(config_of(precision, settings), records, world))
     for num_ranks, (name, _) in RANKS.items():
