@@ -26,8 +26,8 @@ ROWS = 4
 
 def softmax_cross_entropy_reference(
     logits_BK: torch.Tensor, label_B: torch.Tensor, smoothing: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """([sum of the losses / B, right answers], the gradient of each sample's own loss in the logits' type)."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(mean loss, right answers, the gradient of each sample's own loss in the logits' type)."""
     x_BK = logits_BK.double() if logits_BK.dtype == torch.float64 else logits_BK.float()
     num_classes = x_BK.shape[1]
     chosen_B = label_B.long()
@@ -36,7 +36,7 @@ def softmax_cross_entropy_reference(
     target_BK = target_BK + smoothing / num_classes
     loss_B = torch.where(valid_B, -(target_BK * x_BK.log_softmax(1)).sum(1), torch.nan)
     correct_B = (x_BK.argmax(1) == chosen_B).to(x_BK.dtype)
-    return torch.stack([loss_B.mean(), correct_B.sum()]), (x_BK.softmax(1) - target_BK).to(logits_BK.dtype)
+    return loss_B.mean(), correct_B.sum(), (x_BK.softmax(1) - target_BK).to(logits_BK.dtype)
 
 
 @triton.jit
@@ -68,6 +68,19 @@ def _forward(
 
 
 @triton.jit
+def _add_up(stats_ptr, loss_ptr, correct_ptr, num_samples, BLOCK: tl.constexpr, TURNS: tl.constexpr):
+    """One program, always in the same order."""
+    loss, correct = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    for turn in range(TURNS):
+        sample = turn * BLOCK + tl.arange(0, BLOCK)
+        mask = sample < num_samples
+        loss += tl.load(stats_ptr + sample, mask=mask, other=0.0)
+        correct += tl.load(stats_ptr + num_samples + sample, mask=mask, other=0.0)
+    tl.store(loss_ptr, tl.sum(loss, 0))
+    tl.store(correct_ptr, tl.sum(correct, 0))
+
+
+@triton.jit
 def _backward(unit_ptr, grad_loss_ptr, grad_ptr, num_samples, num_elements, BLOCK: tl.constexpr):
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = place < num_elements
@@ -77,7 +90,9 @@ def _backward(unit_ptr, grad_loss_ptr, grad_ptr, num_samples, num_elements, BLOC
 
 
 @torch.library.custom_op("tmnist::softmax_cross_entropy", mutates_args=())
-def _op(logits_BK: torch.Tensor, label_B: torch.Tensor, smoothing: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _op(
+    logits_BK: torch.Tensor, label_B: torch.Tensor, smoothing: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     check("logits", logits_BK, (*FLOATS, torch.float64), (None, None), logits_BK)
     num_samples, num_classes = logits_BK.shape
     check("label", label_B, (torch.uint8,), (num_samples,), logits_BK)
@@ -87,18 +102,23 @@ def _op(logits_BK: torch.Tensor, label_B: torch.Tensor, smoothing: float) -> tup
     if logits_BK.stride(1) != 1:
         logits_BK = logits_BK.contiguous()
     stats_2B = logits_BK.new_empty((2, num_samples), dtype=torch.float32)
-    unit_BK = logits_BK.new_empty((num_samples, num_classes))
+    loss, correct, unit_BK = _fake(logits_BK, label_B, smoothing)
     tensors = (logits_BK, label_B.contiguous(), stats_2B, unit_BK)
     sizes = {"CLASSES": num_classes, "COLUMNS": max(16, triton.next_power_of_2(num_classes)), "ROWS": ROWS}
     grid = (triton.cdiv(num_samples, ROWS),)
     start(_forward, grid, *tensors, num_samples, logits_BK.stride(0), SMOOTHING=smoothing, **sizes)
-    return stats_2B.sum(1), unit_BK
+    turns = triton.cdiv(num_samples, 1024)
+    start(_add_up, (1,), stats_2B, loss, correct, num_samples, BLOCK=1024, TURNS=turns)
+    return loss, correct, unit_BK
 
 
 @_op.register_fake
-def _fake(logits_BK: torch.Tensor, label_B: torch.Tensor, smoothing: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _fake(
+    logits_BK: torch.Tensor, label_B: torch.Tensor, smoothing: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     dtype = torch.float64 if logits_BK.dtype == torch.float64 else torch.float32
-    return logits_BK.new_empty((2,), dtype=dtype), logits_BK.new_empty(logits_BK.shape)
+    loss, correct = (logits_BK.new_empty((), dtype=dtype) for _ in range(2))
+    return loss, correct, logits_BK.new_empty(logits_BK.shape)
 
 
 @torch.library.custom_op("tmnist::softmax_cross_entropy_backward", mutates_args=())
@@ -117,12 +137,12 @@ def _backward_fake(unit_BK: torch.Tensor, grad_loss: torch.Tensor) -> torch.Tens
 
 
 def _save(ctx: Any, inputs: object, output: tuple[torch.Tensor, ...]) -> None:
-    ctx.save_for_backward(output[1])
+    ctx.save_for_backward(output[2])
 
 
-def _differentiate(ctx: Any, grad_2: torch.Tensor, _: None) -> tuple[object, ...]:
+def _differentiate(ctx: Any, grad_loss: torch.Tensor, *_: None) -> tuple[object, ...]:
     (unit_BK,) = ctx.saved_tensors
-    return _backward_op(unit_BK, grad_2[0]), None, None
+    return _backward_op(unit_BK, grad_loss), None, None
 
 
 _op.register_autograd(_differentiate, setup_context=_save)
@@ -140,5 +160,5 @@ def softmax_cross_entropy(
     Raises:
         ValueError: a shape, type or device does not fit.
     """
-    loss, correct = _op(logits_BK, label_B, smoothing)[0].unbind()
+    loss, correct, _ = _op(logits_BK, label_B, smoothing)
     return loss, correct.detach()

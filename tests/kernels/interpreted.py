@@ -231,6 +231,7 @@ def test_every_branch_ran() -> None:
     """Last: each kernel in each type and with each switch that a launcher can ask for (bf16 products excepted)."""
     floats = ("float32", "float16", "bfloat16")
     wanted = {("conv_pool_relu", "_add_partials", "float32 float32 float32")}
+    wanted.add(("softmax_cross_entropy", "_add_up", "float32 float32 float32"))
     for t in floats:
         if t != "bfloat16":
             wanted.add(("conv_pool_relu", "_forward", f"uint8 float32 float32 {t} int32"))
