@@ -1,16 +1,18 @@
-"""Time and memory: a stopwatch that waits for the device, peak memory, and what NVML tells of the GPU.
+"""Time and memory: a stopwatch that waits for the device, spans, peak memory, and what NVML tells of the GPU.
 
 NVML readings are None where there is no GPU or it does not tell; nothing here guesses.
 """
 
 import resource
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
 
 GIB = 2**30
+_CPU = torch.device("cpu")
 
 
 class Stopwatch:
@@ -41,6 +43,33 @@ class Stopwatch:
             lap_s = time.perf_counter() - self._wall_s
         self.total_s += lap_s
         return lap_s
+
+
+_OFF = nullcontext()
+_tracing = False
+
+
+@contextmanager
+def tracing() -> Iterator[None]:
+    """Spans of this process open ranges while this is entered (tools/bench/trace.py); otherwise they do nothing."""
+    global _tracing
+    _tracing = True
+    try:
+        yield
+    finally:
+        _tracing = False
+
+
+def span(name: str) -> AbstractContextManager[object]:
+    """A named part of the step, in torch.profiler's trace and, on a GPU, an NVTX range for Nsight; off it is free."""
+    return _range(name) if _tracing else _OFF
+
+
+@contextmanager
+def _range(name: str) -> Iterator[None]:
+    nvtx = torch.cuda.nvtx.range(name) if torch.cuda.is_available() else _OFF
+    with torch.profiler.record_function(name), nvtx:
+        yield
 
 
 def host_peak_rss_gib() -> float:
@@ -121,3 +150,23 @@ class Nvml:
             return getattr(self._nvml, function)(self._handle)
         except self._nvml.NVMLError:
             return None
+
+
+class Ledger:
+    """GPU memory by owner: what NVML calls used, before and after each owner's creation; a CPU's stays empty.
+
+    It is the whole device's, so another process that comes or goes in between falsifies it. "model and optimiser" holds
+    the activations of the warm-up too, as torch's allocator keeps them.
+    """
+
+    def __init__(self, device: torch.device = _CPU) -> None:
+        self._nvml = Nvml(device)
+        self._used_gib = self._nvml.used_gib()
+        self.gib: dict[str, float] = {}
+
+    def mark(self, owner: str) -> None:
+        """What came since the last mark is `owner`'s."""
+        used_gib = self._nvml.used_gib()
+        if used_gib is not None and self._used_gib is not None:
+            self.gib[owner] = self.gib.get(owner, 0.0) + used_gib - self._used_gib
+        self._used_gib = used_gib

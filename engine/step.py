@@ -23,6 +23,7 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from engine.capture import Graph, check_like, state_kept
+from engine.clock import span
 from engine.config import RunConfig
 from engine.errors import UserError
 from engine.feeds.batch import Batch, Feed, Source
@@ -190,6 +191,7 @@ class TrainStep:
             if self.steps_per_launch > 1:
                 self._run(self._static, self.steps_per_launch)
             if self._config.step.cuda_graphs:
+                self._world.ledger.mark("model and optimiser")
                 self._capture()
             self._world.synchronize()
         if self.capture_failure:
@@ -334,7 +336,8 @@ class TrainStep:
         index_2K = torch.minimum(self.counter_21 + self._offset_K[:num_steps], self._last_21)
         torch.index_select(self._rate_table, 0, index_2K[0], out=self._rate_K[:num_steps])
         if self._source:
-            self._source.gather(index_2K[1], batch)
+            with span("copy"):
+                self._source.gather(index_2K[1], batch)
         self._log_3K.zero_()
         size = self._order.rank_batch
         for k in range(num_steps):
@@ -352,11 +355,14 @@ class TrainStep:
         for number in range(num_parts):
             part = batch.rows(number * size, (number + 1) * size)
             with self._local(number < num_parts - 1):
-                loss, correct = self._net(part.image_BHW, part.label_B)
-                self.scaler.scale(loss / num_parts if num_parts > 1 else loss).backward()
+                with span("forward"):
+                    loss, correct = self._net(part.image_BHW, part.label_B)
+                with span("backward"):
+                    self.scaler.scale(loss / num_parts if num_parts > 1 else loss).backward()
             self._log_3K[LOSS, k].add_(loss.detach(), alpha=1 / num_parts)
             self._log_3K[CORRECT, k].add_(correct)
-        self._update(self._log_3K[BAD, k])
+        with span("optimiser"):
+            self._update(self._log_3K[BAD, k])
 
     def _update(self, bad: torch.Tensor) -> None:
         """The optimiser's step; where a gradient is not finite, `bad` is set, and only a plain optimiser steps."""

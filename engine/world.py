@@ -10,7 +10,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 import kernels
+from engine.clock import Ledger
 from engine.errors import UserError
 from engine.publish import writing
 
@@ -38,6 +39,8 @@ class World:
     """The side stream on which everything of the run is done (a graph must be warmed up and captured on one stream)."""
     allocator: str = "default"
     """What `keep_large_blocks` reached."""
+    ledger: Ledger = field(default_factory=Ledger)
+    """GPU memory by owner; empty on a CPU."""
 
     @property
     def is_first(self) -> bool:
@@ -112,16 +115,19 @@ def start_world(device_name: str = "") -> Iterator[World]:
     allocator = "glibc, freed blocks up to 32 MiB kept" if keep_large_blocks() else "default"
     on_gpu = torch.cuda.is_available() and device_name != "cpu"
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
-    size = env_world_size()
+    size, ledger = env_world_size(), Ledger(device)
     if on_gpu:
         torch.cuda.set_device(device)
+        torch.zeros(1, device=device)  # makes the context
+        ledger.mark("context")
     if size > 1:
         dist.init_process_group(
             "nccl" if on_gpu else "gloo", timeout=COLLECTIVE_TIMEOUT, device_id=device if on_gpu else None
         )
+        ledger.mark("NCCL")
     stream = torch.cuda.Stream(device) if on_gpu else None
     try:
-        yield World(rank=env_rank(), size=size, device=device, stream=stream, allocator=allocator)
+        yield World(rank=env_rank(), size=size, device=device, stream=stream, allocator=allocator, ledger=ledger)
     finally:
         if size > 1:
             dist.destroy_process_group()
