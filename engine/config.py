@@ -128,6 +128,8 @@ class RunConfig:
     """Seeds the initial weights and the order of samples."""
     log_ids: bool = field(default=False, metadata=ENVIRONMENT)
     """Write the ids and pixels' checksums of all batches to OUT/ids, for tools/verify order; slow."""
+    tensorboard: bool = field(default=False, metadata=ENVIRONMENT)
+    """Write each epoch's figures as TensorBoard events to OUT/tensorboard, too."""
     target_accuracy: float = field(default=0.0, metadata=ENVIRONMENT)
     """Stop at the first epoch whose validation accuracy (0..1) reaches this; 0: run all epochs."""
 
@@ -178,14 +180,22 @@ def override(config: RunConfig, dotted: Mapping[str, Any], source: str) -> RunCo
 
 def load_toml(config: RunConfig, path: str | Path) -> RunConfig:
     """`config` overridden by a TOML file whose tables and keys are the fields of RunConfig."""
+    return override(config, flatten(read_toml(path)), str(path))
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """The tables of a TOML file.
+
+    Raises:
+        UserError: it cannot be read, or is no TOML.
+    """
     try:
         with open(path, "rb") as handle:
-            tree = tomllib.load(handle)
+            return tomllib.load(handle)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give --config an existing TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: is not TOML ({error}); see bench_configs/ for examples") from None
-    return override(config, dict(_flatten(tree)), str(path))
 
 
 def parse_assignments(assignments: tuple[str, ...]) -> dict[str, Any]:
@@ -212,12 +222,12 @@ def to_toml(config: RunConfig) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> Any:
+def flatten(tree: dict[str, Any]) -> dict[str, Any]:
+    """{"optim": {"fused": true}} -> {"optim.fused": true}; tables lie one in another at any depth."""
+    dotted: dict[str, Any] = {}
     for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
+        dotted |= {f"{name}.{k}": v for k, v in flatten(value).items()} if isinstance(value, dict) else {name: value}
+    return dotted
 
 
 def _replace(config: Any, path: list[str], value: Any, where: str) -> Any:

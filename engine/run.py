@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -35,6 +36,7 @@ ORDERS = list(get_args(get_type_hints(DataConfig)["order"]))
 @click.option("--target-accuracy", type=click.FloatRange(0, 1), help="Stop when validation reaches it (0..1).")
 @click.option("--seed", type=click.IntRange(0), help="Initial weights and order of samples.")
 @click.option("--baseline", is_flag=True, help="The study's recipe: fp32, NCHW, eager, loader, Adam 1e-3, batch 64.")
+@click.option("--tensorboard", is_flag=True, default=None, help="Write TensorBoard events, too, to OUT/tensorboard.")
 @click.option("--config", "config_file", type=click.Path(), help="TOML file with any setting.")
 @click.option(
     "--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any setting, e.g. optim.weight_decay=0.1."
@@ -97,6 +99,8 @@ def _run(config: RunConfig, out: Path | None, resume: bool, device: str) -> None
         if env_rank() == 0:
             click.echo(line)
 
+    if config.tensorboard and find_spec("tensorboard") is None:
+        raise UserError("--tensorboard: the package is not installed; pip install tensorboard, or leave it out")
     keep_large_blocks()  # before anything large is read
     check_ranks(device)
     records = None

@@ -165,15 +165,19 @@ def open_session(config: RunConfig, records: Records, world: World) -> Session:
     static = random_batch(
         order.rank_batch, records.height_width, num_classes, device, copies=effective.step.steps_per_graph
     )
+    world.ledger.mark("model and optimiser")
     source = make_source(effective.data, train, order, static, fused) if _gathers(effective) else None
+    world.ledger.mark("feed")
     step = TrainStep(model, effective, order, static, world, source)
     try:
         step.prepare()
+        world.ledger.mark("graph pool" if effective.step.cuda_graphs else "model and optimiser")
         warmup_s = time.perf_counter() - start
         if step.capture_failure:
             notes.append(f"CUDA graphs are not used: {step.capture_failure}; the same step runs eagerly")
             effective = replace(effective, step=replace(effective.step, cuda_graphs=False))
         feed = source or make_feed(effective.data, train, order, num_classes, device, config.augment, fused)
+        world.ledger.mark("feed")
     except BaseException:
         step.close()
         raise
@@ -216,11 +220,16 @@ def fit(config: RunConfig, records: Records, world: World, out: Path, *, resume:
     with world.on_stream():
         session = open_session(config, records, world)
         try:
-            for note in session.notes:
-                say(f"note: {note}")
-            return _Fit(session, config, out, say).run(resume)
+            return train(session, config, out, resume=resume, say=say)
         finally:
             session.close()
+
+
+def train(session: Session, config: RunConfig, out: Path, *, resume: bool, say: Say) -> RunReport:
+    """fit() in a session that is open, and stays open; `config` is what was requested."""
+    for note in session.notes:
+        say(f"note: {note}")
+    return _Fit(session, config, out, say).run(resume)
 
 
 @dataclass
@@ -237,6 +246,8 @@ class _Fit:
     best_val: float | None = None
     time_to_target_s: float | None = None
     utilisation_percent: list[float] = field(default_factory=list)
+    events: Any = None
+    """TensorBoard's writer, on rank 0 and where asked for."""
 
     def __post_init__(self) -> None:
         self.watch = clock.Stopwatch(self.session.world.device)
@@ -329,14 +340,20 @@ class _Fit:
         return position.num_epochs
 
     def _start_files(self, num_epochs_done: int) -> None:
-        """Write config.toml, and cut metrics.jsonl back to the epochs that the checkpoint knows."""
+        """Write config.toml, and cut metrics.jsonl and events back to the epochs that the checkpoint knows."""
         metrics = self.out / "metrics.jsonl"
         with writing(self.out):
             lines = metrics.read_bytes().splitlines(keepends=True)[:num_epochs_done] if metrics.exists() else []
             write_file(metrics, b"".join(lines))
             write_file(self.out / "config.toml", to_toml(self.config).encode())
+            if self.config.tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.events = SummaryWriter(str(self.out / "tensorboard"), purge_step=num_epochs_done + 1)
 
     def _end_files(self, report: RunReport) -> None:
+        if self.events:
+            self.events.close()
         with writing(self.out):
             save_model(self.out / "model.safetensors", self.session.step.model)
             write_json(report, self.out / "report.json")
@@ -354,6 +371,10 @@ class _Fit:
             with writing(self.out):
                 with open(self.out / "metrics.jsonl", "a") as file:
                     file.write(json.dumps(metrics, allow_nan=False) + "\n")
+                if self.events:
+                    for name, value in metrics.items():
+                        self.events.add_scalar(name, value, num_epochs)
+                    self.events.flush()
                 save_checkpoint(
                     self.out,
                     position,
