@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+from engine.config import read_toml
 from engine.pack import pack
 from engine.records import Records, open_records
 from engine.report import ROOT
 from engine.world import World
+from tools.bench.matrix import is_matrix
 
 CLASSES = ("0", "00", "NA", ",", '"', "a", "é", "~")
 NUM_FONTS = 40
@@ -93,7 +95,7 @@ def command(cache: Path) -> Command:
 
 def run_configs() -> list[Path]:
     """The files of bench_configs that describe a run."""
-    return [path for path in sorted((ROOT / "bench_configs").glob("*.toml")) if not path.name.startswith("ladder")]
+    return [path for path in sorted((ROOT / "bench_configs").glob("*.toml")) if not is_matrix(read_toml(path))]
 
 
 def assert_refused(done: subprocess.CompletedProcess[str], *texts: str) -> None:

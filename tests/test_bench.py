@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench import feeds, fullsize, pack, precision, ranks, step
+from tests.bench import feeds, fullsize, measuring, pack, precision, ranks, report, step
 from tools.bench import feeds as measure_feeds
 
 
@@ -41,6 +41,18 @@ def test_ranks(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(ranks, "BATCH", 32)
     ranks.bench(tmp_path, pairs=1, num_steps=2)
     assert checked(tmp_path / "cpu_ranks.json") == ["efficiency of 2 ranks (%)"]
+
+
+def test_measuring(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    monkeypatch.setattr(measuring, "BATCH", 32)
+    measuring.bench(tmp_path, rounds=2, num_steps=4)
+    assert checked(tmp_path / "measuring.json") == ["throughput that measuring costs (%)"]
+
+
+def test_report(tmp_path: Path) -> None:
+    report.bench(tmp_path, rounds=1)
+    assert checked(tmp_path / "cpu_report.json") == ["whole command (s)", "report.html (MB)"]
 
 
 def test_precision(tmp_path: Path, small_dir: Path) -> None:

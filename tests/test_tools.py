@@ -23,13 +23,13 @@ from tools.results import TARGET, render
 def test_profile_bare_profiles_the_default(command: Command, tmp_path: Path) -> None:
     done = command("tools/profile", "run", "--steps", 4, "--batch-size", 64, "--out", tmp_path, "--device", "cpu")
     assert done.returncode == 0, done.stderr
-    profile = json.loads((tmp_path / "profile.json").read_text())
-    line = profile["rows"][0]
-    assert line["config"] == "default" and line["precision"] == "bf16" and line["global_batch"] == 64
-    assert line["step_p10_ms"] <= line["step_ms"] <= line["step_p90_ms"]
-    assert line["samples_per_s"] > 0 and profile["environment"]["torch"]
-    assert list(pd.read_csv(tmp_path / "profile.csv")["config"]) == ["default"]
-    assert "samples/s" in done.stdout
+    (cell,) = json.loads((tmp_path / "profile.json").read_text())["cells"]
+    (line,) = cell["repetitions"]
+    assert cell["name"] == "default" and line["effective"]["precision"] == "bf16" and line["global_batch"] == 64
+    assert line["step_p10_ms"] <= line["step_ms"] <= line["step_p90_ms"] and line["num_steps"] == 4
+    assert line["samples_per_s"] > 0 and line["environment"]["torch"] and line["confusion"] is None
+    assert list(pd.read_csv(tmp_path / "profile.csv")["name"]) == ["default"]
+    assert "samples/s" in done.stdout and "note: CUDA graphs are not used: there is no GPU" in done.stdout
 
 
 def test_profile_takes_every_bench_config(command: Command, tmp_path: Path) -> None:
@@ -38,17 +38,9 @@ def test_profile_takes_every_bench_config(command: Command, tmp_path: Path) -> N
         "python", "-m", "tools.profile", "run", *configs, "--steps", 2, "--batch-size", 64, "--out", tmp_path
     )
     assert done.returncode == 0, done.stderr
-    rows = json.loads((tmp_path / "profile.json").read_text())["rows"]
-    assert [line["config"] for line in rows] == [path.stem for path in configs]
-
-
-def test_profile_runs_on_two_ranks(command: Command, tmp_path: Path) -> None:
-    words = ("torchrun", "--standalone", "--nproc-per-node=2", "-m", "tools.profile", "run", "--device", "cpu")
-    done = command(*words, "--steps", 2, "--batch-size", 32, "--out", tmp_path)
-    assert done.returncode == 0, done.stderr
-    line = json.loads((tmp_path / "profile.json").read_text())["rows"][0]
-    assert (line["num_ranks"], line["global_batch"]) == (2, 64)
-    assert done.stdout.count("samples/s") == 1
+    cells = json.loads((tmp_path / "profile.json").read_text())["cells"]
+    assert [cell["name"] for cell in cells] == [path.stem for path in configs]
+    assert all(cell["axes"]["batch"] == 64 and not cell["repetitions"][0]["failed"] for cell in cells)
 
 
 def test_the_gpu_round_runs_dry(command: Command, tmp_path: Path) -> None:
@@ -191,3 +183,16 @@ def test_profile_feeds_measures_all_of_them(command: Command, tmp_path: Path, sm
     with Image.open(tmp_path / "out" / "feeds.png") as chart:
         assert chart.width > 500
     assert_refused(command("tools/profile", "feeds", "--data", small_dir), "larger than the train split of 224 samples")
+
+
+@pytest.mark.parametrize(
+    ("tool", "typed", "offered"),
+    [("profile", "", {"compare", "ensemble", "run", "trace"}), ("pack_tmnist", "--s", {"--split", "--seed"})],
+)
+def test_a_shell_completes_subcommands_and_options(command: Command, tool: str, typed: str, offered: set[str]) -> None:
+    variable = f"_{tool.upper()}_COMPLETE"
+    sourced = command("bash", "-c", f'eval "$({variable}=bash_source tools/{tool})"; complete -p tools/{tool}')
+    assert sourced.returncode == 0 and f"tools/{tool}" in sourced.stdout, sourced.stderr
+    words = {"COMP_WORDS": f"tools/{tool} {typed}", "COMP_CWORD": "1"}
+    done = command(f"tools/{tool}", **{variable: "bash_complete"}, **words)
+    assert offered <= {line.removeprefix("plain,") for line in done.stdout.splitlines()}, done.stderr

@@ -1,6 +1,8 @@
 """python -m tools.predict RUN: what a trained network reads, as a picture of test glyphs with its answers."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -16,6 +18,7 @@ from engine.sample import sample_path
 from tools.sheet import BLACK, COLUMNS, RED, draw_sheet
 
 ROWS = 6
+BATCH = 2048
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -39,10 +42,14 @@ def predict(config: RunConfig, weights: Path, records: Records, split: Split) ->
     """answer_N: the class index the network gives each image of the split (fp32, on the CPU)."""
     model = make_model(config.model, *records.height_width, len(records.classes), seed=0)
     model.load_state_dict(load_file(weights))
-    with torch.no_grad():
-        image_N1HW = torch.from_numpy(split.image_NHW).unsqueeze(1).float() / 255
-        answer_N: np.ndarray = model(image_N1HW).argmax(1).numpy()
-    return answer_N
+    return answers(lambda image_BHW: model(image_BHW.unsqueeze(1).float() / 255), split.image_NHW, torch.device("cpu"))
+
+
+@torch.no_grad()
+def answers(logits: Callable[[torch.Tensor], torch.Tensor], image_NHW: Any, device: torch.device) -> np.ndarray:
+    """answer_N: the class index that `logits` (of uint8 images on `device`) gives each image."""
+    parts = [image_NHW[start : start + BATCH] for start in range(0, len(image_NHW), BATCH)]
+    return np.concatenate([logits(torch.from_numpy(part).to(device)).argmax(1).cpu().numpy() for part in parts])
 
 
 def draw(split: Split, answer_N: np.ndarray, classes: tuple[str, ...]) -> Image.Image:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from tests.bench import feeds, fullsize, pack, precision, ranks, step
+from tests.bench import feeds, fullsize, measuring, pack, precision, ranks, report, step
 
 
 @click.command()
@@ -16,6 +16,8 @@ def main(data: Path | None, out: Path) -> None:
     feeds.bench(out, seconds=8.0)
     step.bench(out, rounds=7, num_steps=60)
     ranks.bench(out, pairs=5, num_steps=100)
+    measuring.bench(out, rounds=9, num_steps=60)
+    report.bench(out, rounds=5)
     if data:
         fullsize.bench(out, data, rounds=1)
         precision.bench(out, data, pairs=5)

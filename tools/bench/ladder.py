@@ -5,24 +5,22 @@ favours none. A cell that fails is told, and the others go on.
 """
 
 import time
-import tomllib
 from dataclasses import dataclass, field
 from math import ceil
 from typing import Any
 
 from engine import clock
-from engine.config import RunConfig, override
+from engine.config import RunConfig, override, read_toml
 from engine.errors import UserError
 from engine.records import Records
 from engine.report import ROOT
 from engine.trainer import Session, open_session
 from engine.world import World
+from tools.bench.matrix import rungs
 from tools.bench.measure import measure
 from tools.bench.results import row
 
 LADDER = ROOT / "bench_configs" / "ladder_h100.toml"
-BATCHES = [2048]
-"""Of a rung that names none."""
 
 
 @dataclass
@@ -53,23 +51,20 @@ class Cell:
 
 
 def read_ladder() -> dict[str, Any]:
-    """The file's tables `rung` and `expected`."""
-    return tomllib.loads(LADDER.read_text())
+    """The file's tables `rung` and `expected`, and the `batch` of a rung that names none."""
+    return read_toml(LADDER)
 
 
 def make_cells(largest_batch: int, compiled: bool) -> list[Cell]:
     """Every rung at each of its batch sizes, up to `largest_batch` (or at that, if all are larger)."""
-    settings: dict[str, dict[str, Any]] = {"": {}}
-    cells, before = [], ""
-    for rung in read_ladder()["rung"]:
-        settings[rung["name"]] = settings[rung.get("base", before)] | rung["set"]
-        before = rung["name"]
-        if settings[before].get("step.compile", "off") != "off" and not compiled:
+    cells, ladder = [], read_ladder()
+    for rung, settings in rungs(ladder, LADDER.name):
+        if settings.get("step.compile", "off") != "off" and not compiled:
             continue
-        wanted = rung.get("batches", BATCHES)
+        wanted = rung.get("batches", [ladder["batch"]])
         for batch in [b for b in wanted if b <= largest_batch] or [largest_batch]:
-            config = override(RunConfig(), settings[before] | {"global_batch": batch}, LADDER.name)
-            cells.append(Cell(before, config))
+            config = override(RunConfig(), settings | {"global_batch": batch}, LADDER.name)
+            cells.append(Cell(rung["name"], config))
     return cells
 
 

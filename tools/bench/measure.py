@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine import clock
+from engine.clock import Nvml
 from engine.step import Launch
 from engine.trainer import Session
 
@@ -30,61 +30,41 @@ class Measured:
     """Milliseconds the host waited for the feed, in all."""
     samples_per_s: float
     """Over all ranks."""
+    gpu_utilisation_percent: float | None
+    power_w: float | None
 
 
-def measure(session: Session, num_steps: int) -> Measured:
-    """Train at least `num_steps` steps on the clock, in whole launches; call inside world.on_stream()."""
+def measure(session: Session, num_steps: int, nvml: Nvml | None = None) -> Measured:
+    """Train at least `num_steps` steps on the clock, in whole launches; call inside world.on_stream().
+
+    Args:
+        nvml: read once for utilisation and power, between two launches in the middle, while the device works on what
+            was launched before; a thread of its own would contend with the host's launches.
+    """
     launches = endless(session)
     for _ in islice(launches, NUM_UNTIMED):
         pass
     session.world.synchronize()
     on_gpu = session.world.device.type == "cuda"
-    marks, sizes, wait_s = [_mark(on_gpu)], [0], 0.0
-    while sum(sizes) < num_steps:
+    marks, sizes, wait_s, done = [_mark(on_gpu)], list[int](), 0.0, 0
+    utilisation_percent = power_w = None
+    while done < num_steps:
         launch = next(launches)
         marks.append(_mark(on_gpu))
         sizes.append(launch.num_steps)
         wait_s += launch.wait_s
+        if nvml and done < num_steps / 2 <= done + launch.num_steps:
+            utilisation_percent, power_w = nvml.utilisation_percent(), nvml.power_w()
+        done += launch.num_steps
     session.world.synchronize()
     launch_ms = [_elapsed_ms(a, b) for a, b in pairwise(marks)]
     return Measured(
-        step_ms_S=np.concatenate([np.full(n, ms / n) for n, ms in zip(sizes[1:], launch_ms, strict=True)]),
+        step_ms_S=np.concatenate([np.full(n, ms / n) for n, ms in zip(sizes, launch_ms, strict=True)]),
         wait_ms=wait_s * 1000,
-        samples_per_s=sum(sizes) * session.config.global_batch / (sum(launch_ms) / 1000),
+        samples_per_s=done * session.config.global_batch / (sum(launch_ms) / 1000),
+        gpu_utilisation_percent=utilisation_percent,
+        power_w=power_w,
     )
-
-
-def describe(session: Session, measured: Measured, nvml: clock.Nvml, energy_j: float | None) -> dict[str, Any]:
-    """One row of a profile: throughput, step times, waiting, memory, power."""
-    p10, median, p90 = np.percentile(measured.step_ms_S, [10, 50, 90])
-    return {
-        "samples_per_s": measured.samples_per_s,
-        "step_ms": median,
-        "step_p10_ms": p10,
-        "step_p90_ms": p90,
-        "data_wait_fraction": measured.wait_ms / measured.step_ms_S.sum(),
-        "num_steps": len(measured.step_ms_S),
-        "num_ranks": session.world.size,
-        "global_batch": session.config.global_batch,
-        **session.effective,
-        "host_peak_rss_gib": clock.host_peak_rss_gib(),
-        "torch_peak_gib": clock.torch_peak_gib(session.world.device),
-        "device_used_gib": nvml.used_gib(),
-        "gpu_utilisation_percent": nvml.utilisation_percent(),
-        "power_w": nvml.power_w(),
-        "energy_j": energy_j,
-        "notes": "; ".join(session.notes),
-    }
-
-
-def profile_session(session: Session, num_steps: int) -> dict[str, Any]:
-    """Measure a session and describe it."""
-    nvml = clock.Nvml(session.world.device)
-    before_j = nvml.energy_j()
-    measured = measure(session, num_steps)
-    after_j = nvml.energy_j()
-    used_j = None if before_j is None or after_j is None else after_j - before_j
-    return describe(session, measured, nvml, used_j)
 
 
 def endless(session: Session) -> Iterator[Launch]:

@@ -1,0 +1,131 @@
+"""One repetition of one cell: the child that tools/bench/matrix.py starts, alone or under torchrun.
+
+python -m tools.bench.cell JOB RESULT reads what to measure from JOB and leaves figures in RESULT, both JSON. In this
+order: whole epochs and evaluation (where accuracy is asked for), the timed steps, and (once a cell) the traced ones.
+Each figure is of rank 0 where it says nothing else.
+"""
+
+import json
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+
+from engine import clock
+from engine.config import RunConfig, override
+from engine.errors import UserError, exit_on_user_error
+from engine.feeds import open_for
+from engine.publish import writing
+from engine.report import write_json
+from engine.sample import ensure_sample
+from engine.trainer import Session, open_session, train
+from engine.world import World, end_rank, env_rank, start_world
+from tools.bench.confusion import confusion_of
+from tools.bench.measure import measure
+from tools.bench.roofline import copy_bandwidth, roofline_fraction
+from tools.bench.trace import stage_ms
+
+NUM_TRACED = 10
+NOT_ASKED: dict[str, Any] = {
+    "train_s": None, "time_to_target_s": None, "val_accuracy_fraction": None, "test_accuracy_fraction": None,
+    "epochs": [],
+}  # fmt: skip
+"""What only training to the end tells."""
+
+
+@click.command()
+@click.argument("job_file", metavar="JOB", type=click.Path(path_type=Path))
+@click.argument("result", type=click.Path(path_type=Path))
+def main(job_file: Path, result: Path) -> None:
+    """Measure as JOB says and write RESULT."""
+    job = json.loads(job_file.read_bytes())
+    with exit_on_user_error(speak=env_rank() == 0):
+        try:
+            with start_world(job["device"]) as world, world.on_stream():
+                found = repetition(job, world)
+                with writing(result):
+                    world.first(lambda: write_json(found, result))
+        except UserError:
+            raise
+        except Exception as error:  # whatever it is, the parent tells it in one line and goes on with other cells
+            first_line = str(error).strip().partition("\n")[0]
+            raise SystemExit(f"error: {type(error).__name__}: {first_line}") from None
+    end_rank()
+
+
+def repetition(job: dict[str, Any], world: World) -> dict[str, Any]:
+    """Everything measured of a job; collective."""
+    config = override(RunConfig(), job["settings"], "the cell")
+    records = open_for(config.data, config.data.path or job["data"] or ensure_sample(world))
+    session = open_session(config, records, world)
+    try:
+        found = NOT_ASKED | (_trained(session, config) if job["accuracy"] else {})
+        found |= {"confusion": _confusion(session) if job["accuracy"] and job["first"] else None}
+        found |= _timed(session, job["num_steps"])
+        return found | {"stage_ms": stage_ms(session, min(job["num_steps"], NUM_TRACED)) if job["first"] else None}
+    finally:
+        session.close()
+
+
+def _trained(session: Session, config: RunConfig) -> dict[str, Any]:
+    """Whole epochs as engine.run trains them."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder)
+        report = train(session, config, out, resume=False, say=lambda line: None)
+        lines = (out / "metrics.jsonl").read_text().splitlines() if session.world.is_first else []
+    figures = {name: getattr(report, name) for name in NOT_ASKED if name != "epochs"}
+    return figures | {"epochs": [json.loads(line) for line in lines]}
+
+
+def _timed(session: Session, num_steps: int) -> dict[str, Any]:
+    """Throughput, step times, waiting, memory, power."""
+    world, nvml = session.world, clock.Nvml(session.world.device)
+    before_j = nvml.energy_j()
+    measured = measure(session, num_steps, nvml)
+    used_j = world.sum(torch.tensor([(nvml.energy_j() or np.nan) - (before_j or np.nan)])).item()
+    p10, median, p90 = np.percentile(measured.step_ms_S, [10, 50, 90])
+    done, batch = len(measured.step_ms_S), session.config.global_batch
+    return {
+        "environment": asdict(session.environment),
+        "effective": session.effective,
+        "notes": session.notes,
+        "num_ranks": world.size,
+        "global_batch": batch,
+        "num_steps": done,
+        "samples_per_s": measured.samples_per_s,
+        "step_ms": median,
+        "step_p10_ms": p10,
+        "step_p90_ms": p90,
+        "data_wait_fraction": measured.wait_ms / measured.step_ms_S.sum(),
+        "host_peak_rss_gib": clock.host_peak_rss_gib(),
+        "torch_peak_gib": clock.torch_peak_gib(world.device),
+        "device_used_gib": nvml.used_gib(),
+        "gpu_utilisation_percent": measured.gpu_utilisation_percent,
+        "power_w": measured.power_w,
+        "energy_j_per_ksample": None if np.isnan(used_j) else used_j / (done * batch) * 1000,
+        "memory_gib_by_owner": world.ledger.gib or None,
+        "roofline_fraction": _roofline(session, measured.samples_per_s),  # last: it takes 2 GiB of the device
+    }
+
+
+def _roofline(session: Session, samples_per_s: float) -> float | None:
+    """One rank's rate of what its GPU's bandwidth and FLOPs allow."""
+    world, (height, width) = session.world, session.records.height_width
+    name, precision = session.environment.gpu_name, session.config.step.precision
+    shape = (height, width, len(session.records.classes))
+    return roofline_fraction(samples_per_s / world.size, name, precision, copy_bandwidth(world.device), shape)
+
+
+def _confusion(session: Session) -> dict[str, Any] | None:
+    """What rank 0 reads in the test split, where there is one in memory."""
+    test = session.records.splits.get("test")
+    readable = test is not None and isinstance(test.image_NHW, np.ndarray)
+    return confusion_of(session) if readable and session.world.is_first else None
+
+
+if __name__ == "__main__":
+    main()
