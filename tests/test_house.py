@@ -83,11 +83,12 @@ def test_only_the_world_reads_the_rank() -> None:
 
 
 def test_nothing_unsafe_reads_a_strangers_file() -> None:
-    unsafe = {"pickle", "marshal", "shelve", "dill", "joblib"}
+    unsafe = {"pickle", "marshal", "shelve", "dill"}
     for name, file in modules("engine", "kernels", "tools").items():
         assert not {i.split(".")[0] for i in imports(file)} & unsafe, name
         text = file.read_text()
-        for call in ("torch.load(", "allow_pickle", "shell=True", "eval(", "exec(", "yaml.load", "_object("):
+        for call in ("torch.load(", "allow_pickle", "shell=True", "eval(", "exec(", "yaml.load", "_object(",
+                     "joblib.load", "joblib.dump", "joblib import load", "joblib import dump"):  # fmt: skip
             assert call not in text.replace("retrieval(", ""), f"{name} has {call}"
 
 

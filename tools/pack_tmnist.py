@@ -93,4 +93,4 @@ def _check(source: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(prog_name="tools/pack_tmnist", complete_var="_PACK_TMNIST_COMPLETE")

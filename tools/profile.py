@@ -1,34 +1,30 @@
 """tools/profile: what a configuration does to throughput and memory. Bare: the default configuration, fast settings on.
 
-Every figure comes from the TrainStep and feeds of training (tools/bench/measure.py).
+Every figure comes from the TrainStep and feeds of training, in processes of their own (tools/bench/matrix.py, cell.py).
 """
 
+import os
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
 from engine.config import RunConfig, load_toml, override
-from engine.errors import exit_on_user_error
+from engine.errors import UserError, exit_on_user_error, printable
 from engine.publish import writing
-from engine.report import read_report
 
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # before torch is loaded: no lines of the profiler's own on stderr
+DEFAULT = {"step.precision": "bf16", "step.cuda_graphs": True}
+"""What `torchrun -m engine.run --amp --cuda-graphs` trains with."""
 SHOWN = {
-    "config": "config",
-    "samples_per_s": "samples/s",
-    "step_ms": "step ms",
-    "step_p10_ms": "p10",
-    "step_p90_ms": "p90",
-    "data_wait_fraction": "waiting",
-    "host_peak_rss_gib": "host GiB",
-    "torch_peak_gib": "torch GiB",
-    "device_used_gib": "device GiB",
-    "gpu_utilisation_percent": "GPU %",
-    "power_w": "W",
-    "energy_j": "J",
-}
+    "id": "cell", "name": "name", "num": "n", "samples_per_s": "samples/s", "samples_per_s_low95": "from",
+    "samples_per_s_high95": "to", "gain": "gain", "speedup": "speed-up", "efficiency": "efficiency",
+    "step_ms": "step ms", "data_wait_fraction": "waiting", "host_peak_rss_gib": "host GiB",
+    "torch_peak_gib": "torch GiB", "device_used_gib": "device GiB", "gpu_utilisation_percent": "GPU %",
+    "power_w": "W", "energy_j_per_ksample": "J/1000", "train_s": "training s", "test_accuracy_fraction": "test",
+}  # fmt: skip
 
 
 @click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
@@ -41,34 +37,41 @@ def main(context: click.Context) -> None:
 
 @main.command()
 @click.argument("configs", nargs=-1, type=click.Path(path_type=Path))
-@click.option("--data", help="Record directory.  [default: the sample]")
-@click.option("--steps", type=click.IntRange(2), default=100, show_default=True, help="Timed steps of each config.")
-@click.option("--batch-size", type=click.IntRange(1), help="Samples of one rank in a step, for every config.")
-@click.option(
-    "--out", type=click.Path(path_type=Path), help="Folder for profile.json and .csv.  [default: runs/profile-<time>]"
-)
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), default=None)
+@click.option("--data", default="", help="Record directory.  [default: the sample]")
+@click.option("--steps", type=click.IntRange(2), help="Timed steps of each cell, and no training of whole epochs.")
+@click.option("--repetitions", type=click.IntRange(1), help="Of each cell.")
+@click.option("--batch-size", type=click.IntRange(1), help="Samples in a step of every run config.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for the figures.  [default: runs/profile-<time>]")
+@click.option("--resume", is_flag=True, help="Go on in --out: what was measured of the same cells stays.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]))
 def run(
-    configs: tuple[Path, ...] = (),
-    data: str | None = None,
-    steps: int = 100,
-    batch_size: int | None = None,
-    out: Path | None = None,
-    device: str | None = None,
+    configs: tuple[Path, ...],
+    data: str,
+    steps: int | None,
+    repetitions: int | None,
+    batch_size: int | None,
+    out: Path | None,
+    resume: bool,
+    device: str | None,
 ) -> None:
-    """Profile CONFIG files (bench_configs/*.toml), each through the step and feed of training."""
-    from engine.world import end_rank, env_rank, env_world_size
+    """Measure CONFIGS: matrices and run configs (bench_configs/*.toml); none: the default, fast settings on.
 
-    with exit_on_user_error(speak=env_rank() == 0):
-        named = [(path.stem, load_toml(RunConfig(), path)) for path in configs] or [("default", default_config())]
-        common: dict[str, Any] = {"data.path": data} if data else {}
-        if batch_size:
-            common["global_batch"] = batch_size * env_world_size()
-        named = [(name, override(config, common, "flags")) for name, config in named]
-        rows, facts = _profile_all(named, steps, device or "")
-        if env_rank() == 0:
-            _show(rows, facts, out or Path("runs") / time.strftime("profile-%Y%m%d-%H%M%S", time.gmtime()))
-    end_rank()
+    Writes profile.json and .csv, and a file for each repetition of a cell. Exit code 1 if a cell failed.
+    """
+    with exit_on_user_error():
+        from tools.bench.matrix import Run, config_cell, read_cells
+
+        default = "default", [config_cell("default", DEFAULT, batch_size)]
+        title, cells = read_cells(list(configs), batch_size) if configs else default
+        if steps:
+            cells = [replace(cell, num_steps=steps, accuracy=False) for cell in cells]
+        if repetitions:
+            cells = [replace(cell, repetitions=repetitions) for cell in cells]
+        num_gpus, out = _num_gpus(device or ""), _checked_out(out, resume)
+        measured = Run(title=title, cells=cells, out=out, data=data, device=device or "", num_gpus=num_gpus)
+        measured.measure(resume)
+        failed = _show(measured.profile(), out)
+    raise SystemExit(1 if failed else 0)
 
 
 @main.command()
@@ -76,16 +79,25 @@ def run(
 @click.argument("b", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for comparison.md and comparison.json, too.")
 def compare(a: Path, b: Path, out: Path | None) -> None:
-    """Put the reports of two runs, A and B, side by side."""
+    """Put two runs, or two folders of `tools/profile run`, A and B, side by side."""
     with exit_on_user_error():
-        reports = {a.name: read_report(a), b.name: read_report(b)}
-        table = comparison(reports[a.name], reports[b.name], a.name, b.name)
-        click.echo(table)
+        from tools.bench.compare import compare_profiles, compare_runs
+
+        text = (compare_profiles if (a / "profile.json").exists() else compare_runs)(a, b, out)
+        click.echo(text)
         if out:
-            with writing(out):
-                (out / "comparison.md").write_text(f"# {a.name} and {b.name}\n\n{table}\n")
-                _write_comparison(out / "comparison.json", reports)
             click.echo(f"report: {out / 'comparison.md'}")
+
+
+@main.command()
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for report.html, .md and figures.  [default: DIR]")
+def report(folder: Path, out: Path | None) -> None:
+    """Write what DIR's profile.json holds as a page with charts, as pictures, and as tables."""
+    with exit_on_user_error():
+        from tools.bench.report import write_report
+
+        click.echo(f"report: {write_report(folder, out or folder)}")
 
 
 @main.command()
@@ -104,101 +116,93 @@ def feeds(data: Path | None, batch_size: int, seconds: float, json_file: Path | 
         click.echo(profile_feeds(data, batch_size, seconds, json_file, out))
 
 
-def _write_comparison(path: Path, reports: dict[str, dict[str, Any]]) -> None:
-    from engine.report import Environment
-    from tools.bench.results import row, write_result
+@main.command()
+@click.argument("config_file", required=False, type=click.Path(path_type=Path), metavar="[CONFIG]")
+@click.option("--data", help="Record directory.  [default: the sample]")
+@click.option("--steps", type=click.IntRange(1), default=10, show_default=True, help="Traced steps.")
+@click.option("--batch-size", type=click.IntRange(1), help="Samples of one rank in a step.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/trace"), show_default=True)
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="")
+def trace(
+    config_file: Path | None, data: str | None, steps: int, batch_size: int | None, out: Path, device: str
+) -> None:
+    """Trace a few steps of CONFIG: stages, slowest operators and kernels, and a file for Perfetto."""
+    from engine.world import end_rank, env_rank, env_world_size
 
-    rows = []
-    for name, report in reports.items():
-        rows.append(row(f"{name}, {report['num_epochs']} epochs: training time", [report["train_s"]], "s"))
-        rows.append(row(f"{name}: throughput", [report["samples_per_s"]], "samples/s"))
-        rows.append(row(f"{name}: test accuracy", [100 * report["test_accuracy_fraction"]], "%"))
-    facts = Environment(**report["environment"])
-    title = (
-        f"{path.parent.name}: {' and '.join(reports)}, {report['num_train_samples']:,} training images, one run each"
-    )
-    write_result(path, title=title, environment=facts, rows=rows, claims=[])
+    with exit_on_user_error(speak=env_rank() == 0):
+        from tools.bench.trace import trace_config
 
-
-def default_config() -> RunConfig:
-    """What `torchrun -m engine.run --amp --cuda-graphs` trains with."""
-    config = RunConfig()
-    return replace(config, step=replace(config.step, precision="bf16", cuda_graphs=True))
-
-
-def _profile_all(
-    named: list[tuple[str, RunConfig]], steps: int, device: str
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    from engine.feeds import open_for
-    from engine.sample import ensure_sample
-    from engine.trainer import open_session
-    from engine.world import start_world
-    from tools.bench.measure import profile_session
-
-    rows, facts = [], {}
-    with start_world(device) as world, world.on_stream():
-        sample = ensure_sample(world) if any(not config.data.path for _, config in named) else ""
-        opened: dict[tuple[str, bool], Any] = {}
-        for name, config in named:
-            path, on_disk = config.data.path or str(sample), config.data.feed == "stream"
-            records = opened[path, on_disk] = opened.get((path, on_disk)) or open_for(config.data, path)
-            session = open_session(config, records, world)
-            try:
-                rows.append({"config": name} | profile_session(session, steps))
-            finally:
-                session.close()
-            facts = asdict(session.environment)
-    return rows, facts
+        config = load_toml(RunConfig(), config_file) if config_file else override(RunConfig(), DEFAULT, "default")
+        given = {"data.path": data, "global_batch": batch_size and batch_size * env_world_size()}
+        config = override(config, {key: value for key, value in given.items() if value}, "flags")
+        click.echo(trace_config(config, steps, out, device), nl=False)
+    end_rank()
 
 
-def _show(rows: list[dict[str, Any]], facts: dict[str, Any], out: Path) -> None:
-    import pandas as pd
+@main.command()
+@click.option("--data", help="Record directory.  [default: the sample]")
+@click.option(
+    "--config", "config_file", type=click.Path(path_type=Path), help="TOML file: a recipe other than the study's."
+)
+@click.option("--networks", default=4, show_default=True, type=click.IntRange(2))
+@click.option("--workers", default=2, show_default=True, type=click.IntRange(2), help="Against one.")
+@click.option("--epochs", default=4, show_default=True, type=click.IntRange(1), help="Of each network.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/ensemble"), show_default=True)
+def ensemble(data: str | None, config_file: Path | None, networks: int, workers: int, epochs: int, out: Path) -> None:
+    """Train networks in parallel on CPU cores, by one worker and by several, and let them vote."""
+    with exit_on_user_error():
+        from tools.bench.ensemble import profile_ensemble
 
-    from engine.report import write_json
+        base = RunConfig.baseline()
+        config = load_toml(base, config_file) if config_file else base
+        config = override(config, {"epochs": epochs} | ({"data.path": data} if data else {}), "flags")
+        click.echo(profile_ensemble(config, networks, workers, out))
 
-    frame = pd.DataFrame(rows)
-    shown = frame[list(SHOWN)].dropna(axis="columns", how="all").rename(columns=SHOWN)
-    formats = {"samples/s": "{:,.0f}".format, "waiting": "{:.1%}".format}
-    click.echo(shown.to_string(index=False, float_format="{:.2f}".format, formatters=formats))  # type: ignore[call-overload]
-    for note in sorted({note for note in frame["notes"] if note}):
-        click.echo(f"note: {note}")
+
+def _num_gpus(device: str) -> int:
+    import torch
+
+    from engine.world import check_ranks, env_world_size
+
+    if env_world_size() > 1:
+        raise UserError("tools/profile starts the ranks of its cells itself; start it without torchrun")
+    check_ranks(device)
+    return 0 if device == "cpu" else torch.cuda.device_count()
+
+
+def _checked_out(out: Path | None, resume: bool) -> Path:
+    if resume and not (out and (out / "cells").is_dir()):
+        raise UserError(f"--resume: {out or 'no --out'} holds no cells to go on with; give --out an earlier profile")
+    if not resume and out and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: is not empty; name another --out, or add --resume")
+    return out or Path("runs") / time.strftime("profile-%Y%m%d-%H%M%S", time.gmtime())
+
+
+def _show(profile: dict[str, Any], out: Path) -> int:
+    """Print the table of the cells and write it; returns the number of repetitions that failed."""
+    from tools.bench.tables import cells_frame
+
+    frame = cells_frame(profile)
+    shown = frame[list(SHOWN)].copy()
+    shown.loc[frame["ranks"] == 1, ["speedup", "efficiency"]] = None  # over itself
+    shown = shown.dropna(axis="columns", how="all").rename(columns=SHOWN)
+    percent = dict.fromkeys(("waiting", "efficiency", "test"), "{:.1%}".format)
+    formats = percent | dict.fromkeys(("samples/s", "from", "to"), "{:,.0f}".format)
+    click.echo(shown.to_string(index=False, na_rep="", float_format="{:.2f}".format, formatters=formats))  # type: ignore[call-overload]
+    cells = [(f"{cell['id']} {cell['name']}", cell) for cell in profile["cells"]]
+    failed = [f"{name}: failed: {r['failed']}" for name, cell in cells for r in cell["repetitions"] if r["failed"]]
+    lines = [f"note: {note}" for _, cell in cells for r in cell["repetitions"] for note in r["notes"]]
+    lines += [f"{name}: not measured here: {cell['not_measured']}" for name, cell in cells if cell["not_measured"]]
+    for name, cell in cells:
+        if figures := cell["published"]:
+            lines.append(f"{name}: published: {', '.join(f'{key} {value}' for key, value in figures.items())}")
+    for line in dict.fromkeys(lines + failed):
+        click.echo(printable(line))
     with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-        write_json({"environment": facts, "rows": rows}, out / "profile.json")
         frame.to_csv(out / "profile.csv", index=False)
     click.echo(f"written: {out / 'profile.json'}, {out / 'profile.csv'}")
-
-
-def comparison(a: dict[str, Any], b: dict[str, Any], name_a: str, name_b: str) -> str:
-    """Two run reports as a Markdown table; the ratio is told where more is better or less is better."""
-    lines = [f"| | {name_a} | {name_b} | {name_b} is |", "|---|--:|--:|---|"]
-    measures = [
-        ("training time (s)", "train_s", "{:.2f}", -1),
-        ("samples/s", "samples_per_s", "{:,.0f}", 1),
-        ("test accuracy", "test_accuracy_fraction", "{:.2%}", 0),
-        ("best validation accuracy", "val_accuracy_fraction", "{:.2%}", 0),
-        ("waiting for data", "data_wait_fraction", "{:.1%}", None),
-        ("epochs", "num_epochs", "{}", None),
-        ("global batch", "global_batch", "{}", None),
-        ("precision", "precision", "{}", None),
-        ("feed", "feed", "{}", None),
-        ("CUDA graphs", "cuda_graphs", "{}", None),
-        ("peak host memory (GiB)", "host_peak_rss_gib", "{:.2f}", None),
-        ("peak GPU memory of torch (GiB)", "torch_peak_gib", "{:.2f}", None),
-    ]
-    flat_a, flat_b = ({**r["config"], **r["effective"], **r} for r in (a, b))
-    for title, key, form, better in measures:
-        x, y = flat_a[key], flat_b[key]
-        if x is None or y is None:
-            continue
-        verdict = ""
-        if better == 0:
-            verdict = f"{100 * (y - x):+.2f} points"
-        elif better and x and y:
-            verdict = f"{(y / x) ** better:.1f} x faster"
-        lines.append(f"| {title} | {form.format(x)} | {form.format(y)} | {verdict} |")
-    return "\n".join(lines)
+    return len(failed)
 
 
 if __name__ == "__main__":
-    main()
+    main(prog_name="tools/profile", complete_var="_PROFILE_COMPLETE")
