@@ -24,7 +24,7 @@ DEFAULT = {"step.precision": "bf16", "step.cuda_graphs": True}
 
 
 def bench(out: Path, rounds: int, num_steps: int) -> None:
-    """Measure and write OUT/measuring.json."""
+    """Measure and write OUT/cpu_measuring.json."""
     sides, environment = _sides(rounds, num_steps)
     costs = [100 * (b / m - 1) for m, b in zip(sides["measured"], sides["bare"], strict=True)]
     rows = [
@@ -34,7 +34,7 @@ def bench(out: Path, rounds: int, num_steps: int) -> None:
     ]
     claims = [claim("throughput that measuring costs (%)", rows[2]["value"], 2.0, at_most=True)]
     title = f"The cost of the default measurements, batch {BATCH}"
-    write_result(out / "measuring.json", title=title, environment=environment, rows=rows, claims=claims)
+    write_result(out / "cpu_measuring.json", title=title, environment=environment, rows=rows, claims=claims)
 
 
 def _sides(rounds: int, num_steps: int) -> tuple[dict[str, list[float]], Environment]:
