@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -199,9 +198,7 @@ def cannot_compile(device: torch.device) -> str:
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
         return f"it needs a C++ compiler, and there is no {compiler}"
-    if device.type == "cuda" and find_spec("triton") is None:
-        return "it needs triton on a GPU, which is not installed"
-    return ""
+    return kernels.missing() if device.type == "cuda" else ""
 
 
 def cannot_fuse(device: torch.device) -> str:
@@ -209,10 +206,10 @@ def cannot_fuse(device: torch.device) -> str:
 
     Triton's interpreter (TRITON_INTERPRET=1) runs them on a CPU, some thousand times slower: for proofs.
     """
-    if why := kernels.missing():
-        return why
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "there is no GPU"
+    if why := kernels.missing():
+        return why
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return "they need a GPU of compute capability 8.0 (Ampere) or newer"
     return ""

@@ -4,12 +4,22 @@ A kernel's file holds, in this order: reference (PyTorch, what CPU tensors get),
 own module needs no Triton, so that what is missing can be said; the files themselves do.
 """
 
+import os
+import shutil
+import sysconfig
 from importlib.util import find_spec
+from pathlib import Path
 
 NAMES = ("gather_warp", "conv_pool_relu", "bias_pool_relu", "softmax_cross_entropy")
 """In the order a sample meets them."""
 
 
 def missing() -> str:
-    """Why no kernel can be had here; empty where Triton is installed."""
-    return "" if find_spec("triton") else "Triton is not installed; pip install 'triton>=3.6'"
+    """Why no kernel can be had here; empty where Triton has what it needs to build a launcher."""
+    if find_spec("triton") is None:
+        return "Triton is not installed; pip install 'triton>=3.6'"
+    if not ("CC" in os.environ or shutil.which("gcc") or shutil.which("clang")):
+        return "Triton needs a C compiler; install gcc or set CC"
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return "Triton needs Python's header files; install python3-dev"
+    return ""

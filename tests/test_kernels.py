@@ -154,11 +154,18 @@ def test_what_cannot_be_had_is_said(small: Records, world: World, monkeypatch: p
     assert config.kernels.use == "off" and "Triton kernels are not used: there is no GPU" in notes
     assert effective("auto", small, world)[0].kernels.use == "off"
     assert effective("compile", small, world)[0].step.compile == "default"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(kernels.sysconfig, "get_path", lambda name: "/nowhere")
+    assert "install python3-dev" in effective("triton", small, world)[1]
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(kernels.shutil, "which", lambda name: None)
+    assert "Triton needs a C compiler" in effective("triton", small, world)[1]
     monkeypatch.setattr(kernels, "find_spec", lambda name: None)
     assert "Triton is not installed; pip install" in effective("triton", small, world)[1]
 
 
 def test_old_gpus_are_refused_and_the_interpreter_is_let_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "missing", lambda: "")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
     assert "8.0" in world.cannot_fuse(torch.device("cuda"))
     monkeypatch.setenv("TRITON_INTERPRET", "1")

@@ -22,7 +22,6 @@ import click
 import numpy as np
 import torch
 
-import kernels
 from engine import clock
 from engine.config import RunConfig, override
 from engine.errors import UserError, exit_on_user_error
@@ -135,15 +134,12 @@ def _ladder(shared: Round) -> list[str]:
     return failures
 
 
-def _kernels(shared: Round) -> list[str]:
-    if why := kernels.missing():
-        return [why]
+def _kernels(shared: Round) -> None:
     from tools.bench.kernels import kernel_rows
 
     batch, repetitions = (64, 1) if shared.quick else (8192, 20)
     rows = kernel_rows(shared.world, batch, repetitions, compiled=not shared.quick)
     shared.write("gpu_kernels", f"Kernels at batch {batch}", rows)
-    return []
 
 
 def _training(shared: Round) -> None:
