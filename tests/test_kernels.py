@@ -201,13 +201,13 @@ def test_it_compiles_for_an_h100() -> None:
 
 def test_the_designs_bytes_fall_out_of_the_model() -> None:
     """113 KB and 231 KB a sample with two bits a pooled value, 25.1 MFLOP, 27 M samples/s at 3 TB/s."""
-    shapes = roofline.shapes(28, 28, 94, code_bits=2)
+    shapes = roofline.Shapes(28, 28, 94, code_bits=2)
     kilobytes = [round(work.num_bytes / 1000, 1) for work in roofline.floor(shapes)]
     assert kilobytes == [2.4, 15.7, 19.6, 7.2, 12.8, 19.6, 19.6, 15.7]
     assert sum(w.num_bytes for w in roofline.kernels(shapes)) == pytest.approx(231e3, rel=0.01)
     for way in (roofline.floor, roofline.kernels, roofline.eager):
         assert sum(w.flops for w in way(shapes)) == pytest.approx(25.06e6, rel=1e-3)
-    only_bytes = roofline.predicted_s(roofline.floor(shapes), 1, 3e12, 1e30)
+    only_bytes = roofline.predicted_s(roofline.floor(shapes), 3e12, 1e30)
     assert 1 / only_bytes == pytest.approx(27e6, rel=0.02)
 
 

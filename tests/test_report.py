@@ -184,7 +184,7 @@ def test_sections_stand_only_where_there_is_data(tmp_path: Path) -> None:
     cell |= {"repetitions": [cell["repetitions"][0] | {"epochs": []}], "ladder": False}
     build(profile | {"cells": [cell]}, tmp_path)
     assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == ["cells.csv", "circumstances.csv"]
-    (tmp_path / "kernels.json").write_text(json.dumps({"title": "K", "rows": [{"name": "gather", "value": 1.0}]}))
+    (tmp_path / "gpu_kernels.json").write_text(json.dumps({"title": "K", "rows": [{"name": "gather", "value": 1.0}]}))
     write_report(tmp_path, tmp_path)
     assert "gather,1.0" in (tmp_path / "figures" / "kernels.csv").read_text()
 

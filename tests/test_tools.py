@@ -10,12 +10,12 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from engine.config import RunConfig
+from engine.config import RunConfig, read_toml
 from tests.conftest import Command, assert_refused, run_configs
 from tools import gpu
 from tools.bench import ladder
 from tools.bench.feeds import FEEDS
-from tools.bench.ladder import read_ladder
+from tools.bench.ladder import LADDER
 from tools.bench.results import claim, row, to_markdown
 from tools.results import TARGET, render
 
@@ -53,11 +53,11 @@ def test_the_gpu_round_runs_dry(command: Command, tmp_path: Path) -> None:
     for result in results.values():
         assert all(r["value"] > 0 for r in result["rows"] if r["unit"] == "samples/s")
     names = [r["name"] for r in results["ladder"]["rows"]]
-    rungs = [rung["name"] for rung in read_ladder()["rung"] if "torch.compile" not in rung["name"]]
+    rungs = [rung["name"] for rung in read_toml(LADDER)["rung"] if "torch.compile" not in rung["name"]]
     assert [name.removeprefix("batch 64: ").split(" (")[0] for name in names[:-1]] == rungs
     assert names[-1] == "best at batch 64" and len(set(names)) == len(names)
     assert results["training"]["rows"][-1]["name"] == "test accuracy at batch 8192 less at 512"
-    for line in read_ladder()["expected"]:
+    for line in read_toml(LADDER)["expected"]:
         if line["file"] == "gpu_kernels.json":  # the bandwidth is a GPU's
             line["row"] = line["row"].replace("part of the copy bandwidth", "Triton")
         if line["row"] != "best at batch 2048":

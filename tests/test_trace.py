@@ -16,7 +16,7 @@ from engine.model import flops_per_image
 from engine.records import Records
 from engine.trainer import Session, open_session
 from engine.world import World
-from tests.conftest import Command
+from tests.conftest import Command, assert_refused
 from tools.bench import trace
 from tools.bench.measure import endless
 
@@ -54,7 +54,7 @@ def test_graphs_are_set_aside_and_come_back(session: Session) -> None:
 
     graphs: Any = {1: graph}
     session.step._graphs = graphs
-    assert trace.stage_ms(session, 1)["forward"] > 0
+    assert trace.stages(trace.traced(session, 1), session.world.device)["forward"] > 0
     assert session.step._graphs is graphs
     with pytest.raises(AssertionError, match="captured"):
         next(endless(session))
@@ -90,6 +90,10 @@ def test_the_command_leaves_a_trace_and_tables_of_two_ranks(command: Command, sm
     assert list(pd.read_csv(tmp_path / "operators.csv")["operator"]) == [row["operator"] for row in tables["operators"]]
     stages = pd.read_csv(tmp_path / "stages.csv").set_index("stage")["ms"].to_dict()
     assert stages == pytest.approx(tables["stage_ms"])
+
+
+def test_a_config_that_is_not_there_is_refused(command: Command, tmp_path: Path) -> None:
+    assert_refused(command("tools/profile", "trace", tmp_path / "x.toml"), "x.toml: cannot be read")
 
 
 def event(name: str, start: float, end: float, on_device: bool = False, **more: Any) -> Any:

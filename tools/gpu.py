@@ -13,8 +13,8 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from importlib.util import find_spec
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ import torch
 from engine import clock
 from engine.config import RunConfig, override
 from engine.errors import UserError, exit_on_user_error
+from engine.feeds.batch import Feed
 from engine.records import Records, Split, open_records
 from engine.report import ROOT, Environment, RunReport, environment
 from engine.sample import ensure_sample
@@ -58,8 +59,8 @@ class Round:
     def write(self, name: str, title: str, rows: list[dict[str, Any]]) -> None:
         title = f"{title} on one {self.facts.gpu_name or 'CPU'}" + " (dry run)" * self.quick
         path = self.out / f"{name}.json"
-        write_result(path, title=title, environment=self.facts, rows=rows, claims=[])
-        table = to_markdown({"title": title, "environment": asdict(self.facts), "rows": rows, "claims": []}, path.name)
+        result = write_result(path, title=title, environment=self.facts, rows=rows, claims=[])
+        table = to_markdown(result, path.name)
         click.echo(table)
         with open(self.out / "summary.md", "a") as file:
             file.write(table + "\n")
@@ -92,9 +93,8 @@ def main(npz: Path | None, out: Path, device: str, quick: bool) -> None:
         few = ("doctor",) if quick else ()
         part("verify", lambda: _command(out / "verify.txt", VERIFY_S, "tools.verify", *few, f"--device={device}"))
         with start_world(device) as world, world.on_stream():
-            facts = environment(
-                num_threads=torch.get_num_threads(), allocator=world.allocator, gpu=clock.gpu_facts(world.device)
-            )
+            threads, gpu = torch.get_num_threads(), clock.gpu_facts(world.device)
+            facts = environment(num_threads=threads, allocator=world.allocator, gpu=gpu)
             shared = Round(records or open_records(ensure_sample(world)), world, out, quick, facts)
             part("ladder", lambda: _ladder(shared))
             part("kernels", lambda: _kernels(shared))
@@ -120,14 +120,12 @@ def _command(log: Path, limit_s: float, module: str, *words: str) -> list[str]:
 
 def _ladder(shared: Round) -> list[str]:
     cells = make_cells(64 if shared.quick else 8192, compiled=not shared.quick)
-    seconds, repetitions = (0.02, 1) if shared.quick else (0.3, 5)
-    failures = climb(
-        cells, shared.records, shared.world, seconds=seconds, repetitions=repetitions, budget_s=0.8 * LADDER_S
-    )
+    how: dict[str, Any] = {"seconds": 0.02, "repetitions": 1} if shared.quick else {"seconds": 0.3, "repetitions": 5}
+    failures = climb(cells, shared.records, shared.world, budget_s=0.8 * LADDER_S, **how)
     rows = rows_of(cells)
-    last = next((cell for cell in reversed(cells) if cell.session), None)
-    if last and last.session and (used := joules(last.session, 0.1 if shared.quick else 3.0)) is not None:
-        rows.append(row(f"{last.name}: energy for a thousand samples", [used], "J"))
+    for cell, session in [(cell, cell.session) for cell in cells if cell.session][-1:]:
+        if (used_j := joules(session, 0.1 if shared.quick else 3.0)) is not None:
+            rows.append(row(f"{cell.name}: energy for a thousand samples", [used_j], "J"))
     for cell in cells:
         cell.close()
     shared.write("gpu_ladder", "Ladder of the step", rows)
@@ -144,20 +142,13 @@ def _kernels(shared: Round) -> None:
 
 def _training(shared: Round) -> None:
     """The default recipe until the study's accuracy; twelve epochs of it, and of the one for a batch of 8192."""
-    recipes: dict[str, dict[str, Any]] = {
-        "until": {"target_accuracy": STUDY_ACCURACY},
-        "512": {"epochs": 12},
-        "8192": LARGE,
-    }
-    rows, accuracy = [], {}
-    for name, settings in recipes.items():
-        report = _train(shared, settings)
-        if name == "until":
-            goal = f"time to {100 * STUDY_ACCURACY:.2f} % validation accuracy"
-            rows.append(row(goal, [report.time_to_target_s or float(report.train_s)], "s"))
-            if report.time_to_target_s is None:
-                rows[-1]["name"] += ": not reached"
-            continue
+    report = _train(shared, {"target_accuracy": STUDY_ACCURACY})
+    goal = f"time to {100 * STUDY_ACCURACY:.2f} % validation accuracy"
+    reached_s = report.time_to_target_s
+    rows = [row(goal, [reached_s], "s") if reached_s else row(f"{goal}: not reached", [report.train_s], "s")]
+    accuracy = {}
+    for name, recipe in (("512", {"epochs": 12}), ("8192", LARGE)):
+        report = _train(shared, recipe)
         accuracy[name] = 100 * (report.test_accuracy_fraction or 0.0)
         title = f"batch {name}, {report.num_epochs} epochs"
         rows.append(row(f"{title}: training time", [report.train_s], "s"))
@@ -179,43 +170,27 @@ def _feeds(shared: Round) -> list[str]:
     """The feeds without a step, and the step fed by DALI, last: its threads would disturb a capture."""
     rows, failures = [], []
     batch = 64 if shared.quick else 2048
-    for feed in ("resident", "loader_batched", *(["dali"] if has_dali() else [])):
+    for feed in ("resident", "loader_batched", *["dali"] * bool(shared.facts.dali)):
         settings = {"step.precision": "bf16", "data.feed": feed, "global_batch": batch}
-        session = open_session(override(RunConfig(), settings, feed), shared.records, shared.world)
-        try:
-            rows.append(
-                row(f"{feed} alone, batch {batch}", [_carried(session.feed, shared) for _ in range(3)], "samples/s")
-            )
-        finally:
-            session.close()
-    if has_dali():
-        cells = [
-            Cell("fed by dali", override(RunConfig(), FAST | {"data.feed": "dali", "global_batch": batch}, "dali"))
-        ]
-        failures = climb(cells, shared.records, shared.world, seconds=0.3, repetitions=3, budget_s=30)
-        rows += [row(cell.name, cell.rates, "samples/s") for cell in cells if cell.rates]
-        for cell in cells:
-            cell.close()
+        with closing(open_session(override(RunConfig(), settings, feed), shared.records, shared.world)) as session:
+            rates = [_carried(session.feed, shared.world.device) for _ in range(3)]
+        rows.append(row(f"{feed} alone, batch {batch}", rates, "samples/s"))
+    if shared.facts.dali:
+        settings = FAST | {"data.feed": "dali", "global_batch": batch}
+        cell = Cell("fed by dali", override(RunConfig(), settings, "dali"))
+        failures = climb([cell], shared.records, shared.world, seconds=0.3, repetitions=3, budget_s=30)
+        rows += [row(cell.name, cell.rates, "samples/s")] if cell.rates else []
+        cell.close()
     shared.write("gpu_feeds", "Feeds", rows)
     return failures
 
 
-def has_dali() -> bool:
-    """Whether it can be imported; find_spec raises where nothing of nvidia's is installed."""
-    try:
-        return find_spec("nvidia.dali") is not None
-    except ModuleNotFoundError:
-        return False
-
-
-def _carried(feed: Any, shared: Round) -> float:
+def _carried(feed: Feed, device: torch.device) -> float:
     """samples/s of an epoch's batches, ready on the device."""
-    shared.world.synchronize()
-    start, seen = time.perf_counter(), 0
-    for batch in feed.batches(0):
-        seen += len(batch.id_B)
-    shared.world.synchronize()
-    return seen / (time.perf_counter() - start)
+    watch = clock.Stopwatch(device)
+    watch.start()
+    seen = sum(len(batch.id_B) for batch in feed.batches(0))
+    return seen / watch.stop()
 
 
 def records_from_npz(path: Path) -> Records:
@@ -230,14 +205,10 @@ def records_from_npz(path: Path) -> Records:
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{path}: is no archive of names and images ({error}); give typefaces.npz") from None
     num_fonts, num_classes, height, width = image_FKHW.shape
-    classes = tuple(chr(FIRST_CHARACTER + k) for k in range(num_classes))
-    everything = Split(
-        image_NHW=image_FKHW.reshape(-1, height, width),
-        label_N=np.tile(np.arange(num_classes, dtype=np.uint8), num_fonts),
-        font_N=np.repeat(np.arange(num_fonts, dtype=np.int32), num_classes),
-    )
-    fonts = tuple(map(str, names))
-    label_N, font_N = everything.label_N, everything.font_N
+    classes, fonts = tuple(chr(FIRST_CHARACTER + k) for k in range(num_classes)), tuple(map(str, names))
+    label_N = np.tile(np.arange(num_classes, dtype=np.uint8), num_fonts)
+    font_N = np.repeat(np.arange(num_fonts, dtype=np.int32), num_classes)
+    everything = Split(image_NHW=image_FKHW.reshape(-1, height, width), label_N=label_N, font_N=font_N)
     rows = draw_splits(label_N, font_N, classes, fonts, mode="random", balance=False, seed=42)
     splits = {name: everything.take(row_M) for name, row_M in rows.items()}
     train_NHW = splits["train"].image_NHW

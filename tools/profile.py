@@ -27,33 +27,31 @@ SHOWN = {
 }  # fmt: skip
 
 
+PATH = click.Path(path_type=Path)
+DATA = click.option("--data", default="", help="Record directory.  [default: the sample]")
+DEVICE = click.option("--device", type=click.Choice(["cpu", "cuda"]), callback=lambda _, __, value: value or "",
+                      help="[default: cuda where there is a GPU]")  # fmt: skip
+
+
 @click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.pass_context
 def main(context: click.Context) -> None:
     """Measure training: throughput, step times, waiting for data, memory, power."""
     if context.invoked_subcommand is None:
-        context.invoke(run)
+        context.invoke(run, device="")
 
 
 @main.command()
-@click.argument("configs", nargs=-1, type=click.Path(path_type=Path))
-@click.option("--data", default="", help="Record directory.  [default: the sample]")
+@click.argument("configs", nargs=-1, type=PATH)
+@DATA
 @click.option("--steps", type=click.IntRange(2), help="Timed steps of each cell, and no training of whole epochs.")
 @click.option("--repetitions", type=click.IntRange(1), help="Of each cell.")
 @click.option("--batch-size", type=click.IntRange(1), help="Samples in a step of every run config.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for the figures.  [default: runs/profile-<time>]")
+@click.option("--out", type=PATH, help="Folder for the figures.  [default: runs/profile-<time>]")
 @click.option("--resume", is_flag=True, help="Go on in --out: what was measured of the same cells stays.")
-@click.option("--device", type=click.Choice(["cpu", "cuda"]))
-def run(
-    configs: tuple[Path, ...],
-    data: str,
-    steps: int | None,
-    repetitions: int | None,
-    batch_size: int | None,
-    out: Path | None,
-    resume: bool,
-    device: str | None,
-) -> None:
+@DEVICE
+def run(configs: tuple[Path, ...], data: str, steps: int | None, repetitions: int | None, batch_size: int | None,
+        out: Path | None, resume: bool, device: str) -> None:  # fmt: skip
     """Measure CONFIGS: matrices and run configs (bench_configs/*.toml); none: the default, fast settings on.
 
     Writes profile.json and .csv, and a file for each repetition of a cell. Exit code 1 if a cell failed.
@@ -67,31 +65,30 @@ def run(
             cells = [replace(cell, num_steps=steps, accuracy=False) for cell in cells]
         if repetitions:
             cells = [replace(cell, repetitions=repetitions) for cell in cells]
-        num_gpus, out = _num_gpus(device or ""), _checked_out(out, resume)
-        measured = Run(title=title, cells=cells, out=out, data=data, device=device or "", num_gpus=num_gpus)
+        num_gpus, out = _num_gpus(device), _checked_out(out, resume)
+        measured = Run(title=title, cells=cells, out=out, data=data, device=device, num_gpus=num_gpus)
         measured.measure(resume)
         failed = _show(measured.profile(), out)
     raise SystemExit(1 if failed else 0)
 
 
 @main.command()
-@click.argument("a", type=click.Path(path_type=Path))
-@click.argument("b", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for comparison.md and comparison.json, too.")
+@click.argument("a", type=PATH)
+@click.argument("b", type=PATH)
+@click.option("--out", type=PATH, help="Folder for comparison.md and comparison.json, too.")
 def compare(a: Path, b: Path, out: Path | None) -> None:
     """Put two runs, or two folders of `tools/profile run`, A and B, side by side."""
     with exit_on_user_error():
         from tools.bench.compare import compare_profiles, compare_runs
 
-        text = (compare_profiles if (a / "profile.json").exists() else compare_runs)(a, b, out)
-        click.echo(text)
+        click.echo((compare_profiles if (a / "profile.json").exists() else compare_runs)(a, b, out))
         if out:
             click.echo(f"report: {out / 'comparison.md'}")
 
 
 @main.command()
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for report.html, .md and figures.  [default: DIR]")
+@click.argument("folder", metavar="DIR", type=PATH)
+@click.option("--out", type=PATH, help="Folder for report.html, .md and figures.  [default: DIR]")
 def report(folder: Path, out: Path | None) -> None:
     """Write what DIR's profile.json holds as a page with charts, as pictures, and as tables."""
     with exit_on_user_error():
@@ -101,13 +98,11 @@ def report(folder: Path, out: Path | None) -> None:
 
 
 @main.command()
-@click.option(
-    "--data", type=click.Path(path_type=Path), help="Records; best packed with --split none.  [default: the sample]"
-)
+@click.option("--data", type=PATH, help="Records; best packed with --split none.  [default: the sample]")
 @click.option("--batch-size", default=2048, show_default=True, type=click.IntRange(1), help="Samples of a batch.")
 @click.option("--seconds", default=5.0, show_default=True, type=click.FloatRange(0.1), help="For each feed.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the figures there, too.")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/feeds"), show_default=True)
+@click.option("--json", "json_file", type=PATH, help="Write the figures there, too.")
+@click.option("--out", type=PATH, default=Path("runs/feeds"), show_default=True)
 def feeds(data: Path | None, batch_size: int, seconds: float, json_file: Path | None, out: Path) -> None:
     """Measure what every feed carries, and torch's TensorDataset, without a step; a table and a bar chart."""
     with exit_on_user_error():
@@ -117,15 +112,13 @@ def feeds(data: Path | None, batch_size: int, seconds: float, json_file: Path | 
 
 
 @main.command()
-@click.argument("config_file", required=False, type=click.Path(path_type=Path), metavar="[CONFIG]")
-@click.option("--data", help="Record directory.  [default: the sample]")
+@click.argument("config_file", required=False, type=PATH, metavar="[CONFIG]")
+@DATA
 @click.option("--steps", type=click.IntRange(1), default=10, show_default=True, help="Traced steps.")
 @click.option("--batch-size", type=click.IntRange(1), help="Samples of one rank in a step.")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/trace"), show_default=True)
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="")
-def trace(
-    config_file: Path | None, data: str | None, steps: int, batch_size: int | None, out: Path, device: str
-) -> None:
+@click.option("--out", type=PATH, default=Path("runs/trace"), show_default=True)
+@DEVICE
+def trace(config_file: Path | None, data: str, steps: int, batch_size: int | None, out: Path, device: str) -> None:
     """Trace a few steps of CONFIG: stages, slowest operators and kernels, and a file for Perfetto."""
     from engine.world import end_rank, env_rank, env_world_size
 
@@ -140,21 +133,18 @@ def trace(
 
 
 @main.command()
-@click.option("--data", help="Record directory.  [default: the sample]")
-@click.option(
-    "--config", "config_file", type=click.Path(path_type=Path), help="TOML file: a recipe other than the study's."
-)
+@DATA
+@click.option("--config", "config_file", type=PATH, help="TOML file: a recipe other than the study's.")
 @click.option("--networks", default=4, show_default=True, type=click.IntRange(2))
 @click.option("--workers", default=2, show_default=True, type=click.IntRange(2), help="Against one.")
 @click.option("--epochs", default=4, show_default=True, type=click.IntRange(1), help="Of each network.")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/ensemble"), show_default=True)
-def ensemble(data: str | None, config_file: Path | None, networks: int, workers: int, epochs: int, out: Path) -> None:
+@click.option("--out", type=PATH, default=Path("runs/ensemble"), show_default=True)
+def ensemble(data: str, config_file: Path | None, networks: int, workers: int, epochs: int, out: Path) -> None:
     """Train networks in parallel on CPU cores, by one worker and by several, and let them vote."""
     with exit_on_user_error():
         from tools.bench.ensemble import profile_ensemble
 
-        base = RunConfig.baseline()
-        config = load_toml(base, config_file) if config_file else base
+        config = load_toml(RunConfig.baseline(), config_file) if config_file else RunConfig.baseline()
         config = override(config, {"epochs": epochs} | ({"data.path": data} if data else {}), "flags")
         click.echo(profile_ensemble(config, networks, workers, out))
 
@@ -193,9 +183,8 @@ def _show(profile: dict[str, Any], out: Path) -> int:
     failed = [f"{name}: failed: {r['failed']}" for name, cell in cells for r in cell["repetitions"] if r["failed"]]
     lines = [f"note: {note}" for _, cell in cells for r in cell["repetitions"] for note in r["notes"]]
     lines += [f"{name}: not measured here: {cell['not_measured']}" for name, cell in cells if cell["not_measured"]]
-    for name, cell in cells:
-        if figures := cell["published"]:
-            lines.append(f"{name}: published: {', '.join(f'{key} {value}' for key, value in figures.items())}")
+    published = [(name, cell["published"].items()) for name, cell in cells if cell["published"]]
+    lines += [f"{name}: published: {', '.join(f'{key} {value}' for key, value in items)}" for name, items in published]
     for line in dict.fromkeys(lines + failed):
         click.echo(printable(line))
     with writing(out):

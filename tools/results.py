@@ -5,8 +5,9 @@ from pathlib import Path
 
 import click
 
-from tools.bench.ladder import read_ladder
-from tools.bench.results import number, to_markdown
+from engine.config import read_toml
+from tools.bench.ladder import LADDER
+from tools.bench.results import markdown_table, number, to_markdown
 
 RESULTS = Path(__file__).resolve().parent.parent / "bench_configs" / "results"
 TARGET = RESULTS.parent / "RESULTS.md"
@@ -19,23 +20,21 @@ extremes, both sides of a comparison made in one run on one machine. What has no
 
 def render() -> str:
     """RESULTS.md's text."""
-    files = sorted(RESULTS.glob("*.json"))
-    return "\n".join(
-        [HEAD, expected(), *(to_markdown(json.loads(file.read_text()), f"results/{file.name}") for file in files)]
-    )
+    sections = [to_markdown(json.loads(f.read_text()), f"results/{f.name}") for f in sorted(RESULTS.glob("*.json"))]
+    return "\n".join([HEAD, expected(), *sections])
 
 
 def expected() -> str:
     """What one H100 is to reach, beside what it did in the files of python -m tools.gpu."""
-    lines = ["## One H100: what is to be reached", "", "(`ladder_h100.toml`, measured by `python -m tools.gpu`)", ""]
-    lines += ["| | wanted | measured |", "|---|--:|--:|"]
-    for line in read_ladder()["expected"]:
+    rows = []
+    for line in read_toml(LADDER)["expected"]:
         file = RESULTS / line["file"]
-        rows = json.loads(file.read_text())["rows"] if file.exists() else []
-        found = next((number(r["value"]) for r in rows if r["name"] == line["row"]), "not yet measured")
+        measured = json.loads(file.read_text())["rows"] if file.exists() else []
+        found = next((number(r["value"]) for r in measured if r["name"] == line["row"]), "not yet measured")
         sign = "at most" if line.get("at_most") else "at least"
-        lines.append(f"| {line['what']} ({line['unit']}) | {sign} {number(line['wanted'])} | {found} |")
-    return "\n".join(lines) + "\n"
+        rows.append((f"{line['what']} ({line['unit']})", f"{sign} {number(line['wanted'])}", found))
+    lines = ["## One H100: what is to be reached", "", "(`ladder_h100.toml`, measured by `python -m tools.gpu`)", ""]
+    return "\n".join([*lines, *markdown_table("| | wanted | measured |", "lrr", rows)]) + "\n"
 
 
 @click.command()

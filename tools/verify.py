@@ -17,40 +17,39 @@ from engine.report import read_report
 from engine.sample import sample_path
 
 ROWS_READ = 4096
-DEVICE = click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: cuda where there is a GPU]")
+DEVICE = click.option("--device", type=click.Choice(["cpu", "cuda"]), callback=lambda _, __, value: value or "",
+                      help="[default: cuda where there is a GPU]")  # fmt: skip
 
 
 @click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @DEVICE
 @click.pass_context
-def main(context: click.Context, device: str | None) -> None:
+def main(context: click.Context, device: str) -> None:
     """Check this machine and the engine on it: doctor, then parity. Exit 1 if something is bad."""
     if context.invoked_subcommand is None:
         with exit_on_user_error():
-            good = run_doctor(device or "")
+            good = run_doctor(device)
             click.echo()
-            good &= run_parity(device or "", ())
-        raise SystemExit(0 if good else 1)
+            good &= run_parity(device, ())
+        raise SystemExit(not good)
 
 
 @main.command()
 @DEVICE
-def doctor(device: str | None) -> None:
+def doctor(device: str) -> None:
     """Look for what makes training slow or graphs impossible: versions, variables, power, hidden waits."""
     with exit_on_user_error():
-        good = run_doctor(device or "")
-    raise SystemExit(0 if good else 1)
+        raise SystemExit(not run_doctor(device))
 
 
 @main.command()
 @DEVICE
 @click.option("--precision", "precisions", multiple=True, type=click.Choice(["fp32", "tf32", "bf16", "fp16"]),
               help="[default: fp32, and bf16 where it is fast]")  # fmt: skip
-def parity(device: str | None, precisions: tuple[str, ...]) -> None:
+def parity(device: str, precisions: tuple[str, ...]) -> None:
     """Train the same two epochs in every way there is, and compare all that each leaves with the eager step's."""
     with exit_on_user_error():
-        good = run_parity(device or "", precisions)
-    raise SystemExit(0 if good else 1)
+        raise SystemExit(not run_parity(device, precisions))
 
 
 def run_doctor(device: str) -> bool:
@@ -61,9 +60,9 @@ def run_doctor(device: str) -> bool:
 
     good = True
     with start_world(device) as world, world.on_stream():
-        for finding in examine(open_records(ensure_sample(world)), world):
-            click.echo(printable(f"{finding.grade:<5} {finding.name:<20} {finding.text}"))
-            good &= finding.grade != "BAD"
+        for grade, name, text in examine(open_records(ensure_sample(world)), world):
+            click.echo(printable(f"{grade:<5} {name:<20} {text}"))
+            good &= grade != "BAD"
     return good
 
 
@@ -82,15 +81,12 @@ def run_parity(device: str, precisions: tuple[str, ...]) -> bool:
             if verdict.missing:
                 missing.append(f"{verdict.variant} ({verdict.precision}): not tried, {verdict.missing}")
                 continue
-            cells = "  ".join(
-                f"{verdict.difference[g]:>10.1e}" if verdict.difference[g] else f"{'=':>10}" for g in GROUPS
-            )
-            exact = not any(verdict.difference.values())
-            text = "equal to the bit" if exact else "within tolerance" if verdict.ok else "DIFFERS"
+            found = [verdict.difference[group] for group in GROUPS]
+            cells = "  ".join(f"{value:>10.1e}" if value else f"{'=':>10}" for value in found)
+            text = "equal to the bit" if not any(found) else "within tolerance" if verdict.ok else "DIFFERS"
             click.echo(f"{verdict.variant:<36} {verdict.precision:<5} {cells}  {text}")
             good &= verdict.ok
-    for line in missing:
-        click.echo(line)
+    click.echo("\n".join(missing), nl=bool(missing))
     return good
 
 
@@ -107,7 +103,7 @@ def order(run: Path, data: str | None) -> None:
     raise SystemExit(1 if faults else 0)
 
 
-def check_order(run: Path, data: str | None = None) -> tuple[int, list[str]]:
+def check_order(run: Path, data: str | None) -> tuple[int, list[str]]:
     """(samples checked, a sentence for each fault).
 
     Raises:

@@ -7,6 +7,7 @@ Each figure is of rank 0 where it says nothing else.
 
 import json
 import tempfile
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from engine.world import World, end_rank, env_rank, start_world
 from tools.bench.confusion import confusion_of
 from tools.bench.measure import measure
 from tools.bench.roofline import copy_bandwidth, roofline_fraction
-from tools.bench.trace import stage_ms
+from tools.bench.trace import stages, traced
 
 NUM_TRACED = 10
 NOT_ASKED: dict[str, Any] = {
@@ -61,14 +62,12 @@ def repetition(job: dict[str, Any], world: World) -> dict[str, Any]:
     """Everything measured of a job; collective."""
     config = override(RunConfig(), job["settings"], "the cell")
     records = open_for(config.data, config.data.path or job["data"] or ensure_sample(world))
-    session = open_session(config, records, world)
-    try:
+    with closing(open_session(config, records, world)) as session:
         found = NOT_ASKED | (_trained(session, config) if job["accuracy"] else {})
         found |= {"confusion": _confusion(session) if job["accuracy"] and job["first"] else None}
         found |= _timed(session, job["num_steps"])
-        return found | {"stage_ms": stage_ms(session, min(job["num_steps"], NUM_TRACED)) if job["first"] else None}
-    finally:
-        session.close()
+        trace = traced(session, min(job["num_steps"], NUM_TRACED)) if job["first"] else None
+        return found | {"stage_ms": trace and stages(trace, world.device)}
 
 
 def _trained(session: Session, config: RunConfig) -> dict[str, Any]:
@@ -77,16 +76,15 @@ def _trained(session: Session, config: RunConfig) -> dict[str, Any]:
         out = Path(folder)
         report = train(session, config, out, resume=False, say=lambda line: None)
         lines = (out / "metrics.jsonl").read_text().splitlines() if session.world.is_first else []
-    figures = {name: getattr(report, name) for name in NOT_ASKED if name != "epochs"}
-    return figures | {"epochs": [json.loads(line) for line in lines]}
+    epochs = {"epochs": [json.loads(line) for line in lines]}
+    return {name: getattr(report, name) for name in NOT_ASKED if name != "epochs"} | epochs
 
 
 def _timed(session: Session, num_steps: int) -> dict[str, Any]:
     """Throughput, step times, waiting, memory, power."""
     world, nvml = session.world, clock.Nvml(session.world.device)
-    before_j = nvml.energy_j()
     measured = measure(session, num_steps, nvml)
-    used_j = world.sum(torch.tensor([(nvml.energy_j() or np.nan) - (before_j or np.nan)])).item()
+    used_j = world.sum(torch.tensor([np.nan if measured.energy_j is None else measured.energy_j])).item()
     p10, median, p90 = np.percentile(measured.step_ms_S, [10, 50, 90])
     done, batch = len(measured.step_ms_S), session.config.global_batch
     return {
@@ -114,9 +112,9 @@ def _timed(session: Session, num_steps: int) -> dict[str, Any]:
 
 def _roofline(session: Session, samples_per_s: float) -> float | None:
     """One rank's rate of what its GPU's bandwidth and FLOPs allow."""
-    world, (height, width) = session.world, session.records.height_width
+    world, records = session.world, session.records
     name, precision = session.environment.gpu_name, session.config.step.precision
-    shape = (height, width, len(session.records.classes))
+    shape = (*records.height_width, len(records.classes))
     return roofline_fraction(samples_per_s / world.size, name, precision, copy_bandwidth(world.device), shape)
 
 

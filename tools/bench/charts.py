@@ -7,8 +7,7 @@ page each becomes a CSS variable, so that one picture serves light and dark.
 import io
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -149,8 +148,8 @@ def matrix(share_TR: np.ndarray, names: Sequence[str]) -> Figure:
     axes.set_xlim(-0.5, len(names) - 0.5)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_aspect("equal")
-    axes.set_xticks(range(len(names)), [cut(name, 6) for name in names], color=INK, fontfamily=MONO)
-    axes.set_yticks(range(len(names)), [cut(name, 6) for name in names], color=INK, fontfamily=MONO)
+    for set_ticks in (axes.set_xticks, axes.set_yticks):
+        set_ticks(range(len(names)), [cut(name, 6) for name in names], color=INK, fontfamily=MONO)
     axes.set_xlabel("read as (% of the true class)")
     axes.set_ylabel("true class")
     return figure
@@ -158,29 +157,21 @@ def matrix(share_TR: np.ndarray, names: Sequence[str]) -> Figure:
 
 def draw(name: str, make: Callable[[], Figure]) -> Picture:
     """Draw what `make` builds, in the report's style; `name` keeps the ids of several pictures in one page apart."""
-    with _style(name):
-        figure, svg, png = make(), io.StringIO(), io.BytesIO()
-        nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
-        figure.savefig(svg, format="svg", metadata=nothing)
+    svg, png = io.StringIO(), io.BytesIO()
+    with rc_context(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the page's own fonts have more characters
+        rcdefaults()
+        rcParams.update(STYLE | {"svg.hashsalt": name})
+        figure = make()
+        figure.savefig(svg, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
         figure.savefig(png, format="png", dpi=144, metadata={"Software": None})
     return Picture(svg.getvalue(), png.getvalue())
 
 
 def short(value: float, _: int = 0) -> str:
     """12,300 as 12.3k, for axes."""
-    for size, letter in ((1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:g}{letter}"
-    return f"{value:g}"
-
-
-@contextmanager
-def _style(name: str) -> Iterator[None]:
-    with rc_context(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the page's own fonts have more characters
-        rcdefaults()
-        rcParams.update(STYLE | {"svg.hashsalt": name})
-        yield
+    size, letter = (1e6, "M") if abs(value) >= 1e6 else (1e3, "k") if abs(value) >= 1e3 else (1, "")
+    return f"{value / size:g}{letter}"
 
 
 def _figure(height_in: float, num: int = 1) -> tuple[Figure, Any]:

@@ -10,6 +10,7 @@ import json
 from math import exp, inf, log
 from pathlib import Path
 from statistics import mean, stdev
+from textwrap import indent
 from typing import Any
 
 import pandas as pd
@@ -17,7 +18,7 @@ import pandas as pd
 from engine.errors import UserError, printable
 from engine.publish import write_file, writing
 from engine.report import Environment, read_report, write_json
-from tools.bench.results import row, write_result
+from tools.bench.results import markdown_table, row, write_result
 from tools.bench.tables import RATE, device, read_profile
 
 STUDENT_T = (inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145)
@@ -46,19 +47,15 @@ def compare_profiles(folder_a: Path, folder_b: Path, out: Path | None) -> str:
         raise UserError(f"{folder_a} and {folder_b}: have no cell in common; measure the same matrix in both")
     frame = pd.DataFrame(rows)
     table = frame.to_string(index=False, na_rep="", float_format="{:,.4g}".format)
-    alone = len(cells_a) + len(cells_b) - 2 * len(rows)
-    text = (
-        f"{table}\n\nB / A of samples/s with its 95 % interval; {len(rows)} cells, {alone} more are in one folder only"
-    )
+    alone = f"{len(cells_a) + len(cells_b) - 2 * len(rows)} more are in one folder only"
+    text = f"{table}\n\nB / A of samples/s with its 95 % interval; {len(rows)} cells, {alone}"
     if out:
+        plain = frame.astype(object).where(frame.notna() & (frame != inf), None).to_dict("records")
         with writing(out):
             out.mkdir(parents=True, exist_ok=True)
-            block = "\n".join(f"    {line}" for line in text.splitlines())
+            block = indent(text, "    ", lambda line: True)
             write_file(out / "comparison.md", f"# {folder_a.name} and {folder_b.name}\n\n{block}\n".encode())
-            plain = frame.astype(object).where(frame.notna() & (frame != inf), None)
-            write_json(
-                {"a": folder_a.name, "b": folder_b.name, "cells": plain.to_dict("records")}, out / "comparison.json"
-            )
+            write_json({"a": folder_a.name, "b": folder_b.name, "cells": plain}, out / "comparison.json")
     return text
 
 
@@ -67,9 +64,8 @@ def _key(cell: dict[str, Any]) -> str:
 
 
 def _row(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
-    pairs = [
-        (x, y) for x, y in zip(a["repetitions"], b["repetitions"], strict=False) if not (x["failed"] or y["failed"])
-    ]
+    both = zip(a["repetitions"], b["repetitions"], strict=False)
+    pairs = [(x, y) for x, y in both if not (x["failed"] or y["failed"])]
     found: dict[str, Any] = {"cell": printable(a["name"]), **a["axes"], "pairs": len(pairs)}
     if not pairs:
         return found | {"speed": "not measured in both"}
@@ -79,12 +75,9 @@ def _row(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
     verdict = NO_DIFFERENCE if low <= 1 <= high else f"B is {ratio:.3g} x as fast"
     found |= {"ratio": ratio, "low95": low, "high95": high, "speed": verdict}
     lines_a, lines_b = ([line for r in side for line in r.get("epochs") or []] for side in zip(*pairs, strict=True))
-    return found | {"losses": losses(lines_a, lines_b), "test_accuracy": _accuracies(pairs)}
-
-
-def _accuracies(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> str:
-    found = [(x.get("test_accuracy_fraction"), y.get("test_accuracy_fraction")) for x, y in pairs]
-    return agreement([(x, y) for x, y in found if x is not None and y is not None], ACCURACY_TOLERANCE)
+    accuracies = [(x.get("test_accuracy_fraction"), y.get("test_accuracy_fraction")) for x, y in pairs]
+    accuracies = [pair for pair in accuracies if None not in pair]
+    return found | {"losses": losses(lines_a, lines_b), "test_accuracy": agreement(accuracies, ACCURACY_TOLERANCE)}
 
 
 def losses(lines_a: list[dict[str, Any]], lines_b: list[dict[str, Any]]) -> str:
@@ -106,14 +99,22 @@ def agreement(pairs: list[tuple[float, float]], tolerance: float) -> str:
 
 def compare_runs(folder_a: Path, folder_b: Path, out: Path | None) -> str:
     """The reports of two runs side by side, and how their losses agree; OUT/comparison.md and .json where asked for."""
-    reports = {folder.name: read_report(folder) for folder in (folder_a, folder_b)}
-    text = comparison(reports[folder_a.name], reports[folder_b.name], folder_a.name, folder_b.name)
+    names = (folder_a.name, folder_b.name)
+    reports = (read_report(folder_a), read_report(folder_b))
+    text = _side_by_side(*reports, *names)
     if told := losses(_metrics(folder_a), _metrics(folder_b)):
         text += f"\n\nLosses of the epochs that both have: {told}."
     if out:
+        rows = []
+        for name, r in zip(names, reports, strict=True):
+            rows.append(row(f"{name}, {r['num_epochs']} epochs: training time", [r["train_s"]], "s"))
+            rows.append(row(f"{name}: throughput", [r["samples_per_s"]], "samples/s"))
+            rows.append(row(f"{name}: test accuracy", [100 * r["test_accuracy_fraction"]], "%"))
+        facts, images = Environment(**r["environment"]), f"{r['num_train_samples']:,} training images"
+        title = f"{out.name}: {' and '.join(names)}, {images}, one run each"
         with writing(out):
-            write_file(out / "comparison.md", f"# {folder_a.name} and {folder_b.name}\n\n{text}\n".encode())
-            _write_result(out / "comparison.json", reports)
+            write_result(out / "comparison.json", title=title, environment=facts, rows=rows, claims=[])
+            write_file(out / "comparison.md", f"# {' and '.join(names)}\n\n{text}\n".encode())
     return text
 
 
@@ -124,45 +125,33 @@ def _metrics(folder: Path) -> list[dict[str, Any]]:
         raise UserError(f"{folder}: its metrics.jsonl cannot be read; name the folder of a finished run") from None
 
 
-def _write_result(path: Path, reports: dict[str, dict[str, Any]]) -> None:
+COMPARED: dict[str, tuple[str, str, str]] = {
+    "train_s": ("training time (s)", "{:.2f}", "less"),
+    "samples_per_s": ("samples/s", "{:,.0f}", "more"),
+    "test_accuracy_fraction": ("test accuracy", "{:.2%}", "points"),
+    "val_accuracy_fraction": ("best validation accuracy", "{:.2%}", "points"),
+    "data_wait_fraction": ("waiting for data", "{:.1%}", ""),
+    "num_epochs": ("epochs", "{}", ""),
+    "global_batch": ("global batch", "{}", ""),
+    "precision": ("precision", "{}", ""),
+    "feed": ("feed", "{}", ""),
+    "cuda_graphs": ("CUDA graphs", "{}", ""),
+    "host_peak_rss_gib": ("peak host memory (GiB)", "{:.2f}", ""),
+    "torch_peak_gib": ("peak GPU memory of torch (GiB)", "{:.2f}", ""),
+}
+"""A figure's title and format, and what B / A says of it: faster where it is less or more; or B - A in points."""
+
+
+def _side_by_side(a: dict[str, Any], b: dict[str, Any], name_a: str, name_b: str) -> str:
+    """Two run reports as a Markdown table."""
     rows = []
-    for name, report in reports.items():
-        rows.append(row(f"{name}, {report['num_epochs']} epochs: training time", [report["train_s"]], "s"))
-        rows.append(row(f"{name}: throughput", [report["samples_per_s"]], "samples/s"))
-        rows.append(row(f"{name}: test accuracy", [100 * report["test_accuracy_fraction"]], "%"))
-    facts = Environment(**report["environment"])
-    title = (
-        f"{path.parent.name}: {' and '.join(reports)}, {report['num_train_samples']:,} training images, one run each"
-    )
-    write_result(path, title=title, environment=facts, rows=rows, claims=[])
-
-
-def comparison(a: dict[str, Any], b: dict[str, Any], name_a: str, name_b: str) -> str:
-    """Two run reports as a Markdown table; the ratio is told where more is better or less is better."""
-    lines = [f"| | {name_a} | {name_b} | {name_b} is |", "|---|--:|--:|---|"]
-    measures = [
-        ("training time (s)", "train_s", "{:.2f}", -1),
-        ("samples/s", "samples_per_s", "{:,.0f}", 1),
-        ("test accuracy", "test_accuracy_fraction", "{:.2%}", 0),
-        ("best validation accuracy", "val_accuracy_fraction", "{:.2%}", 0),
-        ("waiting for data", "data_wait_fraction", "{:.1%}", None),
-        ("epochs", "num_epochs", "{}", None),
-        ("global batch", "global_batch", "{}", None),
-        ("precision", "precision", "{}", None),
-        ("feed", "feed", "{}", None),
-        ("CUDA graphs", "cuda_graphs", "{}", None),
-        ("peak host memory (GiB)", "host_peak_rss_gib", "{:.2f}", None),
-        ("peak GPU memory of torch (GiB)", "torch_peak_gib", "{:.2f}", None),
-    ]
     flat_a, flat_b = ({**r["config"], **r["effective"], **r} for r in (a, b))
-    for title, key, form, better in measures:
+    for key, (title, form, better) in COMPARED.items():
         x, y = flat_a[key], flat_b[key]
         if x is None or y is None:
             continue
-        verdict = ""
-        if better == 0:
-            verdict = f"{100 * (y - x):+.2f} points"
-        elif better and x and y:
-            verdict = f"{(y / x) ** better:.1f} x faster"
-        lines.append(f"| {title} | {form.format(x)} | {form.format(y)} | {verdict} |")
-    return "\n".join(lines)
+        verdict = f"{100 * (y - x):+.2f} points" if better == "points" else ""
+        if better in ("less", "more") and x and y:
+            verdict = f"{y / x if better == 'more' else x / y:.1f} x faster"
+        rows.append((title, form.format(x), form.format(y), verdict))
+    return "\n".join(markdown_table(f"| | {name_a} | {name_b} | {name_b} is |", "lrrl", rows))

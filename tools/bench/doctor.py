@@ -4,17 +4,19 @@ A check gives a grade, what it looked at, and what it found, with what to do whe
 """
 
 import os
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from contextlib import closing
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from itertools import islice
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine import clock
-from engine.config import RunConfig, StepConfig
+from engine.config import RunConfig, override
 from engine.records import Records
 from engine.trainer import open_session
 from engine.world import World, cannot_compile, cannot_fuse, has_fast_bf16
@@ -28,6 +30,10 @@ class Finding(NamedTuple):
     text: str
 
 
+def _graded(good: bool, name: str, text: str, otherwise: Grade = "note") -> Finding:
+    return Finding("ok" if good else otherwise, name, text)
+
+
 LOWEST = {"torch": (2, 11), "triton": (3, 6), "numpy": (2, 0), "nvidia-dali-cuda120": (2, 4), "numba": (0, 61)}
 NEEDED = {"torch", "numpy"}
 """Without the others the engine runs, with less."""
@@ -37,11 +43,12 @@ ENVIRONMENT: dict[str, tuple[str, Grade, str]] = {
     "TORCH_NCCL_BLOCKING_WAIT": ("1", "BAD", "the host waits for each all-reduce, which cannot be captured; unset it"),
     "NCCL_BLOCKING_WAIT": ("1", "BAD", "the host waits for each all-reduce, which cannot be captured; unset it"),
     "TORCH_DISTRIBUTED_DEBUG": ("DETAIL", "BAD", "each collective is checked on the host first; unset it"),
-    "NVIDIA_TF32_OVERRIDE": ("", "note", "overrules step.precision for fp32 and TF32; unset it"),
+    "NVIDIA_TF32_OVERRIDE": (".*", "note", "overrules step.precision for fp32 and TF32; unset it"),
     "TORCHDYNAMO_DISABLE": ("1", "note", "--compile does nothing; unset it"),
+    "PYTORCH_CUDA_ALLOC_CONF": (".*backend:cudaMallocAsync.*", "note", "graphs hold more memory; take the backend out"),
     "TRITON_INTERPRET": ("1", "note", "Triton kernels run in an interpreter, thousands of times slower; unset it"),
 }
-"""Variable: the value that harms (empty: any), how much, and why."""
+"""Variable: the values that harm, how much, and why."""
 
 
 def doctor(records: Records, world: World, environ: Mapping[str, str] = os.environ) -> Iterator[Finding]:
@@ -60,51 +67,39 @@ def _versions() -> Iterator[Finding]:
         except PackageNotFoundError:
             yield Finding("BAD" if package in NEEDED else "note", package, "is not installed; pip install it")
             continue
-        numbers = tuple(int(part) for part in found.split("+")[0].split(".")[:2])
-        wanted = ".".join(map(str, lowest))
+        numbers, wanted = tuple(map(int, found.split("+")[0].split(".")[:2])), ".".join(map(str, lowest))
         if numbers < lowest or (package == "torch" and numbers >= (2, 15)):
             yield Finding("BAD", package, f"{found}: tested from {wanted} on, torch below 2.15; install such a one")
         else:
             yield Finding("ok", package, found)
     for module, without in (("numba", "records are packed 200 times slower"), ("pynvml", "no power or utilisation")):
-        if find_spec(module) and (error := _import_error(module)):
-            yield Finding("note", module, f"cannot be imported ({error}): {without}")
-
-
-def _import_error(module: str) -> str:
-    try:
-        __import__(module)
-    except Exception as error:  # a module may fail in any way
-        return str(error).splitlines()[0] if str(error) else type(error).__name__
-    return ""
+        try:
+            if find_spec(module):
+                __import__(module)
+        except Exception as error:  # a module may fail in any way
+            why = str(error).partition("\n")[0] or type(error).__name__
+            yield Finding("note", module, f"cannot be imported ({why}): {without}")
 
 
 def _variables(environ: Mapping[str, str]) -> Iterator[Finding]:
-    harmful = 0
-    for name, (value, grade, why) in ENVIRONMENT.items():
-        if name in environ and value in ("", environ[name]):
-            harmful += 1
-            yield Finding(grade, name, f"is {environ[name]}: {why}")
-    if "backend:cudaMallocAsync" in environ.get("PYTORCH_CUDA_ALLOC_CONF", ""):
-        harmful += 1
-        yield Finding("note", "PYTORCH_CUDA_ALLOC_CONF", "cudaMallocAsync: graphs hold more memory; take it out")
-    if not harmful:
-        yield Finding("ok", "environment", "no variable that harms")
+    harmful = [
+        Finding(grade, name, f"is {environ[name]}: {why}")
+        for name, (value, grade, why) in ENVIRONMENT.items()
+        if name in environ and re.fullmatch(value, environ[name])
+    ]
+    yield from harmful or [Finding("ok", "environment", "no variable that harms")]
     threads, cores = torch.get_num_threads(), len(os.sched_getaffinity(0))
-    many = threads > cores
-    text = f"{threads} of torch's on {cores} cores" + "; set OMP_NUM_THREADS" * many
-    yield Finding("note" if many else "ok", "threads", text)
+    few = threads <= cores
+    yield _graded(few, "threads", f"{threads} of torch's on {cores} cores" + "; set OMP_NUM_THREADS" * (not few))
 
 
 def _device(world: World) -> Iterator[Finding]:
     device = world.device
     bf16 = has_fast_bf16(device)
-    yield Finding("ok" if bf16 else "note", "bf16", "has instructions" if bf16 else "none: --amp trains in fp32 here")
+    yield _graded(bf16, "bf16", "has instructions" if bf16 else "none: --amp trains in fp32 here")
     if device.type == "cpu":
         kept = world.allocator != "default"
-        yield Finding(
-            "ok" if kept else "note", "allocator", world.allocator if kept else "is not glibc's: slower steps"
-        )
+        yield _graded(kept, "allocator", world.allocator if kept else "is not glibc's: slower steps")
         yield Finding("note", "GPU", "torch sees none: CUDA graphs, NCCL and Triton are not used")
         return
     facts, properties = clock.gpu_facts(device), torch.cuda.get_device_properties(device)
@@ -120,27 +115,23 @@ def _device(world: World) -> Iterator[Finding]:
 
 def _compiler(device: torch.device) -> Iterator[Finding]:
     why = cannot_compile(device)
-    yield Finding("note" if why else "ok", "torch.compile", why or "has its compiler")
+    yield _graded(not why, "torch.compile", why or "has its compiler")
     why = cannot_fuse(device)
-    yield Finding("note" if why else "ok", "Triton kernels", why or "can be compiled")
+    yield _graded(not why, "Triton kernels", why or "can be compiled")
 
 
 def _step(records: Records, world: World) -> Iterator[Finding]:
-    config = RunConfig(global_batch=32 * world.size)
-    step_config = replace(StepConfig(), precision="bf16", cuda_graphs=world.device.type == "cuda")
-    session = open_session(replace(config, step=step_config), records, world)
-    try:
+    on_gpu = world.device.type == "cuda"
+    settings = {"global_batch": 32 * world.size, "step.precision": "bf16", "step.cuda_graphs": on_gpu}
+    with closing(open_session(override(RunConfig(), settings, "doctor"), records, world)) as session:
         reads = host_reads(session.step.train_epoch(session.feed, 0), world.device)
         text = f"the step waits for the device in {', '.join(reads)}; look there" if reads else "none in 5 steps"
-        yield Finding("BAD" if reads else "ok", "hidden waits", text)
-        if world.device.type == "cuda":
+        yield _graded(not reads, "hidden waits", text, "BAD")
+        if on_gpu:
             failure = session.step.capture_failure
-            yield Finding("BAD" if failure else "ok", "CUDA graph", failure or "the whole step was captured")
-            groups = session.step.optimizer.param_groups
-            capturable = all(group["capturable"] for group in groups)
-            yield Finding("ok" if capturable else "BAD", "optimiser", f"capturable: {capturable}")
-    finally:
-        session.close()
+            yield _graded(not failure, "CUDA graph", failure or "the whole step was captured", "BAD")
+            capturable = all(group["capturable"] for group in session.step.optimizer.param_groups)
+            yield _graded(capturable, "optimiser", f"capturable: {capturable}", "BAD")
 
 
 def host_reads(launches: Iterator[Any], device: torch.device, num_launches: int = 5) -> list[str]:
@@ -152,7 +143,7 @@ def host_reads(launches: Iterator[Any], device: torch.device, num_launches: int 
         torch.cuda.synchronize(device)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            for _ in zip(range(num_launches), launches, strict=False):
+            for _ in islice(launches, num_launches):
                 pass
         except RuntimeError as error:
             return [str(error).splitlines()[0]]
@@ -160,7 +151,7 @@ def host_reads(launches: Iterator[Any], device: torch.device, num_launches: int 
             torch.cuda.set_sync_debug_mode("default")
         return []
     with _Watch() as watch:
-        for _ in zip(range(num_launches), launches, strict=False):
+        for _ in islice(launches, num_launches):
             pass
     return sorted(watch.reads)
 

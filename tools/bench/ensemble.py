@@ -11,6 +11,7 @@ Shapes: M networks, N test samples, K classes.
 import os
 import tempfile
 import time
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +29,7 @@ from engine.report import Environment
 from engine.sample import ensure_sample
 from engine.trainer import open_session
 from engine.world import World, start_world
+from tools.bench.measure import train_epochs
 from tools.bench.results import claim, row, write_result
 
 NUM_RESAMPLES = 2000
@@ -78,17 +80,14 @@ def train_all(config: RunConfig, num_networks: int, arm: Arm) -> tuple[float, np
     """Seconds from all workers ready to the last network's answers, probability_MNK, and the workers' circumstances."""
     networks = [replace(config, seed=config.seed + number) for number in range(num_networks)]
     cores = sorted(os.sched_getaffinity(0))
-    with tempfile.TemporaryDirectory() as folder:
-        shares = [
-            delayed(_train_share)(networks[place :: arm.num_workers], place, cores, arm, folder)
-            for place in range(arm.num_workers)
-        ]
-        done = Parallel(n_jobs=max(arm.num_workers, 2), batch_size=1)(shares)  # 1 would be this process
-    elapsed_s = max(end_s for _, end_s, _, _ in done) - min(start_s for start_s, _, _, _ in done)
-    probability_MNK = np.empty((num_networks, *done[0][2][0].shape), np.float32)
-    for place, (_, _, answers, _) in enumerate(done):
-        probability_MNK[place :: arm.num_workers] = answers
-    return elapsed_s, probability_MNK, done[0][3]
+    with tempfile.TemporaryDirectory() as folder, Parallel(n_jobs=max(arm.num_workers, 2), batch_size=1) as run:
+        places = range(arm.num_workers)  # of one worker, too, the work is done by a process of its own: n_jobs is 2
+        done = run(delayed(_train_share)(networks[p :: len(places)], p, cores, arm, folder) for p in places)
+    start_s, end_s, answers, facts = zip(*done, strict=True)
+    probability_MNK = np.empty((num_networks, *answers[0][0].shape), np.float32)
+    for place, answer in enumerate(answers):
+        probability_MNK[place :: arm.num_workers] = answer
+    return max(end_s) - min(start_s), probability_MNK, facts[0]
 
 
 def _train_share(
@@ -118,18 +117,12 @@ def _wait_for_all(folder: Path, place: int, num_workers: int) -> None:
 
 def train_one(config: RunConfig, records: Records, world: World) -> tuple[np.ndarray, Environment]:
     """Train a network; probability_NK of the test split, and where it was made."""
-    session = open_session(config, records, world)
-    try:
-        for epoch in range(config.epochs):
-            for _ in session.step.train_epoch(session.feed, epoch):
-                pass
-            session.step.read_training()  # refuses a loss that is not finite
+    with closing(open_session(config, records, world)) as session:
+        train_epochs(session, range(config.epochs))
         images = torch.from_numpy(records.split("test").image_NHW).split(EVAL_BATCH)
         with torch.no_grad():
             parts = [session.step.model(part.unsqueeze(1).float() / 255).softmax(1) for part in images]
         return torch.cat(parts).numpy(), session.environment
-    finally:
-        session.close()
 
 
 def _rows(arms: list[Arm], measured: dict[Arm, Any], label_N: np.ndarray) -> list[dict[str, Any]]:
@@ -142,11 +135,13 @@ def _rows(arms: list[Arm], measured: dict[Arm, Any], label_N: np.ndarray) -> lis
     ]
     for arm in (arms[0], arms[2]):
         single_M, vote, gain, low, high = vote_over_singles(measured[arm][1], label_N)
-        rows.append(row(f"{arm}: test accuracy of a network, n networks", (100 * single_M).tolist(), "%"))
-        rows.append(row(f"{arm}: standard deviation over networks", [100 * float(single_M.std(ddof=1))], "points"))
-        rows.append(row(f"{arm}: test accuracy of their vote", [100 * vote], "%"))
         gained = row(f"{arm}: the vote over the mean network, 95 % interval", [100 * gain], "points")
-        rows.append(gained | {"low": 100 * low, "high": 100 * high})
+        rows += [
+            row(f"{arm}: test accuracy of a network, n networks", (100 * single_M).tolist(), "%"),
+            row(f"{arm}: standard deviation over networks", [100 * float(single_M.std(ddof=1))], "points"),
+            row(f"{arm}: test accuracy of their vote", [100 * vote], "%"),
+            gained | {"low": 100 * low, "high": 100 * high},
+        ]
     return rows
 
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from functools import partial
 from importlib.util import find_spec
@@ -18,25 +18,26 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+import torch
+from torch.utils.data import DataLoader, TensorDataset
 
-from engine.publish import writing
+from engine.clock import host_peak_rss_gib
+from engine.config import AugmentConfig, RunConfig, override
+from engine.feeds import make_feed, open_for
+from engine.publish import write_file, writing
+from engine.records import open_records
 from engine.report import ROOT, environment, write_json
+from engine.sample import ensure_sample
+from engine.trainer import check_batch, make_order
+from engine.world import World, keep_large_blocks
+from tools.bench.results import number
 
-FEEDS = (
-    "resident",
-    "dali",
-    "stream",
-    "resident augmented",
-    "dali augmented",
-    "loader_batched",
-    "loader",
-    "TensorDataset",
-    "FFCV",
-    "index_select",
-)
+FEEDS = ("resident", "dali", "stream", "resident augmented", "dali augmented", "loader_batched", "loader",
+         "TensorDataset", "FFCV", "index_select")  # fmt: skip
 """The last three are not feeds of ours. FFCV is measured where it is installed; index_select is torch's gather of ids
 that were drawn before: what the memory allows."""
-Batches = Iterator[int]
+Opened = tuple[Callable[[int], Iterable[Any]], str, Callable[[], object]]
+"""Something of each batch of an epoch that is as long as it, the order's name, and what closes the feed."""
 
 
 def measure_all(records: Path, batch_size: int, seconds: float) -> list[dict[str, Any]]:
@@ -57,66 +58,35 @@ def profile_feeds(data: Path | None, batch_size: int, seconds: float, json_file:
     Raises:
         UserError: the records cannot be opened, or a batch is larger than their train split.
     """
-    import torch
+    import pandas as pd  # not above: what the children load counts as their memory
 
-    from engine.config import RunConfig
-    from engine.records import open_records
-    from engine.sample import ensure_sample
-    from engine.trainer import check_batch
-    from engine.world import World
+    from tools.bench import charts
 
-    alone = World(rank=0, size=1, device=torch.device("cpu"), stream=None)
-    records = data or ensure_sample(alone)
+    records = data or ensure_sample(World(rank=0, size=1, device=torch.device("cpu"), stream=None))
     check_batch(RunConfig(global_batch=batch_size), open_records(records, in_memory=False), 1)
-    rows = measure_all(records, batch_size, seconds)
-    lines = [f"{'feed':<20} {'samples/s':>12} {'order':>8} {'first batch':>12} {'memory':>10} {'CPU s a million':>16}"]
-    for r in rows:
-        lines.append(
-            f"{r['name']:<20} {r['samples_per_s']:>12,.0f} {r['order']:>8} {r['first_batch_s']:>10.2f} s "
-            f"{r['peak_mib']:>6.0f} MiB {r['cpu_s_per_million']:>16.3f}"
-        )
+    frame = pd.DataFrame(measure_all(records, batch_size, seconds))
     facts = asdict(environment(num_threads=torch.get_num_threads(), allocator="keep_large_blocks", gpu={}))
+    tree = {"environment": facts, "batch_size": batch_size, "feeds": frame.to_dict("records")}
+    rates, xlabel = frame["samples_per_s"], f"samples/s, batch {batch_size}: median, lowest and highest epoch"
+    spread = frame[["low", "high"]].sub(rates, axis=0).abs().to_numpy().T
+    chart = partial(charts.bars, frame["name"], rates, [*map(number, rates)], xlabel, spread)
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         for file in (out / "feeds.json", *([json_file] if json_file else [])):
-            write_json({"environment": facts, "batch_size": batch_size, "feeds": rows}, file)
-        _draw(rows, batch_size, out / "feeds.png")
-    return "\n".join([*lines, f"written: {out / 'feeds.json'}, {out / 'feeds.png'}"])
-
-
-def _draw(rows: list[dict[str, Any]], batch_size: int, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 0.5 + 0.4 * len(rows)), layout="constrained")
-    rates = [r["samples_per_s"] / 1e6 for r in rows]
-    spread = [
-        [(r["samples_per_s"] - r["low"]) / 1e6 for r in rows],
-        [(r["high"] - r["samples_per_s"]) / 1e6 for r in rows],
-    ]
-    bars = axes.barh([r["name"] for r in rows], rates, xerr=spread, color="#4477aa", ecolor="#999999")
-    axes.bar_label(bars, [f"{rate:.2f}" for rate in rates], padding=4)
-    axes.invert_yaxis()
-    axes.set_xlabel(f"million samples/s, batch {batch_size}: median, lowest and highest epoch")
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+            write_json(tree, file)
+        write_file(out / "feeds.png", charts.draw("feeds", chart).png)
+    shown = frame[["name", "samples_per_s", "order", "first_batch_s", "peak_mib", "cpu_s_per_million"]]
+    table = shown.to_string(index=False, float_format=number)
+    return f"{table}\nwritten: {out / 'feeds.json'}, {out / 'feeds.png'}"
 
 
 def measure(name: str, records: Path, batch_size: int, seconds: float) -> dict[str, Any]:
     """Throughput (median over passes, after one that warms up), time to the first batch, memory, CPU time."""
-    import torch
-
-    from engine.world import keep_large_blocks
-
     keep_large_blocks()
-    before_mib, start = _peak_mib(), time.perf_counter()
-    make = {"TensorDataset": _tensor_dataset, "FFCV": _ffcv, "index_select": _index_select}.get(name) or partial(
-        _ours, name
-    )
-    epoch, order, close = make(records, batch_size)
-    batches = epoch(0)
+    before_gib, start = host_peak_rss_gib(), time.perf_counter()
+    others = {"TensorDataset": _tensor_dataset, "FFCV": _ffcv, "index_select": _index_select}
+    epoch, order, close = others.get(name, partial(_ours, name))(records, batch_size)
+    batches = iter(epoch(0))
     next(batches)
     first_batch_s = time.perf_counter() - start
     warmed = _pass(batches, seconds / 2)[0]
@@ -140,70 +110,45 @@ def measure(name: str, records: Path, batch_size: int, seconds: float) -> dict[s
         "order": order,
         "threads": torch.get_num_threads(),
         "first_batch_s": first_batch_s,
-        "peak_mib": _peak_mib() - before_mib,
+        "peak_mib": 1024 * (host_peak_rss_gib() - before_gib),
         "cpu_s_per_million": cpu_s / counted * 1e6,
     }
 
 
-def _pass(batches: Batches, seconds: float) -> tuple[int, float]:
+def _pass(batches: Iterable[Any], seconds: float) -> tuple[int, float]:
     """(samples, seconds) of an epoch, or of what part of it fits into `seconds`."""
     start, seen = time.perf_counter(), 0
-    for size in batches:
-        seen += size
+    for batch in batches:
+        seen += len(batch)
         if time.perf_counter() - start > seconds:
             break
     return seen, time.perf_counter() - start
 
 
-def _ours(name: str, records: Path, batch_size: int) -> tuple[Any, str, Any]:
-    import torch
-
-    from engine.config import AugmentConfig, RunConfig, override
-    from engine.feeds import make_feed, open_for
-    from engine.trainer import make_order
-
+def _ours(name: str, records: Path, batch_size: int) -> Opened:
     kind, _, augmented = name.partition(" ")
     settings = {"data.feed": kind, "data.order": "blocked" if kind == "stream" else "exact", "global_batch": batch_size}
     config = override(RunConfig(), settings, name)
-    augment = (
-        AugmentConfig(shift_pixels=2, rotate_degrees=10, shear_degrees=5, scale_fraction=0.1) if augmented else None
-    )
+    distortion = AugmentConfig(shift_pixels=2, rotate_degrees=10, shear_degrees=5, scale_fraction=0.1)
     opened = open_for(config.data, records)
     train = opened.split("train")
     order = make_order(config, len(train), rank=0, world_size=1)
+    augment = distortion if augmented else None
     feed = make_feed(config.data, train, order, len(opened.classes), torch.device("cpu"), augment)
-
-    def epoch(number: int) -> Batches:
-        for batch in feed.batches(number):
-            yield len(batch.id_B)
-
-    return epoch, config.data.order, feed.close
+    return lambda epoch: (batch.id_B for batch in feed.batches(epoch)), config.data.order, feed.close
 
 
-def _tensor_dataset(records: Path, batch_size: int) -> tuple[Any, str, Any]:
+def _tensor_dataset(records: Path, batch_size: int) -> Opened:
     """What a tutorial writes: torch's own shuffle, TensorDataset, two workers."""
-    import torch
-    from torch.utils.data import DataLoader, TensorDataset
-
-    from engine.records import open_records
-
     train = open_records(records).split("train")
     tensors = (torch.from_numpy(array) for array in (train.image_NHW, train.label_N))
     data = TensorDataset(*tensors, torch.arange(len(train)))
-    loader = DataLoader(data, batch_size, shuffle=True, drop_last=True, num_workers=2, persistent_workers=True)
-
-    def epoch(number: int) -> Batches:
-        for _, label_B, _ in loader:
-            yield len(label_B)
-
-    def close() -> None:
-        nonlocal loader
-        loader = None  # type: ignore[assignment]
-
-    return epoch, "torch's", close
+    # a list, so that closing lets go of the loader, and with it of its workers
+    loaders = [DataLoader(data, batch_size, shuffle=True, drop_last=True, num_workers=2, persistent_workers=True)]
+    return lambda epoch: (label_B for _, label_B, _ in loaders[0]), "torch's", loaders.clear
 
 
-def _ffcv(records: Path, batch_size: int) -> tuple[Any, str, Any]:
+def _ffcv(records: Path, batch_size: int) -> Opened:
     """FFCV with two workers, its file in the page cache, its own shuffle."""
     from ffcv.fields import IntField, NDArrayField
     from ffcv.fields.decoders import IntDecoder, NDArrayDecoder
@@ -211,42 +156,24 @@ def _ffcv(records: Path, batch_size: int) -> tuple[Any, str, Any]:
     from ffcv.transforms import ToTensor
     from ffcv.writer import DatasetWriter
 
-    from engine.records import open_records
-
     train = open_records(records).split("train")
     folder = tempfile.TemporaryDirectory()
     path = str(Path(folder.name) / "train.beton")
     fields = {"image": NDArrayField(np.dtype("uint8"), train.height_width), "label": IntField(), "id": IntField()}
-    writer = DatasetWriter(path, fields, num_workers=1)
-    writer.from_indexed_dataset(_Rows(train.image_NHW, train.label_N))
+    DatasetWriter(path, fields, num_workers=1).from_indexed_dataset(_Rows(train.image_NHW, train.label_N))
     pipelines = {"image": [NDArrayDecoder(), ToTensor()], "label": [IntDecoder(), ToTensor()], "id": [IntDecoder()]}
-    loader = Loader(
-        path, batch_size, num_workers=2, order=OrderOption.RANDOM, os_cache=True, drop_last=True, pipelines=pipelines
-    )
-
-    def epoch(number: int) -> Batches:
-        for _, label_B, _ in loader:
-            yield len(label_B)
-
-    return epoch, "FFCV's", folder.cleanup
+    how = {"num_workers": 2, "order": OrderOption.RANDOM, "os_cache": True, "drop_last": True}
+    loader = Loader(path, batch_size, pipelines=pipelines, **how)
+    return lambda epoch: (label_B for _, label_B, _ in loader), "FFCV's", folder.cleanup
 
 
-def _index_select(records: Path, batch_size: int) -> tuple[Any, str, Any]:
-    import torch
-
-    from engine.records import open_records
-
+def _index_select(records: Path, batch_size: int) -> Opened:
     train = open_records(records).split("train")
     image_NP = torch.from_numpy(train.image_NHW).view(len(train), -1)
     out_BP = torch.from_numpy(np.empty((batch_size, image_NP.shape[1]), np.uint8))
     ids = torch.randperm(len(train))[: len(train) // batch_size * batch_size].split(batch_size)
-
-    def epoch(number: int) -> Batches:
-        for id_B in ids:
-            torch.index_select(image_NP, 0, id_B, out=out_BP)
-            yield batch_size
-
-    return epoch, "drawn", lambda: None
+    gather = partial(torch.index_select, image_NP, 0, out=out_BP)
+    return lambda epoch: map(gather, ids), "drawn", lambda: None
 
 
 class _Rows:
@@ -260,10 +187,6 @@ class _Rows:
 
     def __getitem__(self, row: int) -> tuple[np.ndarray, int, int]:
         return self._image_NHW[row], int(self._label_N[row]), row
-
-
-def _peak_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 if __name__ == "__main__":

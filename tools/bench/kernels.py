@@ -5,15 +5,14 @@ repetitions 1 GiB is overwritten: the second-level cache holds nothing of the la
 so that its own time is not measured. The ways are measured in turn, the copy bandwidth in the same run.
 """
 
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
 
+from engine.clock import Stopwatch
 from engine.world import World
 from kernels.bias_pool_relu import bias_pool_relu
 from kernels.conv_pool_relu import conv_pool_relu
@@ -28,14 +27,12 @@ Work = Callable[[], object]
 Function = Callable[..., torch.Tensor]
 
 
-@dataclass(frozen=True)
-class Case:
-    """One kernel one way: what is timed."""
+class Case(NamedTuple):
+    """A kernel, the ways to do its work, and the bytes of the whole batch."""
 
     name: str
     ways: dict[str, Work]
     num_bytes: float
-    """Of the whole batch."""
 
 
 def kernel_rows(world: World, batch: int, repetitions: int, compiled: bool) -> list[dict[str, Any]]:
@@ -62,22 +59,16 @@ def kernel_rows(world: World, batch: int, repetitions: int, compiled: bool) -> l
 
 def _time_us(work: Work, flush: torch.Tensor) -> float:
     """Microseconds of `work` on the device, from a cold second-level cache."""
+    watch = Stopwatch(flush.device)
     flush.zero_()
-    if not flush.is_cuda:
-        start_s = time.perf_counter()
-        work()
-        return 1e6 * (time.perf_counter() - start_s)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
+    watch.start()
     work()
-    end.record()
-    end.synchronize()
-    return 1000 * start.elapsed_time(end)
+    return 1e6 * watch.stop()
 
 
 def _cases(device: torch.device, batch: int, compiled: bool) -> Iterator[Case]:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    sizes = roofline.shapes(*HEIGHT_WIDTH, CLASSES, dtype.itemsize)
+    sizes = roofline.Shapes(*HEIGHT_WIDTH, CLASSES, dtype.itemsize)
     num_bytes = {work.name: batch * work.num_bytes for work in roofline.kernels(sizes)}
     height, width = HEIGHT_WIDTH
     image = torch.randint(256, (batch, height, width), dtype=torch.uint8, device=device)
@@ -97,9 +88,7 @@ def _cases(device: torch.device, batch: int, compiled: bool) -> Iterator[Case]:
         ("softmax_cross_entropy", _fused_loss, _loss, (logits, label)),
     ]
     for name, fused, plain, leaves in layers:
-        ways: dict[str, Function] = {"eager": plain, "Triton": fused}
-        if compiled:
-            ways["torch.compile"] = torch.compile(plain, dynamic=False)
+        ways = _ways(plain, fused, compiled)
         forward: dict[str, Work] = {way: partial(function, *leaves) for way, function in ways.items()}
         yield Case(f"{name} forward", forward, num_bytes[f"{name} forward"])
         backward = {way: _backward(function, leaves) for way, function in ways.items()}
@@ -112,14 +101,17 @@ def _gathers(image: torch.Tensor, label: torch.Tensor, num_bytes: float, compile
     table, step = torch.randperm(batch, device=device)[None], torch.zeros(1, dtype=torch.int64, device=device)
     matrix = torch.eye(2, 3, device=device).repeat(batch, 1, 1) + 0.05 * torch.randn(batch, 2, 3, device=device)
     out = (torch.empty_like(image), torch.empty_like(label), torch.empty_like(table[0]))
-    ways: dict[str, Callable[..., object]] = {"eager": gather_warp_reference, "Triton": gather_warp}
-    if compiled:
-        ways["torch.compile"] = torch.compile(gather_warp_reference, dynamic=False)
+    ways = _ways(gather_warp_reference, gather_warp, compiled)
     for name, given, extra in (("gather_warp", None, 0), ("gather_warp, warped", matrix, 24 * batch)):
         works: dict[str, Work] = {
             way: partial(function, image, label, table, step, given, *out) for way, function in ways.items()
         }
         yield Case(name, works, num_bytes + extra)
+
+
+def _ways(plain: Callable[..., Any], fused: Callable[..., Any], compiled: bool) -> dict[str, Callable[..., Any]]:
+    by_compile = {"torch.compile": torch.compile(plain, dynamic=False)} if compiled else {}
+    return {"eager": plain, "Triton": fused} | by_compile
 
 
 def _backward(function: Function, leaves: tuple[torch.Tensor, ...]) -> Work:
@@ -131,11 +123,11 @@ def _backward(function: Function, leaves: tuple[torch.Tensor, ...]) -> Work:
 
 def _first(image: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     x = (image[:, None].float() * (1 / 255)).to(dtype)
-    return functional.relu(functional.max_pool2d(functional.conv2d(x, weight.to(dtype), bias.to(dtype), padding=1), 2))
+    return functional.max_pool2d(functional.conv2d(x, weight.to(dtype), bias.to(dtype), padding=1), 2).relu()
 
 
 def _second(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    return functional.relu(functional.max_pool2d(x + bias.to(x.dtype)[:, None, None], 2))
+    return functional.max_pool2d(x + bias.to(x.dtype)[:, None, None], 2).relu()
 
 
 def _loss(logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:

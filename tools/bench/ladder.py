@@ -37,27 +37,15 @@ class Cell:
         lacking = self.session and [note for note in self.session.notes if "used" in note]
         return f"{name} ({'; '.join(lacking)})" if lacking else name
 
-    def open(self, records: Records, world: World) -> None:
-        self.session = open_session(self.config, records, world)
-
-    def repeat(self, seconds: float) -> None:
-        if self.session:
-            self.rates.append(rate(self.session, seconds))
-
     def close(self) -> None:
         if self.session:
             self.session.close()
             self.session = None
 
 
-def read_ladder() -> dict[str, Any]:
-    """The file's tables `rung` and `expected`, and the `batch` of a rung that names none."""
-    return read_toml(LADDER)
-
-
 def make_cells(largest_batch: int, compiled: bool) -> list[Cell]:
     """Every rung at each of its batch sizes, up to `largest_batch` (or at that, if all are larger)."""
-    cells, ladder = [], read_ladder()
+    cells, ladder = [], read_toml(LADDER)
     for rung, settings in rungs(ladder, LADDER.name):
         if settings.get("step.compile", "off") != "off" and not compiled:
             continue
@@ -79,7 +67,10 @@ def climb(
             break
         for cell in cells:
             try:
-                cell.repeat(seconds) if number else cell.open(records, world)
+                if not number:
+                    cell.session = open_session(cell.config, records, world)
+                elif cell.session:
+                    cell.rates.append(rate(cell.session, seconds))
             except (RuntimeError, UserError, AssertionError) as error:  # out of memory, refused capture, ...
                 failures.append(f"{cell.name}: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
                 cell.close()
@@ -94,15 +85,11 @@ def rate(session: Session, seconds: float) -> float:
 
 
 def joules(session: Session, seconds: float) -> float | None:
-    """J of the whole GPU for a thousand samples, over so many seconds; NVML is too coarse for less than some."""
-    nvml = clock.Nvml(session.world.device)
-    steps = ceil(seconds * measure(session, session.step.steps_per_launch).samples_per_s / session.config.global_batch)
-    before_j = nvml.energy_j()
-    measured = measure(session, steps)
-    after_j = nvml.energy_j()
-    if before_j is None or after_j is None:
-        return None
-    return (after_j - before_j) / (len(measured.step_ms_S) * session.config.global_batch) * 1000
+    """J of the whole GPU for a thousand samples, over so many seconds; None where NVML does not tell."""
+    batch = session.config.global_batch
+    num_steps = ceil(seconds * measure(session, session.step.steps_per_launch).samples_per_s / batch)
+    measured = measure(session, num_steps, clock.Nvml(session.world.device))
+    return measured.energy_j and measured.energy_j / (len(measured.step_ms_S) * batch) * 1000
 
 
 def rows_of(cells: list[Cell]) -> list[dict[str, Any]]:
@@ -110,8 +97,7 @@ def rows_of(cells: list[Cell]) -> list[dict[str, Any]]:
     measured = [cell for cell in cells if cell.rates]
     rows = [row(cell.name, cell.rates, "samples/s") for cell in measured]
     for batch in sorted({cell.config.global_batch for cell in measured}):
-        own = [r for r, c in zip(rows, measured, strict=True) if c.config.global_batch == batch]
-        real = [r for r in own if "synthetic" not in r["name"]]
+        real = [r for r in rows if r["name"].startswith(f"batch {batch}:") and "synthetic" not in r["name"]]
         if real:
             rows.append(max(real, key=lambda r: float(r["value"])) | {"name": f"best at batch {batch}"})
     return rows

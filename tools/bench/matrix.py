@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -88,10 +88,12 @@ def read_cells(paths: list[Path], batch: int | None = None) -> tuple[str, list[C
     Raises:
         UserError: a file cannot be read, or says what is no matrix and no configuration.
     """
-    trees = [(path, read_toml(path)) for path in paths]
-    cells = [cell for path, tree in trees for cell in _cells(path, tree, batch)]
-    title = ", ".join(tree.get("title", path.stem) for path, tree in trees)
-    return title, [replace(cell, id=f"c{number:03}") for number, cell in enumerate(cells)]
+    titles, cells = [], list[Cell]()
+    for path in paths:
+        tree = read_toml(path)
+        titles.append(tree.get("title", path.stem))
+        cells += _matrix(str(path), tree, batch) if is_matrix(tree) else [config_cell(str(path), flatten(tree), batch)]
+    return ", ".join(titles), [replace(cell, id=f"c{number:03}") for number, cell in enumerate(cells)]
 
 
 def is_matrix(tree: dict[str, Any]) -> bool:
@@ -123,63 +125,52 @@ def rungs(tree: dict[str, Any], where: str) -> Iterator[tuple[dict[str, Any], di
         yield rung, known[before]
 
 
-def _cells(path: Path, tree: dict[str, Any], batch: int | None) -> list[Cell]:
-    where = str(path)
-    if not is_matrix(tree):
-        return [config_cell(where, flatten(tree), batch)]
+def _matrix(where: str, tree: dict[str, Any], batch: int | None) -> list[Cell]:
     _check_keys(tree, MATRIX_KEYS, set(), where)
     if batch:
         raise UserError(f"{where}: names its batches itself; leave out --batch-size")
     if not tree.get("rung", tree.get("axes")) or ("rung" in tree and "axes" in tree):
         raise UserError(f"{where}: wants either rungs or axes, at least one; give a [[rung]], or [axes] with a list")
-    cells = [cell for group in _groups(tree, where) for cell in _group(*group, where)]
+    groups = rungs(tree, where) if "rung" in tree else [({}, flatten(tree.get("set", {})))]
+    cells = [cell for rung, settings in groups for cell in _group(tree | rung, settings, where)]
     for figures in tree.get("published", []):
         _publish(cells, figures, f"{where}: published")
     return cells
 
 
-def _groups(tree: dict[str, Any], where: str) -> Iterator[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]:
-    """The axes, or each rung: its table (the matrix's own values where it has none), its settings, its axes."""
-    if "axes" in tree:
-        yield tree | {"name": ""}, flatten(tree.get("set", {})), tree["axes"]
-    for rung, settings in rungs(tree, where) if "rung" in tree else ():
-        own = {axis: rung[key] for axis, key in (("batch", "batches"), ("ranks", "ranks")) if key in rung}
-        yield tree | rung, settings, own
+def _group(table: dict[str, Any], settings: dict[str, Any], where: str) -> Iterator[Cell]:
+    """Cells of the axes, or of a rung with the matrix's values where it has none: the product of its lists.
 
-
-def _group(table: dict[str, Any], settings: dict[str, Any], axes: dict[str, Any], where: str) -> Iterator[Cell]:
-    """The product of its lists; what it has of several ranks makes all of it one thread a rank."""
-    lists = {"batch": [table.get("batch", RunConfig().global_batch)], "ranks": [1]} | axes
-    num_steps, repetitions = (
-        _number(table.get(key, n), f"{where}: {key}") for key, n in (("steps", NUM_STEPS), ("repetitions", 1))
-    )
-    accuracy = table.get("accuracy", False)
-    for chosen in _product(lists, f"{where}: {table['name'] or 'axes'}"):
-        varied = [f"{axis} {value}" for axis, value in chosen.items() if len(lists[axis]) > 1]
+    What it has of several ranks makes all of it one thread a rank.
+    """
+    of_rung = {axis: table[key] for axis, key in (("batch", "batches"), ("ranks", "ranks")) if key in table}
+    axes = {"batch": [table.get("batch", RunConfig().global_batch)], "ranks": [1]} | table.get("axes", of_rung)
+    name, accuracy = table.get("name", ""), table.get("accuracy", False)
+    num_steps = _number(table.get("steps", NUM_STEPS), f"{where}: steps")
+    repetitions = _number(table.get("repetitions", 1), f"{where}: repetitions")
+    for axis, values in axes.items():
+        if type(values) is not list or not values:
+            raise UserError(f"{where}: {name or 'axes'}: {axis} is {values!r}; give a list of values")
+        if axis in ("batch", "ranks"):
+            [_number(value, f"{where}: {name or 'axes'}: {axis}") for value in values]
+    for values in product(*axes.values()):
+        chosen = dict(zip(axes, values, strict=True))
         dotted = settings | {axis: value for axis, value in chosen.items() if axis not in ("batch", "ranks")}
         if "global_batch" in dotted:
             raise UserError(f"{where}: sets global_batch, which is batch times ranks here; give batch, samples a rank")
         dotted["global_batch"] = chosen["batch"] * chosen["ranks"]
         override(RunConfig(), dotted, where)
+        varied = [f"{axis} {value}" for axis, value in chosen.items() if len(axes[axis]) > 1]
         yield Cell(
-            name=", ".join([table["name"]] * bool(table["name"]) + varied) or Path(where).stem,
-            ladder="rung" in table and "ranks" not in axes and not accuracy,
+            name=", ".join([name] * bool(name) + varied) or Path(where).stem,
+            ladder="rung" in table and "ranks" not in of_rung and not accuracy,
             axes=chosen,
             settings=dotted,
             accuracy=accuracy,
             num_steps=num_steps,
             repetitions=repetitions,
-            num_threads=int(max(lists["ranks"]) > 1),
+            num_threads=int(max(axes["ranks"]) > 1),
         )
-
-
-def _product(axes: dict[str, Any], where: str) -> Iterator[dict[str, Any]]:
-    for name, values in axes.items():
-        if type(values) is not list or not values:
-            raise UserError(f"{where}: {name} is {values!r}; give a list of values")
-        if name in ("batch", "ranks"):
-            [_number(value, f"{where}: {name}") for value in values]
-    return (dict(zip(axes, values, strict=True)) for values in product(*axes.values()))
 
 
 def _publish(cells: list[Cell], figures: dict[str, Any], where: str) -> None:
@@ -258,8 +249,7 @@ class Run:
         for cell in self.cells:
             found = [self._read(cell, number) for number in range(cell.repetitions)]
             kept = ("id", "name", "ladder", "axes", "settings", "published")
-            facts = {name: value for name, value in asdict(cell).items() if name in kept}
-            facts["not_measured"] = cell.not_measured(self.num_gpus)
+            facts = {name: getattr(cell, name) for name in kept} | {"not_measured": cell.not_measured(self.num_gpus)}
             cells.append(facts | {"repetitions": [r for r in found if r]})
         return {"format": FORMAT, "title": self.title, "command": command_line(), "cells": cells}
 
@@ -293,10 +283,16 @@ class Run:
         return {"seed": job["settings"]["seed"], "digest": job["digest"], "failed": failed} | found
 
 
+def module_on_ranks(num_ranks: int, module: str, *words: str) -> list[str]:
+    """The command that starts a module under torchrun, on this machine."""
+    ranks = f"--nproc-per-node={num_ranks}"
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", ranks, "-m", module, *words]
+
+
 def _run_child(cell: Cell, files: list[str], log: Path, limit_s: float) -> str:
     """Run tools.bench.cell in as many processes as the cell has ranks; one line if that failed, else nothing."""
-    torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={cell.num_ranks}", "-m"]
-    command = [sys.executable, "-m", *(torchrun if cell.num_ranks > 1 else []), "tools.bench.cell", *files]
+    alone = [sys.executable, "-m", "tools.bench.cell", *files]
+    command = module_on_ranks(cell.num_ranks, "tools.bench.cell", *files) if cell.num_ranks > 1 else alone
     threads = {"OMP_NUM_THREADS": str(cell.num_threads)} if cell.num_threads else {}
     with open(log, "wb") as file:
         child = subprocess.Popen(command, env=os.environ | threads, stdout=subprocess.DEVNULL, stderr=file)

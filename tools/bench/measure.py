@@ -18,6 +18,8 @@ from engine.trainer import Session
 
 NUM_UNTIMED = 5
 """Launches after the warm-up proper that let the feed fill its queues."""
+UNREAD = Nvml(torch.device("cpu"))
+"""Every reading is None."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,19 +34,22 @@ class Measured:
     """Over all ranks."""
     gpu_utilisation_percent: float | None
     power_w: float | None
+    energy_j: float | None
+    """Of the whole GPU; NVML is too coarse for less than some seconds."""
 
 
-def measure(session: Session, num_steps: int, nvml: Nvml | None = None) -> Measured:
+def measure(session: Session, num_steps: int, nvml: Nvml = UNREAD) -> Measured:
     """Train at least `num_steps` steps on the clock, in whole launches; call inside world.on_stream().
 
     Args:
         nvml: read once for utilisation and power, between two launches in the middle, while the device works on what
-            was launched before; a thread of its own would contend with the host's launches.
+            was launched before (a thread of its own would contend with the host's launches); and for the energy.
     """
     launches = endless(session)
     for _ in islice(launches, NUM_UNTIMED):
         pass
     session.world.synchronize()
+    before_j = nvml.energy_j()
     on_gpu = session.world.device.type == "cuda"
     marks, sizes, wait_s, done = [_mark(on_gpu)], list[int](), 0.0, 0
     utilisation_percent = power_w = None
@@ -53,10 +58,11 @@ def measure(session: Session, num_steps: int, nvml: Nvml | None = None) -> Measu
         marks.append(_mark(on_gpu))
         sizes.append(launch.num_steps)
         wait_s += launch.wait_s
-        if nvml and done < num_steps / 2 <= done + launch.num_steps:
+        if done < num_steps / 2 <= done + launch.num_steps:
             utilisation_percent, power_w = nvml.utilisation_percent(), nvml.power_w()
         done += launch.num_steps
     session.world.synchronize()
+    after_j = nvml.energy_j()
     launch_ms = [_elapsed_ms(a, b) for a, b in pairwise(marks)]
     return Measured(
         step_ms_S=np.concatenate([np.full(n, ms / n) for n, ms in zip(sizes, launch_ms, strict=True)]),
@@ -64,6 +70,7 @@ def measure(session: Session, num_steps: int, nvml: Nvml | None = None) -> Measu
         samples_per_s=done * session.config.global_batch / (sum(launch_ms) / 1000),
         gpu_utilisation_percent=utilisation_percent,
         power_w=power_w,
+        energy_j=None if before_j is None or after_j is None else after_j - before_j,
     )
 
 
@@ -71,6 +78,16 @@ def endless(session: Session) -> Iterator[Launch]:
     """Launches without end, epoch after epoch."""
     for epoch in count():
         yield from session.step.train_epoch(session.feed, epoch)
+
+
+def train_epochs(session: Session, epochs: range) -> list[np.ndarray]:
+    """Train these epochs off the clock; loss_S of each. A loss that is not finite is refused (UserError)."""
+    losses = []
+    for epoch in epochs:
+        for _ in session.step.train_epoch(session.feed, epoch):
+            pass
+        losses.append(session.step.read_training().loss_S)
+    return losses
 
 
 def _mark(on_gpu: bool) -> Any:

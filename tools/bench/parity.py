@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,8 +27,10 @@ from engine.records import Records, open_records
 from engine.report import ROOT
 from engine.sample import ensure_sample
 from engine.step import TrainStep
-from engine.trainer import Session, open_session
+from engine.trainer import open_session
 from engine.world import World, cannot_fuse, end_rank, start_world
+from tools.bench.matrix import module_on_ranks
+from tools.bench.measure import train_epochs
 
 BATCH, STEPS, EPOCHS = 128, 9, 2
 K = 4
@@ -92,45 +95,27 @@ def state_of(step: TrainStep, losses: list[np.ndarray]) -> State:
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
 
 
-def train(session: Session, epochs: range) -> list[np.ndarray]:
-    losses = []
-    for epoch in epochs:
-        for _ in session.step.train_epoch(session.feed, epoch):
-            pass
-        losses.append(session.step.read_training().loss_S)
-    return losses
-
-
 def trained(config: RunConfig, records: Records, world: World) -> State:
-    session = open_session(config, records, world)
-    try:
+    with closing(open_session(config, records, world)) as session:
         if (session.config.step, session.config.kernels) != (config.step, config.kernels):
             raise UserError(f"parity cannot be shown here: {session.notes[0]}; name another --precision or --device")
-        return state_of(session.step, train(session, range(EPOCHS)))
-    finally:
-        session.close()
+        return state_of(session.step, train_epochs(session, range(EPOCHS)))
 
 
 def resumed(config: RunConfig, records: Records, world: World) -> State:
     """Trained, saved after the first epoch, and gone on with by another session, which read it back."""
     marks: dict[str, Any] = {"digest": config.digest(), "fingerprint": records.fingerprint}
-    position = Position(
-        num_epochs=1, num_steps=STEPS, train_s=0.0, best_val_accuracy_fraction=None, time_to_target_s=None
-    )
+    unknown: dict[str, Any] = {"train_s": 0.0, "best_val_accuracy_fraction": None, "time_to_target_s": None}
+    position = Position(num_epochs=1, num_steps=STEPS, **unknown)
     with tempfile.TemporaryDirectory() as folder:
-        first = open_session(config, records, world)
-        losses = train(first, range(1))
-        parts = (first.step.model, first.step.optimizer, first.step.scaler)
-        save_checkpoint(Path(folder), position, *parts, **marks)
-        first.close()
-        second = open_session(config, records, world)
-        try:
-            step = second.step
+        with closing(open_session(config, records, world)) as session:
+            losses, step = train_epochs(session, range(1)), session.step
+            save_checkpoint(Path(folder), position, step.model, step.optimizer, step.scaler, **marks)
+        with closing(open_session(config, records, world)) as session:
+            step = session.step
             load_checkpoint(Path(folder), step.model, step.optimizer, step.scaler, **marks)
             step.resume_at(STEPS)
-            return state_of(step, losses + train(second, range(1, EPOCHS)))
-        finally:
-            second.close()
+            return state_of(step, losses + train_epochs(session, range(1, EPOCHS)))
 
 
 def differences(got: State, wanted: State) -> dict[str, float]:
@@ -162,38 +147,27 @@ def parity(records: Records, world: World, precisions: list[str]) -> Iterator[Ve
         (f"resumed, {K} steps a launch", {"step.steps_per_graph": K, "step.cuda_graphs": on_gpu}, resumed),
     ]
     for precision, reference in references.items():
-        verdict = partial(_verdict, precision, reference, on_gpu)
         for name, settings, work in plain:
             why = cannot_fuse(world.device) if "kernels.use" in settings else ""
             if settings.get("step.cuda_graphs") and not on_gpu:
                 why = "there is no GPU"
-            if why:
-                yield verdict(name, missing=why)
-            else:
-                yield verdict(name, work(config_of(precision, settings), records, world))
+            found = {} if why else differences(work(config_of(precision, settings), records, world), reference)
+            yield Verdict(precision, name, found, on_gpu, why)
+    num_gpus = torch.cuda.device_count()
     for num_ranks, (name, _) in RANKS.items():
-        if on_gpu and torch.cuda.device_count() < num_ranks:
-            for precision in precisions:
-                yield _verdict(precision, {}, True, name, missing=f"there are {torch.cuda.device_count()} GPUs")
+        if on_gpu and num_gpus < num_ranks:
+            yield from (Verdict(p, name, {}, True, f"there are {num_gpus} GPUs") for p in precisions)
             continue
         with tempfile.TemporaryDirectory() as folder:
             _run_ranks(num_ranks, Path(folder), world.device.type, precisions)
             for precision, reference in references.items():
-                got = load_file(Path(folder) / f"{precision}.safetensors")
-                yield _verdict(precision, reference, on_gpu or num_ranks > 1, name, got)
-
-
-def _verdict(
-    precision: str, reference: State, inexact: bool, name: str, got: State | None = None, missing: str = ""
-) -> Verdict:
-    return Verdict(precision, name, differences(got, reference) if got else {}, inexact, missing)
+                found = differences(load_file(Path(folder) / f"{precision}.safetensors"), reference)
+                yield Verdict(precision, name, found, on_gpu or num_ranks > 1)
 
 
 def _run_ranks(num_ranks: int, folder: Path, device: str, precisions: list[str]) -> None:
-    threads = str(max(1, torch.get_num_threads() // num_ranks))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
-    command += ["-m", "tools.bench.parity", str(folder), device, *precisions]
-    environment = os.environ | {"OMP_NUM_THREADS": threads}
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // num_ranks))}
+    command = module_on_ranks(num_ranks, "tools.bench.parity", str(folder), device, *precisions)
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     if done.returncode:
         raise RuntimeError(f"{num_ranks} ranks failed:\n{done.stderr}")

@@ -7,7 +7,7 @@ Jinja's autoescape in the page, by matplotlib in pictures, by `markdown_text` an
 import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,12 @@ from engine.publish import Damaged, parse_json, write_file, writing
 from tools.bench import charts
 from tools.bench.charts import Line, Picture
 from tools.bench.confusion import class_table, glyph, lookalikes, matrices
-from tools.bench.results import number
+from tools.bench.results import markdown_table, number
 from tools.bench.tables import MEASURED, RATE, cells_frame, epochs_frame, good, parts_frame, read_profile
 
 TEMPLATE = Path(__file__).with_name("report.html")
 EXTRA = {
-    "ensemble": ("Ensemble", "ensemble.json", "rows"), "kernels": ("Kernels", "kernels.json", "rows"),
+    "ensemble": ("Ensemble", "ensemble.json", "rows"), "kernels": ("Kernels", "gpu_kernels.json", "rows"),
     "trace": ("What a step runs", "tables.json", "operators"),
 }  # fmt: skip
 """Sections from files of other commands: title, file, and the table's key in it."""
@@ -51,7 +51,10 @@ class Section:
     """Where it is empty, there is no section."""
     make: Callable[[], Figure] | None = None
     glyphs: list[dict[str, Any]] = field(default_factory=list)
-    picture: Picture | None = None
+
+    @cached_property
+    def picture(self) -> Picture | None:
+        return charts.draw(self.key, self.make) if self.make else None
 
     @property
     def rows(self) -> Iterator[list[str]]:
@@ -74,7 +77,7 @@ def write_report(folder: Path, out: Path) -> Path:
     profile = clean(read_profile(folder))
     extras = list(_extras(folder))
     try:
-        sections = [_drawn(section) for section in [*make_sections(profile), *extras] if len(section.frame)]
+        sections = [section for section in (*make_sections(profile), *extras) if len(section.frame)]
         page_text, markdown_page = page(profile, sections), markdown(profile, sections)
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         what = f"{type(error).__name__}: {error}"
@@ -220,10 +223,8 @@ def _failures(profile: dict[str, Any]) -> Section:
 def _circumstances(profile: dict[str, Any]) -> Section:
     done = [repetition for cell in profile["cells"] for repetition in good(cell)]
     distinct = {json.dumps(r["environment"] | {"command": None}, sort_keys=True) for r in done}
-    rows = [
-        ("command", profile["command"]),
-        *(("note", note) for note in sorted({n for r in done for n in r["notes"]})),
-    ]
+    notes = sorted({note for r in done for note in r["notes"]})
+    rows = [("command", profile["command"]), *(("note", note) for note in notes)]
     for place, facts in enumerate(map(json.loads, sorted(distinct)), 1):
         which = f" of machine {place}" if len(distinct) > 1 else ""
         rows += [(name + which, str(value)) for name, value in facts.items() if value is not None]
@@ -234,8 +235,7 @@ def _circumstances(profile: dict[str, Any]) -> Section:
 def _extras(folder: Path) -> Iterator[Section]:
     """Sections of the tables that other commands left in the folder."""
     for key, (title, name, rows) in EXTRA.items():
-        path = folder / name
-        if path.exists():
+        if (path := folder / name).exists():
             try:
                 content = clean(parse_json(path.read_bytes(), name))
                 yield Section(key, title, f"{content.get('title', title)}.", pd.DataFrame(content[rows]))
@@ -267,10 +267,6 @@ def _lines(frame: pd.DataFrame, x: str, y: str, keys: list[str]) -> list[Line]:
         if len(points) > 1:
             drawn.append(Line(name, list(points.index), list(points)))
     return drawn[: charts.MOST]
-
-
-def _drawn(section: Section) -> Section:
-    return replace(section, picture=charts.draw(section.key, section.make)) if section.make else section
 
 
 def clean(tree: Any) -> Any:
@@ -310,12 +306,11 @@ def _facts(frame: pd.DataFrame) -> list[tuple[str, str]]:
     """The few figures to see first."""
     known = frame[frame[RATE].notna()]
     rungs, several = known[known["ladder"]], known[(known["ranks"] > 1) & known["efficiency"].notna()]
-    best = known.nlargest(1, RATE)
-    facts = [(number(rate), f"samples/s at most: {name}") for rate, name in zip(best[RATE], best["name"], strict=True)]
+    best, facts = known.nlargest(1, RATE), []
+    facts += [(number(rate), f"samples/s at most: {name}") for rate, name in zip(best[RATE], best["name"], strict=True)]
     if len(rungs) > 1 and rungs["device"].nunique() == 1:
-        facts.append(
-            (f"{rungs[RATE].iloc[-1] / rungs[RATE].iloc[0]:.2f} x", "from the ladder's first rung to its last")
-        )
+        gain = rungs[RATE].iloc[-1] / rungs[RATE].iloc[0]
+        facts.append((f"{gain:.2f} x", "from the ladder's first rung to its last"))
     for _, cell in several.nlargest(1, ["ranks", "efficiency"]).iterrows():
         facts.append((f"{100 * cell['efficiency']:.0f} %", f"best efficiency of {cell['ranks']} ranks"))
     if known["test_accuracy_fraction"].notna().any():
@@ -330,10 +325,9 @@ def markdown(profile: dict[str, Any], sections: list[Section]) -> str:
         lines += [f"## {section.title}", "", markdown_text(section.seen), ""]
         if section.picture:
             lines += [f"![{section.title}](figures/{section.key}.svg)", ""]
-        head, *rows = [[name for name, _ in section.columns], *section.rows]
-        table = [f"| {' | '.join(map(markdown_text, row))} |" for row in (head, *rows)]
-        marks = "|".join("--:" if is_number else "---" for _, is_number in section.columns)
-        lines += [table[0], f"|{marks}|", *table[1:], ""]
+        head = f"| {' | '.join(markdown_text(name) for name, _ in section.columns)} |"
+        align = "".join("r" if is_number else "l" for _, is_number in section.columns)
+        lines += [*markdown_table(head, align, (map(markdown_text, row) for row in section.rows)), ""]
     return "\n".join(lines)
 
 

@@ -9,10 +9,13 @@ peak. There is no prediction for hardware whose peak is not listed.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from statistics import median
 
 import torch
 
+from engine.clock import Stopwatch
 from engine.model import CONV1_CHANNELS, CONV2_CHANNELS, HIDDEN
+from tools.bench.results import markdown_table
 
 PEAK_FLOPS = {
     "H100 PCIe": {"bf16": 756e12, "fp16": 756e12, "tf32": 378e12, "fp32": 51e12},
@@ -39,123 +42,97 @@ class Work:
         return self.read_bytes + self.write_bytes
 
 
-@dataclass(frozen=True)
 class Shapes:
-    """Sizes in bytes of a sample's tensors."""
+    """Bytes of a sample's tensors in the baseline network, and FLOPs of each layer's forward.
 
-    pixels: int
-    image: int
-    """Normalised."""
-    conv1: int
-    pool1: int
-    conv2: int
-    pool2: int
-    hidden: int
-    logits: int
-    code_bits: int
-    """What a pool keeps of each value; PyTorch's own keeps an int64 index."""
-    activation_bytes: int
-    flops: dict[str, float]
-    """Of the forward of each layer."""
+    kernels/ keep a code of 3 bits of a pooled value: which of four won, and whether it passed.
+    """
 
-    def code(self, pooled: int) -> float:
-        return pooled / self.activation_bytes * self.code_bits / 8
-
-    def index(self, pooled: int) -> float:
-        return pooled / self.activation_bytes * 8
-
-
-def shapes(height: int, width: int, num_classes: int, activation_bytes: int = 2, code_bits: int = 3) -> Shapes:
-    """Of the baseline network. kernels/ keep 3 bits of a pooled value: which of four won, and whether it passed."""
-    area, a = height * width, activation_bytes
-    half, quarter = (height // 2) * (width // 2), (height // 4) * (width // 4)
-    return Shapes(
-        pixels=area,
-        image=area * a,
-        conv1=area * CONV1_CHANNELS * a,
-        pool1=half * CONV1_CHANNELS * a,
-        conv2=half * CONV2_CHANNELS * a,
-        pool2=quarter * CONV2_CHANNELS * a,
-        hidden=HIDDEN * a,
-        logits=num_classes * a,
-        code_bits=code_bits,
-        activation_bytes=a,
-        flops={
-            "conv1": 2 * 9 * CONV1_CHANNELS * area,
-            "conv2": 2 * 9 * CONV1_CHANNELS * CONV2_CHANNELS * half,
-            "linear": 2 * HIDDEN * (CONV2_CHANNELS * quarter + num_classes),
-        },
-    )
+    def __init__(self, height: int, width: int, num_classes: int, item_bytes: int = 2, code_bits: int = 3) -> None:
+        area, half, quarter = height * width, (height // 2) * (width // 2), (height // 4) * (width // 4)
+        pooled1, pooled2 = half * CONV1_CHANNELS, quarter * CONV2_CHANNELS
+        self.pixels = area
+        self.image = area * item_bytes  # normalised
+        self.conv1 = area * CONV1_CHANNELS * item_bytes
+        self.pool1 = pooled1 * item_bytes
+        self.conv2 = half * CONV2_CHANNELS * item_bytes
+        self.pool2 = pooled2 * item_bytes
+        self.hidden = HIDDEN * item_bytes
+        self.logits = num_classes * item_bytes
+        self.code1, self.code2 = pooled1 * code_bits / 8, pooled2 * code_bits / 8
+        self.index1, self.index2 = pooled1 * 8, pooled2 * 8  # PyTorch's own codes, int64
+        self.conv1_flops = 2 * 9 * CONV1_CHANNELS * area
+        self.conv2_flops = 2 * 9 * CONV1_CHANNELS * CONV2_CHANNELS * half
+        self.linear_flops = 2 * HIDDEN * (pooled2 + num_classes)
 
 
 def floor(s: Shapes) -> list[Work]:
     """Eight kernels, each tensor read or written once by each: what no step with these activations goes below."""
-    code1, code2, small = s.code(s.pool1), s.code(s.pool2), s.hidden + s.logits + s.hidden + s.logits
-    conv1, conv2, linear = s.flops["conv1"], s.flops["conv2"], s.flops["linear"]
     return [
         Work("gather + normalise", s.pixels, s.image),
-        Work("conv1 + bias + ReLU + pool", s.image, s.pool1 + code1, conv1),
-        Work("conv2 + bias + ReLU + pool", s.pool1, s.pool2 + code2, conv2),
-        Work("linear layers, softmax, loss", s.pool2, small, linear),
-        Work("gradients of the linear layers", s.pool2 + s.hidden, s.pool2, 2 * linear),
-        Work("conv2 input gradient", s.pool2 + code2, s.pool1, conv2),
-        Work("conv2 weight gradient", s.pool2 + code2 + s.pool1, 0, conv2),
-        Work("conv1 weight gradient", s.pool1 + code1 + s.image, 0, conv1),
+        Work("conv1 + bias + ReLU + pool", s.image, s.pool1 + s.code1, s.conv1_flops),
+        Work("conv2 + bias + ReLU + pool", s.pool1, s.pool2 + s.code2, s.conv2_flops),
+        Work("linear layers, softmax, loss", s.pool2, 2 * (s.hidden + s.logits), s.linear_flops),
+        Work("gradients of the linear layers", s.pool2 + s.hidden, s.pool2, 2 * s.linear_flops),
+        Work("conv2 input gradient", s.pool2 + s.code2, s.pool1, s.conv2_flops),
+        Work("conv2 weight gradient", s.pool2 + s.code2 + s.pool1, 0, s.conv2_flops),
+        Work("conv1 weight gradient", s.pool1 + s.code1 + s.image, 0, s.conv1_flops),
     ]
 
 
 def kernels(s: Shapes) -> list[Work]:
     """kernels/ as they are, the second convolution by the library."""
-    code1, code2 = s.code(s.pool1), s.code(s.pool2)
-    conv1, conv2, linear = s.flops["conv1"], s.flops["conv2"], s.flops["linear"]
     return [
         Work("gather_warp", s.pixels + 9, s.pixels + 9),
-        Work("conv_pool_relu forward", s.pixels, s.pool1 + code1, conv1),
-        Work("conv2", s.pool1, s.conv2, conv2),
-        Work("bias_pool_relu forward", s.conv2, s.pool2 + code2),
-        Work("linear layers", s.pool2 + s.hidden, s.hidden + s.logits, linear),
+        Work("conv_pool_relu forward", s.pixels, s.pool1 + s.code1, s.conv1_flops),
+        Work("conv2", s.pool1, s.conv2, s.conv2_flops),
+        Work("bias_pool_relu forward", s.conv2, s.pool2 + s.code2),
+        Work("linear layers", s.pool2 + s.hidden, s.hidden + s.logits, s.linear_flops),
         Work("softmax_cross_entropy forward", s.logits + 1, s.logits + 8),
         Work("softmax_cross_entropy backward", s.logits, s.logits),
-        Work("gradients of the linear layers", s.pool2 + 2 * s.hidden + s.logits, s.pool2 + s.hidden, 2 * linear),
-        Work("bias_pool_relu backward", s.pool2 + code2, s.conv2),
-        Work("conv2 input gradient", s.conv2, s.pool1, conv2),
-        Work("conv2 weight gradient", s.conv2 + s.pool1, 0, conv2),
-        Work("conv_pool_relu backward", s.pool1 + code1 + s.pixels, 0, conv1),
+        Work(
+            "gradients of the linear layers", s.pool2 + 2 * s.hidden + s.logits, s.pool2 + s.hidden, 2 * s.linear_flops
+        ),
+        Work("bias_pool_relu backward", s.pool2 + s.code2, s.conv2),
+        Work("conv2 input gradient", s.conv2, s.pool1, s.conv2_flops),
+        Work("conv2 weight gradient", s.conv2 + s.pool1, 0, s.conv2_flops),
+        Work("conv_pool_relu backward", s.pool1 + s.code1 + s.pixels, 0, s.conv1_flops),
     ]
 
 
 def eager(s: Shapes) -> list[Work]:
     """PyTorch's operations of the `fast` model under autocast, channels-last: no fusion, int64 indices of the pools."""
     fp32 = 4 * s.pixels
-    index1, index2 = s.index(s.pool1), s.index(s.pool2)
-    conv1, conv2, linear = s.flops["conv1"], s.flops["conv2"], s.flops["linear"]
     return [
         Work("gather", 2 * 9 + s.pixels, s.pixels + 9),
         Work("to fp32, scale, cast", s.pixels + 2 * fp32, 2 * fp32 + s.image),
-        Work("conv1 and its bias", s.image + s.conv1, 2 * s.conv1, conv1),
-        Work("pool 1", s.conv1, s.pool1 + index1),
+        Work("conv1 and its bias", s.image + s.conv1, 2 * s.conv1, s.conv1_flops),
+        Work("pool 1", s.conv1, s.pool1 + s.index1),
         Work("ReLU 1", s.pool1, s.pool1),
-        Work("conv2 and its bias", s.pool1 + s.conv2, 2 * s.conv2, conv2),
-        Work("pool 2", s.conv2, s.pool2 + index2),
+        Work("conv2 and its bias", s.pool1 + s.conv2, 2 * s.conv2, s.conv2_flops),
+        Work("pool 2", s.conv2, s.pool2 + s.index2),
         Work("ReLU 2", s.pool2, s.pool2),
-        Work("linear layers, ReLU", s.pool2 + 3 * s.hidden, 2 * s.hidden + s.logits, linear),
+        Work("linear layers, ReLU", s.pool2 + 3 * s.hidden, 2 * s.hidden + s.logits, s.linear_flops),
         Work("softmax, loss", 5 * s.logits, 5 * s.logits),
         Work(
-            "gradients of the linear layers", 2 * s.pool2 + 4 * s.hidden + 2 * s.logits, s.pool2 + s.hidden, 2 * linear
+            "gradients of linear layers",
+            2 * (s.pool2 + 2 * s.hidden + s.logits),
+            s.pool2 + s.hidden,
+            2 * s.linear_flops,
         ),
         Work("ReLU 2 backward", 2 * s.pool2, s.pool2),
-        Work("pool 2 backward", s.pool2 + index2, s.conv2),
-        Work("conv2 input gradient", s.conv2, s.pool1, conv2),
-        Work("conv2 weight and bias gradient", 2 * s.conv2 + s.pool1, 0, conv2),
+        Work("pool 2 backward", s.pool2 + s.index2, s.conv2),
+        Work("conv2 input gradient", s.conv2, s.pool1, s.conv2_flops),
+        Work("conv2 weight and bias gradient", 2 * s.conv2 + s.pool1, 0, s.conv2_flops),
         Work("ReLU 1 backward", 2 * s.pool1, s.pool1),
-        Work("pool 1 backward", s.pool1 + index1, s.conv1),
-        Work("conv1 weight and bias gradient", 2 * s.conv1 + s.image, 0, conv1),
+        Work("pool 1 backward", s.pool1 + s.index1, s.conv1),
+        Work("conv1 weight and bias gradient", 2 * s.conv1 + s.image, 0, s.conv1_flops),
     ]
 
 
-def predicted_s(works: Iterable[Work], batch: int, bandwidth_bytes_per_s: float, flops_per_s: float) -> float:
-    """Seconds of a step of `batch` samples: kernel after kernel, each as its bytes or its FLOPs let it."""
-    return sum(batch * max(w.num_bytes / bandwidth_bytes_per_s, w.flops / flops_per_s) for w in works)
+def predicted_s(works: Iterable[Work], bandwidth_bytes_per_s: float, flops_per_s: float) -> float:
+    """Seconds of a step for each of its samples: kernel after kernel, each as its bytes or its FLOPs let it."""
+    return sum(max(w.num_bytes / bandwidth_bytes_per_s, w.flops / flops_per_s) for w in works)
 
 
 def peak_flops(device_name: str | None, precision: str) -> float | None:
@@ -163,13 +140,8 @@ def peak_flops(device_name: str | None, precision: str) -> float | None:
     return next((peaks[precision] for part, peaks in PEAK_FLOPS.items() if part in (device_name or "")), None)
 
 
-def roofline_fraction(
-    samples_per_s: float,
-    device_name: str | None,
-    precision: str,
-    bandwidth_bytes_per_s: float | None,
-    shape: tuple[int, int, int],
-) -> float | None:
+def roofline_fraction(samples_per_s: float, device_name: str | None, precision: str,
+                      bandwidth_bytes_per_s: float | None, shape: tuple[int, int, int]) -> float | None:  # fmt: skip
     """What a measured rate of one device is of the floor's; None where there is no prediction.
 
     Args:
@@ -178,9 +150,8 @@ def roofline_fraction(
     peak = peak_flops(device_name, precision)
     if peak is None or bandwidth_bytes_per_s is None:
         return None
-    activation_bytes = 2 if precision in ("bf16", "fp16") else 4
-    works = floor(shapes(*shape, activation_bytes, FLOOR_BITS))
-    return samples_per_s * predicted_s(works, 1, bandwidth_bytes_per_s, peak)
+    works = floor(Shapes(*shape, item_bytes=2 if precision in ("bf16", "fp16") else 4, code_bits=FLOOR_BITS))
+    return samples_per_s * predicted_s(works, bandwidth_bytes_per_s, peak)
 
 
 def copy_bandwidth(device: torch.device) -> float | None:
@@ -188,30 +159,24 @@ def copy_bandwidth(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     source = torch.empty(2**30, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    times_ms = []
+    target, watch, times_s = torch.empty_like(source), Stopwatch(device), []
     for _ in range(10):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+        watch.start()
         target.copy_(source)
-        end.record()
-        end.synchronize()
-        times_ms.append(start.elapsed_time(end))
-    return 2 * len(source) / (sorted(times_ms[1:])[4] / 1000)
+        times_s.append(watch.stop())
+    return 2 * len(source) / median(times_s[1:])
 
 
 def table(height: int, width: int, num_classes: int) -> str:
     """The bytes of a sample in bf16 as Markdown; README shows it, and a test holds it to this."""
-    lines = ["| kernel | reads | writes | KB a sample |", "|---|--:|--:|--:|"]
-    sizes = shapes(height, width, num_classes)
-    ours = kernels(sizes)
-    for w in ours:
-        lines.append(f"| {w.name} | {w.read_bytes:,.0f} | {w.write_bytes:,.0f} | {w.num_bytes / 1000:.1f} |")
-    lowest = floor(shapes(height, width, num_classes, code_bits=FLOOR_BITS))
-    for name, works in (
-        ("**in all**", ours),
-        ("PyTorch's own operations, one after the other", eager(sizes)),
-        ("the floor: eight kernels that fuse all that can be", lowest),
-    ):
-        lines.append(f"| {name} | | | {sum(w.num_bytes for w in works) / 1000:.0f} |")
-    return "\n".join(lines) + "\n"
+    sizes, fewest = (Shapes(height, width, num_classes, code_bits=bits) for bits in (3, FLOOR_BITS))
+    rows = [
+        (w.name, f"{w.read_bytes:,.0f}", f"{w.write_bytes:,.0f}", f"{w.num_bytes / 1000:.1f}") for w in kernels(sizes)
+    ]
+    sums = {
+        "**in all**": kernels(sizes),
+        "PyTorch's own operations, one after the other": eager(sizes),
+        "the floor: eight kernels that fuse all that can be": floor(fewest),
+    }
+    rows += [(name, "", "", f"{sum(w.num_bytes for w in works) / 1000:.0f}") for name, works in sums.items()]
+    return "\n".join(markdown_table("| kernel | reads | writes | KB a sample |", "lrrr", rows)) + "\n"

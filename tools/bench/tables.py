@@ -49,8 +49,6 @@ def cells_frame(profile: dict[str, Any]) -> pd.DataFrame:
     as many threads), `efficiency` the speed-up of a rank.
     """
     frame = pd.DataFrame([_cell(cell) for cell in profile["cells"]])
-    for column in (RATE, *(f"{RATE}_{end}" for end in ("p10", "p90", "low95", "high95")), *MEASURED):
-        frame[column] = frame[column].astype(float) if column in frame else np.nan
     rungs = frame[frame["ladder"] & frame[RATE].notna()]
     frame["gain"] = rungs[RATE] / rungs.groupby(["device", "batch"], dropna=False)[RATE].shift()
     key = pd.Series([_like(cell) for cell in profile["cells"]], index=frame.index)
@@ -106,17 +104,13 @@ def interval95(values: np.ndarray) -> tuple[float, float]:
 
 def _cell(cell: dict[str, Any]) -> dict[str, Any]:
     done = good(cell)
+    figures = pd.DataFrame(done, columns=[RATE, *MEASURED]).astype(float)
+    rates = figures.pop(RATE)
     row = {"id": cell["id"], "name": cell["name"], "ladder": cell["ladder"], "batch": np.nan, "ranks": 1}
     row |= cell["axes"] | {"device": " + ".join(sorted({device(r) for r in done})), "num": len(done)}
-    if not done:
-        return row
-    rates = np.array([r[RATE] for r in done], float)
-    row |= {RATE: np.median(rates), f"{RATE}_p10": np.percentile(rates, 10), f"{RATE}_p90": np.percentile(rates, 90)}
-    row[f"{RATE}_low95"], row[f"{RATE}_high95"] = interval95(rates)
-    for name in MEASURED:
-        values = [r[name] for r in done if r.get(name) is not None]
-        row[name] = np.median(values) if values else np.nan
-    return row
+    row |= {RATE: rates.median(), f"{RATE}_p10": rates.quantile(0.1), f"{RATE}_p90": rates.quantile(0.9)}
+    row[f"{RATE}_low95"], row[f"{RATE}_high95"] = interval95(rates.to_numpy())
+    return row | figures.median().to_dict()
 
 
 def _like(cell: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ import gzip
 import json
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
 from itertools import islice, pairwise
 from math import nan, prod
@@ -54,27 +54,17 @@ class Traced(NamedTuple):
     """The host's waiting for the feed, of a step."""
 
 
-def stage_ms(session: Session, num_steps: int = 10) -> dict[str, float]:
-    """Milliseconds a step in copy, forward, backward, all_reduce, optimiser and launch_gap of a traced pass.
-
-    Trains at least `num_steps` steps, eagerly and under the profiler: shares to compare, whose sum is more than the
-    untraced step takes, and no account of a captured graph. On the CPU a stage is the host's time in it, copy includes
-    the wait for the feed, and launch_gap is what is left of the wall: the host between the stages. On a GPU a stage is
-    the time of the kernels launched in it, and launch_gap the time in which the device ran none; all_reduce may overlap
-    with the others there.
-    """
-    return stages(traced(session, num_steps), session.world.device)
-
-
 def traced(session: Session, num_steps: int, *, detailed: bool = False) -> Traced:
-    """Train at least `num_steps` steps in whole launches under the profiler; call inside world.on_stream().
+    """Train at least `num_steps` steps, eagerly, under the profiler; call inside world.on_stream().
 
     Args:
         detailed: note shapes and FLOPs of operators, too.
     """
     device, done, wait_s = session.world.device, 0, 0.0
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
-    with _without_graphs(session), clock.tracing():
+    with clock.tracing(), ExitStack() as after:
+        after.callback(setattr, session.step, "_graphs", session.step._graphs)
+        session.step._graphs = {}
         launches = endless(session)
         for _ in islice(launches, NUM_UNTRACED):
             pass
@@ -90,7 +80,13 @@ def traced(session: Session, num_steps: int, *, detailed: bool = False) -> Trace
 
 
 def stages(trace: Traced, device: torch.device) -> dict[str, float]:
-    """Stage times of a traced pass, as `stage_ms` tells them."""
+    """Milliseconds a step in copy, forward, backward, all_reduce, optimiser and launch_gap.
+
+    Shares to compare, whose sum is more than the untraced step takes, and no account of a captured graph. On the CPU a
+    stage is the host's time in it, copy includes the wait for the feed, and launch_gap is what is left of the wall: the
+    host between the stages. On a GPU a stage is the time of the kernels launched in it, and launch_gap the time in
+    which the device ran none; all_reduce may overlap with the others there.
+    """
     events = trace.profiler.events()
     on_gpu = device.type == "cuda"
     total_us = _kernels_us(events) if on_gpu else _host_us(events)
@@ -128,13 +124,11 @@ def _kernels_us(events: Any) -> dict[str, float]:
 
 def device_ranges_us(events: Any) -> list[tuple[float, float]]:
     """When the device was busy: start and end of each stretch in which kernels or copies ran without a pause."""
+    kernels = [e.time_range for e in events if e.device_type == _CUDA and not e.is_user_annotation]
     merged: list[tuple[float, float]] = []
-    for start, end in sorted(
-        (e.time_range.start, e.time_range.end) for e in events if e.device_type == _CUDA and not e.is_user_annotation
-    ):
+    for start, end in sorted((kernel.start, kernel.end) for kernel in kernels):
         if merged and start <= merged[-1][1]:
-            before = merged.pop()
-            start, end = before[0], max(before[1], end)
+            start, end = merged[-1][0], max(merged.pop()[1], end)
         merged.append((start, end))
     return merged
 
@@ -148,15 +142,10 @@ def operators(trace: Traced, device: torch.device) -> pd.DataFrame:
     """
     events = [e for e in trace.profiler.events() if e.device_type != _CUDA]
     rows = [_operator(e, device.type == "cuda") for e in events if _is_counted(e)]
-    keys = ["operator", "shapes", "kernels"]
-    groups = pd.DataFrame(rows).groupby(keys, as_index=False)
-    sums = {
-        "calls": ("ms", "size"),
-        "ms": ("ms", "sum"),
-        "flops": ("flops", "sum"),
-        "input_mb_estimate": ("mb", "first"),
-    }
-    frame = groups.agg(**sums)
+    groups = pd.DataFrame(rows).groupby(["operator", "shapes", "kernels"], as_index=False)
+    frame = groups.agg(
+        calls=("ms", "size"), ms=("ms", "sum"), flops=("flops", "sum"), input_mb_estimate=("mb", "first")
+    )
     frame = frame[frame["ms"] > 0].sort_values("ms", ascending=False, ignore_index=True)
     mb, flops = frame["input_mb_estimate"] * frame["calls"], frame.pop("flops")
     frame["gb_per_s_estimate"] = mb / frame["ms"]
@@ -168,12 +157,10 @@ def operators(trace: Traced, device: torch.device) -> pd.DataFrame:
 
 def _is_counted(event: Any) -> bool:
     """Outermost operators, and what launches kernels itself outside of one (a Triton kernel's own function)."""
-    parent, is_operator = event.cpu_parent, event.name.startswith("aten::")
-    while parent:
-        if parent.name.startswith("aten::"):
-            return False
+    parent = event.cpu_parent
+    while parent and not parent.name.startswith("aten::"):
         parent = parent.cpu_parent
-    return is_operator or bool(_kernels([event]))
+    return not parent and (event.name.startswith("aten::") or bool(_kernels([event])))
 
 
 def _operator(event: Any, on_gpu: bool) -> dict[str, Any]:
@@ -208,26 +195,12 @@ def _input_mb(event: Any) -> float:
     return sum(prod(shape) * ITEM_BYTES.get(dtype, nan) for shape, dtype in tensors if shape) / 1e6 or nan
 
 
-@contextmanager
-def _without_graphs(session: Session) -> Iterator[None]:
-    graphs, session.step._graphs = session.step._graphs, {}
-    try:
-        yield
-    finally:
-        session.step._graphs = graphs
-
-
 def trace_config(config: RunConfig, num_steps: int, out: Path, device: str) -> str:
     """Trace steps of a configuration; the text to print, empty on ranks other than 0. See `write_trace`."""
     with start_world(device) as world, world.on_stream():
         records = open_for(config.data, config.data.path or ensure_sample(world))
-        session = open_session(config, records, world)
-        try:
-            text = write_trace(session, num_steps, out)
-        finally:
-            session.close()
-        place = f"\n\nwritten: {out / 'trace.json.gz'} (open it at ui.perfetto.dev), tables beside it\n"
-        return text + place if world.is_first else ""
+        with closing(open_session(config, records, world)) as session:
+            return write_trace(session, num_steps, out)
 
 
 def write_trace(session: Session, num_steps: int, out: Path) -> str:
@@ -260,7 +233,8 @@ def write_trace(session: Session, num_steps: int, out: Path) -> str:
         figures = {"notes": session.notes, "num_steps": trace.num_steps, "wall_ms": trace.wall_ms, "stage_ms": ms}
         rows = operator_frame.astype(object).where(operator_frame.notna(), None).to_dict("records")
         write_json(circumstances | figures | {"launch_gaps": gaps, "operators": rows}, out / "tables.json")
-    return _shown(stage_frame, operator_frame, gaps, trace)
+    place = f"written: {out / 'trace.json.gz'} (open it at ui.perfetto.dev), tables beside it\n"
+    return "\n\n".join([*_shown(stage_frame, operator_frame, gaps, trace), place])
 
 
 def launch_gaps(trace: Traced) -> dict[str, float] | None:
@@ -282,14 +256,13 @@ def _write_chrome_trace(profiler: profile, path: Path) -> None:
     write_file(path, gzip.compress(json.dumps(tree).encode(), mtime=0))
 
 
-def _shown(stage_frame: pd.DataFrame, operator_frame: pd.DataFrame, gaps: Any, trace: Traced) -> str:
-    top = operator_frame.head(NUM_SHOWN).replace(
-        {"kernels": r"(.{40}).+", "shapes": r"(.{40}).+"}, r"\1...", regex=True
-    )
-    top = top.drop(columns="kernels") if not top["kernels"].any() else top
+def _shown(stage_frame: pd.DataFrame, operator_frame: pd.DataFrame, gaps: Any, trace: Traced) -> list[str]:
+    long = dict.fromkeys(("kernels", "shapes"), r"(.{40}).+")
+    top = operator_frame.head(NUM_SHOWN).replace(long, r"\1...", regex=True)
+    top = top if top["kernels"].any() else top.drop(columns="kernels")
     lines = [f"{trace.num_steps} steps, traced and eager: {trace.wall_ms:.2f} ms a step, slower than untraced"]
     lines += [frame.to_string(index=False, float_format="{:.3g}".format, na_rep="") for frame in (stage_frame, top)]
     if gaps:
         pauses = "{num_per_step:.0f} pauses between kernels a step, median {median_us:.1f} us, p90 {p90_us:.1f} us"
         lines.append(pauses.format(**gaps))
-    return "\n\n".join(lines)
+    return lines
