@@ -22,6 +22,7 @@ FORMAT = "glyph-checkpoint"
 VERSION = 1
 NUM_KEPT = 2
 FILES = ("model.safetensors", "optim.safetensors")
+Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,10 +52,11 @@ def save_checkpoint(
         UserError: a number is not finite; nothing is written.
         OSError: the disk refused; earlier checkpoints are untouched.
     """
-    for name, tensor in (_model_tensors(model) | _other_tensors(model, optimizer)).items():
+    live = _live(model, optimizer)
+    for name, tensor in [item for tensors in live.values() for item in tensors.items()]:
         if not torch.isfinite(tensor).all():
             raise UserError(f"{name} is not finite after epoch {position.num_epochs}; lower optim.learning_rate")
-    files = {FILES[0]: _packed(_model_tensors(model)), FILES[1]: _packed(_other_tensors(model, optimizer))}
+    files = {name: _packed(tensors) for name, tensors in live.items()}
     manifest = {
         "format": FORMAT,
         "version": VERSION,
@@ -64,8 +66,7 @@ def save_checkpoint(
         "scaler": scaler.state_dict(),
         "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
     }
-    target = run / "checkpoints" / f"epoch-{position.num_epochs:04}"
-    with publish_directory(target) as directory:
+    with publish_directory(run / "checkpoints" / f"epoch-{position.num_epochs:04}") as directory:
         for name, data in files.items():
             (directory / name).write_bytes(data)
         write_manifest(directory, manifest)
@@ -87,18 +88,26 @@ def load_checkpoint(
     Returns:
         The position, and a sentence for each newer checkpoint that was skipped.
     Raises:
-        UserError: none verifies, or the run is another config's or another data set's.
+        UserError: none verifies, or the run is another config's, another data set's or another model's.
     """
     skipped = []
     for directory in _checkpoints(run):
         try:
             manifest, files = _read(directory)
-        except Damaged as error:
+        except (Damaged, OSError) as error:
             skipped.append(f"{directory.name} was skipped: {error}")
             continue
-        _refuse_foreign(directory, manifest, digest, fingerprint)
-        _copy_into(_model_tensors(model), files[FILES[0]], directory)
-        _copy_into(_other_tensors(model, optimizer), files[FILES[1]], directory)
+        if manifest["config_digest"] != digest:
+            remedy = "resume with the flags the run was started with"
+            raise UserError(f"{directory}: was made by another configuration; {remedy}")
+        if manifest["dataset_fingerprint"] != fingerprint:
+            raise UserError(f"{directory}: was trained on other records; give the --data the run was started with")
+        for name, tensors in _live(model, optimizer).items():
+            if {n: t.shape for n, t in tensors.items()} != {n: t.shape for n, t in files[name].items()}:
+                raise UserError(f"{directory}: holds tensors of another model; resume with the model it was made by")
+            with torch.no_grad():
+                for key, tensor in tensors.items():
+                    tensor.copy_(files[name][key])
         if scaler.is_enabled():
             scaler.load_state_dict(manifest["scaler"])
         return Position(**manifest["position"]), skipped
@@ -107,61 +116,40 @@ def load_checkpoint(
 
 def save_model(path: Path, model: torch.nn.Module) -> None:
     """Write the parameters alone as one safetensors file."""
-    write_file(path, _packed(_model_tensors(model)))
+    write_file(path, _packed(model.state_dict()))
 
 
 def _checkpoints(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("epoch-*"), reverse=True)
 
 
-def _read(directory: Path) -> tuple[dict[str, Any], dict[str, dict[str, torch.Tensor]]]:
-    manifest = read_manifest(directory)
-    if (found := (manifest.get("format"), manifest.get("version"))) != (FORMAT, VERSION):
-        raise Damaged(f"format and version are {found}, this engine reads {(FORMAT, VERSION)}")
+def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensors]]:
+    manifest = read_manifest(directory, FORMAT, VERSION)
     refuse_unknown_files(directory, set(FILES))
-    tensors = {}
+    files = {}
     for name in FILES:
         data = (directory / name).read_bytes()
         if hashlib.sha256(data).hexdigest() != manifest["sha256"].get(name):
             raise Damaged(f"{name} does not match its SHA-256")
         try:
-            tensors[name] = load(data)
+            files[name] = load(data)
         except SafetensorError as error:
             raise Damaged(f"{name} is not safetensors ({error})") from None
-    return manifest, tensors
+    return manifest, files
 
 
-def _refuse_foreign(directory: Path, manifest: dict[str, Any], digest: str, fingerprint: str) -> None:
-    if manifest["config_digest"] != digest:
-        raise UserError(
-            f"{directory}: was made by another configuration; resume with the flags the run was started with"
-        )
-    if manifest["dataset_fingerprint"] != fingerprint:
-        raise UserError(f"{directory}: was trained on other records; give the --data the run was started with")
-
-
-def _packed(tensors: dict[str, torch.Tensor]) -> bytes:
+def _packed(tensors: Tensors) -> bytes:
     """As safetensors, which keeps no strides: channels-last weights are written in plain order."""
     return save({name: tensor.contiguous() for name, tensor in tensors.items()})
 
 
-def _model_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return dict(model.state_dict())
-
-
-def _other_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    return {
-        f"{names[id(parameter)]}/{key}": value
+def _live(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensors]:
+    """The tensors in use, by the file that keeps them."""
+    names: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    state = {
+        f"{names[parameter]}/{key}": value
         for parameter, values in optimizer.state.items()
         for key, value in values.items()
         if isinstance(value, torch.Tensor)
     }
-
-
-def _copy_into(live: dict[str, torch.Tensor], saved: dict[str, torch.Tensor], directory: Path) -> None:
-    if {n: t.shape for n, t in live.items()} != {n: t.shape for n, t in saved.items()}:
-        raise UserError(f"{directory}: holds tensors of another model; resume with the model it was made by")
-    with torch.no_grad():
-        for name, tensor in live.items():
-            tensor.copy_(saved[name])
+    return dict(zip(FILES, (model.state_dict(), state), strict=True))

@@ -56,18 +56,11 @@ class Layout:
 
     columns: tuple[str, ...]
     has_fonts: bool
-
-    @property
-    def num_text(self) -> int:
-        return 2 if self.has_fonts else 1
-
-    @property
-    def num_pixels(self) -> int:
-        return len(self.columns) - self.num_text
-
-    @property
-    def side(self) -> int:
-        return isqrt(self.num_pixels)
+    num_text: int
+    """Of the columns, those before the pixels."""
+    num_pixels: int
+    side: int
+    """Height and width of the images."""
 
     def most_rows(self, num_bytes: int) -> int:
         """Rows that so many bytes can hold: a character a field, with a comma or line end behind it."""
@@ -80,36 +73,26 @@ class Layout:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows at the head of a block, and where the first line begins that is none."""
+    """The rows at the head of a block, and the offset of the first line that is not in the language, or -1.
+
+    `labels` and `fonts` are the block's different ones as they come, and some, perhaps, of what stands behind its rows;
+    label_R and font_R are int32 indices of them. sum_R and squares_R, int64, are sums of a row's pixels and of their
+    squares; hash_R, uint64, is equal for equal pixels.
+    """
 
     image_RP: np.ndarray
-    """uint8."""
     labels: list[str]
-    """The block's different labels as they come; and some, perhaps, of what stands behind its rows."""
     label_R: np.ndarray
-    """int32, index into `labels`."""
     fonts: list[str]
     font_R: np.ndarray
-    """int32, index into `fonts`."""
     sum_R: np.ndarray
-    """int64, sum of the row's pixels."""
     squares_R: np.ndarray
-    """int64, sum of their squares."""
     hash_R: np.ndarray
-    """uint64, equal for equal pixels."""
     fault: int = -1
-    """Offset of the first line that is not in the language; -1 if there is none."""
-
-    def __len__(self) -> int:
-        return len(self.label_R)
 
 
 def read_header(line: bytes) -> Layout:
-    """The layout that a first line declares.
-
-    Raises:
-        Fault: it is no header of TMNIST or MNIST.
-    """
+    """The layout that a first line declares; a Fault if it is no header of TMNIST or MNIST."""
     for start, what in _HINTS:
         if line.startswith(start):
             raise Fault(f"this is {what}")
@@ -117,8 +100,9 @@ def read_header(line: bytes) -> Layout:
     for text, first, prefix in ((("names", "labels"), 1, ""), (("label",), 0, "pixel"), (("label",), 1, "pixel")):
         num_pixels = len(columns) - len(text)
         pixels = tuple(f"{prefix}{number}" for number in range(first, first + num_pixels))
-        if num_pixels > 0 and isqrt(num_pixels) ** 2 == num_pixels and columns == text + pixels:
-            return Layout(columns, has_fonts=len(text) == 2)
+        side = isqrt(max(num_pixels, 0))
+        if 0 < num_pixels == side**2 and columns == text + pixels:
+            return Layout(columns, len(text) == 2, len(text), num_pixels, side)
     separators = [name for name, byte in (("semicolons", b";"), ("tabs", b"\t")) if line.count(byte) > 2]
     hint = f"; it is separated by {separators[0]}, write commas" if separators and len(columns) < 3 else ""
     got = ",".join(columns)
@@ -130,21 +114,16 @@ def read_header(line: bytes) -> Layout:
 
 
 def read_row(line: bytes, layout: Layout) -> tuple[str, str, bytes]:
-    """(font name or "", label, pixels) of a line.
-
-    Raises:
-        Fault: the line is not in the language.
-    """
+    """(font name or "", label, pixels) of a line; a Fault if it is not in the language."""
     fields = _fields(line)
     if tuple(fields[: layout.num_text]) == layout.columns[: layout.num_text]:
         raise Fault("the header stands here again, want a row; were files joined?")
     want = len(layout.columns)
     if len(fields) != want:
-        hint = ""
-        if len(fields) == 1 and not fields[0]:
-            hint = "; delete the blank line"
-        if len(fields) == 2 * layout.num_pixels + layout.num_text:
-            hint = "; are decimals written with a comma?"
+        decimals = len(fields) == 2 * layout.num_pixels + layout.num_text
+        hint = (
+            "; delete the blank line" if fields == [""] else "; are decimals written with a comma?" if decimals else ""
+        )
         raise Fault(f"got {len(fields)} fields, want {want}{hint}")
     text = [check_text(field, column) for column, field in enumerate(fields[: layout.num_text], start=1)]
     pixels = bytes(_pixel(field, column) for column, field in enumerate(fields[len(text) :], start=len(text) + 1))
@@ -152,11 +131,7 @@ def read_row(line: bytes, layout: Layout) -> tuple[str, str, bytes]:
 
 
 def check_text(text: str, column: int) -> str:
-    """`text`, if it may be a name or a label.
-
-    Raises:
-        Fault: it is empty, too long, or holds a character that is not seen.
-    """
+    """`text`, if it may be a name or a label; a Fault if it is empty, too long, or holds what is not seen."""
     if not text:
         raise Fault("is empty, want text", column)
     if (size := len(text.encode())) > FIELD_LIMIT_BYTES:

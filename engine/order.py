@@ -21,7 +21,6 @@ import numpy as np
 
 MASK32 = 0xFFFFFFFF
 NUM_ROUNDS = 4
-MAX_SAMPLES = 2**40
 PADDING_ID = -1
 """The id of a batch row that holds no sample: only evaluation's last batch has such rows, and nothing counts them."""
 
@@ -66,17 +65,10 @@ def _rounds(position: Any, a: int, b: int, keys: tuple[int, ...]) -> Any:
 
 
 def permute(position: Any, n: int, keys: tuple[int, ...]) -> Any:
-    """Map positions to samples, a bijection of [0, n).
+    """Map positions, an int64 array (NumPy or torch) of any shape, to samples: a bijection of [0, n), 1 <= n <= 2^40.
 
-    Args:
-        position: int64 array (NumPy or torch) of any shape with values in [0, n).
-        n: size of the set, 1 to 2^40.
-        keys: from `round_keys`.
-    Returns:
-        An array of the same kind and shape.
+    `keys` are from `round_keys`. Returns a new array of the same kind and shape.
     """
-    if not 1 <= n <= MAX_SAMPLES:
-        raise ValueError(f"n = {n} is outside 1..{MAX_SAMPLES}")
     a = isqrt(n - 1) + 1
     b = -(-n // a)
     sample = _rounds(position, a, b, keys)
@@ -85,65 +77,50 @@ def permute(position: Any, n: int, keys: tuple[int, ...]) -> Any:
     return sample
 
 
-@dataclass(frozen=True)
 class Windows:
     """The blocked order of one epoch, for sets that are read in pieces: blocks of neighbours are shuffled, then the
     samples within each window of blocks.
 
     Position p stands in window w at row q of the window's blocks, laid end to end; `ids` says which sample that is.
-    Needs 16 bytes a block.
+    Needs 24 bytes a block.
     """
 
-    block_samples: int
-    window_blocks: int
-    block_K: np.ndarray
-    """The blocks in the epoch's order."""
-    start_K: np.ndarray
-    """The position where each begins, and the end; one block, the set's last, may be short."""
-    keys: tuple[int | str, ...]
-    """Of the shuffles within windows; none in a sequential order."""
-
-    @staticmethod
-    @lru_cache(2)
-    def of(num_samples: int, block_samples: int, window_blocks: int, keys: tuple[int | str, ...]) -> "Windows":
-        """The windows of an epoch, whose `keys` are (seed, epoch), or none for a sequential order."""
+    def __init__(self, num_samples: int, block_samples: int, window_blocks: int, keys: tuple[int, ...]) -> None:
+        """`keys` are (seed, epoch), or none for a sequential order."""
+        self.block_samples, self.window_blocks, self.keys = block_samples, window_blocks, keys
         num_blocks = -(-num_samples // block_samples)
         block_K = np.arange(num_blocks)
         if keys:
             block_K = permute(block_K, num_blocks, round_keys(*keys, "blocks"))
         size_K = np.where(block_K == num_blocks - 1, num_samples - (num_blocks - 1) * block_samples, block_samples)
-        start_K = np.concatenate([[0], np.cumsum(size_K)])
-        return Windows(block_samples, window_blocks, block_K, start_K, keys)
-
-    @property
-    def edges(self) -> np.ndarray:
+        self.first_K, self.size_K = block_K * block_samples, size_K
+        """Of each block in the epoch's order: its first sample, and its samples; the set's last block may be short."""
+        self.start_K = np.concatenate([[0], np.cumsum(size_K)])
+        """The position where each begins, and the end."""
+        self.edges = np.append(self.start_K[:-1:window_blocks], num_samples)
         """The position where each window begins, and the end."""
-        return np.append(self.start_K[: -1 : self.window_blocks], self.start_K[-1])
 
     def runs(self, window: int) -> list[tuple[int, int]]:
         """(first sample, samples) of each block of a window, in the order of its rows."""
-        slots = range(*self._slots(window))
-        return [(int(self.block_K[k]) * self.block_samples, int(self.start_K[k + 1] - self.start_K[k])) for k in slots]
+        part = slice(window * self.window_blocks, (window + 1) * self.window_blocks)
+        return list(zip(self.first_K[part].tolist(), self.size_K[part].tolist(), strict=True))
 
     def rows(self, window: int, position: np.ndarray) -> np.ndarray:
         """The rows of positions that lie in `window`, shuffled within it."""
-        first, last = self._slots(window)
-        start, stop = int(self.start_K[first]), int(self.start_K[last])
-        if not self.keys:
-            return position - start
-        shuffled: np.ndarray = permute(position - start, stop - start, round_keys(*self.keys, "window", window))
-        return shuffled
+        start, stop = self.edges[window : window + 2].tolist()
+        row: np.ndarray = position - start
+        return permute(row, stop - start, round_keys(*self.keys, "window", window)) if self.keys else row
 
     def ids(self, window: int, row: np.ndarray) -> np.ndarray:
         """The samples that lie at rows of a window."""
-        first, last = self._slots(window)
-        position = row + self.start_K[first]
-        slot = np.searchsorted(self.start_K[first : last + 1], position, side="right") - 1 + first
-        found: np.ndarray = self.block_K[slot] * self.block_samples + position - self.start_K[slot]
+        first, position = window * self.window_blocks, row + self.edges[window]
+        start_K = self.start_K[first : first + self.window_blocks]
+        slot = np.searchsorted(start_K, position, side="right") - 1 + first
+        found: np.ndarray = self.first_K[slot] + position - self.start_K[slot]
         return found
 
-    def _slots(self, window: int) -> tuple[int, int]:
-        return window * self.window_blocks, min((window + 1) * self.window_blocks, len(self.block_K))
+
+_windows = lru_cache(2)(Windows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +166,7 @@ class Order:
     def windows(self, epoch: int) -> Windows:
         """The windows of an epoch of a blocked order, or of a sequential one that is read in blocks."""
         keys = (self.seed, epoch) if self.shuffle else ()
-        return Windows.of(self.num_samples, self.block_samples, self.window_blocks, keys)
+        return _windows(self.num_samples, self.block_samples, self.window_blocks, keys)
 
     def positions(self, first_step: int, num_steps: int) -> np.ndarray:
         """positions_SB int64 of this rank's samples in `num_steps` steps of an epoch."""

@@ -10,7 +10,6 @@ Shapes: N rows of the CSV, M of them, R rows of a block, P pixels.
 import os
 import shutil
 import tempfile
-import time
 import unicodedata
 import warnings
 from collections import deque
@@ -26,6 +25,7 @@ import numpy as np
 from engine.errors import UserError
 from engine.lexer import Fault, Layout, Rows, lex_plainly, read_header, read_row
 from engine.publish import MANIFEST, locked, publish_directory, remove_leftovers, writing
+from engine.record_file import Table
 from engine.records import FONTS_LIMIT_BYTES, MAX_CLASSES, write_records
 from engine.source import BLOCK_BYTES, Source, blocks, buffer_bytes, open_source
 from engine.split import SplitMode, draw_splits
@@ -42,28 +42,12 @@ Lexer = Callable[[Layout, np.ndarray, int, int, np.ndarray], Rows]
 """lex_plainly or its compiled twin."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class PackReport:
     """What a pack did; `manifest` holds the counts per class and split."""
 
     manifest: dict[str, Any]
     warnings: list[str]
-    out_bytes: int
-    seconds: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Table:
-    """All rows of a CSV but their pixels; label_N is uint8, font_N int32, the rest as in lexer.Rows."""
-
-    layout: Layout
-    classes: tuple[str, ...]
-    fonts: tuple[str, ...]
-    label_N: np.ndarray
-    font_N: np.ndarray
-    sum_N: np.ndarray
-    squares_N: np.ndarray
-    hash_N: np.ndarray
 
 
 def pack(
@@ -90,83 +74,37 @@ def pack(
     Raises:
         UserError: the source is refused, or `out` exists and may not be replaced; nothing was published.
     """
-    start = time.perf_counter()
     _check_name(out)
     out = Path(os.path.realpath(out.expanduser()))
-    _check_target(out, force)
     with writing(out), open_source(source) as opened, locked(out, wait=False):
         _check_target(out, force)
         remove_leftovers(out)
         with closing(_Spool(out.parent)) as spool:
-            table = _read(opened, spool, workers, block_bytes, progress)
+            table = _read(opened, spool, workers, block_bytes, progress).table()
             opened.check_unchanged(source)
             num = len(table.classes)
-            if num_classes is not None and num != num_classes:
+            if num_classes not in (None, num):
                 raise UserError(f"{source}: has {num} labels, want {num_classes}; give another --classes")
             rows = draw_splits(
                 table.label_N, table.font_N, table.classes, table.fonts, mode=mode, balance=balance, seed=seed
             )
-            manifest = _publish(out, spool, table, rows, {"split": mode, "balance": balance, "seed": seed})
-    return PackReport(
-        manifest=manifest,
-        warnings=_warnings(table, manifest["source_rows"]),
-        out_bytes=sum(file.stat().st_size for file in out.iterdir()),
-        seconds=time.perf_counter() - start,
-    )
-
-
-def _publish(
-    out: Path, spool: "_Spool", table: Table, rows: dict[str, np.ndarray], options: dict[str, Any]
-) -> dict[str, Any]:
-    """Write the records and make them appear as `out`; returns their manifest."""
-    facts = {
-        "options": options,
-        "train_pixels": _train_pixels(table, rows["train"]),
-        "source_rows": _count(table),
-    }
-    with publish_directory(out) as directory:
-        return write_records(
-            directory,
-            spool.take,
-            rows,
-            label_N=table.label_N,
-            font_N=table.font_N,
-            height_width=(table.layout.side, table.layout.side),
-            classes=table.classes,
-            fonts=table.fonts,
-            facts=facts,
-        )
+            facts = {"options": {"split": mode, "balance": balance, "seed": seed}, "source_rows": _count(table)}
+            with publish_directory(out) as directory:
+                manifest = write_records(directory, table, spool.take, rows, facts)
+    return PackReport(manifest, _warnings(table, manifest["source_rows"]))
 
 
 def check(source: Path) -> tuple[int, list[str], list[str]]:
     """Read a CSV without packing it: (rows, its first MAX_FAULTS faults, warnings).
 
-    Raises:
-        UserError: it cannot be read, or its header declares no layout.
+    UserError if it cannot be read, or its header declares no layout.
     """
     faults: list[str] = []
-    lex, collector = find_lexer(), None
     with open_source(source) as opened:
-        buffer = bytearray(buffer_bytes())
-        block = np.frombuffer(buffer, np.uint8)
-        for _, stop in blocks(opened, lambda: buffer):
-            start = 0
-            if collector is None:
-                collector, start = _collector(opened.name, buffer, None)
-            image_RP = collector.layout.images(stop)
-            while start < stop:
-                rows = lex(collector.layout, block, start, stop, image_RP)
-                start = stop if rows.fault < 0 else buffer.index(b"\n", rows.fault) + 1
-                try:
-                    collector.add(rows, _faulty_line(buffer, rows))
-                except UserError as error:
-                    faults.append(str(error))
-                if len(faults) == MAX_FAULTS:
-                    return collector.row, faults, [f"only the first {MAX_FAULTS} faults are listed"]
-    if collector is None or not collector.row:
-        raise _no_rows(str(source))
+        collector = _read(opened, faults=faults)
     if faults:
-        return collector.row, faults, []
+        note = f"only the first {MAX_FAULTS} faults are listed"
+        return collector.row, faults, [note] if len(faults) == MAX_FAULTS else []
     table = collector.table()
     return collector.row, [], _warnings(table, _count(table))
 
@@ -181,53 +119,69 @@ def find_lexer() -> Lexer:
     return lex
 
 
-def _read(source: Source, spool: "_Spool", workers: int | None, block_bytes: int, progress: Progress) -> Table:
-    """The whole source: blocks are lexed by several threads, and collected in order."""
+def _read(
+    source: Source,
+    spool: "_Spool | None" = None,
+    workers: int | None = None,
+    block_bytes: int = BLOCK_BYTES,
+    progress: Progress = lambda rows, part: None,
+    faults: list[str] | None = None,
+) -> "_Collector":
+    """The whole source: blocks are lexed by several threads, and collected in order.
+
+    The first fault is raised, or the first MAX_FAULTS are put into `faults`.
+    """
     workers = workers or min(len(os.sched_getaffinity(0)), MAX_WORKERS)
     buffers = deque(bytearray(buffer_bytes(block_bytes)) for _ in range(workers + 2))
     images: deque[np.ndarray] = deque()
-    pending: deque[tuple[Future[Rows], bytearray, np.ndarray]] = deque()
+    pending: deque[tuple[bytearray, int, np.ndarray, Future[Rows]]] = deque()
     lex, collector = find_lexer(), None
 
-    def collect() -> None:
-        future, buffer, image_RP = pending.popleft()
+    def collect() -> bool:
+        """Take the oldest block; whether to go on."""
+        buffer, stop, image_RP, future = pending.popleft()
         rows = future.result()
         assert collector is not None
-        collector.add(rows, _faulty_line(buffer, rows))
+        while True:
+            after = buffer.index(b"\n", rows.fault) + 1 if rows.fault >= 0 else stop
+            try:
+                collector.add(rows, bytes(buffer[rows.fault : after]) if rows.fault >= 0 else b"")
+            except UserError as error:
+                if faults is None:
+                    raise
+                faults.append(str(error))
+                if len(faults) == MAX_FAULTS:
+                    return False
+            if after == stop:
+                break
+            rows = lex(collector.layout, np.frombuffer(buffer, np.uint8), after, stop, image_RP)
         progress(collector.row, source.part)
         buffers.append(buffer)
         images.append(image_RP)
+        return True
 
     with ThreadPoolExecutor(workers) as pool:
         for buffer, stop in blocks(source, lambda: buffers[0], block_bytes):
             start = 0
             if collector is None:
-                collector, start = _collector(source.name, buffer, spool)
+                start = buffer.index(b"\n") + 1
+                try:
+                    collector = _Collector(source.name, read_header(bytes(buffer[:start])), spool)
+                except Fault as fault:
+                    raise UserError(f"{source.name}:1: {fault}") from None
                 images.extend(collector.layout.images(len(buffer)) for _ in buffers)
-                _check_space(source, spool, collector.layout, stop / buffer.count(b"\n", 0, stop))
+                if spool is not None:
+                    spool.check_space(source, collector.layout, stop / buffer.count(b"\n", 0, stop))
             block, image_RP = np.frombuffer(buffer, np.uint8), images.popleft()
             future = pool.submit(lex, collector.layout, block, start, stop, image_RP)
-            pending.append((future, buffers.popleft(), image_RP))
-            if not buffers:
-                collect()
-        while pending:
-            collect()
+            pending.append((buffers.popleft(), stop, image_RP, future))
+            if not buffers and not collect():
+                return collector
+        while pending and collect():
+            pass
     if collector is None or not collector.row:
-        raise _no_rows(source.name)
-    return collector.table()
-
-
-def _faulty_line(buffer: bytearray, rows: Rows) -> bytes:
-    return bytes(buffer[rows.fault : buffer.index(b"\n", rows.fault) + 1]) if rows.fault >= 0 else b""
-
-
-def _collector(source: str, buffer: bytearray, spool: "_Spool | None") -> tuple["_Collector", int]:
-    """A collector for the layout that the buffer's first line declares, and where its second line begins."""
-    stop = buffer.index(b"\n") + 1
-    try:
-        return _Collector(source, read_header(bytes(buffer[:stop])), spool), stop
-    except Fault as fault:
-        raise UserError(f"{source}:1: {fault}") from None
+        raise UserError(f"{source.name}: has no data rows; want a header and rows after it")
+    return collector
 
 
 class _Collector:
@@ -245,13 +199,9 @@ class _Collector:
         self._parts: list[tuple[np.ndarray, ...]] = []
 
     def add(self, rows: Rows, faulty_line: bytes) -> None:
-        """Take a block's rows.
-
-        Raises:
-            UserError: a row, or `faulty_line` behind the rows, is refused.
-        """
+        """Take a block's rows; UserError if one of them, or `faulty_line` behind them, is refused."""
         first = self.row
-        self.row += len(rows) + bool(faulty_line)
+        self.row += len(rows.label_R) + bool(faulty_line)
         label_R, new_labels = _merge(self._labels, rows.labels, rows.label_R)
         font_R, new_fonts = _merge(self._fonts, rows.fonts, rows.font_R)
         for label in new_labels:
@@ -271,19 +221,11 @@ class _Collector:
 
     def table(self) -> Table:
         """All rows, with labels and fonts sorted by code point."""
-        label_N, font_N, sum_N, squares_N, hash_N = (np.concatenate(part) for part in zip(*self._parts, strict=True))
+        label_N, font_N, *numbers = (np.concatenate(part) for part in zip(*self._parts, strict=True))
         classes, label_rank = _sorted(self._labels)
         fonts, font_rank = _sorted(self._fonts)
-        return Table(
-            layout=self.layout,
-            classes=classes,
-            fonts=fonts,
-            label_N=label_rank[label_N].astype(np.uint8),
-            font_N=font_rank[font_N],
-            sum_N=sum_N,
-            squares_N=squares_N,
-            hash_N=hash_N,
-        )
+        label_N, font_N = label_rank[label_N].astype(np.uint8), font_rank[font_N]
+        return Table(self.layout.side, classes, fonts, label_N, font_N, *numbers)
 
     def _check_label(self, label: str, row: int) -> None:
         column = self.layout.num_text
@@ -341,6 +283,13 @@ class _Spool:
             start = stop
         return out_MP
 
+    def check_space(self, source: Source, layout: Layout, line_bytes: float) -> None:
+        """Refuse what will not fit, before the first byte is written: the spool and the records, by the first lines."""
+        free = shutil.disk_usage(self.folder).free
+        needed = int(2 * source.size / line_bytes * layout.num_pixels) if source.size else 0
+        if needed > free:
+            raise UserError(f"{self.folder}: has {free:,} bytes free, want {needed:,} for the records and a copy")
+
     def close(self) -> None:
         self._file.close()
 
@@ -361,25 +310,6 @@ def _check_target(out: Path, force: bool) -> None:
         raise UserError(f"{out}: is no record directory, so --force does not replace it; give another name")
 
 
-def _check_space(source: Source, spool: _Spool, layout: Layout, line_bytes: float) -> None:
-    """Refuse what will not fit, before the first byte is written: the spool and the records, by the first lines."""
-    free = shutil.disk_usage(spool.folder).free
-    needed = int(2 * source.size / line_bytes * layout.num_pixels) if source.size else 0
-    if needed > free:
-        raise UserError(f"{spool.folder}: has {free:,} bytes free, want {needed:,} for the records and a copy")
-
-
-def _no_rows(source: str) -> UserError:
-    return UserError(f"{source}: has no data rows; want a header and rows after it")
-
-
-def _train_pixels(table: Table, row_M: np.ndarray) -> dict[str, float]:
-    """Mean and standard deviation (0..255), from exact sums."""
-    num = len(row_M) * table.layout.num_pixels
-    mean = int(table.sum_N[row_M].sum()) / num
-    return {"mean": mean, "std": max(int(table.squares_N[row_M].sum()) / num - mean**2, 0.0) ** 0.5}
-
-
 def _count(table: Table) -> dict[str, int]:
     """What is odd about the rows; their pixels are compared by 64-bit hashes."""
     labelled_N = table.hash_N + table.label_N.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
@@ -388,7 +318,7 @@ def _count(table: Table) -> dict[str, int]:
         "rows": len(whole_N),
         "duplicates": len(whole_N) - len(np.unique(whole_N)),
         "under_several_labels": len(np.unique(labelled_N)) - len(np.unique(table.hash_N)),
-        "constant": int((table.layout.num_pixels * table.squares_N == table.sum_N**2).sum()),
+        "constant": int((table.side**2 * table.squares_N == table.sum_N**2).sum()),
     }
 
 
@@ -398,10 +328,9 @@ def _warnings(table: Table, counts: dict[str, int]) -> list[str]:
         texts.append("there is one class only")
     if edged := [label for label in table.classes if label != label.strip()]:
         texts.append(f"labels that begin or end with a space: {', '.join(map(repr, edged[:5]))}")
-    if counts["duplicates"]:
-        texts.append(f"{counts['duplicates']:,} rows repeat another one's typeface, label and pixels")
-    if counts["under_several_labels"]:
-        texts.append(f"{counts['under_several_labels']:,} images occur under another label, too")
-    if counts["constant"]:
-        texts.append(f"{counts['constant']:,} images have a single grey value")
-    return texts
+    odd = {
+        "duplicates": "rows repeat another one's typeface, label and pixels",
+        "under_several_labels": "images occur under another label, too",
+        "constant": "images have a single grey value",
+    }
+    return texts + [f"{counts[key]:,} {text}" for key, text in odd.items() if counts[key]]

@@ -68,7 +68,13 @@ def publish_directory(target: Path) -> Iterator[Path]:
         for file in temporary.iterdir():
             fsync(file)
         fsync(temporary)
-        _swap_in(temporary, target)
+        if not os.path.lexists(target):
+            os.rename(temporary, target)
+        elif _LIBC.renameat2(AT_FDCWD, os.fsencode(temporary), AT_FDCWD, os.fsencode(target), RENAME_EXCHANGE):
+            reason = ctypes.get_errno()
+            cannot = reason in (errno.EINVAL, errno.ENOSYS)  # NFS, for one
+            raise OSError(reason, "this file system cannot exchange two names" if cannot else os.strerror(reason))
+        fsync(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -97,43 +103,43 @@ def write_manifest(directory: Path, content: dict[str, Any]) -> None:
     (directory / MANIFEST).write_bytes(data)
 
 
-def read_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest, after its bytes were found to be those that were published.
-
-    Raises:
-        Damaged: missing, too large, or not what manifest.sha256 says.
-    """
+def read_manifest(directory: Path, form: str, version: int) -> dict[str, Any]:
+    """The manifest; Damaged if it is missing, too large, not what manifest.sha256 says, or of another format."""
     data = read_small(directory / MANIFEST)
     if read_small(directory / MANIFEST_HASH) != hashlib.sha256(data).hexdigest().encode() + b"\n":
         raise Damaged(f"{MANIFEST} does not match {MANIFEST_HASH}")
     content = parse_json(data, MANIFEST)
     if not isinstance(content, dict):
         raise Damaged(f"{MANIFEST} is not a JSON object")
+    if (found := (content.get("format"), content.get("version"))) != (form, version):
+        raise Damaged(f"format and version are {found}, this engine reads {(form, version)}")
     return content
 
 
 def parse_json(data: bytes, name: str) -> Any:
-    """A stranger's JSON; a key that occurs twice, NaN, Infinity and deep nesting are refused.
-
-    Raises:
-        Damaged: it is none.
-    """
+    """A stranger's JSON; Damaged if it is none, a key occurs twice, or it holds NaN, Infinity or deep nesting."""
     try:
         return json.loads(data.decode(), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise Damaged(f"{name} is not JSON ({str(error)[:80]})") from None
 
 
-def read_small(path: Path, limit_bytes: int = MANIFEST_LIMIT_BYTES) -> bytes:
-    """The bytes of a regular file of at most `limit_bytes`, not through a link."""
+def open_regular(path: Path) -> int:
+    """A descriptor of a regular file, not through a link; Damaged if it is none, or cannot be opened."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(handle, "rb") as file:
-            if not stat.S_ISREG(os.fstat(handle).st_mode):
-                raise Damaged(f"{path.name} is not a regular file")
-            data = file.read(limit_bytes + 1)
     except OSError as error:
         raise Damaged(f"{path.name} cannot be read ({error.strerror})") from None
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise Damaged(f"{path.name} is not a regular file")
+    return handle
+
+
+def read_small(path: Path, limit_bytes: int = MANIFEST_LIMIT_BYTES) -> bytes:
+    """The bytes of a file of at most `limit_bytes`, opened by `open_regular`."""
+    with open(open_regular(path), "rb") as file:
+        data = file.read(limit_bytes + 1)
     if len(data) > limit_bytes:
         raise Damaged(f"{path.name} is larger than {limit_bytes} bytes")
     return data
@@ -142,10 +148,8 @@ def read_small(path: Path, limit_bytes: int = MANIFEST_LIMIT_BYTES) -> bytes:
 def refuse_unknown_files(directory: Path, known: set[str]) -> None:
     """Raise Damaged unless the directory holds exactly `known` beside the manifest and its hash."""
     present = set(os.listdir(directory)) - {MANIFEST, MANIFEST_HASH}
-    for name in sorted(known - present):
-        raise Damaged(f"{name} is missing")
-    for name in sorted(present - known):
-        raise Damaged(f"{name} is not listed in {MANIFEST}")
+    for name in sorted(known ^ present):
+        raise Damaged(f"{name} is missing" if name in known else f"{name} is not listed in {MANIFEST}")
 
 
 @contextmanager
@@ -162,8 +166,7 @@ def writing(target: Path) -> Iterator[None]:
 def locked(target: Path, *, wait: bool = True) -> Iterator[None]:
     """Hold an exclusive lock beside `target`. It dies with its process, and its file goes with its last holder.
 
-    Raises:
-        UserError: another process holds it and `wait` is false.
+    UserError if another process holds it and `wait` is false.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     path = target.parent / f".{target.name}.lock"
@@ -192,20 +195,8 @@ def _lock(path: Path, target: Path, wait: bool) -> int:
         os.close(handle)
 
 
-def _swap_in(temporary: Path, target: Path) -> None:
-    """Give `target` the content of `temporary` in one instant; an old content is in `temporary` afterwards."""
-    if not os.path.lexists(target):
-        os.rename(temporary, target)
-    elif _LIBC.renameat2(AT_FDCWD, os.fsencode(temporary), AT_FDCWD, os.fsencode(target), RENAME_EXCHANGE):
-        reason = ctypes.get_errno()
-        cannot = reason in (errno.EINVAL, errno.ENOSYS)  # NFS, for one
-        raise OSError(reason, "this file system cannot exchange two names" if cannot else os.strerror(reason))
-    fsync(target.parent)
-
-
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) != len(pairs):
+    if len(content := dict(pairs)) != len(pairs):
         raise ValueError("a key occurs twice")
     return content
 

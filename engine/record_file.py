@@ -4,7 +4,7 @@ Arrow itself does not notice damage. So sizes and the CRC32 of every 1 MiB block
 columns are taken from the offsets it gives: no parser ever sees a stranger's bytes, and pixels go from the file
 straight to where they are wanted. Nothing is memory-mapped: a file that is cut under a map kills its reader.
 
-Shapes: M rows of the file, H x W pixels, P = H * W.
+Shapes: N rows of a CSV, M of a file, H x W pixels, P = H * W.
 """
 
 import errno
@@ -12,16 +12,14 @@ import hashlib
 import io
 import os
 import re
-import stat
 import zlib
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from engine.publish import Damaged, fsync
+from engine.publish import Damaged, fsync, open_regular
 
 BLOCK_BYTES = 2**20
 
@@ -56,22 +54,14 @@ class FileEntry:
 
     def open(self, directory: Path) -> int:
         """A descriptor of the file, which is regular, no link, and of the right size."""
-        try:
-            handle = os.open(directory / self.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError as error:
-            raise Damaged(f"{self.name} cannot be read ({error.strerror})") from None
-        found = os.fstat(handle)
-        if not stat.S_ISREG(found.st_mode) or found.st_size != self.bytes:
+        handle = open_regular(directory / self.name)
+        if (found := os.fstat(handle).st_size) != self.bytes:
             os.close(handle)
-            raise Damaged(f"{self.name} has {found.st_size} bytes, want {self.bytes}")
+            raise Damaged(f"{self.name} has {found} bytes, want {self.bytes}")
         return handle
 
     def read(self, handle: int, offset: int, out: memoryview) -> None:
-        """Fill `out` with the bytes from `offset` on; all blocks that it touches are read whole and verified.
-
-        Raises:
-            Damaged: the file was cut or changed.
-        """
+        """Fill `out` with the bytes from `offset` on; Damaged if a block that it touches is not what was written."""
         spare = np.empty(BLOCK_BYTES, np.uint8).data
         while len(out):
             number, within = divmod(offset, BLOCK_BYTES)
@@ -80,20 +70,16 @@ class FileEntry:
             pieces = [spare[:within], out[:size], spare[within + size : block_bytes]]
             if os.preadv(handle, pieces, number * BLOCK_BYTES) != block_bytes:
                 raise Damaged(f"{self.name} ended while it was read")
-            crc = 0
+            crc, want = 0, self.crc32[number]
             for piece in pieces:
                 crc = zlib.crc32(piece, crc)
-            if crc != self.crc32[number]:
+            if crc != want:
                 where = f"{self.name}: the block at byte {number * BLOCK_BYTES}"
-                raise Damaged(f"{where} has CRC32 {crc:08x}, want {self.crc32[number]:08x}")
+                raise Damaged(f"{where} has CRC32 {crc:08x}, want {want:08x}")
             out, offset = out[size:], offset + size
 
     def read_columns(self, handle: int, num_pixels: int) -> tuple[np.ndarray, np.ndarray]:
-        """label_M uint8 and font_M int32; with them all blocks are verified that do not hold pixels only.
-
-        Raises:
-            Damaged: the file was cut or changed.
-        """
+        """label_M uint8 and font_M int32; verified as by `read`, with all blocks that do not hold pixels only."""
         start = self.image_offset + self.rows * num_pixels
         tail = bytearray(self.bytes - start)
         self.read(handle, 0, memoryview(bytearray(self.image_offset)))
@@ -102,30 +88,39 @@ class FileEntry:
         return label_M, np.frombuffer(tail, "<i4", self.rows, self.font_offset - start)
 
 
-def write_file(
-    path: Path,
-    image_MP: np.ndarray,
-    label_M: np.ndarray,
-    font_M: np.ndarray,
-    classes: Sequence[str],
-    fonts: Sequence[str],
-    height_width: tuple[int, int],
-) -> dict[str, Any]:
-    """Write and fsync one Arrow file of pixels (M, P) uint8, labels and fonts; returns its entry in the manifest.
+@dataclass(frozen=True)
+class Table:
+    """All rows of a CSV but their pixels: label_N uint8 into `classes`, font_N int32 into `fonts`, the others as in
+    lexer.Rows; `side` is the images' height and width."""
 
-    Raises:
-        OSError: the disk refused.
-    """
+    side: int
+    classes: tuple[str, ...]
+    fonts: tuple[str, ...]
+    label_N: np.ndarray
+    font_N: np.ndarray
+    sum_N: np.ndarray
+    squares_N: np.ndarray
+    hash_N: np.ndarray
+
+    def pixels(self, row_M: np.ndarray) -> dict[str, float]:
+        """Mean and standard deviation (0..255) of some rows' pixels, from exact sums."""
+        num = len(row_M) * self.side**2
+        mean = int(self.sum_N[row_M].sum()) / num
+        return {"mean": mean, "std": max(int(self.squares_N[row_M].sum()) / num - mean**2, 0.0) ** 0.5}
+
+
+def write_file(path: Path, table: Table, row_M: np.ndarray, image_MP: np.ndarray) -> dict[str, Any]:
+    """Write and fsync one Arrow file of some rows and their pixels, uint8; returns its entry in the manifest."""
     import pyarrow as pa
 
-    height, width = height_width
+    label_M, font_M = table.label_N[row_M], table.font_N[row_M]
     pixels = pa.Array.from_buffers(pa.uint8(), image_MP.size, [None, pa.py_buffer(image_MP)])
     columns = {
-        "image": pa.FixedSizeListArray.from_arrays(pixels, height * width),
-        "label": pa.DictionaryArray.from_arrays(pa.array(label_M), pa.array(list(classes), pa.string())),
-        "font": pa.DictionaryArray.from_arrays(pa.array(font_M), pa.array(list(fonts), pa.string())),
+        "image": pa.FixedSizeListArray.from_arrays(pixels, table.side**2),
+        "label": pa.DictionaryArray.from_arrays(pa.array(label_M), pa.array(table.classes, pa.string())),
+        "font": pa.DictionaryArray.from_arrays(pa.array(font_M), pa.array(table.fonts, pa.string())),
     }
-    batch = pa.record_batch(columns).replace_schema_metadata({"height": str(height), "width": str(width)})
+    batch = pa.record_batch(columns).replace_schema_metadata({"height": str(table.side), "width": str(table.side)})
     sink = _HashingFile(path)
     with pa.PythonFile(sink, "w") as target, pa.ipc.new_file(target, batch.schema) as writer:
         writer.write_batch(batch)

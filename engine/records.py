@@ -15,11 +15,11 @@ import hashlib
 import json
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, count, pairwise, repeat
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from engine.publish import (
     refuse_unknown_files,
     write_manifest,
 )
-from engine.record_file import FileEntry, are_counts, write_file
+from engine.record_file import FileEntry, Table, are_counts, write_file
 
 FORMAT = "glyph-records"
 VERSION = 2
@@ -101,11 +101,7 @@ class Records:
         return self.splits["train"].height_width
 
     def split(self, name: str) -> Split:
-        """The split called `name`.
-
-        Raises:
-            UserError: the records were packed without it.
-        """
+        """The split called `name`; UserError if the records were packed without it."""
         if name not in self.splits:
             raise UserError(f"{self.path}: has no {name} split; pack it again with --split random")
         return self.splits[name]
@@ -113,14 +109,9 @@ class Records:
 
 def write_records(
     directory: Path,
+    table: Table,
     take: Callable[[np.ndarray], np.ndarray],
     rows: dict[str, np.ndarray],
-    *,
-    label_N: np.ndarray,
-    font_N: np.ndarray,
-    height_width: tuple[int, int],
-    classes: Sequence[str],
-    fonts: Sequence[str],
     facts: dict[str, Any],
 ) -> dict[str, Any]:
     """Write a record directory's files into the empty `directory`; returns its manifest.
@@ -130,36 +121,40 @@ def write_records(
     Args:
         take: row numbers (M,), ascending -> their pixels (M, P) uint8; called from several threads.
         rows: each split's row numbers, ascending.
-        facts: what else the manifest says; must have train_pixels.
+        facts: what else the manifest says.
     Raises:
         OSError: the disk refused.
     """
-    height, width = height_width
-    fonts_json = json.dumps(list(fonts), ensure_ascii=False).encode()
+    fonts_json = json.dumps(table.fonts, ensure_ascii=False).encode()
     room = FILE_LIMIT_BYTES - ARROW_OVERHEAD_BYTES - 2 * len(fonts_json)
-    rows_per_file = max(room // (height * width + ROW_OVERHEAD_BYTES), 1)
+    rows_per_file = max(room // (table.side**2 + ROW_OVERHEAD_BYTES), 1)
     (directory / FONTS).write_bytes(fonts_json)
-    manifest = {"format": FORMAT, "version": VERSION, "height": height, "width": width, "classes": list(classes)}
-    manifest |= facts | {"fonts": {"bytes": len(fonts_json), "sha256": hashlib.sha256(fonts_json).hexdigest()}}
 
     def write(name: str, number: int, row_M: np.ndarray) -> dict[str, Any]:
-        path = directory / f"{name}-{number:05}.arrow"
-        return write_file(path, take(row_M), label_N[row_M], font_N[row_M], classes, fonts, height_width)
+        return write_file(directory / f"{name}-{number:05}.arrow", table, row_M, take(row_M))
 
-    parts = [
-        (name, number, row_M[start : start + rows_per_file])
-        for name, row_M in rows.items()
-        for number, start in enumerate(range(0, max(len(row_M), 1), rows_per_file))
-    ]
     with ThreadPoolExecutor(WRITERS) as pool:
-        files = list(pool.map(write, *zip(*parts, strict=True)))
-    manifest["splits"] = {
-        name: {
-            "rows": len(row_M),
-            "rows_per_class": np.bincount(label_N[row_M], minlength=len(classes)).tolist(),
-            "files": [file for file, part in zip(files, parts, strict=True) if part[0] == name],
+        files = {}
+        for name, row_M in rows.items():
+            parts = np.split(row_M, range(rows_per_file, len(row_M), rows_per_file))
+            files[name] = pool.map(write, repeat(name), count(), parts)
+        splits = {
+            name: {
+                "rows": len(row_M),
+                "rows_per_class": np.bincount(table.label_N[row_M], minlength=len(table.classes)).tolist(),
+                "files": list(files[name]),
+            }
+            for name, row_M in rows.items()
         }
-        for name, row_M in rows.items()
+    manifest = facts | {
+        "format": FORMAT,
+        "version": VERSION,
+        "height": table.side,
+        "width": table.side,
+        "classes": list(table.classes),
+        "fonts": {"bytes": len(fonts_json), "sha256": hashlib.sha256(fonts_json).hexdigest()},
+        "train_pixels": table.pixels(rows["train"]),
+        "splits": splits,
     }
     manifest["fingerprint"] = _fingerprint(manifest)
     write_manifest(directory, manifest)
@@ -193,7 +188,7 @@ def verify_records(path: str | Path, fingerprint: str = "") -> dict[str, Any]:
         raise UserError(f"{path}: its fingerprint is {records.fingerprint}, not {fingerprint}; these are other records")
     directory = Path(path).expanduser()
     with _refusing(directory):
-        manifest = read_manifest(directory)
+        manifest = read_manifest(directory, FORMAT, VERSION)
         for file in (file for split in manifest["splits"].values() for file in split["files"]):
             with open(directory / file["name"], "rb") as opened:
                 found = hashlib.file_digest(opened, "sha256").hexdigest()
@@ -227,10 +222,10 @@ class StoredImages:
     ndim = 3
 
     def __init__(self, directory: Path, files: list[FileEntry], height_width: tuple[int, int]) -> None:
-        self._directory, self._files = directory, files
-        self._handles: list[int] = []
+        self._directory, self.files = directory, files
+        self.handles: list[int] = []
         for file in files:
-            self._handles.append(file.open(directory))
+            self.handles.append(file.open(directory))
         self.edges = [0, *accumulate(file.rows for file in files)]
         """The first row of each file, and N."""
         self.shape = (self.edges[-1], *height_width)
@@ -238,18 +233,14 @@ class StoredImages:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def read_columns(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """label_M uint8 and font_M int32 of file `number`."""
-        return self._files[number].read_columns(self._handles[number], self.shape[1] * self.shape[2])
-
     def read_into(self, row: int, out_MP: np.ndarray) -> None:
         """Fill `out_MP` (M, P) with the pixels of the rows from `row` on."""
         with _refusing(self._directory):
             while len(out_MP):
                 number = bisect_right(self.edges, row) - 1
-                file, first = self._files[number], row - self.edges[number]
+                file, first = self.files[number], row - self.edges[number]
                 out, out_MP = out_MP[: file.rows - first], out_MP[file.rows - first :]
-                file.read(self._handles[number], file.image_offset + first * out.shape[1], out.reshape(-1).data)
+                file.read(self.handles[number], file.image_offset + first * out.shape[1], out.reshape(-1).data)
                 row += len(out)
 
     def __getitem__(self, rows: Any) -> np.ndarray:
@@ -265,15 +256,12 @@ class StoredImages:
         return out_MP.reshape(len(row_M), *self.shape[1:])
 
     def __del__(self) -> None:
-        for handle in self._handles:
+        for handle in self.handles:
             os.close(handle)
 
 
 def _open(directory: Path, in_memory: bool) -> Records:
-    manifest = read_manifest(directory)
-    found = (manifest.get("format"), manifest.get("version"))
-    if found != (FORMAT, VERSION):
-        raise Damaged(f"format and version are {found}, this engine reads {(FORMAT, VERSION)}")
+    manifest = read_manifest(directory, FORMAT, VERSION)
     try:
         height_width = manifest["height"], manifest["width"]
         classes, splits = manifest["classes"], manifest["splits"]
@@ -301,11 +289,13 @@ def _open(directory: Path, in_memory: bool) -> Records:
         fonts = _read_fonts(directory, manifest["fonts"])
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise Damaged(f"{MANIFEST} is malformed ({error!r})") from None
+    opened = {name: _read_split(directory, split, height_width, in_memory) for name, split in files.items()}
+    for name, split in opened.items():
+        label_N, font_N = split.label_N, split.font_N
+        if len(split) and not (label_N.max() < len(classes) and 0 <= font_N.min() <= font_N.max() < len(fonts)):
+            raise Damaged(f"split {name}: a label or font index lies outside its table")
     return Records(
-        splits={
-            name: _read_split(directory, split, height_width, (len(classes), len(fonts)), in_memory)
-            for name, split in files.items()
-        },
+        splits=opened,
         classes=tuple(classes),
         fonts=fonts,
         fingerprint=manifest["fingerprint"],
@@ -315,24 +305,20 @@ def _open(directory: Path, in_memory: bool) -> Records:
     )
 
 
-def _read_split(
-    directory: Path, files: list[FileEntry], height_width: tuple[int, int], limits: tuple[int, int], in_memory: bool
-) -> Split:
-    """A split; `limits` are the numbers of classes and of fonts."""
+def _read_split(directory: Path, files: list[FileEntry], height_width: tuple[int, int], in_memory: bool) -> Split:
     stored = StoredImages(directory, files, height_width)  # every size is compared before anything is allocated
+    num_pixels = height_width[0] * height_width[1]
     image_NHW: Any = np.empty(stored.shape, np.uint8) if in_memory else stored
     label_N, font_N = np.empty(len(stored), np.uint8), np.empty(len(stored), np.int32)
 
     def read(number: int) -> None:
         rows = slice(*stored.edges[number : number + 2])
-        label_N[rows], font_N[rows] = stored.read_columns(number)
+        label_N[rows], font_N[rows] = files[number].read_columns(stored.handles[number], num_pixels)
         if in_memory:
-            stored.read_into(rows.start, image_NHW[rows].reshape(-1, height_width[0] * height_width[1]))
+            stored.read_into(rows.start, image_NHW[rows].reshape(-1, num_pixels))
 
     with ThreadPoolExecutor(READERS) as pool:
         list(pool.map(read, range(len(files))))
-    if len(stored) and (label_N.max() >= limits[0] or font_N.min() < 0 or font_N.max() >= limits[1]):
-        raise Damaged(f"{files[0].name} or its like: a label or font index lies outside its table")
     return Split(image_NHW=image_NHW, label_N=label_N, font_N=font_N)
 
 

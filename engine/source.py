@@ -20,8 +20,6 @@ from engine.lexer import LINE_LIMIT_BYTES, SLACK_BYTES
 
 BLOCK_BYTES = 2 * 2**20
 """Fits the second-level cache of one core together with its pixels; 1 to 4 MiB measured alike."""
-
-
 OPENED = re.compile(r"-|/dev/stdin|/dev/fd/([0-9]{1,9})")
 """Names of what the caller has opened for us."""
 _BLANK_LINE = re.compile(rb"(?:\A|\n)(\r?\n)\Z")
@@ -30,17 +28,33 @@ _BLANK_LINE = re.compile(rb"(?:\A|\n)(\r?\n)\Z")
 class Source:
     """An open CSV."""
 
-    def __init__(self, name: str, raw: io.BufferedReader, data: Any, size: int | None) -> None:
-        self.name = name
-        self.size = size
-        """Bytes of the CSV itself; None if only reading tells."""
-        self._raw, self._data = raw, data
+    def __init__(self, name: str, raw: io.BufferedReader, stack: ExitStack) -> None:
+        """`stack` closes what unpacks the CSV."""
+        self.name, self._raw = name, raw
         self._found = os.fstat(raw.fileno())
+        self._is_file = stat.S_ISREG(self._found.st_mode)
+        self._data, self.size = self._unpack(stack)
+        """The size is that of the CSV itself; None if only reading tells."""
+
+    def _unpack(self, stack: ExitStack) -> tuple[Any, int | None]:
+        """(stream of the CSV, its size if known), told by the first bytes."""
+        magic = self._raw.peek(4)[:4]
+        if magic[:2] == b"\x1f\x8b":
+            return stack.enter_context(gzip.open(self._raw)), None
+        if magic != b"PK\x03\x04":
+            return self._raw, self._found.st_size if self._is_file else None
+        if not self._is_file:
+            raise UserError(f"{self.name}: is a zip, which cannot be read from a pipe; name the file")
+        archive = stack.enter_context(zipfile.ZipFile(self._raw))
+        members = [info for info in archive.infolist() if info.filename.lower().endswith(".csv")]
+        if len(members) != 1:
+            raise UserError(f"{self.name}: holds {len(members)} CSV files, want one; unpack it and name the CSV")
+        return stack.enter_context(archive.open(members[0])), members[0].file_size
 
     @property
     def part(self) -> float:
         """The part (0..1) of the source's bytes that has been read; 0 for a pipe."""
-        return min(self._raw.tell() / max(self._found.st_size, 1), 1.0) if stat.S_ISREG(self._found.st_mode) else 0.0
+        return min(self._raw.tell() / max(self._found.st_size, 1), 1.0) if self._is_file else 0.0
 
     def readinto(self, view: memoryview) -> int:
         """Fill `view` as far as the source goes; fewer bytes only at its end."""
@@ -53,7 +67,7 @@ class Source:
 
     def check_unchanged(self, path: Path) -> None:
         """Refuse a file that was written to or replaced while it was read."""
-        if not stat.S_ISREG(self._found.st_mode):
+        if not self._is_file:
             return
         with reading(self.name):
             now = os.fstat(self._raw.fileno())
@@ -79,9 +93,8 @@ def open_source(path: Path) -> Iterator[Source]:
             if not stat.S_ISREG(mode) and not (piped and stat.S_ISFIFO(mode)):
                 os.close(handle)
                 raise UserError(f"{name}: is not a regular file; give a .csv, .csv.gz or .zip, or - for a pipe")
-            raw = stack.enter_context(open(handle, "rb"))
-            data, size = _unpack(raw, name, stack)
-        yield Source(name, raw, data, size)
+            source = Source(name, stack.enter_context(open(handle, "rb")), stack)
+        yield source
 
 
 @contextmanager
@@ -135,20 +148,3 @@ def blocks(
         buffer[cut : cut + SLACK_BYTES] = bytes(SLACK_BYTES)
         if cut:
             yield buffer, cut
-
-
-def _unpack(raw: io.BufferedReader, name: str, stack: ExitStack) -> tuple[Any, int | None]:
-    """(stream of the CSV, its size if known), told by the first bytes; `stack` closes it."""
-    found = os.fstat(raw.fileno())
-    magic = raw.peek(4)[:4]
-    if magic[:2] == b"\x1f\x8b":
-        return stack.enter_context(gzip.open(raw)), None
-    if magic != b"PK\x03\x04":
-        return raw, found.st_size if stat.S_ISREG(found.st_mode) else None
-    if not stat.S_ISREG(found.st_mode):
-        raise UserError(f"{name}: is a zip, which cannot be read from a pipe; name the file")
-    archive = stack.enter_context(zipfile.ZipFile(raw))
-    members = [info for info in archive.infolist() if info.filename.lower().endswith(".csv")]
-    if len(members) != 1:
-        raise UserError(f"{name}: holds {len(members)} CSV files, want one; unpack it and name the CSV")
-    return stack.enter_context(archive.open(members[0])), members[0].file_size

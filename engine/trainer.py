@@ -26,7 +26,7 @@ from engine.publish import write_file, writing
 from engine.records import Records
 from engine.report import Environment, RunReport, environment, write_json
 from engine.step import TrainStep
-from engine.ui import Progress
+from engine.ui import progress_bar
 from engine.world import World, cannot_compile, cannot_fuse, has_fast_bf16
 
 CLOCK_INCLUDES = "every training step with its data; not: start-up, warm-up, capture, evaluation, checkpoints, reports"
@@ -302,7 +302,7 @@ class _Fit:
         """Train one epoch on the clock; returns its seconds."""
         step, world = self.session.step, self.session.world
         world.synchronize()
-        with Progress(f"epoch {epoch + 1}", self.steps_per_epoch, enabled=world.is_first) as bar:
+        with progress_bar(f"epoch {epoch + 1}", self.steps_per_epoch, enabled=world.is_first) as show:
             self.watch.start()
             num_steps = 0
             for launch in step.train_epoch(self.session.feed, epoch):
@@ -311,7 +311,7 @@ class _Fit:
                     idlog.append(idlog.path_of(self.out, world.rank, epoch), launch.batch, first=not num_steps)
                 num_steps += launch.num_steps
                 if num_steps % 50 < launch.num_steps:
-                    bar.update(num_steps)
+                    show(num_steps)
             return self.watch.stop()
 
     def _timed_evaluate(self, split: str) -> tuple[float, float]:

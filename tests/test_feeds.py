@@ -181,7 +181,7 @@ def test_a_failing_disk_reaches_the_consumer_of_stream(small_dir: Path, tmp_path
     assert len(list(feed.batches(0))) == 7
     os.truncate(tmp_path / "copy" / "train-00000.arrow", 99)
     feed = build("stream blocked", open_records(small_dir))
-    feed._split.image_NHW._handles[0] = os.open(tmp_path / "copy" / "train-00000.arrow", os.O_RDONLY)  # type: ignore[attr-defined]
+    feed._split.image_NHW.handles[0] = os.open(tmp_path / "copy" / "train-00000.arrow", os.O_RDONLY)  # type: ignore[attr-defined]
     with pytest.raises(UserError, match=r"train-00000.arrow (ended while it was read|.*CRC32)"):
         list(feed.batches(0))
     feed.close()

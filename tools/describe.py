@@ -15,11 +15,7 @@ SHEET_IMAGES = 192
 
 
 def describe(path: Path, sheet: Path) -> str:
-    """Text about the records at `path`; writes a PNG of examples of each class to `sheet`.
-
-    Raises:
-        UserError: the records are damaged, or the picture cannot be written.
-    """
+    """Text about the records at `path`; writes a PNG of examples of each class to `sheet`. UserError if it cannot."""
     records = open_records(path)
     splits = records.splits
     lines = [

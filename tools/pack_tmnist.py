@@ -2,13 +2,17 @@
 
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import click
 
 from engine.errors import EXIT_USER_ERROR, UserError, exit_on_user_error, printable
-from engine.ui import Progress
+from engine.pack import check, pack
+from engine.records import verify_records
+from engine.ui import progress_bar
+from tools.describe import class_table, describe
 
 EPILOG = """\b
 tools/pack_tmnist 94_character_TMNIST.csv records    pack; .csv.gz, .zip and - (a pipe) work as well
@@ -44,13 +48,9 @@ def main(
         if action == "check":
             _check(source)
         elif action == "verify":
-            from engine.records import verify_records
-
             manifest = verify_records(source, fingerprint)
             click.echo(f"{printable(str(source))}: whole, fingerprint {manifest['fingerprint']}")
         elif action == "describe":
-            from tools.describe import describe
-
             click.echo(describe(source, sheet or Path(f"{source.resolve()}.png")))
         elif out is None:
             raise UserError(f"{source}: name the record directory to pack it into: tools/pack_tmnist {source} OUT")
@@ -59,34 +59,25 @@ def main(
 
 
 def _pack(source: Path, out: Path, classes: int | None, **options: Any) -> None:
-    from engine.pack import pack
-    from tools.describe import class_table
-
-    with Progress(f"packing {printable(source.name)}", total=1.0) as bar:
+    start = time.perf_counter()
+    with progress_bar(f"packing {printable(source.name)}", 1.0) as show:
         report = pack(source, out, mode=options.pop("split"), num_classes=classes, **options,
-                      progress=lambda rows, part: bar.update(part, f"{rows:,} rows"))  # fmt: skip
+                      progress=lambda rows, part: show(part, f"{rows:,} rows"))  # fmt: skip
     manifest, pixels = report.manifest, report.manifest["train_pixels"]
-    click.echo(f"{manifest['source_rows']['rows']:,} rows read")
-    for line in class_table(manifest["classes"], {n: s["rows_per_class"] for n, s in manifest["splits"].items()}):
-        click.echo(line)
-    click.echo(f"train pixels: mean {pixels['mean']:.3f}, standard deviation {pixels['std']:.3f} (0..255)")
-    for warning in report.warnings:
-        click.echo(f"note: {printable(warning)}")
-    click.echo(
-        f"{printable(str(out))}: {report.out_bytes:,} bytes in {report.seconds:.2f} s, "
-        f"fingerprint {manifest['fingerprint'][:16]}"
-    )
+    lines = [
+        f"{manifest['source_rows']['rows']:,} rows read",
+        *class_table(manifest["classes"], {n: s["rows_per_class"] for n, s in manifest["splits"].items()}),
+        f"train pixels: mean {pixels['mean']:.3f}, standard deviation {pixels['std']:.3f} (0..255)",
+        *(f"note: {printable(warning)}" for warning in report.warnings),
+        f"{printable(str(out))}: {time.perf_counter() - start:.2f} s, fingerprint {manifest['fingerprint'][:16]}",
+    ]
+    click.echo("\n".join(lines))
 
 
 def _check(source: Path) -> None:
-    from engine.pack import check
-
     num_rows, faults, warnings = check(source)
-    for line in [
-        *faults,
-        *(f"note: {line}" for line in warnings),
-        f"{source}: {num_rows:,} rows, {len(faults)} faults",
-    ]:
+    notes = [f"note: {warning}" for warning in warnings]
+    for line in [*faults, *notes, f"{source}: {num_rows:,} rows, {len(faults)} faults"]:
         click.echo(printable(line))
     if faults:
         raise SystemExit(EXIT_USER_ERROR)

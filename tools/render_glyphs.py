@@ -17,7 +17,7 @@ from PIL import Image, ImageFont
 
 from engine.errors import UserError, exit_on_user_error, printable
 from engine.publish import writing, writing_file
-from engine.ui import Progress
+from engine.ui import progress_bar
 
 CHARACTERS = [chr(code) for code in range(33, 127)]
 SIDE, INK, DRAWN_PX = 28, 20, 96
@@ -46,16 +46,11 @@ def main(fonts: tuple[Path, ...], out: Path, force: bool) -> None:
 
 
 def font_files(paths: Sequence[Path]) -> list[Path]:
-    """The font files named, and those in the folders named and below, by name.
-
-    Raises:
-        UserError: there is none.
-    """
-    found = {path for path in paths if path.is_file()}
-    for path in paths:
-        found |= {file for file in path.rglob("*") if file.suffix.lower() in (".ttf", ".otf") and file.is_file()}
+    """The font files named, and those in the folders named and below, by name; UserError if there is none."""
     if missing := [path for path in paths if not path.exists()]:
         raise UserError(f"{missing[0]}: no such file or folder; name .ttf and .otf files or folders of them")
+    below = {file for path in paths for file in path.rglob("*") if file.suffix.lower() in (".ttf", ".otf")}
+    found = {path for path in (*paths, *below) if path.is_file()}
     if not found:
         raise UserError(f"{paths[0]}: holds no .ttf or .otf file; name another folder")
     return sorted(found, key=lambda file: (file.stem, str(file)))
@@ -67,9 +62,9 @@ def render(files: Sequence[Path], out: io.TextIOBase) -> Counter[str]:
     writer.writerow(["names", "labels", *range(1, SIDE * SIDE + 1)])
     counts: Counter[str] = Counter()
     names: set[str] = set()
-    with Progress("drawing typefaces", total=len(files)) as bar:
+    with progress_bar("drawing typefaces", len(files)) as show:
         for number, file in enumerate(files):
-            bar.update(number, printable(file.name))
+            show(number, printable(file.name))
             if file.stem in names or not file.stem.isprintable():
                 counts["with the name of another" if file.stem in names else "with an unprintable name"] += 1
                 continue

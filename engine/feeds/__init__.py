@@ -88,7 +88,7 @@ def make_feed(
 
         return DaliFeed(split, order, device, augment)
     feed = _plain_feed(name, config, split, order, num_classes, device, fused)
-    return AugmentedFeed(feed, augment, order.seed, split.height_width, fused) if augment else feed
+    return AugmentedFeed(feed, augment, fused) if augment else feed
 
 
 def _plain_feed(

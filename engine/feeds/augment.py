@@ -47,11 +47,8 @@ def warp(image_BHW: torch.Tensor, matrix_B23: torch.Tensor) -> torch.Tensor:
     x, y = xx + (xy * height + 2 * x) / width - 1, yy + (yx * width + 2 * y) / height - 1
     theta_B23 = torch.stack([xx, xy * (height / width), x, yx * (width / height), yy, y], 1).view(-1, 2, 3)
     grid_BHW2 = functional.affine_grid(theta_B23, [len(image_BHW), 1, height, width], align_corners=False)
-    return (
-        functional.grid_sample(image_BHW[:, None].float(), grid_BHW2, align_corners=False)[:, 0]
-        .round_()
-        .to(torch.uint8)
-    )
+    warped_BHW = functional.grid_sample(image_BHW[:, None].float(), grid_BHW2, align_corners=False)[:, 0]
+    return warped_BHW.round_().to(torch.uint8)
 
 
 def fused_warp(image_BHW: torch.Tensor, matrix_B23: torch.Tensor) -> torch.Tensor:
@@ -68,25 +65,19 @@ def fused_warp(image_BHW: torch.Tensor, matrix_B23: torch.Tensor) -> torch.Tenso
 class AugmentedFeed:
     """Another feed's batches, warped where they lie."""
 
-    def __init__(
-        self,
-        feed: Feed,
-        config: AugmentConfig,
-        seed: int,
-        height_width: tuple[int, int],
-        fused: frozenset[str] = frozenset(),
-    ) -> None:
+    def __init__(self, feed: Feed, config: AugmentConfig, fused: frozenset[str] = frozenset()) -> None:
         """`fused`: names of kernels; with gather_warp, it warps."""
-        self._warp = fused_warp if "gather_warp" in fused else warp
         self.name, self.order = feed.name, feed.order
-        self._feed, self._config, self._seed, self._height_width = feed, config, seed, height_width
+        self._feed, self._config = feed, config
+        self._warp = fused_warp if "gather_warp" in fused else warp
         self._out: Batch | None = None
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         for batch in self._feed.batches(epoch, first_step):
             if self._out is None:
                 self._out = Batch(torch.empty_like(batch.image_BHW), batch.label_B, batch.id_B)
-            matrix_B23 = matrices(self._config, batch.id_B, self._seed, epoch, self._height_width)
+            _, height, width = batch.image_BHW.shape
+            matrix_B23 = matrices(self._config, batch.id_B, self.order.seed, epoch, (height, width))
             self._out.image_BHW.copy_(self._warp(batch.image_BHW, matrix_B23))
             yield self._out
 

@@ -12,7 +12,6 @@ Shapes: F frames of a run, B of a batch, H x W pixels.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,50 +29,35 @@ PREFETCH = 2
 """DALI's own queue depth."""
 HELD = PREFETCH + 2
 """Runs whose buffers DALI may still read: those in its queue, the one being filled, the one being handed out."""
-READY = 2
-"""Runs gathered beyond those."""
+NUM_RUNS = HELD + 3
+"""With two that are ready, and the one that is gathered."""
 FRAMES = 8192
 """Frames of a run, at least one batch."""
-
-
-@dataclass(frozen=True)
-class _Run:
-    """Host buffers of one run."""
-
-    frames: Batch
-    matrix_F23: torch.Tensor
 
 
 class DaliFeed:
     name = "dali"
 
     def __init__(self, split: Split, order: Order, device: torch.device, augment: AugmentConfig | None = None) -> None:
-        try:
-            import nvidia.dali  # noqa: F401
-        except ImportError as error:
-            raise UserError(f"--feed dali: {error}; install nvidia-dali-cuda120, or use --feed resident") from None
         self.order = order
         self._augment, self._device, self._height_width = augment, device, split.height_width
         self._on_gpu = device.type == "cuda"
         self._gather = Gather(split, torch.device("cpu"), one_thread=not self._on_gpu)
-        frames = max(min(FRAMES // order.rank_batch, order.steps_per_epoch), 1) * order.rank_batch
-        self._ring = [
-            _Run(
-                Batch.empty(frames, split.height_width, torch.device("cpu"), pinned=self._on_gpu),
-                torch.empty(frames if augment else 1, 2, 3, pin_memory=self._on_gpu),
-            )
-            for _ in range(HELD + READY + 1)
-        ]
+        num = max(min(FRAMES // order.rank_batch, order.steps_per_epoch), 1) * order.rank_batch
+        frames = (Batch.empty(num, split.height_width, torch.device("cpu"), self._on_gpu) for _ in range(NUM_RUNS))
+        self._ring = [(batch, torch.empty(num if augment else 1, 2, 3, pin_memory=self._on_gpu)) for batch in frames]
+        """The host's buffers of each run: frames, and matrix_F23."""
         self._out = Batch.empty(order.rank_batch, split.height_width, device) if self._on_gpu else None
         self._copied = torch.cuda.Event() if self._on_gpu else None
         self._ahead: Ahead[list[Any]] | None = None
-        self._source: Iterator[list[Any]] = iter(())
         self._mid_epoch = False
-        self._pipe: Any = self._build()
+        self._pipe = self._build()
 
     def _build(self) -> Any:
-        from nvidia.dali import Pipeline, fn, types
-
+        try:
+            from nvidia.dali import Pipeline, fn, types
+        except ImportError as error:
+            raise UserError(f"--feed dali: {error}; install nvidia-dali-cuda120, or use --feed resident") from None
         num_inputs = 4 if self._augment else 3
         pipe = Pipeline(
             batch_size=1,
@@ -83,7 +67,7 @@ class DaliFeed:
         )
         with pipe:
             image, label, sample_id, *matrix = fn.external_source(
-                source=lambda: next(self._source),
+                source=lambda: next(self._ahead or iter(())),
                 num_outputs=num_inputs,
                 batch=True,
                 no_copy=True,
@@ -102,7 +86,6 @@ class DaliFeed:
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         self._stop(to_restart=True)
         self._ahead = Ahead(self._filled(epoch, first_step), slots=len(self._ring), held=HELD)
-        self._source = iter(self._ahead)
         while (outputs := self._run()) is not None:
             for start in range(0, outputs[1].shape()[0][0], self.order.rank_batch):
                 yield self._batch(outputs, start)
@@ -117,15 +100,14 @@ class DaliFeed:
         """What DALI takes: arrays of one sample, views of the ring's buffers."""
         size, turn, filled = self.order.rank_batch, 0, 0
         for step, id_B in enumerate(id_blocks(self.order, epoch, first_step, torch.device("cpu")), start=first_step):
-            run, rows = self._ring[turn], slice(filled, filled + size)
-            frames = run.frames
+            (frames, matrix_F23), rows = self._ring[turn], slice(filled, filled + size)
             self._gather(id_B, Batch(frames.image_BHW[rows], frames.label_B[rows], frames.id_B[rows]))
             if self._augment:
-                run.matrix_F23[rows] = matrices(self._augment, id_B, self.order.seed, epoch, self._height_width)
+                matrix_F23[rows] = matrices(self._augment, id_B, self.order.seed, epoch, self._height_width)
             filled += size
             if filled + size > len(frames.id_B) or step == self.order.steps_per_epoch - 1:
                 image_FHW1 = frames.image_BHW[:filled].unsqueeze(-1)
-                tensors = [image_FHW1, frames.label_B[:filled], frames.id_B[:filled], run.matrix_F23[:filled]]
+                tensors = [image_FHW1, frames.label_B[:filled], frames.id_B[:filled], matrix_F23[:filled]]
                 yield [tensor.unsqueeze(0).numpy() for tensor in tensors[: 4 if self._augment else 3]]
                 turn, filled = (turn + 1) % len(self._ring), 0
 
@@ -143,8 +125,6 @@ class DaliFeed:
         """End the thread, and run out what DALI still holds of an epoch that was left in the middle."""
         if self._ahead is not None:
             self._ahead.close(to_restart)
-            self._ahead = None
-        self._source = iter(())
         while self._mid_epoch and self._run() is not None:
             pass
 

@@ -5,7 +5,6 @@ It shuffles by our order, so that baseline and fast runs see the same batches; o
 """
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -48,10 +47,6 @@ class _Steps(Sampler[list[int]]):
             yield id_B.tolist()
 
 
-def _as_it_is(batch: Any) -> Any:
-    return batch
-
-
 class LoaderFeed:
     def __init__(self, split: Split, order: Order, device: torch.device, num_workers: int, batched: bool) -> None:
         self.name = "loader_batched" if batched else "loader"
@@ -61,7 +56,7 @@ class LoaderFeed:
         self._loader: DataLoader[tuple[torch.Tensor, torch.Tensor, int]] | None = DataLoader(
             _Batches(split) if batched else _Samples(split),
             batch_sampler=self._steps,
-            collate_fn=_as_it_is if batched else None,
+            collate_fn=tuple if batched else None,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             pin_memory=device.type == "cuda",

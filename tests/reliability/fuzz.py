@@ -213,7 +213,7 @@ def _pack_verdict(path: Path, folder: Path, block_bytes: int) -> tuple[Any, list
     """The packer's own pass over a CSV, as `judge` answers."""
     try:
         with open_source(path) as source, closing(_Spool(folder)) as spool:
-            table = _read(source, spool, 1, block_bytes, lambda rows, part: None)
+            table = _read(source, spool, 1, block_bytes).table()
             pixels = spool.take(np.arange(len(table.label_N)))
     except UserError as error:
         return _faulty_row(str(error)), []

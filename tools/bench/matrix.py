@@ -29,7 +29,7 @@ from engine.config import RunConfig, flatten, override, read_toml
 from engine.errors import UserError, printable
 from engine.publish import writing
 from engine.report import command_line, write_json
-from engine.ui import Progress
+from engine.ui import progress_bar
 from tools.bench.tables import FORMAT
 
 NUM_STEPS = 100
@@ -225,9 +225,9 @@ class Run:
             (self.out / "cells").mkdir(parents=True, exist_ok=True)
         todo = self.missing(resume)
         try:
-            with Progress("measuring", len(todo)) as bar:
+            with progress_bar("measuring", len(todo)) as show:
                 for done, (cell, number) in enumerate(todo):
-                    bar.update(done, cell.name)
+                    show(done, cell.name)
                     found = self.repeat(cell, number)
                     with writing(self.out):
                         write_json(found, self._file(cell, number))
