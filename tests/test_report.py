@@ -162,14 +162,13 @@ def test_the_same_profile_gives_the_same_bytes(tmp_path: Path, plain: Path, comm
         assert (tmp_path / "out" / path).read_bytes() == (plain / path).read_bytes(), path
 
 
-@pytest.mark.skip(reason="enabled together with the first committed profile")
 def test_committed_reports_are_what_their_profiles_say(tmp_path: Path) -> None:
     assert COMMITTED, "no bench_configs/results/*/profile.json is committed"
     for path in COMMITTED:
         made = write_report(path.parent, tmp_path / path.parent.name)
-        assert made.read_bytes() == (path.parent / "report.html").read_bytes(), (
-            f"run `tools/profile report {path.parent}`"
-        )
+        for file in [path.parent / "report.html", *(path.parent / "figures").iterdir()]:
+            drawn = made.parent / file.relative_to(path.parent)
+            assert drawn.read_bytes() == file.read_bytes(), f"{file}: run `tools/profile report {path.parent}`"
 
 
 def test_sixty_cells_stay_small(hostile: Path) -> None:
