@@ -47,7 +47,7 @@ def test_measuring(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     monkeypatch.setattr(measuring, "BATCH", 32)
     measuring.bench(tmp_path, rounds=2, num_steps=4)
-    assert checked(tmp_path / "measuring.json") == ["throughput that measuring costs (%)"]
+    assert checked(tmp_path / "cpu_measuring.json") == ["throughput that measuring costs (%)"]
 
 
 def test_report(tmp_path: Path) -> None:

@@ -111,6 +111,10 @@ def test_two_runs_side_by_side_and_pictures(command: Command, small_dir: Path, t
     done = command("tools/profile", "compare", tmp_path / "a", tmp_path / "b", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     assert "| test accuracy |" in done.stdout and "+0.00 points" in done.stdout
+    assert "Losses of the epochs that both have: equal to the bit." in done.stdout
+    report = json.loads((tmp_path / "b" / "report.json").read_text())
+    (tmp_path / "b" / "report.json").write_text(json.dumps(report | {"config_digest": "another recipe"}))
+    assert "Losses" not in command("tools/profile", "compare", tmp_path / "a", tmp_path / "b").stdout
     assert "training time" in (tmp_path / "comparison.md").read_text()
     assert len(json.loads((tmp_path / "comparison.json").read_text())["rows"]) == 6
     assert_refused(command("tools/profile", "compare", tmp_path, tmp_path), "no report.json")

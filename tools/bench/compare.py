@@ -98,11 +98,15 @@ def agreement(pairs: list[tuple[float, float]], tolerance: float) -> str:
 
 
 def compare_runs(folder_a: Path, folder_b: Path, out: Path | None) -> str:
-    """The reports of two runs side by side, and how their losses agree; OUT/comparison.md and .json where asked for."""
+    """The reports of two runs side by side, and how their losses agree where both train the same.
+
+    Writes OUT/comparison.md and .json where asked for.
+    """
     names = (folder_a.name, folder_b.name)
     reports = (read_report(folder_a), read_report(folder_b))
     text = _side_by_side(*reports, *names)
-    if told := losses(_metrics(folder_a), _metrics(folder_b)):
+    same = reports[0]["config_digest"] == reports[1]["config_digest"]
+    if same and (told := losses(_metrics(folder_a), _metrics(folder_b))):
         text += f"\n\nLosses of the epochs that both have: {told}."
     if out:
         rows = []
