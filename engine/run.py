@@ -92,7 +92,8 @@ def _run(config: RunConfig, out: Path | None, resume: bool, device: str) -> None
     from engine.feeds import open_for
     from engine.publish import writing
     from engine.sample import ensure_sample
-    from engine.trainer import check_batch, fit
+    from engine.session import check_batch
+    from engine.trainer import fit
     from engine.world import check_ranks, env_rank, env_world_size, keep_large_blocks, start_world
 
     def say(line: str) -> None:

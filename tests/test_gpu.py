@@ -15,8 +15,8 @@ from engine import step as step_module
 from engine.config import RunConfig, override
 from engine.feeds.synthetic import random_batch
 from engine.records import Records
+from engine.session import Session, evaluate, open_session
 from engine.step import TrainLog
-from engine.trainer import Session, evaluate, open_session
 from engine.world import World, start_world
 from kernels.bias_pool_relu import bias_pool_relu
 from kernels.conv_pool_relu import conv_pool_relu

@@ -12,13 +12,18 @@ import torch
 from torch.nn import functional
 
 import kernels
-from engine import trainer, world
-from engine.config import KernelConfig, RunConfig, override
+from engine import world
+from engine.config import AugmentConfig, KernelConfig, RunConfig, override
+from engine.feeds.augment import AugmentedFeed
+from engine.feeds.batch import Batch
+from engine.feeds.resident import ResidentFeed
 from engine.feeds.synthetic import random_batch
 from engine.model import make_model
+from engine.objective import Objective
+from engine.order import Order
 from engine.records import Records
 from engine.report import ROOT
-from engine.step import Objective
+from engine.session import effective_config
 from engine.world import World
 from kernels import bias_pool_relu as second
 from kernels import conv_pool_relu as first
@@ -117,6 +122,23 @@ def test_every_combination_of_kernels_is_the_same_objective() -> None:
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("turn", [0.0, 15.0])
+def test_feeds_gather_and_warp_by_the_kernel(turn: float, small: Records) -> None:
+    """On a CPU by its reference: every batch, and those of a launch, are the plain feed's."""
+    split, augment, found = small.split("train"), AugmentConfig(rotate_degrees=turn), []
+    for fused in (frozenset[str](), frozenset({"gather_warp"})):
+        order = Order(num_samples=len(split), global_batch=30, seed=3)
+        feed, launched = ResidentFeed(split, order, CPU, fused), Batch.empty(60, (28, 28), CPU)
+        feed.load_epoch(1)
+        feed.gather(torch.tensor([2, 0]), launched)
+        road = AugmentedFeed(feed, augment, fused) if augment.is_on else feed
+        batches = [[t.clone() for t in (b.image_BHW, b.label_B, b.id_B)] for b in road.batches(1)]
+        found.append([*batches, [launched.image_BHW, launched.label_B, launched.id_B]])
+    for plain, fused_batch in zip(*found, strict=True):
+        assert (plain[0].int() - fused_batch[0].int()).abs().max() <= augment.is_on
+        assert torch.equal(plain[1], fused_batch[1]) and torch.equal(plain[2], fused_batch[2])
+
+
 @pytest.mark.parametrize(
     "call, sentence",
     [
@@ -145,7 +167,7 @@ def test_the_config_names_the_kernels() -> None:
 
 
 def effective(use: str, records: Records, here: World) -> tuple[RunConfig, str]:
-    config, notes = trainer.effective_config(override(RunConfig(), {"kernels.use": use}, "test"), records, here)
+    config, notes = effective_config(override(RunConfig(), {"kernels.use": use}, "test"), records, here)
     return config, " ".join(notes)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from engine import session as sessions
 from engine import step as step_module
 from engine import trainer
 from engine.capture import Graph
@@ -16,8 +17,9 @@ from engine.config import DataConfig, OptimConfig, RunConfig, StepConfig, overri
 from engine.errors import UserError
 from engine.feeds.resident import ResidentFeed
 from engine.records import Records
+from engine.session import Session, open_session
 from engine.step import MAX_SKIPPED, TrainStep
-from engine.trainer import Session, fit, open_session
+from engine.trainer import fit
 from engine.world import World
 from tests.conftest import Command
 from tests.test_step import build, losses, make_step
@@ -141,7 +143,7 @@ def test_a_compiled_step_is_the_same_training(
 
 def test_compile_needs_a_compiler(small: Records, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    config, notes = trainer.effective_config(
+    config, notes = sessions.effective_config(
         RunConfig(global_batch=32, step=StepConfig(compile="default")), small, world
     )
     assert config.step.compile == "off" and any("no no-such-compiler" in note for note in notes)
@@ -237,7 +239,7 @@ def test_too_many_skipped_steps_in_a_row_end_the_run(
     small: Records, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Over the end of an epoch, which has 28 steps."""
-    keep = trainer.effective_config
+    keep = sessions.effective_config
 
     def with_fp16(config: RunConfig, records: Records, world: World) -> tuple[RunConfig, list[str]]:
         effective, notes = keep(config, records, world)
@@ -248,7 +250,7 @@ def test_too_many_skipped_steps_in_a_row_end_the_run(
         spoil(opened.step, {1, *range(10, 100)})
         return opened
 
-    monkeypatch.setattr(trainer, "effective_config", with_fp16)
+    monkeypatch.setattr(sessions, "effective_config", with_fp16)
     monkeypatch.setattr(trainer, "open_session", spoiled)
     with pytest.raises(UserError, match=rf"overflowed in {MAX_SKIPPED} steps in a row, the last of them step 30;"):
         fit(RunConfig(global_batch=8, epochs=9), small, world, tmp_path, resume=False, say=print)
@@ -262,8 +264,8 @@ def test_what_cannot_be_captured_runs_eagerly_and_says_why(
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here, so capture works")
     wanted = trained(session(small, world, {"step.precision": "bf16"}))
-    keep = trainer.effective_config
-    monkeypatch.setattr(trainer, "effective_config", lambda *given: (given[0], keep(*given)[1]))
+    keep = sessions.effective_config
+    monkeypatch.setattr(sessions, "effective_config", lambda *given: (given[0], keep(*given)[1]))
     opened = session(small, world, {"step.precision": "bf16", "step.cuda_graphs": True})
     assert not opened.effective["cuda_graphs"]
     assert any(note.startswith("CUDA graphs are not used: ") and "runs eagerly" in note for note in opened.notes)
@@ -304,7 +306,7 @@ from engine import step
 from engine.config import RunConfig, override
 from engine.errors import exit_on_user_error
 from engine.records import open_records
-from engine import trainer
+from engine import session as sessions
 from engine.world import end_rank, start_world
 from tests.test_launches import spoil_backward
 
@@ -320,16 +322,16 @@ class Breaks:
 opened = []
 make = step.TrainStep.__init__
 step.TrainStep.__init__ = lambda self, *given: (opened.append(self), make(self, *given))[1]
-keep = trainer.effective_config
+keep = sessions.effective_config
 with start_world("cpu") as world:
     records = open_records(sys.argv[1])
     found = []
     for graphs in (False, True):
         opened.clear()
         step.Graph = Breaks
-        trainer.effective_config = lambda *given: (given[0], keep(*given)[1])
+        sessions.effective_config = lambda *given: (given[0], keep(*given)[1])
         settings = {"step.cuda_graphs": graphs, "global_batch": 32, "data.feed": "resident"}
-        session = trainer.open_session(override(RunConfig(), settings, ""), records, world)
+        session = sessions.open_session(override(RunConfig(), settings, ""), records, world)
         assert session.step.capture_failure == ("rank 1: RuntimeError: rank 1 is odd" if graphs else "")
         list(session.step.train_epoch(session.feed, 0))
         found.append(session.step.read_training().loss)

@@ -22,7 +22,7 @@ from engine.config import RunConfig
 from engine.errors import UserError, printable
 from engine.records import Records
 from engine.report import ROOT
-from engine.trainer import evaluate, open_session
+from engine.session import evaluate, open_session
 from engine.world import World
 from tests.browser import CHROMIUM, Browser
 from tests.conftest import Command

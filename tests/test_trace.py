@@ -14,7 +14,7 @@ from engine.clock import span, tracing
 from engine.config import RunConfig, override
 from engine.model import flops_per_image
 from engine.records import Records
-from engine.trainer import Session, open_session
+from engine.session import Session, open_session
 from engine.world import World
 from tests.conftest import Command, assert_refused
 from tools.bench import trace

@@ -29,8 +29,9 @@ from engine.feeds.batch import Feed
 from engine.records import Records, Split, open_records
 from engine.report import ROOT, Environment, RunReport, environment
 from engine.sample import ensure_sample
+from engine.session import open_session
 from engine.split import draw_splits
-from engine.trainer import fit, open_session
+from engine.trainer import fit
 from engine.world import World, start_world
 from tools.bench.ladder import Cell, climb, joules, make_cells, rows_of
 from tools.bench.results import row, to_markdown, write_result

@@ -110,7 +110,7 @@ def check_order(run: Path, data: str | None) -> tuple[int, list[str]]:
         UserError: RUN has no ids, or its records are others now.
     """
     from engine.feeds import idlog
-    from engine.trainer import make_order
+    from engine.session import make_order
 
     report = read_report(run)
     config = load_toml(RunConfig(), run / "config.toml")

@@ -14,7 +14,7 @@ from engine.config import RunConfig, override
 from engine.records import open_records
 from engine.report import Environment
 from engine.sample import ensure_sample
-from engine.trainer import Session, open_session
+from engine.session import Session, open_session
 from engine.world import start_world
 from tools.bench.measure import NUM_UNTIMED, endless, measure
 from tools.bench.results import claim, row, write_result

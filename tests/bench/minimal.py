@@ -22,7 +22,7 @@ from engine.config import RunConfig, load_toml, override
 from engine.records import Records, open_records
 from engine.report import ROOT
 from engine.sample import ensure_sample
-from engine.trainer import Session, open_session
+from engine.session import Session, open_session
 from engine.world import start_world
 from tools.bench.measure import endless
 

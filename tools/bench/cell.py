@@ -23,7 +23,8 @@ from engine.feeds import open_for
 from engine.publish import writing
 from engine.report import write_json
 from engine.sample import ensure_sample
-from engine.trainer import Session, open_session, train
+from engine.session import Session, open_session
+from engine.trainer import train
 from engine.world import World, end_rank, env_rank, start_world
 from tools.bench.confusion import confusion_of
 from tools.bench.measure import measure

@@ -13,7 +13,7 @@ import pandas as pd
 from PIL import Image
 
 if TYPE_CHECKING:
-    from engine.trainer import Session
+    from engine.session import Session
 
 LOOKALIKES = ("O0o", "lI1|", *(c + c.upper() for c in string.ascii_lowercase if c not in "ilo"))
 NUM_EXAMPLES = 24

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from engine import clock
 from engine.config import RunConfig, override
 from engine.records import Records
-from engine.trainer import open_session
+from engine.session import open_session
 from engine.world import World, cannot_compile, cannot_fuse, has_fast_bf16
 
 Grade = Literal["ok", "note", "BAD"]

@@ -27,7 +27,7 @@ from engine.publish import writing
 from engine.records import Records, open_records
 from engine.report import Environment
 from engine.sample import ensure_sample
-from engine.trainer import open_session
+from engine.session import open_session
 from engine.world import World, start_world
 from tools.bench.measure import train_epochs
 from tools.bench.results import claim, row, write_result

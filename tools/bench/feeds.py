@@ -28,7 +28,7 @@ from engine.publish import write_file, writing
 from engine.records import open_records
 from engine.report import ROOT, environment, write_json
 from engine.sample import ensure_sample
-from engine.trainer import check_batch, make_order
+from engine.session import check_batch, make_order
 from engine.world import World, keep_large_blocks
 from tools.bench.results import number
 

@@ -14,7 +14,7 @@ from engine.config import RunConfig, override, read_toml
 from engine.errors import UserError
 from engine.records import Records
 from engine.report import ROOT
-from engine.trainer import Session, open_session
+from engine.session import Session, open_session
 from engine.world import World
 from tools.bench.matrix import rungs
 from tools.bench.measure import measure

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from engine.clock import Nvml
+from engine.session import Session
 from engine.step import Launch
-from engine.trainer import Session
 
 NUM_UNTIMED = 5
 """Launches after the warm-up proper that let the feed fill its queues."""

@@ -26,8 +26,8 @@ from engine.errors import UserError
 from engine.records import Records, open_records
 from engine.report import ROOT
 from engine.sample import ensure_sample
+from engine.session import open_session
 from engine.step import TrainStep
-from engine.trainer import open_session
 from engine.world import World, cannot_fuse, end_rank, start_world
 from tools.bench.matrix import module_on_ranks
 from tools.bench.measure import train_epochs

@@ -27,7 +27,7 @@ from engine.feeds import open_for
 from engine.publish import write_file, writing
 from engine.report import write_json
 from engine.sample import ensure_sample
-from engine.trainer import Session, open_session
+from engine.session import Session, open_session
 from engine.world import start_world
 from tools.bench.measure import endless
 
