@@ -127,57 +127,37 @@ def _read(
     progress: Progress = lambda rows, part: None,
     faults: list[str] | None = None,
 ) -> "_Collector":
-    """The whole source: blocks are lexed by several threads, and collected in order.
-
-    The first fault is raised, or the first MAX_FAULTS are put into `faults`.
-    """
+    """The whole source: blocks are lexed by several threads, and collected in order."""
     workers = workers or min(len(os.sched_getaffinity(0)), MAX_WORKERS)
     buffers = deque(bytearray(buffer_bytes(block_bytes)) for _ in range(workers + 2))
     images: deque[np.ndarray] = deque()
     pending: deque[tuple[bytearray, int, np.ndarray, Future[Rows]]] = deque()
     lex, collector = find_lexer(), None
 
-    def collect() -> bool:
+    def collect(collector: _Collector) -> bool:
         """Take the oldest block; whether to go on."""
         buffer, stop, image_RP, future = pending.popleft()
-        rows = future.result()
-        assert collector is not None
-        while True:
-            after = buffer.index(b"\n", rows.fault) + 1 if rows.fault >= 0 else stop
-            try:
-                collector.add(rows, bytes(buffer[rows.fault : after]) if rows.fault >= 0 else b"")
-            except UserError as error:
-                if faults is None:
-                    raise
-                faults.append(str(error))
-                if len(faults) == MAX_FAULTS:
-                    return False
-            if after == stop:
-                break
-            rows = lex(collector.layout, np.frombuffer(buffer, np.uint8), after, stop, image_RP)
+        goes_on = collector.add_block(future.result(), lex, buffer, stop, image_RP)
         progress(collector.row, source.part)
         buffers.append(buffer)
         images.append(image_RP)
-        return True
+        return goes_on
 
     with ThreadPoolExecutor(workers) as pool:
         for buffer, stop in blocks(source, lambda: buffers[0], block_bytes):
             start = 0
             if collector is None:
                 start = buffer.index(b"\n") + 1
-                try:
-                    collector = _Collector(source.name, read_header(bytes(buffer[:start])), spool)
-                except Fault as fault:
-                    raise UserError(f"{source.name}:1: {fault}") from None
+                collector = _Collector(source.name, bytes(buffer[:start]), spool, faults)
                 images.extend(collector.layout.images(len(buffer)) for _ in buffers)
                 if spool is not None:
                     spool.check_space(source, collector.layout, stop / buffer.count(b"\n", 0, stop))
             block, image_RP = np.frombuffer(buffer, np.uint8), images.popleft()
             future = pool.submit(lex, collector.layout, block, start, stop, image_RP)
             pending.append((buffers.popleft(), stop, image_RP, future))
-            if not buffers and not collect():
+            if not buffers and not collect(collector):
                 return collector
-        while pending and collect():
+        while collector and pending and collect(collector):
             pass
     if collector is None or not collector.row:
         raise UserError(f"{source.name}: has no data rows; want a header and rows after it")
@@ -185,18 +165,38 @@ def _read(
 
 
 class _Collector:
-    """The rows of all blocks in order: texts in one index, pixels in the spool, the first fault an error."""
+    """The rows of all blocks in order: texts in one index, pixels in the spool; the first fault is an error, or the
+    first MAX_FAULTS go into `faults`."""
 
-    def __init__(self, source: str, layout: Layout, spool: "_Spool | None") -> None:
-        self.layout = layout
+    def __init__(self, source: str, header: bytes, spool: "_Spool | None", faults: list[str] | None) -> None:
+        try:
+            self.layout = read_header(header)
+        except Fault as fault:
+            raise UserError(f"{source}:1: {fault}") from None
         self.row = 0
         """Rows so far, with those that were refused."""
-        self._source, self._spool = source, spool
+        self._source, self._spool, self._faults = source, spool, faults
         self._labels: dict[str, int] = {}
         self._fonts: dict[str, int] = {}
         self._looks: dict[str, tuple[str, int]] = {}
         self._font_bytes = 0
         self._parts: list[tuple[np.ndarray, ...]] = []
+
+    def add_block(self, rows: Rows, lex: Lexer, buffer: bytearray, stop: int, image_RP: np.ndarray) -> bool:
+        """Take a block's rows; where faults are listed, those behind each faulty line, too. Whether to go on."""
+        while True:
+            after = buffer.index(b"\n", rows.fault) + 1 if rows.fault >= 0 else stop
+            try:
+                self.add(rows, bytes(buffer[rows.fault : after]) if rows.fault >= 0 else b"")
+            except UserError as error:
+                if self._faults is None:
+                    raise
+                self._faults.append(str(error))
+                if len(self._faults) == MAX_FAULTS:
+                    return False
+            if after == stop:
+                return True
+            rows = lex(self.layout, np.frombuffer(buffer, np.uint8), after, stop, image_RP)
 
     def add(self, rows: Rows, faulty_line: bytes) -> None:
         """Take a block's rows; UserError if one of them, or `faulty_line` behind them, is refused."""

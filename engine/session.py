@@ -6,6 +6,7 @@ Shapes: B samples of one rank, H x W pixels.
 """
 
 import time
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -191,13 +192,10 @@ def evaluate(session: Session, split_name: str) -> tuple[float, float]:
     split = session.records.split(split_name)
     order = make_order(config, len(split), world.rank, world.size, shuffle=False)
     data = config.data if config.data.feed == "stream" else DataConfig()
-    feed = make_feed(data, split, order, len(session.records.classes), world.device)
-    try:
+    with closing(make_feed(data, split, order, len(session.records.classes), world.device)) as feed:
         for batch in feed.batches(0):
             session.step.evaluate(batch)
         loss, accuracy, seen = session.step.read_evaluation()
-    finally:
-        feed.close()
     assert seen == len(split), f"evaluated {seen} of {len(split)} samples"
     return loss, accuracy
 

@@ -124,16 +124,16 @@ class TrainStep:
         """The parts that a failed capture leaves in the middle of an iteration, made anew."""
         device = self._world.device
         self.scaler = torch.amp.GradScaler(device.type, enabled=self._config.step.precision == "fp16")
-        self._objective = Objective(self.model, self._config, device)
+        self.objective = Objective(self.model, self._config, device)
         self._net: torch.nn.Module | None = None  # the old DDP's hooks go with it
         if (mode := self._config.step.compile) != "off" or self._config.kernels.fused:
             keep_compiled_code_private()
         if mode != "off":
-            self._objective.compile(mode=None if mode == "default" else f"{mode}-no-cudagraphs", dynamic=False)
-        self._net = self._objective
+            self.objective.compile(mode=None if mode == "default" else f"{mode}-no-cudagraphs", dynamic=False)
+        self._net = self.objective
         if self._world.size > 1:
             self._net = ddp = DistributedDataParallel(
-                self._objective,
+                self.objective,
                 device_ids=[device.index] if device.type == "cuda" else None,
                 bucket_cap_mb=BUCKET_CAP_MIB,
                 gradient_as_bucket_view=True,
@@ -353,7 +353,7 @@ class TrainStep:
     @torch.no_grad()
     def _evaluate(self, batch: Batch) -> None:
         set_fp32_precision(self._config.step.precision, self._world.device)
-        logits_BC = self._objective.logits(batch.image_BHW)
+        logits_BC = self.objective.logits(batch.image_BHW)
         real_B, label_B = batch.id_B != PADDING_ID, batch.label_B.long()
         loss_B = functional.cross_entropy(logits_BC, label_B, reduction="none").where(real_B, 0.0)
         correct = ((logits_BC.argmax(1) == label_B) & real_B).sum()

@@ -19,6 +19,7 @@ from kernels.launch import (
     LARGEST,
     check,
     check_channels,
+    empty_pooled,
     on_triton,
     pool_reference,
     share,
@@ -67,10 +68,8 @@ def _forward(
     best = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
     winner = tl.zeros([BLOCK, LANES], tl.int32)
     for number in tl.static_range(1, 4):
-        value = tl.load(x_ptr + place + (number // 2 * WIDTH + number % 2) * CHANNELS, mask=mask, other=0.0).to(
-            tl.float32
-        )
-        best, winner = better(best, winner, value, number)
+        at = x_ptr + place + (number // 2 * WIDTH + number % 2) * CHANNELS
+        best, winner = better(best, winner, tl.load(at, mask=mask, other=0.0).to(tl.float32), number)
     y = best + tl.load(bias_ptr + channel).to(tl.float32)
     passes = ~(y <= 0)
     tl.store(y_ptr + position[:, None] * CHANNELS + channel, tl.where(passes, y, 0.0), mask=mask)
@@ -120,10 +119,7 @@ def _op(x_BCHW: torch.Tensor, bias_C: torch.Tensor) -> tuple[torch.Tensor, torch
 
 @_op.register_fake
 def _fake(x_BCHW: torch.Tensor, bias_C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    batch_size, channels, height, width = x_BCHW.shape
-    y_BYXC = x_BCHW.new_empty((batch_size, height // 2, width // 2, channels))
-    num_positions = batch_size * (height // 2) * (width // 2)
-    return y_BYXC.permute(0, 3, 1, 2), x_BCHW.new_empty((3, num_positions, channels // 32), dtype=torch.int32)
+    return empty_pooled(x_BCHW, x_BCHW.dtype, x_BCHW.shape)
 
 
 @torch.library.custom_op("tmnist::bias_pool_relu_backward", mutates_args=())

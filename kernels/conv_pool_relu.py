@@ -24,6 +24,7 @@ from kernels.launch import (
     FLOATS,
     check,
     check_channels,
+    empty_pooled,
     on_triton,
     pool_reference,
     share,
@@ -186,10 +187,8 @@ def _op(
 def _fake(
     image_BHW: torch.Tensor, weight_C133: torch.Tensor, bias_C: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    (batch_size, height, width), channels = image_BHW.shape, weight_C133.shape[0]
-    y_BYXC = image_BHW.new_empty((batch_size, height // 2, width // 2, channels), dtype=dtype)
-    num_positions = batch_size * (height // 2) * (width // 2)
-    return y_BYXC.permute(0, 3, 1, 2), image_BHW.new_empty((3, num_positions, channels // 32), dtype=torch.int32)
+    batch_size, height, width = image_BHW.shape
+    return empty_pooled(image_BHW, dtype, (batch_size, weight_C133.shape[0], height, width))
 
 
 @torch.library.custom_op("tmnist::conv_pool_relu_backward", mutates_args=())

@@ -80,6 +80,16 @@ def check_channels(num_channels: int) -> None:
         raise ValueError(f"{num_channels} channels are not a multiple of {LANES}; leave this kernel off for them")
 
 
+def empty_pooled(
+    like: torch.Tensor, dtype: torch.dtype, shape_BCHW: tuple[int, ...]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(y_BCYX in channels-last memory, code_3PG) of pooled [B, C, H, W], uninitialised, where `like` is."""
+    batch_size, channels, height, width = shape_BCHW
+    y_BYXC = like.new_empty((batch_size, height // 2, width // 2, channels), dtype=dtype)
+    num_positions = batch_size * (height // 2) * (width // 2)
+    return y_BYXC.permute(0, 3, 1, 2), like.new_empty((3, num_positions, channels // LANES), dtype=torch.int32)
+
+
 def pack_code(winner_PC: torch.Tensor, passes_PC: torch.Tensor) -> torch.Tensor:
     """The code of winners 0..3 and passing bits, in PyTorch."""
     lane = torch.arange(LANES, device=winner_PC.device)

@@ -3,7 +3,9 @@
 import triton
 from triton import language as tl
 
-LANES = tl.constexpr(32)
+from kernels import launch
+
+LANES = tl.constexpr(launch.LANES)
 
 
 @triton.jit

@@ -103,7 +103,7 @@ def test_the_all_reduce_of_ddp_is_captured(
 
     def with_ddp(step: step_module.TrainStep) -> None:
         keep(step)
-        step._net = ddp = DistributedDataParallel(step._objective, device_ids=[0], gradient_as_bucket_view=True)
+        step._net = ddp = DistributedDataParallel(step.objective, device_ids=[0], gradient_as_bucket_view=True)
         ddp._set_ddp_runtime_logging_sample_rate(step_module.NEVER)
 
     monkeypatch.setattr(step_module.TrainStep, "_wrap", with_ddp)

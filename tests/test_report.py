@@ -224,7 +224,7 @@ def test_confusion_counts_what_evaluation_counts(small: Records, world: World) -
     assert right / len(test) == evaluate(session, "test")[1] and confusion["classes"] == list(small.classes)
     for label in range(len(small.classes)):
         assert sum(count for true, _, count in confusion["counts"] if true == label) == (test.label_N == label).sum()
-    answer_N = answers(session.step._objective.logits, test.image_NHW, world.device)
+    answer_N = answers(session.step.objective.logits, test.image_NHW, world.device)
     for example in confusion["examples"]:
         image = np.frombuffer(base64.b64decode(example["pixels"]), np.uint8).reshape(28, 28)
         (row,) = np.flatnonzero((test.image_NHW == image).all((1, 2)))

@@ -1,4 +1,4 @@
-"""python3 -m tools.gpu: everything that only a GPU can show, as one offline command, planned for 8 minutes.
+"""python3 -m tools.gpu: everything that only a GPU can show, as one offline command, planned for 9 minutes.
 
 Its parts leave a folder of evidence: the tests marked gpu (tests.txt), tools/verify (verify.txt), the ladder of the
 step (gpu_ladder.json), each Triton kernel against PyTorch's operations (gpu_kernels.json), training to the study's

@@ -27,7 +27,7 @@ def confusion_of(session: "Session") -> dict[str, Any]:
     from tools.predict import answers
 
     split, classes = session.records.split("test"), session.records.classes
-    answer_N = answers(session.step._objective.logits, split.image_NHW, session.world.device)
+    answer_N = answers(session.step.objective.logits, split.image_NHW, session.world.device)
     count_TR = np.zeros((len(classes), len(classes)), int)
     np.add.at(count_TR, (split.label_N, answer_N), 1)
     wrong = [(-count_TR[t, r], t, r) for t, r in np.argwhere(count_TR) if t != r]

@@ -121,7 +121,7 @@ def train_one(config: RunConfig, records: Records, world: World) -> tuple[np.nda
         train_epochs(session, range(config.epochs))
         images = torch.from_numpy(records.split("test").image_NHW).split(EVAL_BATCH)
         with torch.no_grad():
-            parts = [session.step.model(part.unsqueeze(1).float() / 255).softmax(1) for part in images]
+            parts = [session.step.objective.logits(part).softmax(1) for part in images]
         return torch.cat(parts).numpy(), session.environment
 
 
