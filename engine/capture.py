@@ -52,7 +52,9 @@ def check_like(batch: Batch, static: Batch) -> None:
                     "build the step anew for another batch"
                 )
         if got.stride() != want.stride():
-            raise ValueError(f"{name} has strides {got.stride()}, the step wants {want.stride()}; make it contiguous")
+            raise ValueError(
+                f"{name} has strides {got.stride()}, the step wants {want.stride()}; make it contiguous"
+            )
 
 
 @contextmanager
@@ -90,4 +92,9 @@ def state_kept(
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     """Every tensor of the optimiser's state."""
-    return [t for values in optimizer.state.values() for t in values.values() if isinstance(t, torch.Tensor)]
+    return [
+        t
+        for values in optimizer.state.values()
+        for t in values.values()
+        if isinstance(t, torch.Tensor)
+    ]

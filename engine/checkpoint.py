@@ -16,7 +16,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from engine.errors import UserError
-from engine.publish import Damaged, publish_directory, read_manifest, refuse_unknown_files, write_file, write_manifest
+from engine.publish import (
+    Damaged,
+    publish_directory,
+    read_manifest,
+    refuse_unknown_files,
+    write_file,
+    write_manifest,
+)
 
 FORMAT = "glyph-checkpoint"
 VERSION = 1
@@ -55,7 +62,9 @@ def save_checkpoint(
     live = _live(model, optimizer)
     for name, tensor in [item for tensors in live.values() for item in tensors.items()]:
         if not torch.isfinite(tensor).all():
-            raise UserError(f"{name} is not finite after epoch {position.num_epochs}; lower optim.learning_rate")
+            raise UserError(
+                f"{name} is not finite after epoch {position.num_epochs}; lower optim.learning_rate"
+            )
     files = {name: _packed(tensors) for name, tensors in live.items()}
     manifest = {
         "format": FORMAT,
@@ -101,17 +110,25 @@ def load_checkpoint(
             remedy = "resume with the flags the run was started with"
             raise UserError(f"{directory}: was made by another configuration; {remedy}")
         if manifest["dataset_fingerprint"] != fingerprint:
-            raise UserError(f"{directory}: was trained on other records; give the --data the run was started with")
+            raise UserError(
+                f"{directory}: was trained on other records; give the --data the run was started with"
+            )
         for name, tensors in _live(model, optimizer).items():
-            if {n: t.shape for n, t in tensors.items()} != {n: t.shape for n, t in files[name].items()}:
-                raise UserError(f"{directory}: holds tensors of another model; resume with the model it was made by")
+            if {n: t.shape for n, t in tensors.items()} != {
+                n: t.shape for n, t in files[name].items()
+            }:
+                raise UserError(
+                    f"{directory}: holds tensors of another model; resume with the model it was made by"
+                )
             with torch.no_grad():
                 for key, tensor in tensors.items():
                     tensor.copy_(files[name][key])
         if scaler.is_enabled():
             scaler.load_state_dict(manifest["scaler"])
         return Position(**manifest["position"]), skipped
-    raise UserError(f"{run}: holds no checkpoint that verifies; {'; '.join(skipped) or 'start anew without --resume'}")
+    raise UserError(
+        f"{run}: holds no checkpoint that verifies; {'; '.join(skipped) or 'start anew without --resume'}"
+    )
 
 
 def save_model(path: Path, model: torch.nn.Module) -> None:
@@ -145,7 +162,9 @@ def _packed(tensors: Tensors) -> bytes:
 
 def _live(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensors]:
     """The tensors in use, by the file that keeps them."""
-    names: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[torch.Tensor, str] = {
+        parameter: name for name, parameter in model.named_parameters()
+    }
     state = {
         f"{names[parameter]}/{key}": value
         for parameter, values in optimizer.state.items()

@@ -104,7 +104,9 @@ class Nvml:
         self._handle: Any = None
         if device.type != "cuda":
             return
-        with suppress(Exception):  # no library, no permission, a container without it: the readings are None
+        with suppress(
+            Exception
+        ):  # no library, no permission, a container without it: the readings are None
             import pynvml
 
             pynvml.nvmlInit()

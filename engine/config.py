@@ -109,7 +109,9 @@ class KernelConfig:
     @property
     def fused(self) -> frozenset[str]:
         """The names of those that are used."""
-        return frozenset(name for name, on in asdict(self).items() if on is True and self.use == "triton")
+        return frozenset(
+            name for name, on in asdict(self).items() if on is True and self.use == "triton"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +195,9 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         with open(path, "rb") as handle:
             return tomllib.load(handle)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give --config an existing TOML file") from None
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); give --config an existing TOML file"
+        ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: is not TOML ({error}); see bench_configs/ for examples") from None
 
@@ -204,7 +208,9 @@ def parse_assignments(assignments: tuple[str, ...]) -> dict[str, Any]:
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
         if not equals:
-            raise UserError(f"--set {assignment}: has no '='; write --set optim.learning_rate=0.002")
+            raise UserError(
+                f"--set {assignment}: has no '='; write --set optim.learning_rate=0.002"
+            )
         try:
             dotted[name] = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
@@ -218,7 +224,11 @@ def to_toml(config: RunConfig) -> str:
     lines = [f"{name} = {json.dumps(v)}" for name, v in tree.items() if not isinstance(v, dict)]
     for table, values in tree.items():
         if isinstance(values, dict):
-            lines += ["", f"[{table}]", *(f"{name} = {json.dumps(v)}" for name, v in values.items())]
+            lines += [
+                "",
+                f"[{table}]",
+                *(f"{name} = {json.dumps(v)}" for name, v in values.items()),
+            ]
     return "\n".join(lines) + "\n"
 
 
@@ -226,7 +236,11 @@ def flatten(tree: dict[str, Any]) -> dict[str, Any]:
     """{"optim": {"fused": true}} -> {"optim.fused": true}; tables lie one in another at any depth."""
     dotted: dict[str, Any] = {}
     for name, value in tree.items():
-        dotted |= {f"{name}.{k}": v for k, v in flatten(value).items()} if isinstance(value, dict) else {name: value}
+        dotted |= (
+            {f"{name}.{k}": v for k, v in flatten(value).items()}
+            if isinstance(value, dict)
+            else {name: value}
+        )
     return dotted
 
 
@@ -250,7 +264,9 @@ def _checked(value: Any, kind: Any, where: str) -> Any:
     if get_origin(kind) is Literal:
         if value in get_args(kind):
             return value
-        raise UserError(f"{where}: is {value!r}; choose one of {', '.join(map(str, get_args(kind)))}")
+        raise UserError(
+            f"{where}: is {value!r}; choose one of {', '.join(map(str, get_args(kind)))}"
+        )
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
@@ -283,4 +299,6 @@ def _check_bounds(config: RunConfig, source: str) -> None:
         if not low <= value <= high:  # also true for NaN
             raise UserError(f"{source}: {name} is {value}; give a value from {low} to {high}")
     if config.data.feed == "stream" and config.data.order == "exact":
-        raise UserError(f"{source}: the stream feed serves the blocked order only; set data.order=blocked too")
+        raise UserError(
+            f"{source}: the stream feed serves the blocked order only; set data.order=blocked too"
+        )

@@ -36,7 +36,9 @@ def exit_on_user_error(speak: bool = True) -> Iterator[None]:
             time.sleep(LINGER_S)
         raise SystemExit(EXIT_USER_ERROR) from None
     except MemoryError:
-        print("error: not enough memory; free some, or raise its limit", file=sys.stderr, flush=True)
+        print(
+            "error: not enough memory; free some, or raise its limit", file=sys.stderr, flush=True
+        )
         raise SystemExit(EXIT_USER_ERROR) from None
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr, flush=True)

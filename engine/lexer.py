@@ -97,14 +97,24 @@ def read_header(line: bytes) -> Layout:
         if line.startswith(start):
             raise Fault(f"this is {what}")
     columns = tuple(_fields(line.removeprefix(b"\xef\xbb\xbf")))
-    for text, first, prefix in ((("names", "labels"), 1, ""), (("label",), 0, "pixel"), (("label",), 1, "pixel")):
+    for text, first, prefix in (
+        (("names", "labels"), 1, ""),
+        (("label",), 0, "pixel"),
+        (("label",), 1, "pixel"),
+    ):
         num_pixels = len(columns) - len(text)
         pixels = tuple(f"{prefix}{number}" for number in range(first, first + num_pixels))
         side = isqrt(max(num_pixels, 0))
         if 0 < num_pixels == side**2 and columns == text + pixels:
             return Layout(columns, len(text) == 2, len(text), num_pixels, side)
-    separators = [name for name, byte in (("semicolons", b";"), ("tabs", b"\t")) if line.count(byte) > 2]
-    hint = f"; it is separated by {separators[0]}, write commas" if separators and len(columns) < 3 else ""
+    separators = [
+        name for name, byte in (("semicolons", b";"), ("tabs", b"\t")) if line.count(byte) > 2
+    ]
+    hint = (
+        f"; it is separated by {separators[0]}, write commas"
+        if separators and len(columns) < 3
+        else ""
+    )
     got = ",".join(columns)
     got = got if len(got) <= 60 else f"{got[:40]}...{got[-17:]}"
     raise Fault(
@@ -122,11 +132,20 @@ def read_row(line: bytes, layout: Layout) -> tuple[str, str, bytes]:
     if len(fields) != want:
         decimals = len(fields) == 2 * layout.num_pixels + layout.num_text
         hint = (
-            "; delete the blank line" if fields == [""] else "; are decimals written with a comma?" if decimals else ""
+            "; delete the blank line"
+            if fields == [""]
+            else "; are decimals written with a comma?"
+            if decimals
+            else ""
         )
         raise Fault(f"got {len(fields)} fields, want {want}{hint}")
-    text = [check_text(field, column) for column, field in enumerate(fields[: layout.num_text], start=1)]
-    pixels = bytes(_pixel(field, column) for column, field in enumerate(fields[len(text) :], start=len(text) + 1))
+    text = [
+        check_text(field, column) for column, field in enumerate(fields[: layout.num_text], start=1)
+    ]
+    pixels = bytes(
+        _pixel(field, column)
+        for column, field in enumerate(fields[len(text) :], start=len(text) + 1)
+    )
     return text[0] if layout.has_fonts else "", text[-1], pixels
 
 
@@ -137,13 +156,18 @@ def check_text(text: str, column: int) -> str:
     if (size := len(text.encode())) > FIELD_LIMIT_BYTES:
         raise Fault(f"has {size} bytes, want at most {FIELD_LIMIT_BYTES}", column)
     if unseen := _UNSEEN.search(text):
-        raise Fault(f"holds the control character U+{ord(unseen[0]):04X}, want text that can be seen", column)
+        raise Fault(
+            f"holds the control character U+{ord(unseen[0]):04X}, want text that can be seen",
+            column,
+        )
     return text
 
 
 def _fields(line: bytes) -> list[str]:
     if (place := line.find(0)) >= 0:
-        raise Fault(f"holds a NUL byte at byte {place + 1} of the line; copy or download the file again")
+        raise Fault(
+            f"holds a NUL byte at byte {place + 1} of the line; copy or download the file again"
+        )
     if len(line) > LINE_LIMIT_BYTES:
         raise Fault(f"is longer than {LINE_LIMIT_BYTES} bytes, want one row a line")
     line = line.removesuffix(b"\n").removesuffix(b"\r")
@@ -155,7 +179,9 @@ def _fields(line: bytes) -> list[str]:
     if "\r" in text:
         raise Fault("holds a carriage return, want LF or CRLF at the end of the line")
     if not _FIELDS.fullmatch(text):
-        raise Fault("is not CSV: a quote is not closed on its line, or stands inside a field that is not quoted")
+        raise Fault(
+            "is not CSV: a quote is not closed on its line, or stands inside a field that is not quoted"
+        )
     try:
         return next(csv.reader([text], strict=True), []) or [""]
     except csv.Error:  # its own limit of 131,072 characters
@@ -175,7 +201,9 @@ def _pixel(text: str, column: int) -> int:
     raise Fault(f"got {text[:40]!r}, want an integer 0..255{hint}", column)
 
 
-def lex_plainly(layout: Layout, block: np.ndarray, start: int, stop: int, image_RP: np.ndarray) -> Rows:
+def lex_plainly(
+    layout: Layout, block: np.ndarray, start: int, stop: int, image_RP: np.ndarray
+) -> Rows:
     """The rows of block[start:stop], whose last byte is a line feed; their pixels are left in `image_RP`."""
     rows: list[tuple[str, str, bytes]] = []
     fault = -1

@@ -19,7 +19,15 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from engine.lexer import FIELD_LIMIT_BYTES, LINE_LIMIT_BYTES, SLACK_BYTES, Fault, Layout, Rows, check_text
+from engine.lexer import (
+    FIELD_LIMIT_BYTES,
+    LINE_LIMIT_BYTES,
+    SLACK_BYTES,
+    Fault,
+    Layout,
+    Rows,
+    check_text,
+)
 
 assert SLACK_BYTES >= 40, "a wide comparison reads 40 bytes from the start of a field"
 U = np.uint64
@@ -198,7 +206,9 @@ def _lex(buffer, start, stop, seed, tables, has_fonts, text_2R, image_RP, number
     while start < stop:
         i = start
         for k in range(0 if has_fonts else 1, 2):
-            i, text_2R[k, row] = _text(buffer, i, seed, arena_2A[k], end_2E[k], slots_2[k], count_2[k : k + 1])
+            i, text_2R[k, row] = _text(
+                buffer, i, seed, arena_2A[k], end_2E[k], slots_2[k], count_2[k : k + 1]
+            )
             if i < 0:
                 return row, start
         image_P = image_RP[row]
@@ -214,7 +224,12 @@ def _lex(buffer, start, stop, seed, tables, has_fonts, text_2R, image_RP, number
             code = _mix(code, _load8(image_P, p))
         for p in range(num_pixels - num_pixels % 8, num_pixels):
             code = _mix(code, U(image_P[p]))
-        number_R3[row, 0], number_R3[row, 1], number_R3[row, 2], hash_R[row] = start, total, squares, code
+        number_R3[row, 0], number_R3[row, 1], number_R3[row, 2], hash_R[row] = (
+            start,
+            total,
+            squares,
+            code,
+        )
         row += 1
         start = i
     return row, -1
@@ -227,14 +242,27 @@ def lex(layout: Layout, block: np.ndarray, start: int, stop: int, image_RP: np.n
     assert len(block) >= stop + SLACK_BYTES
     assert len(image_RP) >= most and image_RP.shape[1] == layout.num_pixels
     arena_2A, end_2E = np.empty((2, num_bytes), np.uint8), np.zeros((2, most + 1), np.int64)
-    tables = (arena_2A, end_2E, np.full((2, 1 << (2 * most).bit_length()), -1, np.int32), np.zeros(2, np.int64))
-    text_2R, number_R3, hash_R = np.zeros((2, most), np.int32), np.empty((most, 3), np.int64), np.empty(most, U)
-    rows, fault = _lex(block, start, stop, SEED, tables, layout.has_fonts, text_2R, image_RP, number_R3, hash_R)
+    tables = (
+        arena_2A,
+        end_2E,
+        np.full((2, 1 << (2 * most).bit_length()), -1, np.int32),
+        np.zeros(2, np.int64),
+    )
+    text_2R, number_R3, hash_R = (
+        np.zeros((2, most), np.int32),
+        np.empty((most, 3), np.int64),
+        np.empty(most, U),
+    )
+    rows, fault = _lex(
+        block, start, stop, SEED, tables, layout.has_fonts, text_2R, image_RP, number_R3, hash_R
+    )
     font_R, label_R = text_2R[:, :rows]
     labels, seen = _texts(arena_2A[1], end_2E[1], label_R, layout.num_text)
     fonts, good = _texts(arena_2A[0], end_2E[0], font_R, 1) if layout.has_fonts else ([""], rows)
     seen = min(seen, good)
-    header_R = np.array([label == layout.columns[layout.num_text - 1] for label in labels], bool)[label_R[:seen]]
+    header_R = np.array([label == layout.columns[layout.num_text - 1] for label in labels], bool)[
+        label_R[:seen]
+    ]
     if layout.has_fonts:
         header_R &= np.array([font == layout.columns[0] for font in fonts], bool)[font_R[:seen]]
     seen = int(header_R.argmax()) if header_R.any() else seen
@@ -251,7 +279,9 @@ def lex(layout: Layout, block: np.ndarray, start: int, stop: int, image_RP: np.n
     )
 
 
-def _texts(arena_A: np.ndarray, end_E: np.ndarray, index_R: np.ndarray, column: int) -> tuple[list[str], int]:
+def _texts(
+    arena_A: np.ndarray, end_E: np.ndarray, index_R: np.ndarray, column: int
+) -> tuple[list[str], int]:
     """The texts of a block's rows, and how many rows stand before the first with one that may not be."""
     ends = end_E[: index_R.max(initial=-1) + 2].tolist()
     data, texts = arena_A[: ends[-1]].tobytes(), list[str]()

@@ -51,8 +51,12 @@ class GlyphNet(nn.Module):
         from kernels.conv_pool_relu import conv_pool_relu
 
         device = image_B1HW.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
-        return conv_pool_relu(image_B1HW[:, 0], self.conv1.weight, cast(torch.Tensor, self.conv1.bias), dtype)
+        dtype = (
+            torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+        )
+        return conv_pool_relu(
+            image_B1HW[:, 0], self.conv1.weight, cast(torch.Tensor, self.conv1.bias), dtype
+        )
 
     def _second(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         if "bias_pool_relu" not in self.fused:
@@ -69,12 +73,19 @@ class GlyphNet(nn.Module):
 
 
 def make_model(
-    config: ModelConfig, height: int, width: int, num_classes: int, seed: int, fused: frozenset[str] = frozenset()
+    config: ModelConfig,
+    height: int,
+    width: int,
+    num_classes: int,
+    seed: int,
+    fused: frozenset[str] = frozenset(),
 ) -> GlyphNet:
     """The network on the CPU, its weights a function of `seed` alone; the global random state is not touched."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return GlyphNet(height, width, num_classes, relu_after_pool=config.name == "fast", fused=fused)
+        return GlyphNet(
+            height, width, num_classes, relu_after_pool=config.name == "fast", fused=fused
+        )
 
 
 def flops_per_image(height: int, width: int, num_classes: int) -> int:

@@ -23,7 +23,9 @@ class Objective(torch.nn.Module):
         self._fused_loss = "softmax_cross_entropy" in config.kernels.fused
         self._device_type, self._dtype = device.type, _AUTOCAST.get(config.step.precision)
 
-    def forward(self, image_BHW: torch.Tensor, label_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, image_BHW: torch.Tensor, label_B: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         if self._fused_loss:
             from kernels.softmax_cross_entropy import softmax_cross_entropy
 
@@ -43,7 +45,9 @@ class Objective(torch.nn.Module):
             image_B1HW = image_B1HW.to(torch.float32).mul_(1 / 255)
             if self._channels_last:
                 image_B1HW = image_B1HW.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(self._device_type, self._dtype or torch.bfloat16, enabled=self._dtype is not None):
+        with torch.autocast(
+            self._device_type, self._dtype or torch.bfloat16, enabled=self._dtype is not None
+        ):
             logits_BC: torch.Tensor = self.model(image_B1HW)
         return logits_BC
 
@@ -55,4 +59,6 @@ def set_fp32_precision(precision: str, device: torch.device) -> None:
     inductor, which reads them, then raises (torch 2.13).
     """
     if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = (
+            precision == "tf32"
+        )

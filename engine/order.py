@@ -85,14 +85,18 @@ class Windows:
     Needs 24 bytes a block.
     """
 
-    def __init__(self, num_samples: int, block_samples: int, window_blocks: int, keys: tuple[int, ...]) -> None:
+    def __init__(
+        self, num_samples: int, block_samples: int, window_blocks: int, keys: tuple[int, ...]
+    ) -> None:
         """`keys` are (seed, epoch), or none for a sequential order."""
         self.block_samples, self.window_blocks, self.keys = block_samples, window_blocks, keys
         num_blocks = -(-num_samples // block_samples)
         block_K = np.arange(num_blocks)
         if keys:
             block_K = permute(block_K, num_blocks, round_keys(*keys, "blocks"))
-        size_K = np.where(block_K == num_blocks - 1, num_samples - (num_blocks - 1) * block_samples, block_samples)
+        size_K = np.where(
+            block_K == num_blocks - 1, num_samples - (num_blocks - 1) * block_samples, block_samples
+        )
         self.first_K, self.size_K = block_K * block_samples, size_K
         """Of each block in the epoch's order: its first sample, and its samples; the set's last block may be short."""
         self.start_K = np.concatenate([[0], np.cumsum(size_K)])
@@ -109,7 +113,11 @@ class Windows:
         """The rows of positions that lie in `window`, shuffled within it."""
         start, stop = self.edges[window : window + 2].tolist()
         row: np.ndarray = position - start
-        return permute(row, stop - start, round_keys(*self.keys, "window", window)) if self.keys else row
+        return (
+            permute(row, stop - start, round_keys(*self.keys, "window", window))
+            if self.keys
+            else row
+        )
 
     def ids(self, window: int, row: np.ndarray) -> np.ndarray:
         """The samples that lie at rows of a window."""
@@ -145,7 +153,9 @@ class Order:
 
     def __post_init__(self) -> None:
         if self.global_batch % self.world_size:
-            raise ValueError(f"a global batch of {self.global_batch} cannot be divided by {self.world_size} ranks")
+            raise ValueError(
+                f"a global batch of {self.global_batch} cannot be divided by {self.world_size} ranks"
+            )
 
     @property
     def rank_batch(self) -> int:
@@ -155,13 +165,19 @@ class Order:
     @property
     def steps_per_epoch(self) -> int:
         """Equal on every rank."""
-        return self.num_samples // self.global_batch if self.shuffle else -(-self.num_samples // self.global_batch)
+        return (
+            self.num_samples // self.global_batch
+            if self.shuffle
+            else -(-self.num_samples // self.global_batch)
+        )
 
     @property
     def reach_fraction(self) -> float:
         """The quality of the shuffle: the part of all samples of which a batch's may be any; exact reaches 1."""
         window = self.block_samples * self.window_blocks
-        return min(1.0, window / self.num_samples) if window and self.shuffle else float(self.shuffle)
+        return (
+            min(1.0, window / self.num_samples) if window and self.shuffle else float(self.shuffle)
+        )
 
     def windows(self, epoch: int) -> Windows:
         """The windows of an epoch of a blocked order, or of a sequential one that is read in blocks."""
@@ -171,7 +187,9 @@ class Order:
     def positions(self, first_step: int, num_steps: int) -> np.ndarray:
         """positions_SB int64 of this rank's samples in `num_steps` steps of an epoch."""
         step_S1 = np.arange(first_step, first_step + num_steps).reshape(-1, 1)
-        return step_S1 * self.global_batch + self.rank * self.rank_batch + np.arange(self.rank_batch)
+        return (
+            step_S1 * self.global_batch + self.rank * self.rank_batch + np.arange(self.rank_batch)
+        )
 
     def ids(self, epoch: int, first_step: int, num_steps: int) -> np.ndarray:
         """ids_SB int64 of `num_steps` steps of an epoch, PADDING_ID where a sequential order has run out."""

@@ -84,11 +84,22 @@ def pack(
             opened.check_unchanged(source)
             num = len(table.classes)
             if num_classes not in (None, num):
-                raise UserError(f"{source}: has {num} labels, want {num_classes}; give another --classes")
+                raise UserError(
+                    f"{source}: has {num} labels, want {num_classes}; give another --classes"
+                )
             rows = draw_splits(
-                table.label_N, table.font_N, table.classes, table.fonts, mode=mode, balance=balance, seed=seed
+                table.label_N,
+                table.font_N,
+                table.classes,
+                table.fonts,
+                mode=mode,
+                balance=balance,
+                seed=seed,
             )
-            facts = {"options": {"split": mode, "balance": balance, "seed": seed}, "source_rows": _count(table)}
+            facts = {
+                "options": {"split": mode, "balance": balance, "seed": seed},
+                "source_rows": _count(table),
+            }
             with publish_directory(out) as directory:
                 manifest = write_records(directory, table, spool.take, rows, facts)
     return PackReport(manifest, _warnings(table, manifest["source_rows"]))
@@ -114,7 +125,11 @@ def find_lexer() -> Lexer:
     try:
         from engine.lexer_jit import lex
     except ImportError as error:
-        warnings.warn(f"numba cannot be imported ({error}): reading some 8,000 rows/s", RuntimeWarning, stacklevel=2)
+        warnings.warn(
+            f"numba cannot be imported ({error}): reading some 8,000 rows/s",
+            RuntimeWarning,
+            stacklevel=2,
+        )
         return lex_plainly
     return lex
 
@@ -168,7 +183,9 @@ class _Collector:
     """The rows of all blocks in order: texts in one index, pixels in the spool; the first fault is an error, or the
     first MAX_FAULTS go into `faults`."""
 
-    def __init__(self, source: str, header: bytes, spool: "_Spool | None", faults: list[str] | None) -> None:
+    def __init__(
+        self, source: str, header: bytes, spool: "_Spool | None", faults: list[str] | None
+    ) -> None:
         try:
             self.layout = read_header(header)
         except Fault as fault:
@@ -182,7 +199,9 @@ class _Collector:
         self._font_bytes = 0
         self._parts: list[tuple[np.ndarray, ...]] = []
 
-    def add_block(self, rows: Rows, lex: Lexer, buffer: bytearray, stop: int, image_RP: np.ndarray) -> bool:
+    def add_block(
+        self, rows: Rows, lex: Lexer, buffer: bytearray, stop: int, image_RP: np.ndarray
+    ) -> bool:
         """Take a block's rows; where faults are listed, those behind each faulty line, too. Whether to go on."""
         while True:
             after = buffer.index(b"\n", rows.fault) + 1 if rows.fault >= 0 else stop
@@ -208,7 +227,9 @@ class _Collector:
             self._check_label(label, first + int((label_R == self._labels[label]).argmax()) + 1)
         self._font_bytes += sum(len(font.encode()) for font in new_fonts)
         if self._font_bytes > FONTS_LIMIT_BYTES:
-            raise UserError(f"{self._source}: holds more than {FONTS_LIMIT_BYTES} bytes of names; are they typefaces?")
+            raise UserError(
+                f"{self._source}: holds more than {FONTS_LIMIT_BYTES} bytes of names; are they typefaces?"
+            )
         self._parts.append((label_R, font_R, rows.sum_R, rows.squares_R, rows.hash_R))
         if self._spool is not None:
             self._spool.append(rows.image_RP)
@@ -217,11 +238,15 @@ class _Collector:
                 read_row(faulty_line, self.layout)
             except Fault as fault:
                 raise self._refusal(self.row, fault) from None
-            raise AssertionError(f"{self._source}: the lexers disagree on row {self.row}: {faulty_line[:99]!r}")
+            raise AssertionError(
+                f"{self._source}: the lexers disagree on row {self.row}: {faulty_line[:99]!r}"
+            )
 
     def table(self) -> Table:
         """All rows, with labels and fonts sorted by code point."""
-        label_N, font_N, *numbers = (np.concatenate(part) for part in zip(*self._parts, strict=True))
+        label_N, font_N, *numbers = (
+            np.concatenate(part) for part in zip(*self._parts, strict=True)
+        )
         classes, label_rank = _sorted(self._labels)
         fonts, font_rank = _sorted(self._fonts)
         label_N, font_N = label_rank[label_N].astype(np.uint8), font_rank[font_N]
@@ -234,14 +259,22 @@ class _Collector:
             what = f"{label!r} looks like the label of row {other_row} but has other code points; write one of them"
             raise self._refusal(row, Fault(what, column))
         if self._labels[label] >= MAX_CLASSES:
-            raise self._refusal(row, Fault(f"more than {MAX_CLASSES} labels; are names and labels swapped?", column))
+            raise self._refusal(
+                row, Fault(f"more than {MAX_CLASSES} labels; are names and labels swapped?", column)
+            )
 
     def _refusal(self, row: int, fault: Fault) -> UserError:
-        column = f", column {fault.column} {self.layout.columns[fault.column - 1]!r}" if fault.column else ""
+        column = (
+            f", column {fault.column} {self.layout.columns[fault.column - 1]!r}"
+            if fault.column
+            else ""
+        )
         return UserError(f"{self._source}:{row + 1} (row {row}{column}): {fault}")
 
 
-def _merge(index: dict[str, int], texts: list[str], id_R: np.ndarray) -> tuple[np.ndarray, list[str]]:
+def _merge(
+    index: dict[str, int], texts: list[str], id_R: np.ndarray
+) -> tuple[np.ndarray, list[str]]:
     """A block's ids as ids of `index`, and the texts that are new to it."""
     known, used = len(index), texts[: id_R.max(initial=-1) + 1]
     ids = np.array([index.setdefault(text, len(index)) for text in used], np.int32)
@@ -271,15 +304,21 @@ class _Spool:
     def take(self, row_M: np.ndarray) -> np.ndarray:
         """The pixels (M, P) of ascending row numbers; may be called from several threads."""
         out_MP = np.empty((len(row_M), self._num_pixels), np.uint8)
-        window_WP = np.empty((max(SPOOL_WINDOW_BYTES // self._num_pixels, 1), self._num_pixels), np.uint8)
+        window_WP = np.empty(
+            (max(SPOOL_WINDOW_BYTES // self._num_pixels, 1), self._num_pixels), np.uint8
+        )
         start = 0
         while start < len(row_M):
             first = int(row_M[start])
             stop = int(np.searchsorted(row_M, first + len(window_WP)))
             num_rows = int(row_M[stop - 1]) - first + 1
-            got = os.preadv(self._file.fileno(), [window_WP[:num_rows].data], first * self._num_pixels)
+            got = os.preadv(
+                self._file.fileno(), [window_WP[:num_rows].data], first * self._num_pixels
+            )
             assert got == num_rows * self._num_pixels, "the spool ended early"
-            np.take(window_WP, row_M[start:stop] - first, axis=0, out=out_MP[start:stop], mode="clip")
+            np.take(
+                window_WP, row_M[start:stop] - first, axis=0, out=out_MP[start:stop], mode="clip"
+            )
             start = stop
         return out_MP
 
@@ -288,7 +327,9 @@ class _Spool:
         free = shutil.disk_usage(self.folder).free
         needed = int(2 * source.size / line_bytes * layout.num_pixels) if source.size else 0
         if needed > free:
-            raise UserError(f"{self.folder}: has {free:,} bytes free, want {needed:,} for the records and a copy")
+            raise UserError(
+                f"{self.folder}: has {free:,} bytes free, want {needed:,} for the records and a copy"
+            )
 
     def close(self) -> None:
         self._file.close()
@@ -298,7 +339,9 @@ def _check_name(out: Path) -> None:
     if not out.name or out.name == "..":
         raise UserError(f"{out}: cannot become a record directory; name a new folder")
     if len(os.fsencode(out.name)) > NAME_LIMIT_BYTES or not out.name.isprintable():
-        raise UserError(f"{out}: want a name of at most {NAME_LIMIT_BYTES} bytes that can be printed; name another")
+        raise UserError(
+            f"{out}: want a name of at most {NAME_LIMIT_BYTES} bytes that can be printed; name another"
+        )
 
 
 def _check_target(out: Path, force: bool) -> None:
@@ -307,7 +350,9 @@ def _check_target(out: Path, force: bool) -> None:
     if not force:
         raise UserError(f"{out}: exists; give --force to replace it, or another name")
     if not out.is_dir() or (any(out.iterdir()) and not (out / MANIFEST).exists()):
-        raise UserError(f"{out}: is no record directory, so --force does not replace it; give another name")
+        raise UserError(
+            f"{out}: is no record directory, so --force does not replace it; give another name"
+        )
 
 
 def _count(table: Table) -> dict[str, int]:

@@ -70,10 +70,15 @@ def publish_directory(target: Path) -> Iterator[Path]:
         fsync(temporary)
         if not os.path.lexists(target):
             os.rename(temporary, target)
-        elif _LIBC.renameat2(AT_FDCWD, os.fsencode(temporary), AT_FDCWD, os.fsencode(target), RENAME_EXCHANGE):
+        elif _LIBC.renameat2(
+            AT_FDCWD, os.fsencode(temporary), AT_FDCWD, os.fsencode(target), RENAME_EXCHANGE
+        ):
             reason = ctypes.get_errno()
             cannot = reason in (errno.EINVAL, errno.ENOSYS)  # NFS, for one
-            raise OSError(reason, "this file system cannot exchange two names" if cannot else os.strerror(reason))
+            raise OSError(
+                reason,
+                "this file system cannot exchange two names" if cannot else os.strerror(reason),
+            )
         fsync(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -98,7 +103,9 @@ def write_manifest(directory: Path, content: dict[str, Any]) -> None:
     """Write manifest.json (last of all files) and its SHA-256 beside it."""
     data = json.dumps(content, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
     if len(data) > MANIFEST_LIMIT_BYTES:
-        raise UserError(f"a manifest of {len(data)} bytes is larger than {MANIFEST_LIMIT_BYTES}; write a smaller set")
+        raise UserError(
+            f"a manifest of {len(data)} bytes is larger than {MANIFEST_LIMIT_BYTES}; write a smaller set"
+        )
     (directory / MANIFEST_HASH).write_text(hashlib.sha256(data).hexdigest() + "\n")
     (directory / MANIFEST).write_bytes(data)
 
@@ -119,7 +126,9 @@ def read_manifest(directory: Path, form: str, version: int) -> dict[str, Any]:
 def parse_json(data: bytes, name: str) -> Any:
     """A stranger's JSON; Damaged if it is none, a key occurs twice, or it holds NaN, Infinity or deep nesting."""
     try:
-        return json.loads(data.decode(), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+        return json.loads(
+            data.decode(), object_pairs_hook=_no_duplicates, parse_constant=_no_constant
+        )
     except (ValueError, RecursionError) as error:
         raise Damaged(f"{name} is not JSON ({str(error)[:80]})") from None
 
@@ -149,7 +158,9 @@ def refuse_unknown_files(directory: Path, known: set[str]) -> None:
     """Raise Damaged unless the directory holds exactly `known` beside the manifest and its hash."""
     present = set(os.listdir(directory)) - {MANIFEST, MANIFEST_HASH}
     for name in sorted(known ^ present):
-        raise Damaged(f"{name} is missing" if name in known else f"{name} is not listed in {MANIFEST}")
+        raise Damaged(
+            f"{name} is missing" if name in known else f"{name} is not listed in {MANIFEST}"
+        )
 
 
 @contextmanager
@@ -159,7 +170,9 @@ def writing(target: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or error
-        raise UserError(f"{target}: cannot be written ({reason}); free space or choose another place") from None
+        raise UserError(
+            f"{target}: cannot be written ({reason}); free space or choose another place"
+        ) from None
 
 
 @contextmanager
@@ -188,7 +201,9 @@ def _lock(path: Path, target: Path, wait: bool) -> int:
         except BlockingIOError:
             holder = os.pread(handle, 20, 0).decode("ascii", "replace") or "unknown"
             os.close(handle)
-            raise UserError(f"{target}: process {holder} is writing it; wait for it, or choose another place") from None
+            raise UserError(
+                f"{target}: process {holder} is writing it; wait for it, or choose another place"
+            ) from None
         with suppress(FileNotFoundError):  # its last holder may have removed it while we waited
             if os.path.samestat(os.stat(path), os.fstat(handle)):
                 return handle

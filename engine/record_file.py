@@ -39,12 +39,20 @@ class FileEntry:
 
     def check(self, split: str, num_pixels: int) -> None:
         """Raise Damaged unless all numbers of this entry, a stranger's, agree with each other."""
-        if not isinstance(self.name, str) or not re.fullmatch(rf"{split}-[0-9]{{5,9}}\.arrow", self.name, re.ASCII):
-            raise Damaged(f"the file name {self.name!r} leads out of the directory or is none of split {split}")
+        if not isinstance(self.name, str) or not re.fullmatch(
+            rf"{split}-[0-9]{{5,9}}\.arrow", self.name, re.ASCII
+        ):
+            raise Damaged(
+                f"the file name {self.name!r} leads out of the directory or is none of split {split}"
+            )
         offsets = (self.image_offset, self.label_offset, self.font_offset)
         if not are_counts(self.rows, self.bytes, *offsets):
             raise Damaged(f"the counts and offsets of {self.name} are not numbers from 0 on")
-        ends = (offsets[0] + self.rows * num_pixels, offsets[1] + self.rows, offsets[2] + 4 * self.rows)
+        ends = (
+            offsets[0] + self.rows * num_pixels,
+            offsets[1] + self.rows,
+            offsets[2] + 4 * self.rows,
+        )
         if max(ends) > self.bytes or min(offsets[1:]) < ends[0]:
             raise Damaged(f"the columns of {self.name} overlap or do not fit its size")
         if not isinstance(self.crc32, list) or not are_counts(*self.crc32):
@@ -106,7 +114,10 @@ class Table:
         """Mean and standard deviation (0..255) of some rows' pixels, from exact sums."""
         num = len(row_M) * self.side**2
         mean = int(self.sum_N[row_M].sum()) / num
-        return {"mean": mean, "std": max(int(self.squares_N[row_M].sum()) / num - mean**2, 0.0) ** 0.5}
+        return {
+            "mean": mean,
+            "std": max(int(self.squares_N[row_M].sum()) / num - mean**2, 0.0) ** 0.5,
+        }
 
 
 def write_file(path: Path, table: Table, row_M: np.ndarray, image_MP: np.ndarray) -> dict[str, Any]:
@@ -117,17 +128,27 @@ def write_file(path: Path, table: Table, row_M: np.ndarray, image_MP: np.ndarray
     pixels = pa.Array.from_buffers(pa.uint8(), image_MP.size, [None, pa.py_buffer(image_MP)])
     columns = {
         "image": pa.FixedSizeListArray.from_arrays(pixels, table.side**2),
-        "label": pa.DictionaryArray.from_arrays(pa.array(label_M), pa.array(table.classes, pa.string())),
-        "font": pa.DictionaryArray.from_arrays(pa.array(font_M), pa.array(table.fonts, pa.string())),
+        "label": pa.DictionaryArray.from_arrays(
+            pa.array(label_M), pa.array(table.classes, pa.string())
+        ),
+        "font": pa.DictionaryArray.from_arrays(
+            pa.array(font_M), pa.array(table.fonts, pa.string())
+        ),
     }
-    batch = pa.record_batch(columns).replace_schema_metadata({"height": str(table.side), "width": str(table.side)})
+    batch = pa.record_batch(columns).replace_schema_metadata(
+        {"height": str(table.side), "width": str(table.side)}
+    )
     sink = _HashingFile(path)
     with pa.PythonFile(sink, "w") as target, pa.ipc.new_file(target, batch.schema) as writer:
         writer.write_batch(batch)
     fsync(path)
     offsets = [sink.offsets.get(column.ctypes.data, 0) for column in (image_MP, label_M, font_M)]
     assert len(image_MP) == 0 or all(offsets), "Arrow copied a column"
-    return asdict(FileEntry(path.name, len(image_MP), sink.size, sink.sha256.hexdigest(), sink.crc32, *offsets))
+    return asdict(
+        FileEntry(
+            path.name, len(image_MP), sink.size, sink.sha256.hexdigest(), sink.crc32, *offsets
+        )
+    )
 
 
 class _HashingFile(io.FileIO):

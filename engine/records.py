@@ -80,7 +80,9 @@ class Split:
         return height, width
 
     def take(self, rows: np.ndarray) -> "Split":
-        return Split(image_NHW=self.image_NHW[rows], label_N=self.label_N[rows], font_N=self.font_N[rows])
+        return Split(
+            image_NHW=self.image_NHW[rows], label_N=self.label_N[rows], font_N=self.font_N[rows]
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +143,9 @@ def write_records(
         splits = {
             name: {
                 "rows": len(row_M),
-                "rows_per_class": np.bincount(table.label_N[row_M], minlength=len(table.classes)).tolist(),
+                "rows_per_class": np.bincount(
+                    table.label_N[row_M], minlength=len(table.classes)
+                ).tolist(),
                 "files": list(files[name]),
             }
             for name, row_M in rows.items()
@@ -185,7 +189,9 @@ def verify_records(path: str | Path, fingerprint: str = "") -> dict[str, Any]:
     """
     records = open_records(path, in_memory=False)
     if not records.fingerprint.startswith(fingerprint.lower()):
-        raise UserError(f"{path}: its fingerprint is {records.fingerprint}, not {fingerprint}; these are other records")
+        raise UserError(
+            f"{path}: its fingerprint is {records.fingerprint}, not {fingerprint}; these are other records"
+        )
     directory = Path(path).expanduser()
     with _refusing(directory):
         manifest = read_manifest(directory, FORMAT, VERSION)
@@ -202,10 +208,14 @@ def _refusing(directory: Path) -> Iterator[None]:
     try:
         yield
     except Damaged as error:
-        kind = "damaged" if (directory / MANIFEST).exists() else "incomplete or not a record directory"
+        kind = (
+            "damaged" if (directory / MANIFEST).exists() else "incomplete or not a record directory"
+        )
         raise UserError(f"{directory}: {kind}: {error}; {REMEDY}") from None
     except OSError as error:
-        raise UserError(f"{directory}: cannot be read ({error.strerror or error}); {REMEDY}") from None
+        raise UserError(
+            f"{directory}: cannot be read ({error.strerror or error}); {REMEDY}"
+        ) from None
 
 
 class StoredImages:
@@ -221,7 +231,9 @@ class StoredImages:
     dtype = np.dtype(np.uint8)
     ndim = 3
 
-    def __init__(self, directory: Path, files: list[FileEntry], height_width: tuple[int, int]) -> None:
+    def __init__(
+        self, directory: Path, files: list[FileEntry], height_width: tuple[int, int]
+    ) -> None:
         self._directory, self.files = directory, files
         self.handles: list[int] = []
         for file in files:
@@ -240,7 +252,11 @@ class StoredImages:
                 number = bisect_right(self.edges, row) - 1
                 file, first = self.files[number], row - self.edges[number]
                 out, out_MP = out_MP[: file.rows - first], out_MP[file.rows - first :]
-                file.read(self.handles[number], file.image_offset + first * out.shape[1], out.reshape(-1).data)
+                file.read(
+                    self.handles[number],
+                    file.image_offset + first * out.shape[1],
+                    out.reshape(-1).data,
+                )
                 row += len(out)
 
     def __getitem__(self, rows: Any) -> np.ndarray:
@@ -250,7 +266,9 @@ class StoredImages:
         if len(row_M) and not 0 <= row_M.min() <= row_M.max() < len(self):
             raise IndexError(f"rows {row_M.min()} to {row_M.max()} of {len(self)}")
         out_MP = np.empty((len(row_M), self.shape[1] * self.shape[2]), np.uint8)
-        for start, stop in pairwise([0, *(np.flatnonzero(np.diff(row_M) != 1) + 1).tolist(), len(row_M)]):
+        for start, stop in pairwise(
+            [0, *(np.flatnonzero(np.diff(row_M) != 1) + 1).tolist(), len(row_M)]
+        ):
             if start < stop:
                 self.read_into(int(row_M[start]), out_MP[start:stop])
         return out_MP.reshape(len(row_M), *self.shape[1:])
@@ -271,7 +289,11 @@ def _open(directory: Path, in_memory: bool) -> Records:
             raise Damaged(f"the classes are not 1 to {MAX_CLASSES} different texts")
         if "train" not in splits or not set(splits) <= set(SPLITS):
             raise Damaged(f"the splits are {sorted(splits)}, want train, or {', '.join(SPLITS)}")
-        files = {name: [FileEntry(**file) for file in splits[name]["files"]] for name in SPLITS if name in splits}
+        files = {
+            name: [FileEntry(**file) for file in splits[name]["files"]]
+            for name in SPLITS
+            if name in splits
+        }
         for name, entries in files.items():
             for file in entries:
                 file.check(name, height_width[0] * height_width[1])
@@ -281,7 +303,9 @@ def _open(directory: Path, in_memory: bool) -> Records:
             raise Damaged("the fingerprint does not belong to the files listed")
         mean, std = (float(manifest["train_pixels"][key]) for key in ("mean", "std"))
         if not (0 <= mean <= 255 and 0 <= std <= 127.5):  # also of NaN
-            raise Damaged(f"a mean of {mean} and a standard deviation of {std} cannot be those of pixels")
+            raise Damaged(
+                f"a mean of {mean} and a standard deviation of {std} cannot be those of pixels"
+            )
         names = [file.name for split in files.values() for file in split]
         if len(set(names)) < len(names):
             raise Damaged("a file is listed twice")
@@ -289,10 +313,15 @@ def _open(directory: Path, in_memory: bool) -> Records:
         fonts = _read_fonts(directory, manifest["fonts"])
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise Damaged(f"{MANIFEST} is malformed ({error!r})") from None
-    opened = {name: _read_split(directory, split, height_width, in_memory) for name, split in files.items()}
+    opened = {
+        name: _read_split(directory, split, height_width, in_memory)
+        for name, split in files.items()
+    }
     for name, split in opened.items():
         label_N, font_N = split.label_N, split.font_N
-        if len(split) and not (label_N.max() < len(classes) and 0 <= font_N.min() <= font_N.max() < len(fonts)):
+        if len(split) and not (
+            label_N.max() < len(classes) and 0 <= font_N.min() <= font_N.max() < len(fonts)
+        ):
             raise Damaged(f"split {name}: a label or font index lies outside its table")
     return Records(
         splits=opened,
@@ -305,8 +334,12 @@ def _open(directory: Path, in_memory: bool) -> Records:
     )
 
 
-def _read_split(directory: Path, files: list[FileEntry], height_width: tuple[int, int], in_memory: bool) -> Split:
-    stored = StoredImages(directory, files, height_width)  # every size is compared before anything is allocated
+def _read_split(
+    directory: Path, files: list[FileEntry], height_width: tuple[int, int], in_memory: bool
+) -> Split:
+    stored = StoredImages(
+        directory, files, height_width
+    )  # every size is compared before anything is allocated
     num_pixels = height_width[0] * height_width[1]
     image_NHW: Any = np.empty(stored.shape, np.uint8) if in_memory else stored
     label_N, font_N = np.empty(len(stored), np.uint8), np.empty(len(stored), np.int32)
@@ -341,6 +374,9 @@ def _are_texts(values: Any) -> bool:
 
 def _fingerprint(manifest: dict[str, Any]) -> str:
     """SHA-256 over everything that decides what is trained on: size, classes, and each file's own SHA-256."""
-    files = {name: [file["sha256"] for file in split["files"]] for name, split in manifest["splits"].items()}
+    files = {
+        name: [file["sha256"] for file in split["files"]]
+        for name, split in manifest["splits"].items()
+    }
     content = [manifest["height"], manifest["width"], manifest["classes"], files]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -106,7 +106,9 @@ def read_report(run_folder: Path) -> dict[str, Any]:
         report: dict[str, Any] = json.loads((run_folder / "report.json").read_bytes())
         Environment(**report["environment"])
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{run_folder}: holds no report.json; name the folder of a finished run") from None
+        raise UserError(
+            f"{run_folder}: holds no report.json; name the folder of a finished run"
+        ) from None
     return report
 
 
@@ -154,7 +156,9 @@ def git_state() -> tuple[str, bool | None]:
 
 def _git(*arguments: str) -> str | None:
     try:
-        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=10)
+        done = subprocess.run(
+            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=10
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
@@ -170,6 +174,8 @@ def _version(package: str) -> str | None:
 def _cpu_name() -> str:
     try:
         with open("/proc/cpuinfo") as info:
-            return next(line.split(":", 1)[1].strip() for line in info if line.startswith("model name"))
+            return next(
+                line.split(":", 1)[1].strip() for line in info if line.startswith("model name")
+            )
     except (OSError, StopIteration):
         return platform.processor() or UNKNOWN

@@ -8,7 +8,14 @@ from typing import Any, get_args, get_type_hints
 
 import click
 
-from engine.config import DataConfig, KernelConfig, RunConfig, load_toml, override, parse_assignments
+from engine.config import (
+    DataConfig,
+    KernelConfig,
+    RunConfig,
+    load_toml,
+    override,
+    parse_assignments,
+)
 from engine.errors import UserError, exit_on_user_error
 
 FEEDS = list(get_args(get_type_hints(DataConfig)["feed"]))
@@ -17,33 +24,71 @@ ORDERS = list(get_args(get_type_hints(DataConfig)["order"]))
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--data", type=click.Path(), help="Record directory made by tools/pack_tmnist.  [default: the sample]")
+@click.option(
+    "--data",
+    type=click.Path(),
+    help="Record directory made by tools/pack_tmnist.  [default: the sample]",
+)
 @click.option("--amp", type=click.Choice(["bf16", "fp16"]), is_flag=False, flag_value="bf16",
               help="Mixed precision; alone it means bf16.")  # fmt: skip
-@click.option("--cuda-graphs/--no-cuda-graphs", default=None, help="Capture the whole step in one CUDA graph.")
-@click.option("--steps-per-graph", type=click.IntRange(1, 64), metavar="K", help="Steps in one launch.  [default: 1]")
+@click.option(
+    "--cuda-graphs/--no-cuda-graphs", default=None, help="Capture the whole step in one CUDA graph."
+)
+@click.option(
+    "--steps-per-graph",
+    type=click.IntRange(1, 64),
+    metavar="K",
+    help="Steps in one launch.  [default: 1]",
+)
 @click.option("--compile", type=click.Choice(["off", "default", "max-autotune"]), is_flag=False, flag_value="default",
               help="torch.compile in this mode; alone: default.")  # fmt: skip
 @click.option(
-    "--kernels", type=click.Choice(KERNELS), help="Fused code: kernels/ (triton), torch.compile, or the best."
+    "--kernels",
+    type=click.Choice(KERNELS),
+    help="Fused code: kernels/ (triton), torch.compile, or the best.",
 )
-@click.option("--accumulate", type=click.IntRange(1), help="Parts of a rank's batch before the one update.")
+@click.option(
+    "--accumulate", type=click.IntRange(1), help="Parts of a rank's batch before the one update."
+)
 @click.option("--channels-last/--no-channels-last", default=None, help="NHWC memory format.")
 @click.option("--feed", type=click.Choice(FEEDS), help="The road the batches take.")
-@click.option("--order", type=click.Choice(ORDERS), help="exact, or blocked: as the stream feed can read it.")
+@click.option(
+    "--order", type=click.Choice(ORDERS), help="exact, or blocked: as the stream feed can read it."
+)
 @click.option("--batch-size", type=click.IntRange(1), help="Samples of one rank in a step.")
 @click.option("--epochs", type=click.IntRange(1), help="Passes over the training split.")
-@click.option("--target-accuracy", type=click.FloatRange(0, 1), help="Stop when validation reaches it (0..1).")
+@click.option(
+    "--target-accuracy", type=click.FloatRange(0, 1), help="Stop when validation reaches it (0..1)."
+)
 @click.option("--seed", type=click.IntRange(0), help="Initial weights and order of samples.")
-@click.option("--baseline", is_flag=True, help="The study's recipe: fp32, NCHW, eager, loader, Adam 1e-3, batch 64.")
-@click.option("--tensorboard", is_flag=True, default=None, help="Write TensorBoard events, too, to OUT/tensorboard.")
+@click.option(
+    "--baseline",
+    is_flag=True,
+    help="The study's recipe: fp32, NCHW, eager, loader, Adam 1e-3, batch 64.",
+)
+@click.option(
+    "--tensorboard",
+    is_flag=True,
+    default=None,
+    help="Write TensorBoard events, too, to OUT/tensorboard.",
+)
 @click.option("--config", "config_file", type=click.Path(), help="TOML file with any setting.")
 @click.option(
-    "--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any setting, e.g. optim.weight_decay=0.1."
+    "--set",
+    "assignments",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Any setting, e.g. optim.weight_decay=0.1.",
 )
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for the results.  [default: runs/<time>]")
-@click.option("--resume", type=click.Path(path_type=Path), help="Go on with the run in this folder.")
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: cuda where there is a GPU]")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Folder for the results.  [default: runs/<time>]"
+)
+@click.option(
+    "--resume", type=click.Path(path_type=Path), help="Go on with the run in this folder."
+)
+@click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), help="[default: cuda where there is a GPU]"
+)
 def main(
     config_file: str | None,
     assignments: tuple[str, ...],
@@ -101,7 +146,9 @@ def _run(config: RunConfig, out: Path | None, resume: bool, device: str) -> None
             click.echo(line)
 
     if config.tensorboard and find_spec("tensorboard") is None:
-        raise UserError("--tensorboard: the package is not installed; pip install tensorboard, or leave it out")
+        raise UserError(
+            "--tensorboard: the package is not installed; pip install tensorboard, or leave it out"
+        )
     keep_large_blocks()  # before anything large is read
     check_ranks(device)
     records = None
@@ -121,13 +168,21 @@ def _run(config: RunConfig, out: Path | None, resume: bool, device: str) -> None
             check_batch(config, records, world.size)
         world.first(make_out)
         report = fit(config, records, world, out, resume=resume, say=say)
-        test = f", test {report.test_accuracy_fraction:.2%}" if report.test_accuracy_fraction is not None else ""
-        say(f"{report.train_s:.2f} s of training, {report.samples_per_s:,.0f} samples/s{test}: {out / 'report.json'}")
+        test = (
+            f", test {report.test_accuracy_fraction:.2%}"
+            if report.test_accuracy_fraction is not None
+            else ""
+        )
+        say(
+            f"{report.train_s:.2f} s of training, {report.samples_per_s:,.0f} samples/s{test}: {out / 'report.json'}"
+        )
 
 
 def _check_out(out: Path, resume: bool) -> None:
     if resume and not (out / "checkpoints").is_dir():
-        raise UserError(f"{out}: holds no checkpoints to resume from; give the folder of an earlier run")
+        raise UserError(
+            f"{out}: holds no checkpoints to resume from; give the folder of an earlier run"
+        )
     if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: is not empty; name another --out, or --resume {out}")
 

@@ -54,25 +54,35 @@ class Session:
         self.feed.close()
 
 
-def effective_config(config: RunConfig, records: Records, world: World) -> tuple[RunConfig, list[str]]:
+def effective_config(
+    config: RunConfig, records: Records, world: World
+) -> tuple[RunConfig, list[str]]:
     """What can be had of `config` here, and a sentence for each thing that cannot."""
     notes = []
     step, on_cpu = config.step, world.device.type == "cpu"
-    if step.precision == "tf32" and (on_cpu or torch.cuda.get_device_capability(world.device) < (8, 0)):
+    if step.precision == "tf32" and (
+        on_cpu or torch.cuda.get_device_capability(world.device) < (8, 0)
+    ):
         step = replace(step, precision="fp32")
         notes.append("TF32 is not used: this device has none; fp32 is computed as IEEE has it")
     if step.precision == "bf16" and not has_fast_bf16(world.device):
         step = replace(step, precision="fp32")
-        notes.append("bf16 is not used: this device has no bf16 instructions and would be slower than in fp32")
+        notes.append(
+            "bf16 is not used: this device has no bf16 instructions and would be slower than in fp32"
+        )
     if step.precision == "fp16" and on_cpu:
         step = replace(step, precision="fp32")
-        notes.append("fp16 is not used: CPUs compute it many times slower than fp32; --amp bf16 is the fast one")
+        notes.append(
+            "fp16 is not used: CPUs compute it many times slower than fp32; --amp bf16 is the fast one"
+        )
     if step.cuda_graphs and on_cpu:
         step = replace(step, cuda_graphs=False)
         notes.append("CUDA graphs are not used: there is no GPU; the same step runs eagerly")
     if step.cuda_graphs and step.precision == "fp16" and not config.optim.fused:
         step = replace(step, cuda_graphs=False)
-        notes.append("CUDA graphs are not used: fp16 with an optimiser that is not fused reads the host in each step")
+        notes.append(
+            "CUDA graphs are not used: fp16 with an optimiser that is not fused reads the host in each step"
+        )
     kernels = config.kernels
     if kernels.use == "auto":
         kernels = replace(kernels, use="off" if on_cpu else "compile")
@@ -98,11 +108,15 @@ def effective_config(config: RunConfig, records: Records, world: World) -> tuple
     if data.feed == "stream":
         window = min(data.block_samples * data.window_blocks, len(records.split("train")))
         window_mb = window * records.height_width[0] * records.height_width[1] / 1e6
-        notes.append(f"stream reads ahead in {NUM_WINDOWS} windows of {window_mb:,.0f} MB; evaluation does so, too")
+        notes.append(
+            f"stream reads ahead in {NUM_WINDOWS} windows of {window_mb:,.0f} MB; evaluation does so, too"
+        )
     return replace(config, step=step, data=data, kernels=kernels), notes
 
 
-def make_order(config: RunConfig, num_samples: int, rank: int, world_size: int, shuffle: bool = True) -> Order:
+def make_order(
+    config: RunConfig, num_samples: int, rank: int, world_size: int, shuffle: bool = True
+) -> Order:
     """The order of a split's samples; sequential for evaluation."""
     in_blocks = config.data.order == "blocked"
     return Order(
@@ -156,12 +170,20 @@ def open_session(config: RunConfig, records: Records, world: World) -> Session:
     num_classes = len(records.classes)
     fused = effective.kernels.fused
     start = time.perf_counter()
-    model = make_model(config.model, *records.height_width, num_classes, config.seed, fused).to(device)
+    model = make_model(config.model, *records.height_width, num_classes, config.seed, fused).to(
+        device
+    )
     static = random_batch(
-        order.rank_batch, records.height_width, num_classes, device, copies=effective.step.steps_per_graph
+        order.rank_batch,
+        records.height_width,
+        num_classes,
+        device,
+        copies=effective.step.steps_per_graph,
     )
     world.ledger.mark("model and optimiser")
-    source = make_source(effective.data, train, order, static, fused) if _gathers(effective) else None
+    source = (
+        make_source(effective.data, train, order, static, fused) if _gathers(effective) else None
+    )
     world.ledger.mark("feed")
     step = TrainStep(model, effective, order, static, world, source)
     try:
@@ -169,14 +191,20 @@ def open_session(config: RunConfig, records: Records, world: World) -> Session:
         world.ledger.mark("graph pool" if effective.step.cuda_graphs else "model and optimiser")
         warmup_s = time.perf_counter() - start
         if step.capture_failure:
-            notes.append(f"CUDA graphs are not used: {step.capture_failure}; the same step runs eagerly")
+            notes.append(
+                f"CUDA graphs are not used: {step.capture_failure}; the same step runs eagerly"
+            )
             effective = replace(effective, step=replace(effective.step, cuda_graphs=False))
-        feed = source or make_feed(effective.data, train, order, num_classes, device, config.augment, fused)
+        feed = source or make_feed(
+            effective.data, train, order, num_classes, device, config.augment, fused
+        )
         world.ledger.mark("feed")
     except BaseException:
         step.close()
         raise
-    facts = environment(num_threads=torch.get_num_threads(), allocator=world.allocator, gpu=clock.gpu_facts(device))
+    facts = environment(
+        num_threads=torch.get_num_threads(), allocator=world.allocator, gpu=clock.gpu_facts(device)
+    )
     return Session(world, records, effective, _switches(config), notes, step, feed, facts, warmup_s)
 
 
@@ -208,7 +236,9 @@ def _switches(config: RunConfig) -> dict[str, Any]:
         "accumulate": config.step.accumulate,
         "cuda_graphs": config.step.cuda_graphs,
         "steps_per_launch": config.step.steps_per_graph,
-        "kernels": config.kernels.use if not config.kernels.fused else ", ".join(sorted(config.kernels.fused)),
+        "kernels": config.kernels.use
+        if not config.kernels.fused
+        else ", ".join(sorted(config.kernels.fused)),
         "feed": config.data.feed,
         "order": config.data.order,
     }

@@ -44,11 +44,15 @@ class Source:
         if magic != b"PK\x03\x04":
             return self._raw, self._found.st_size if self._is_file else None
         if not self._is_file:
-            raise UserError(f"{self.name}: is a zip, which cannot be read from a pipe; name the file")
+            raise UserError(
+                f"{self.name}: is a zip, which cannot be read from a pipe; name the file"
+            )
         archive = stack.enter_context(zipfile.ZipFile(self._raw))
         members = [info for info in archive.infolist() if info.filename.lower().endswith(".csv")]
         if len(members) != 1:
-            raise UserError(f"{self.name}: holds {len(members)} CSV files, want one; unpack it and name the CSV")
+            raise UserError(
+                f"{self.name}: holds {len(members)} CSV files, want one; unpack it and name the CSV"
+            )
         return stack.enter_context(archive.open(members[0])), members[0].file_size
 
     @property
@@ -74,7 +78,9 @@ class Source:
             named = now if OPENED.fullmatch(str(path)) else os.stat(path)
         facts = [(s.st_ino, s.st_dev, s.st_size, s.st_mtime_ns) for s in (self._found, now, named)]
         if len(set(facts)) > 1:
-            raise UserError(f"{self.name}: changed while it was read; pack it again when nothing writes to it")
+            raise UserError(
+                f"{self.name}: changed while it was read; pack it again when nothing writes to it"
+            )
 
 
 @contextmanager
@@ -88,11 +94,17 @@ def open_source(path: Path) -> Iterator[Source]:
     with ExitStack() as stack:
         with reading(name):
             piped = OPENED.fullmatch(str(path))
-            handle = os.dup(int(piped[1] or 0)) if piped else os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            handle = (
+                os.dup(int(piped[1] or 0))
+                if piped
+                else os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            )
             mode = os.fstat(handle).st_mode
             if not stat.S_ISREG(mode) and not (piped and stat.S_ISFIFO(mode)):
                 os.close(handle)
-                raise UserError(f"{name}: is not a regular file; give a .csv, .csv.gz or .zip, or - for a pipe")
+                raise UserError(
+                    f"{name}: is not a regular file; give a .csv, .csv.gz or .zip, or - for a pipe"
+                )
             source = Source(name, stack.enter_context(open(handle, "rb")), stack)
         yield source
 
@@ -105,12 +117,20 @@ def reading(name: str) -> Iterator[None]:
     except EOFError:
         raise UserError(f"{name}: the compressed file ends too early; download it again") from None
     except (zipfile.BadZipFile, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{name}: the compressed file is damaged ({error}); download it again") from None
-    except RuntimeError as error:  # zipfile's, for encryption, and (NotImplementedError) for rare methods
-        raise UserError(f"{name}: cannot be unpacked ({error}); unpack it yourself and name the CSV") from None
+        raise UserError(
+            f"{name}: the compressed file is damaged ({error}); download it again"
+        ) from None
+    except (
+        RuntimeError
+    ) as error:  # zipfile's, for encryption, and (NotImplementedError) for rare methods
+        raise UserError(
+            f"{name}: cannot be unpacked ({error}); unpack it yourself and name the CSV"
+        ) from None
     except OSError as error:
         reason = error.strerror or error
-        raise UserError(f"{name}: cannot be read ({reason}); give a .csv, .csv.gz or the .zip as downloaded") from None
+        raise UserError(
+            f"{name}: cannot be read ({reason}); give a .csv, .csv.gz or the .zip as downloaded"
+        ) from None
 
 
 def buffer_bytes(block_bytes: int = BLOCK_BYTES) -> int:
@@ -138,7 +158,9 @@ def blocks(
             cut = buffer.rfind(b"\n", stop, stop + got) + 1
             stop += got
         if (at_end and cut < stop) or not cut:
-            if not buffer.endswith(b"\n", 0, stop):  # it does if all of it is a blank line that was carried over
+            if not buffer.endswith(
+                b"\n", 0, stop
+            ):  # it does if all of it is a blank line that was carried over
                 view[stop : stop + 1] = b"\n"
                 stop += 1
             cut = stop

@@ -42,11 +42,17 @@ def draw_splits(
     """
     counts = np.bincount(label_N, minlength=len(classes))
     kept = []
-    for name, row_M in zip(classes, np.split(np.argsort(label_N, kind="stable"), np.cumsum(counts)[:-1]), strict=True):
+    for name, row_M in zip(
+        classes, np.split(np.argsort(label_N, kind="stable"), np.cumsum(counts)[:-1]), strict=True
+    ):
         num = int(counts.min()) if balance else len(row_M)
         if mode == "random" and num < 3:
-            raise UserError(f"the class {name!r} has {num} rows, want at least 3 to split; use --split none")
-        kept.append(row_M[permute(np.arange(len(row_M)), len(row_M), round_keys(seed, "split", name))[:num]])
+            raise UserError(
+                f"the class {name!r} has {num} rows, want at least 3 to split; use --split none"
+            )
+        kept.append(
+            row_M[permute(np.arange(len(row_M)), len(row_M), round_keys(seed, "split", name))[:num]]
+        )
     if mode == "none":
         return {"train": np.sort(np.concatenate(kept))}
     if mode == "font":
@@ -66,20 +72,30 @@ def family(font: str) -> str:
     return (_STYLE.sub("", stem) or stem or font).lower()
 
 
-def _draw_fonts(row_M: np.ndarray, font_N: np.ndarray, fonts: tuple[str, ...], seed: int) -> dict[str, np.ndarray]:
+def _draw_fonts(
+    row_M: np.ndarray, font_N: np.ndarray, fonts: tuple[str, ...], seed: int
+) -> dict[str, np.ndarray]:
     families = sorted({family(font) for font in fonts})
     if len(families) < 3:
-        raise UserError(f"the rows are of {len(families)} typeface families, want at least 3; use --split random")
+        raise UserError(
+            f"the rows are of {len(families)} typeface families, want at least 3; use --split random"
+        )
     number_of = {name: number for number, name in enumerate(families)}
     family_M = np.array([number_of[family(font)] for font in fonts])[font_N[row_M]]
     sizes = np.bincount(family_M, minlength=len(families))
     split_of = np.full(len(families), "train")
     room = {"val": EVAL_FRACTION * len(row_M), "test": EVAL_FRACTION * len(row_M), "train": np.inf}
-    for number in permute(np.arange(len(families)), len(families), round_keys(seed, "split", "fonts")):
-        split = split_of[number] = next(name for name, rows in room.items() if sizes[number] <= rows)
+    for number in permute(
+        np.arange(len(families)), len(families), round_keys(seed, "split", "fonts")
+    ):
+        split = split_of[number] = next(
+            name for name, rows in room.items() if sizes[number] <= rows
+        )
         room[split] -= sizes[number]
     rows = {name: row_M[(split_of == name)[family_M]] for name in ("train", "val", "test")}
     for name, drawn in rows.items():
         if not len(drawn):
-            raise UserError(f"the typeface families are too large to leave one for {name}; use --split random")
+            raise UserError(
+                f"the typeface families are too large to leave one for {name}; use --split random"
+            )
     return rows

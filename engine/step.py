@@ -94,7 +94,13 @@ class TrainStep:
         world: World,
         source: Source | None = None,
     ) -> None:
-        self._config, self._order, self._static, self._world, self._source = config, order, static, world, source
+        self._config, self._order, self._static, self._world, self._source = (
+            config,
+            order,
+            static,
+            world,
+            source,
+        )
         device, num_steps = world.device, config.epochs * order.steps_per_epoch
         if config.step.channels_last:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -117,19 +123,25 @@ class TrainStep:
         self._graphs: dict[int | str, Graph] = {}
         self._rate_on_device = config.optim.fused or config.step.cuda_graphs
         rate = self._rate_K[0] if self._rate_on_device else config.optim.learning_rate
-        self.optimizer = make_optimizer(config.optim, model, rate, capturable=config.step.cuda_graphs)
+        self.optimizer = make_optimizer(
+            config.optim, model, rate, capturable=config.step.cuda_graphs
+        )
         self._wrap()
 
     def _wrap(self) -> None:
         """The parts that a failed capture leaves in the middle of an iteration, made anew."""
         device = self._world.device
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self._config.step.precision == "fp16")
+        self.scaler = torch.amp.GradScaler(
+            device.type, enabled=self._config.step.precision == "fp16"
+        )
         self.objective = Objective(self.model, self._config, device)
         self._net: torch.nn.Module | None = None  # the old DDP's hooks go with it
         if (mode := self._config.step.compile) != "off" or self._config.kernels.fused:
             keep_compiled_code_private()
         if mode != "off":
-            self.objective.compile(mode=None if mode == "default" else f"{mode}-no-cudagraphs", dynamic=False)
+            self.objective.compile(
+                mode=None if mode == "default" else f"{mode}-no-cudagraphs", dynamic=False
+            )
         self._net = self.objective
         if self._world.size > 1:
             self._net = ddp = DistributedDataParallel(
@@ -165,13 +177,18 @@ class TrainStep:
     def _capture(self) -> None:
         failure, pool = "", None
         works: dict[int | str, Callable[[], None]] = {
-            num_steps: partial(self._run, self._slots(num_steps), num_steps) for num_steps in (self.steps_per_launch, 1)
+            num_steps: partial(self._run, self._slots(num_steps), num_steps)
+            for num_steps in (self.steps_per_launch, 1)
         }
         try:
-            for name, work in (works | {"evaluation": partial(self._evaluate, self._slots(1))}).items():
+            for name, work in (
+                works | {"evaluation": partial(self._evaluate, self._slots(1))}
+            ).items():
                 self._graphs[name] = Graph(work, pool)
                 pool = self._graphs[name].pool
-        except Exception as error:  # whatever it is, the run can go on without graphs, and must do so on all ranks
+        except (
+            Exception
+        ) as error:  # whatever it is, the run can go on without graphs, and must do so on all ranks
             failure = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         self.capture_failure = self._world.first_reason(failure)
 
@@ -224,7 +241,12 @@ class TrainStep:
         Raises:
             UserError: a loss or gradient was not finite; names the step. With fp16: 20 steps in a row were skipped.
         """
-        log_3S = self._world.sum(self._log_3S[:, self._read_from : self._in_epoch]).double().cpu().numpy()
+        log_3S = (
+            self._world.sum(self._log_3S[:, self._read_from : self._in_epoch])
+            .double()
+            .cpu()
+            .numpy()
+        )
         first_step = self._host_step - log_3S.shape[1]
         self._read_from = self._in_epoch
         num_samples = log_3S.shape[1] * self._order.global_batch
@@ -240,7 +262,9 @@ class TrainStep:
         for step, (loss, _, bad) in enumerate(log_3S.T.tolist(), start=first_step + 1):
             if not self.scaler.is_enabled() and (bad or not np.isfinite(loss)):
                 what = "a gradient" if np.isfinite(loss) else "the loss"
-                raise UserError(f"{what} was not finite in step {step}; lower optim.learning_rate or use --amp bf16")
+                raise UserError(
+                    f"{what} was not finite in step {step}; lower optim.learning_rate or use --amp bf16"
+                )
             self._skipped_in_a_row = self._skipped_in_a_row + 1 if bad else 0
             if self._skipped_in_a_row >= MAX_SKIPPED:
                 raise UserError(
@@ -248,7 +272,9 @@ class TrainStep:
                     "use --amp bf16 or lower optim.learning_rate"
                 )
 
-        if len(log_3S.T) and not np.isfinite(log_3S[LOSS]).any():  # fp16, in an epoch of fewer steps than that
+        if (
+            len(log_3S.T) and not np.isfinite(log_3S[LOSS]).any()
+        ):  # fp16, in an epoch of fewer steps than that
             raise UserError(f"the loss was not finite in any step up to {step}; use --amp bf16")
 
     def read_evaluation(self) -> tuple[float, float, int]:
@@ -278,7 +304,9 @@ class TrainStep:
             batch = next(batches, None)
             if batch is None:
                 done = self._in_epoch + number
-                raise RuntimeError(f"the feed ended after {done} of {self._order.steps_per_epoch} steps")
+                raise RuntimeError(
+                    f"the feed ended after {done} of {self._order.steps_per_epoch} steps"
+                )
             slot = self._static.rows(number * size, (number + 1) * size)
             check_like(batch, slot)
             if num_steps == 1 and not self._graphs:
@@ -338,14 +366,20 @@ class TrainStep:
             self.scaler.update()
             return
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        torch._amp_foreach_non_finite_check_and_unscale_(gradients, bad, self._one)  # GradScaler's check: one kernel
+        torch._amp_foreach_non_finite_check_and_unscale_(
+            gradients, bad, self._one
+        )  # GradScaler's check: one kernel
         if self._config.optim.fused:
             self.optimizer.found_inf = bad  # type: ignore[attr-defined]  # as GradScaler hands it to fused optimisers
         self.optimizer.step()
 
     def _local(self, yes: bool) -> AbstractContextManager[object]:
         """No all-reduce after the backward of all but the last part."""
-        return self._net.no_sync() if yes and isinstance(self._net, DistributedDataParallel) else nullcontext()
+        return (
+            self._net.no_sync()
+            if yes and isinstance(self._net, DistributedDataParallel)
+            else nullcontext()
+        )
 
     def _host_rate(self, k: int) -> float:
         return float(self._rate_host[min(self._host_step + k, len(self._rate_host) - 1)])

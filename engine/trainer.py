@@ -25,7 +25,9 @@ CLOCK_INCLUDES = "every training step with its data; not: start-up, warm-up, cap
 Say = Callable[[str], None]
 
 
-def fit(config: RunConfig, records: Records, world: World, out: Path, *, resume: bool, say: Say) -> RunReport:
+def fit(
+    config: RunConfig, records: Records, world: World, out: Path, *, resume: bool, say: Say
+) -> RunReport:
     """Train as `config` says and write OUT: report.json, metrics.jsonl, model.safetensors, config.toml, checkpoints/.
 
     Args:
@@ -119,13 +121,19 @@ class _Fit:
         """Train one epoch on the clock; returns its seconds."""
         step, world = self.session.step, self.session.world
         world.synchronize()
-        with progress_bar(f"epoch {epoch + 1}", self.steps_per_epoch, enabled=world.is_first) as show:
+        with progress_bar(
+            f"epoch {epoch + 1}", self.steps_per_epoch, enabled=world.is_first
+        ) as show:
             self.watch.start()
             num_steps = 0
             for launch in step.train_epoch(self.session.feed, epoch):
                 self.wait_s += launch.wait_s
                 if self.config.log_ids:
-                    idlog.append(idlog.path_of(self.out, world.rank, epoch), launch.batch, first=not num_steps)
+                    idlog.append(
+                        idlog.path_of(self.out, world.rank, epoch),
+                        launch.batch,
+                        first=not num_steps,
+                    )
                 num_steps += launch.num_steps
                 if num_steps % 50 < launch.num_steps:
                     show(num_steps)
@@ -160,13 +168,19 @@ class _Fit:
         """Write config.toml, and cut metrics.jsonl and events back to the epochs that the checkpoint knows."""
         metrics = self.out / "metrics.jsonl"
         with writing(self.out):
-            lines = metrics.read_bytes().splitlines(keepends=True)[:num_epochs_done] if metrics.exists() else []
+            lines = (
+                metrics.read_bytes().splitlines(keepends=True)[:num_epochs_done]
+                if metrics.exists()
+                else []
+            )
             write_file(metrics, b"".join(lines))
             write_file(self.out / "config.toml", to_toml(self.config).encode())
             if self.config.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
 
-                self.events = SummaryWriter(str(self.out / "tensorboard"), purge_step=num_epochs_done + 1)
+                self.events = SummaryWriter(
+                    str(self.out / "tensorboard"), purge_step=num_epochs_done + 1
+                )
 
     def _end_files(self, report: RunReport) -> None:
         if self.events:
@@ -205,7 +219,11 @@ class _Fit:
         self.session.world.first(write)
 
     def _report(
-        self, num_epochs: int, test: tuple[float, float] | None, wait_fraction: float, energy_j: float | None
+        self,
+        num_epochs: int,
+        test: tuple[float, float] | None,
+        wait_fraction: float,
+        energy_j: float | None,
     ) -> RunReport:
         session, device = self.session, self.session.world.device
         num_steps = num_epochs * self.steps_per_epoch

@@ -69,7 +69,9 @@ class World:
         text_RX = torch.zeros(self.size, 400, dtype=torch.uint8)
         text = torch.tensor(list(reason.encode()[:400]), dtype=torch.uint8)
         text_RX[self.rank, : len(text)] = text
-        texts = [bytes(row).rstrip(b"\0").decode(errors="replace") for row in self.sum(text_RX).tolist()]
+        texts = [
+            bytes(row).rstrip(b"\0").decode(errors="replace") for row in self.sum(text_RX).tolist()
+        ]
         return next((f"rank {rank}: {text}" for rank, text in enumerate(texts) if text), "")
 
     def first(self, work: Callable[[], None]) -> None:
@@ -113,7 +115,11 @@ def start_world(device_name: str = "") -> Iterator[World]:
     check_ranks(device_name)
     allocator = "glibc, freed blocks up to 32 MiB kept" if keep_large_blocks() else "default"
     on_gpu = torch.cuda.is_available() and device_name != "cpu"
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
+    device = (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if on_gpu
+        else torch.device("cpu")
+    )
     size, ledger = env_world_size(), Ledger(device)
     if on_gpu:
         torch.cuda.set_device(device)
@@ -121,12 +127,21 @@ def start_world(device_name: str = "") -> Iterator[World]:
         ledger.mark("context")
     if size > 1:
         dist.init_process_group(
-            "nccl" if on_gpu else "gloo", timeout=COLLECTIVE_TIMEOUT, device_id=device if on_gpu else None
+            "nccl" if on_gpu else "gloo",
+            timeout=COLLECTIVE_TIMEOUT,
+            device_id=device if on_gpu else None,
         )
         ledger.mark("NCCL")
     stream = torch.cuda.Stream(device) if on_gpu else None
     try:
-        yield World(rank=env_rank(), size=size, device=device, stream=stream, allocator=allocator, ledger=ledger)
+        yield World(
+            rank=env_rank(),
+            size=size,
+            device=device,
+            stream=stream,
+            allocator=allocator,
+            ledger=ledger,
+        )
     finally:
         if size > 1:
             dist.destroy_process_group()
@@ -151,7 +166,11 @@ def check_ranks(device_name: str = "") -> None:
             "--device cuda: torch sees no GPU; check the driver and torch.version.cuda, or use --device cpu"
         )
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if torch.cuda.is_available() and device_name != "cpu" and local_ranks > torch.cuda.device_count():
+    if (
+        torch.cuda.is_available()
+        and device_name != "cpu"
+        and local_ranks > torch.cuda.device_count()
+    ):
         raise UserError(
             f"{local_ranks} ranks on a machine with {torch.cuda.device_count()} GPUs; "
             "start torchrun with --nproc-per-node of at most that number"
@@ -174,7 +193,11 @@ def keep_large_blocks() -> bool:
         return False
     mallopt = ctypes.CDLL(None).mallopt
     m_mmap_threshold, m_trim_threshold, m_top_pad = -3, -1, -2  # malloc.h
-    settings = ((m_mmap_threshold, HEAP_THRESHOLD_BYTES), (m_trim_threshold, 2**31 - 1), (m_top_pad, 64 * 2**20))
+    settings = (
+        (m_mmap_threshold, HEAP_THRESHOLD_BYTES),
+        (m_trim_threshold, 2**31 - 1),
+        (m_top_pad, 64 * 2**20),
+    )
     return all(mallopt(name, value) == 1 for name, value in settings)
 
 
@@ -185,7 +208,10 @@ def user_cache() -> Path:
 
 def keep_compiled_code_private() -> None:
     """Let torch.compile and Triton keep their files in folders that are the user's alone; inductor's lies in /tmp."""
-    for name, folder_name in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton")):
+    for name, folder_name in (
+        ("TORCHINDUCTOR_CACHE_DIR", "inductor"),
+        ("TRITON_CACHE_DIR", "triton"),
+    ):
         if name not in os.environ:
             folder = user_cache() / folder_name
             with writing(folder):

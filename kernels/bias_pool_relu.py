@@ -32,7 +32,9 @@ BLOCK = 64
 """Pooled positions a program takes at once."""
 
 
-def bias_pool_relu_reference(x_BCHW: torch.Tensor, bias_C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def bias_pool_relu_reference(
+    x_BCHW: torch.Tensor, bias_C: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(y_BCYX, code), in x's type."""
     y_BCYX, code_3PG = pool_reference(x_BCHW, bias_C)
     return y_BCYX.contiguous(memory_format=torch.channels_last), code_3PG
@@ -69,7 +71,9 @@ def _forward(
     winner = tl.zeros([BLOCK, LANES], tl.int32)
     for number in tl.static_range(1, 4):
         at = x_ptr + place + (number // 2 * WIDTH + number % 2) * CHANNELS
-        best, winner = better(best, winner, tl.load(at, mask=mask, other=0.0).to(tl.float32), number)
+        best, winner = better(
+            best, winner, tl.load(at, mask=mask, other=0.0).to(tl.float32), number
+        )
     y = best + tl.load(bias_ptr + channel).to(tl.float32)
     passes = ~(y <= 0)
     tl.store(y_ptr + position[:, None] * CHANNELS + channel, tl.where(passes, y, 0.0), mask=mask)
@@ -90,8 +94,12 @@ def _backward(
         position = (tl.program_id(0) + turn * tl.num_programs(0)) * BLOCK + tl.arange(0, BLOCK)
         real = position < num_positions
         num_words = num_positions * (CHANNELS // LANES)
-        winner, passes = load_code(code_ptr, position * (CHANNELS // LANES) + group, num_words, real)
-        grad = tl.load(grad_ptr + position[:, None] * CHANNELS + channel, mask=real[:, None], other=0.0)
+        winner, passes = load_code(
+            code_ptr, position * (CHANNELS // LANES) + group, num_words, real
+        )
+        grad = tl.load(
+            grad_ptr + position[:, None] * CHANNELS + channel, mask=real[:, None], other=0.0
+        )
         grad = tl.where(passes, grad.to(tl.float32), 0.0)
         bias_sum += grad
         place = _corner(position, HEIGHT, WIDTH)[:, None] * CHANNELS + channel

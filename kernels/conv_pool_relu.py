@@ -66,7 +66,9 @@ def _patches(image_ptr, position, real, HEIGHT: tl.constexpr, WIDTH: tl.constexp
     row = (rest // (WIDTH // 2) * 2 - 1)[:, None] + tap // 4
     column = (rest % (WIDTH // 2) * 2 - 1)[:, None] + tap % 4
     inside = real[:, None] & (row >= 0) & (row < HEIGHT) & (column >= 0) & (column < WIDTH)
-    return tl.load(image_ptr + sample[:, None] * (HEIGHT * WIDTH) + row * WIDTH + column, mask=inside, other=0)
+    return tl.load(
+        image_ptr + sample[:, None] * (HEIGHT * WIDTH) + row * WIDTH + column, mask=inside, other=0
+    )
 
 
 @triton.jit
@@ -87,8 +89,14 @@ def _forward(
     group = tl.program_id(1)
     channel = group * LANES + tl.arange(0, LANES)
     bias = tl.load(bias_ptr + channel).to(tl.float32)[None, :]
-    weight_0, weight_1 = _placed(weight_ptr, channel, 0).to(dtype), _placed(weight_ptr, channel, 1).to(dtype)
-    weight_2, weight_3 = _placed(weight_ptr, channel, 2).to(dtype), _placed(weight_ptr, channel, 3).to(dtype)
+    weight_0, weight_1 = (
+        _placed(weight_ptr, channel, 0).to(dtype),
+        _placed(weight_ptr, channel, 1).to(dtype),
+    )
+    weight_2, weight_3 = (
+        _placed(weight_ptr, channel, 2).to(dtype),
+        _placed(weight_ptr, channel, 3).to(dtype),
+    )
     for number in range(TURNS):
         position = (tl.program_id(0) + number * tl.num_programs(0)) * BLOCK + tl.arange(0, BLOCK)
         real = position < num_positions
@@ -100,9 +108,15 @@ def _forward(
         best, winner = better(best, winner, tl.dot(pixels, weight_3, input_precision="tf32x3"), 3)
         y = best * SCALE + bias
         passes = ~(y <= 0)
-        tl.store(y_ptr + position[:, None] * CHANNELS + channel[None, :], tl.where(passes, y, 0.0), mask=real[:, None])
+        tl.store(
+            y_ptr + position[:, None] * CHANNELS + channel[None, :],
+            tl.where(passes, y, 0.0),
+            mask=real[:, None],
+        )
         num_words = num_positions * (CHANNELS // LANES)
-        store_code(code_ptr, winner, passes, position * (CHANNELS // LANES) + group, num_words, real)
+        store_code(
+            code_ptr, winner, passes, position * (CHANNELS // LANES) + group, num_words, real
+        )
 
 
 @triton.jit
@@ -110,7 +124,9 @@ def _fold(sum_16C, PLACE: tl.constexpr):
     """[16, 32] sums over 4x4 pixels -> the 9 weights' rows, for the candidates at PLACE; rows 9 to 15 are 0."""
     weight, tap = tl.arange(0, 16)[:, None], tl.arange(0, 16)[None, :]
     lies_at = (weight // 3 + PLACE // 2) * 4 + weight % 3 + PLACE % 2
-    return tl.dot(((tap == lies_at) & (weight < 9)).to(tl.float32), sum_16C, input_precision="tf32x3")
+    return tl.dot(
+        ((tap == lies_at) & (weight < 9)).to(tl.float32), sum_16C, input_precision="tf32x3"
+    )
 
 
 @triton.jit
@@ -130,14 +146,28 @@ def _backward(
         real = position < num_positions
         pixels = tl.trans(_patches(image_ptr, position, real, HEIGHT, WIDTH).to(dtype))
         num_words = num_positions * (CHANNELS // LANES)
-        winner, passes = load_code(code_ptr, position * (CHANNELS // LANES) + group, num_words, real)
-        grad = tl.load(grad_ptr + position[:, None] * CHANNELS + channel[None, :], mask=real[:, None], other=0.0)
+        winner, passes = load_code(
+            code_ptr, position * (CHANNELS // LANES) + group, num_words, real
+        )
+        grad = tl.load(
+            grad_ptr + position[:, None] * CHANNELS + channel[None, :],
+            mask=real[:, None],
+            other=0.0,
+        )
         grad = tl.where(passes, grad.to(tl.float32), 0.0)
         bias_sum += tl.sum(grad, 0)
-        sum_0 = tl.dot(pixels, tl.where(winner == 0, grad, 0.0).to(dtype), sum_0, input_precision="tf32x3")
-        sum_1 = tl.dot(pixels, tl.where(winner == 1, grad, 0.0).to(dtype), sum_1, input_precision="tf32x3")
-        sum_2 = tl.dot(pixels, tl.where(winner == 2, grad, 0.0).to(dtype), sum_2, input_precision="tf32x3")
-        sum_3 = tl.dot(pixels, tl.where(winner == 3, grad, 0.0).to(dtype), sum_3, input_precision="tf32x3")
+        sum_0 = tl.dot(
+            pixels, tl.where(winner == 0, grad, 0.0).to(dtype), sum_0, input_precision="tf32x3"
+        )
+        sum_1 = tl.dot(
+            pixels, tl.where(winner == 1, grad, 0.0).to(dtype), sum_1, input_precision="tf32x3"
+        )
+        sum_2 = tl.dot(
+            pixels, tl.where(winner == 2, grad, 0.0).to(dtype), sum_2, input_precision="tf32x3"
+        )
+        sum_3 = tl.dot(
+            pixels, tl.where(winner == 3, grad, 0.0).to(dtype), sum_3, input_precision="tf32x3"
+        )
     total = (_fold(sum_0, 0) + _fold(sum_1, 1) + _fold(sum_2, 2) + _fold(sum_3, 3)) * SCALE
     tap = tl.arange(0, 16)[:, None]
     total = tl.where(tap == 9, bias_sum[None, :], total)
@@ -146,7 +176,12 @@ def _backward(
 
 @triton.jit
 def _add_partials(
-    partial_ptr, grad_weight_ptr, grad_bias_ptr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, PARTIALS: tl.constexpr
+    partial_ptr,
+    grad_weight_ptr,
+    grad_bias_ptr,
+    CHANNELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PARTIALS: tl.constexpr,
 ):
     """A program for each of the rows 0 to 9; always in the same order, so that the sum is the same to the bit."""
     row = tl.program_id(0)
@@ -204,7 +239,13 @@ def _backward_op(
     partial = image_BHW.new_empty((programs, 16, channels), dtype=torch.float32)
     grad_BCYX = grad_BCYX.contiguous(memory_format=torch.channels_last)
     tensors = (grad_BCYX, code_3PG, image_BHW.contiguous(), partial)
-    sizes = {"HEIGHT": height, "WIDTH": width, "CHANNELS": channels, "BLOCK": BACKWARD_BLOCK, "TURNS": turns}
+    sizes = {
+        "HEIGHT": height,
+        "WIDTH": width,
+        "CHANNELS": channels,
+        "BLOCK": BACKWARD_BLOCK,
+        "TURNS": turns,
+    }
     start(_backward, (programs, groups), *tensors, num_positions, **sizes)
     sizes = {"CHANNELS": channels, "BLOCK": 64, "PARTIALS": programs}
     start(_add_partials, (10, groups), partial, grad_weight, grad_bias, **sizes)
@@ -216,7 +257,9 @@ def _backward_fake(
     grad_BCYX: torch.Tensor, code_3PG: torch.Tensor, image_BHW: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     channels = grad_BCYX.shape[1]
-    return grad_BCYX.new_empty((channels, 1, 3, 3), dtype=dtype), grad_BCYX.new_empty((channels,), dtype=dtype)
+    return grad_BCYX.new_empty((channels, 1, 3, 3), dtype=dtype), grad_BCYX.new_empty(
+        (channels,), dtype=dtype
+    )
 
 
 def _save(ctx: Any, inputs: tuple[torch.Tensor, ...], output: tuple[torch.Tensor, ...]) -> None:

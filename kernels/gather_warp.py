@@ -40,7 +40,9 @@ def gather_warp_reference(
     if matrix_M23 is not None:
         height, width = image_NHW.shape[1:]
         y, x = (torch.arange(n, device=x_MHW.device) + 0.5 for n in (height, width))
-        at_HW3 = torch.stack([x.expand(height, -1), y[:, None].expand(-1, width), torch.ones_like(x_MHW[0])], 2)
+        at_HW3 = torch.stack(
+            [x.expand(height, -1), y[:, None].expand(-1, width), torch.ones_like(x_MHW[0])], 2
+        )
         u_MHW, v_MHW = (at_HW3 @ matrix_M23[:, None].transpose(2, 3)).unbind(3)
         grid_MHW2 = torch.stack([2 * u_MHW / width - 1, 2 * v_MHW / height - 1], 3)
         x_MHW = functional.grid_sample(x_MHW[:, None], grid_MHW2, align_corners=False)[:, 0]
@@ -51,7 +53,9 @@ def gather_warp_reference(
 def _tap(image_ptr, row, y, x, weight, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
     inside = (y >= 0) & (y < HEIGHT) & (x >= 0) & (x < WIDTH)
     place = y.to(tl.int32) * WIDTH + x.to(tl.int32)
-    return weight * tl.load(image_ptr + row * (HEIGHT * WIDTH) + place, mask=inside, other=0).to(tl.float32)
+    return weight * tl.load(image_ptr + row * (HEIGHT * WIDTH) + place, mask=inside, other=0).to(
+        tl.float32
+    )
 
 
 @triton.jit
@@ -73,7 +77,10 @@ def _gather(
         m = matrix_ptr + sample * 6
         u = tl.load(m) * x + tl.load(m + 1) * y + tl.load(m + 2) - 0.5
         v = tl.load(m + 3) * x + tl.load(m + 4) * y + tl.load(m + 5) - 0.5
-        left, top = tl.floor(tl.minimum(tl.maximum(u, -2.0), WIDTH)), tl.floor(tl.minimum(tl.maximum(v, -2.0), HEIGHT))
+        left, top = (
+            tl.floor(tl.minimum(tl.maximum(u, -2.0), WIDTH)),
+            tl.floor(tl.minimum(tl.maximum(v, -2.0), HEIGHT)),
+        )
         right, below = u - left, v - top
         value = _tap(image_ptr, row, top, left, (1 - below) * (1 - right), HEIGHT, WIDTH)
         value += _tap(image_ptr, row, top, left + 1, (1 - below) * right, HEIGHT, WIDTH)
@@ -120,7 +127,11 @@ def gather_warp(
         ("step", step_K, torch.int64, (None,)),
         ("out label", label_M, torch.uint8, (num_samples,)),
         ("out id", id_M, torch.int64, (num_samples,)),
-        *([] if matrix_M23 is None else [("matrix", matrix_M23, torch.float32, (num_samples, 2, 3))]),
+        *(
+            []
+            if matrix_M23 is None
+            else [("matrix", matrix_M23, torch.float32, (num_samples, 2, 3))]
+        ),
     ):
         check(name, tensor, (dtype,), shape, out_MHW, any_size=name == "image")
         if not tensor.is_contiguous():
@@ -132,7 +143,9 @@ def gather_warp(
         gather_warp_reference(*tensors)
         return
     sizes = {"HEIGHT": height, "WIDTH": width, "BLOCK": triton.next_power_of_2(height * width)}
-    given = [image_NHW if t is None else t for t in tensors]  # a matrix that is not there is not read
+    given = [
+        image_NHW if t is None else t for t in tensors
+    ]  # a matrix that is not there is not read
     start(_gather, (num_samples,), *given, batch_size, WARPED=matrix_M23 is not None, **sizes)
 
 

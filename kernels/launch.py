@@ -35,7 +35,11 @@ def start(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> N
 
 def num_processors(tensor: torch.Tensor) -> int:
     """Multiprocessors of the tensor's GPU; 1 elsewhere."""
-    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 1
+    return (
+        torch.cuda.get_device_properties(tensor.device).multi_processor_count
+        if tensor.is_cuda
+        else 1
+    )
 
 
 def share(tensor: torch.Tensor, num_items: int, block: int, per_processor: int) -> tuple[int, int]:
@@ -72,12 +76,16 @@ def check(
     if tensor.device != like.device:
         raise ValueError(f"{name} is on {tensor.device}; move it to {like.device}")
     if tensor.numel() >= LARGEST and not any_size:
-        raise ValueError(f"{name} has {tensor.numel():,} elements; give fewer than 2^31, e.g. a smaller batch")
+        raise ValueError(
+            f"{name} has {tensor.numel():,} elements; give fewer than 2^31, e.g. a smaller batch"
+        )
 
 
 def check_channels(num_channels: int) -> None:
     if num_channels % LANES:
-        raise ValueError(f"{num_channels} channels are not a multiple of {LANES}; leave this kernel off for them")
+        raise ValueError(
+            f"{num_channels} channels are not a multiple of {LANES}; leave this kernel off for them"
+        )
 
 
 def empty_pooled(
@@ -87,13 +95,17 @@ def empty_pooled(
     batch_size, channels, height, width = shape_BCHW
     y_BYXC = like.new_empty((batch_size, height // 2, width // 2, channels), dtype=dtype)
     num_positions = batch_size * (height // 2) * (width // 2)
-    return y_BYXC.permute(0, 3, 1, 2), like.new_empty((3, num_positions, channels // LANES), dtype=torch.int32)
+    return y_BYXC.permute(0, 3, 1, 2), like.new_empty(
+        (3, num_positions, channels // LANES), dtype=torch.int32
+    )
 
 
 def pack_code(winner_PC: torch.Tensor, passes_PC: torch.Tensor) -> torch.Tensor:
     """The code of winners 0..3 and passing bits, in PyTorch."""
     lane = torch.arange(LANES, device=winner_PC.device)
-    planes = torch.stack([winner_PC & 1, winner_PC >> 1, passes_PC.long()]).view(3, len(winner_PC), -1, LANES)
+    planes = torch.stack([winner_PC & 1, winner_PC >> 1, passes_PC.long()]).view(
+        3, len(winner_PC), -1, LANES
+    )
     return (planes << lane).sum(3).to(torch.int32)  # bit 31 wraps into the sign
 
 
@@ -129,5 +141,7 @@ def unpool_reference(
     four = torch.where(winner[..., None] == torch.arange(4, device=live.device), live[..., None], 0)
     window = four.view(batch_size, channels, rows, columns, 2, 2).permute(0, 1, 2, 4, 3, 5)
     grad = torch.zeros(batch_size, channels, height, width, dtype=live.dtype, device=live.device)
-    grad[:, :, : 2 * rows, : 2 * columns] = window.reshape(batch_size, channels, 2 * rows, 2 * columns)
+    grad[:, :, : 2 * rows, : 2 * columns] = window.reshape(
+        batch_size, channels, 2 * rows, 2 * columns
+    )
     return grad, live.sum((0, 2, 3))

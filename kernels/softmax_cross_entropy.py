@@ -32,7 +32,9 @@ def softmax_cross_entropy_reference(
     num_classes = x_BK.shape[1]
     chosen_B = label_B.long()
     valid_B = chosen_B < num_classes
-    target_BK = functional.one_hot(chosen_B.clamp(max=num_classes - 1), num_classes) * (1 - smoothing)
+    target_BK = functional.one_hot(chosen_B.clamp(max=num_classes - 1), num_classes) * (
+        1 - smoothing
+    )
     target_BK = target_BK + smoothing / num_classes
     loss_B = torch.where(valid_B, -(target_BK * x_BK.log_softmax(1)).sum(1), torch.nan)
     correct_B = (x_BK.argmax(1) == chosen_B).to(x_BK.dtype)
@@ -49,7 +51,9 @@ def _forward(
     real = sample < num_samples
     column = tl.arange(0, COLUMNS)[None, :]
     mask = real[:, None] & (column < CLASSES)
-    x = tl.load(logits_ptr + sample[:, None] * row_stride + column, mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(logits_ptr + sample[:, None] * row_stride + column, mask=mask, other=0.0).to(
+        tl.float32
+    )
     shown = tl.where(column < CLASSES, x, float("-inf"))
     highest = tl.max(shown, 1)
     power = tl.exp(shown - highest[:, None])
@@ -68,7 +72,9 @@ def _forward(
 
 
 @triton.jit
-def _add_up(stats_ptr, loss_ptr, correct_ptr, num_samples, BLOCK: tl.constexpr, TURNS: tl.constexpr):
+def _add_up(
+    stats_ptr, loss_ptr, correct_ptr, num_samples, BLOCK: tl.constexpr, TURNS: tl.constexpr
+):
     """One program, always in the same order."""
     loss, correct = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     for turn in range(TURNS):
@@ -104,7 +110,11 @@ def _op(
     stats_2B = logits_BK.new_empty((2, num_samples), dtype=torch.float32)
     loss, correct, unit_BK = _fake(logits_BK, label_B, smoothing)
     tensors = (logits_BK, label_B.contiguous(), stats_2B, unit_BK)
-    sizes = {"CLASSES": num_classes, "COLUMNS": max(16, triton.next_power_of_2(num_classes)), "ROWS": ROWS}
+    sizes = {
+        "CLASSES": num_classes,
+        "COLUMNS": max(16, triton.next_power_of_2(num_classes)),
+        "ROWS": ROWS,
+    }
     grid = (triton.cdiv(num_samples, ROWS),)
     start(_forward, grid, *tensors, num_samples, logits_BK.stride(0), SMOOTHING=smoothing, **sizes)
     turns = triton.cdiv(num_samples, 1024)
@@ -127,7 +137,16 @@ def _backward_op(unit_BK: torch.Tensor, grad_loss: torch.Tensor) -> torch.Tensor
         return (unit_BK * (grad_loss / len(unit_BK))).to(unit_BK.dtype)
     grad_BK = torch.empty_like(unit_BK)
     num = unit_BK.numel()
-    start(_backward, (triton.cdiv(num, 1024),), unit_BK, grad_loss, grad_BK, len(unit_BK), num, BLOCK=1024)
+    start(
+        _backward,
+        (triton.cdiv(num, 1024),),
+        unit_BK,
+        grad_loss,
+        grad_BK,
+        len(unit_BK),
+        num,
+        BLOCK=1024,
+    )
     return grad_BK
 
 

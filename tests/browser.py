@@ -26,19 +26,34 @@ class Browser:
         commands_r, self._commands_w = os.pipe()
         ends = [fcntl.fcntl(end, fcntl.F_DUPFD, 20) for end in (commands_r, events_w)]
         script = f'exec "$@" 3<&{ends[0]} 4>&{ends[1]}'
-        line = ["bash", "-c", script, "-", CHROMIUM, *FLAGS, f"--user-data-dir={self._folder.name}", "about:blank"]
-        self._process = subprocess.Popen(line, pass_fds=ends, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        line = [
+            "bash",
+            "-c",
+            script,
+            "-",
+            CHROMIUM,
+            *FLAGS,
+            f"--user-data-dir={self._folder.name}",
+            "about:blank",
+        ]
+        self._process = subprocess.Popen(
+            line, pass_fds=ends, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         for end in (commands_r, events_w, *ends):
             os.close(end)
         self._number, self._buffer, self._session = 0, b"", ""
         self.events: list[dict[str, Any]] = []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)[
+            "sessionId"
+        ]
         for domain in ("Page", "Runtime", "Log", "Network", "Audits"):
             self.call(f"{domain}.enable")
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         os.close(self._commands_w)
         try:
             self._process.wait(10)
@@ -64,7 +79,11 @@ class Browser:
         theme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self.call("Emulation.setEmulatedMedia", features=theme)
         self.call(
-            "Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=width < 500
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=800,
+            deviceScaleFactor=1,
+            mobile=width < 500,
         )
         self.events.clear()
         self.call("Page.navigate", url=url)

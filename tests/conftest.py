@@ -85,17 +85,30 @@ def command(cache: Path) -> Command:
 
     def run(*words: object, **environment: str) -> subprocess.CompletedProcess[str]:
         line = [str(word) for word in words]
-        tools = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
+        tools = {
+            "python": [sys.executable],
+            "torchrun": [sys.executable, "-m", "torch.distributed.run"],
+        }
         line = tools.get(line[0], [line[0]]) + line[1:]
-        variables = os.environ | {"XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1", **environment}
-        return subprocess.run(line, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=240)
+        variables = os.environ | {
+            "XDG_CACHE_HOME": str(cache),
+            "OMP_NUM_THREADS": "1",
+            **environment,
+        }
+        return subprocess.run(
+            line, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=240
+        )
 
     return run
 
 
 def run_configs() -> list[Path]:
     """The files of bench_configs that describe a run."""
-    return [path for path in sorted((ROOT / "bench_configs").glob("*.toml")) if not is_matrix(read_toml(path))]
+    return [
+        path
+        for path in sorted((ROOT / "bench_configs").glob("*.toml"))
+        if not is_matrix(read_toml(path))
+    ]
 
 
 def assert_refused(done: subprocess.CompletedProcess[str], *texts: str) -> None:

@@ -26,43 +26,86 @@ RUNGS = (
 )
 
 
-def make_profile(names: list[str] | None = None, classes: tuple[str, ...] = LABELS, num: int = 50) -> dict[str, Any]:
+def make_profile(
+    names: list[str] | None = None, classes: tuple[str, ...] = LABELS, num: int = 50
+) -> dict[str, Any]:
     """A profile of `num` cells: a ladder, batch sizes x precisions x ranks, a failed cell and some not measured."""
     rng = np.random.default_rng(0)
-    cells = [_cell(rng, rung, True, 512, 1, {"step.rung": k}, 1.25**k) for k, rung in enumerate(RUNGS)]
+    cells = [
+        _cell(rng, rung, True, 512, 1, {"step.rung": k}, 1.25**k) for k, rung in enumerate(RUNGS)
+    ]
     for precision in PRECISIONS:
         for batch in BATCHES:
             for ranks in (1, 2, 4, 8):
                 speed = (1 + (precision == "bf16")) * batch / (batch + 256) * ranks**0.95
                 name = f"{precision}, batch {batch}, {ranks} ranks"
-                cells.append(_cell(rng, name, False, batch, ranks, {"step.precision": precision}, speed))
+                cells.append(
+                    _cell(rng, name, False, batch, ranks, {"step.precision": precision}, speed)
+                )
     cells = cells[:num]
     cells[0]["repetitions"][0]["confusion"] = _confusion(rng, classes)
-    cells[-1]["repetitions"] = [{"seed": 0, "failed": "out of memory: 80 GiB", "environment": {}, "notes": []}]
+    cells[-1]["repetitions"] = [
+        {"seed": 0, "failed": "out of memory: 80 GiB", "environment": {}, "notes": []}
+    ]
     cells[-2] |= {"repetitions": [], "not_measured": "needs 8 GPUs, there is 1"}
-    cells[-2]["published"] = {"samples_per_s": 14321.0, "train_s": 88.5, "test_accuracy_fraction": 0.941}
+    cells[-2]["published"] = {
+        "samples_per_s": 14321.0,
+        "train_s": 88.5,
+        "test_accuracy_fraction": 0.941,
+    }
     cells[-2]["published"] |= {"gpu": "P100 x 4", "source": "the study, table 2"}
     for number, cell in enumerate(cells):
-        cell["id"], cell["name"] = f"c{number:03}", names[number % len(names)] if names else cell["name"]
-    return {"format": 1, "title": "Example", "command": "python -m tools.profile run example.toml", "cells": cells}
+        cell["id"], cell["name"] = (
+            f"c{number:03}",
+            names[number % len(names)] if names else cell["name"],
+        )
+    return {
+        "format": 1,
+        "title": "Example",
+        "command": "python -m tools.profile run example.toml",
+        "cells": cells,
+    }
 
 
 def _cell(
-    rng: np.random.Generator, name: str, ladder: bool, batch: int, ranks: int, settings: dict[str, Any], speed: float
+    rng: np.random.Generator,
+    name: str,
+    ladder: bool,
+    batch: int,
+    ranks: int,
+    settings: dict[str, Any],
+    speed: float,
 ) -> dict[str, Any]:
     axes = {"batch": batch, "ranks": ranks} | ({} if ladder else settings)
     repetitions = [_repetition(rng, seed, batch, ranks, speed, settings) for seed in range(3)]
-    cell = {"id": "", "name": name, "ladder": ladder, "axes": axes, "settings": settings, "published": None}
+    cell = {
+        "id": "",
+        "name": name,
+        "ladder": ladder,
+        "axes": axes,
+        "settings": settings,
+        "published": None,
+    }
     return cell | {"not_measured": "", "repetitions": repetitions}
 
 
 def _repetition(
-    rng: np.random.Generator, seed: int, batch: int, ranks: int, speed: float, settings: dict[str, Any]
+    rng: np.random.Generator,
+    seed: int,
+    batch: int,
+    ranks: int,
+    speed: float,
+    settings: dict[str, Any],
 ) -> dict[str, Any]:
     rate = float(100_000 * speed * rng.normal(1, 0.02))
     step_ms = batch * ranks / rate * 1000
     stages = {"copy": 0.05, "forward": 0.3, "backward": 0.45, "optimiser": 0.12, "launch gap": 0.08}
-    owners = {"context": 0.52, "model": 0.03, "NCCL": 0.31 if ranks > 1 else 0.0, "graph pool": batch / 900}
+    owners = {
+        "context": 0.52,
+        "model": 0.03,
+        "NCCL": 0.31 if ranks > 1 else 0.0,
+        "graph pool": batch / 900,
+    }
     return {
         "seed": seed,
         "failed": "",
@@ -90,7 +133,9 @@ def _repetition(
         "time_to_target_s": 151_904 * 5 / rate,
         "val_accuracy_fraction": 0.948,
         "test_accuracy_fraction": 0.945,
-        "epochs": [_epoch(e, rate) for e in range(1, 13)] if settings.get("step.rung") is not None else [],
+        "epochs": [_epoch(e, rate) for e in range(1, 13)]
+        if settings.get("step.rung") is not None
+        else [],
         "confusion": None,
     }
 
@@ -110,12 +155,20 @@ def _epoch(epoch: int, rate: float) -> dict[str, Any]:
 def _confusion(rng: np.random.Generator, classes: tuple[str, ...]) -> dict[str, Any]:
     index = {label: number for number, label in enumerate(classes)}
     alike = [
-        (index[a], index[b]) for group in ("O0o", "lI1|") for a in group for b in group if a in index and b in index
+        (index[a], index[b])
+        for group in ("O0o", "lI1|")
+        for a in group
+        for b in group
+        if a in index and b in index
     ]
     counts = [[t, r, int(rng.integers(2, 60))] for t, r in alike if t != r]
     counts += [[number, number, int(rng.integers(120, 160))] for number in range(len(classes))]
     wrong = sorted((c for c in counts if c[0] != c[1]), key=lambda c: -c[2])[:24]
-    return {"classes": list(classes), "counts": counts, "examples": [_example(rng, t, r) for t, r, _ in wrong]}
+    return {
+        "classes": list(classes),
+        "counts": counts,
+        "examples": [_example(rng, t, r) for t, r, _ in wrong],
+    }
 
 
 def _example(rng: np.random.Generator, true: int, read: int) -> dict[str, Any]:

@@ -37,7 +37,11 @@ def test_an_item_is_made_only_when_its_buffer_is_free(slots: int, held: int) -> 
     for number, item in zip(range(30), work, strict=False):
         assert item == number
         given_back = max(0, number + 1 - held)
-        assert settled(made) == slots + given_back if number < 4 else len(made) <= slots + given_back + 1
+        assert (
+            settled(made) == slots + given_back
+            if number < 4
+            else len(made) <= slots + given_back + 1
+        )
     work.close()
     assert not work._thread.is_alive()
 
@@ -80,7 +84,9 @@ def test_a_thread_that_blocks_is_told(held: int, monkeypatch: pytest.MonkeyPatch
     never.set()
 
 
-def test_buffers_are_not_used_again_while_the_old_thread_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_buffers_are_not_used_again_while_the_old_thread_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     never = threading.Event()
     work = Ahead(iter(never.wait, None), 2, deadline_s=0.2)
     for _ in range(2):  # nor by who tries again
@@ -90,7 +96,9 @@ def test_buffers_are_not_used_again_while_the_old_thread_runs(monkeypatch: pytes
 
 
 @pytest.mark.parametrize("feed", ["dali", "stream"])
-def test_a_consumer_that_dies_takes_the_thread_with_it(feed: str, small_dir: os.PathLike[str]) -> None:
+def test_a_consumer_that_dies_takes_the_thread_with_it(
+    feed: str, small_dir: os.PathLike[str]
+) -> None:
     code = """
 import sys, torch
 from engine.config import DataConfig
@@ -102,7 +110,9 @@ order = Order(num_samples=len(split), global_batch=8, block_samples=16, window_b
 for batch in make_feed(config, split, order, 8, torch.device("cpu")).batches(0):
     raise SystemExit(7)
 """
-    done = subprocess.run([sys.executable, "-c", code, feed, small_dir], cwd=ROOT, timeout=30, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, feed, small_dir], cwd=ROOT, timeout=30, capture_output=True
+    )
     assert done.returncode == 7, done.stderr
 
 

@@ -23,7 +23,9 @@ def test_nothing_asked_is_the_identity_to_the_bit() -> None:
 
 def test_a_shift_moves_whole_pixels_and_black_comes_in() -> None:
     image_BHW = torch.randint(1, 256, (1, 20, 28), dtype=torch.uint8)
-    matrix_B23 = torch.tensor([[[1.0, 0, -3], [0, 1, 2]]])  # output (x, y) shows input (x - 3, y + 2)
+    matrix_B23 = torch.tensor(
+        [[[1.0, 0, -3], [0, 1, 2]]]
+    )  # output (x, y) shows input (x - 3, y + 2)
     warped_HW = warp(image_BHW, matrix_B23)[0]
     assert torch.equal(warped_HW[:-2, 3:], image_BHW[0, 2:, :-3])
     assert not warped_HW[-2:].any() and not warped_HW[:, :3].any()

@@ -79,7 +79,19 @@ def test_labels_are_kept_to_the_byte(case: str, tmp_path: Path) -> None:
     assert [records.fonts[i] for i in train.font_N] == ["F", "F", label]
 
 
-PIXELS = ["0", "0.0", "0.000", "255", "255.0", "10.0", "9", '"5"', '"5.0"', "0." + "0" * 4000, "255.00"]
+PIXELS = [
+    "0",
+    "0.0",
+    "0.000",
+    "255",
+    "255.0",
+    "10.0",
+    "9",
+    '"5"',
+    '"5.0"',
+    "0." + "0" * 4000,
+    "255.00",
+]
 
 
 def test_15_every_accepted_spelling_of_a_pixel(tmp_path: Path) -> None:
@@ -260,7 +272,8 @@ def test_41_42_too_few_or_too_many_classes(tmp_path: Path) -> None:
         pack(tmp_path / "few.csv", tmp_path / "out")
     (tmp_path / "many.csv").write_text(HEADER + "".join(label_row(f"l{i}") for i in range(257)))
     with pytest.raises(
-        UserError, match=r"many.csv:258 \(row 257, .*\): more than 256 labels; are names and labels swap"
+        UserError,
+        match=r"many.csv:258 \(row 257, .*\): more than 256 labels; are names and labels swap",
     ):
         pack(tmp_path / "many.csv", tmp_path / "out", mode="none")
     (tmp_path / "edge.csv").write_text(HEADER + "".join(label_row(f"l{i}") for i in range(256)))
@@ -270,10 +283,17 @@ def test_41_42_too_few_or_too_many_classes(tmp_path: Path) -> None:
 
 
 def test_9_43_44_oddities_are_counted(tmp_path: Path) -> None:
-    rows = ROW * 3 + label_row("b") + "F,a,1,2,3,4\nG,a,1,2,3,4\nF, a,9,9,9,9\nF,b,255,255,255,255\n"
+    rows = (
+        ROW * 3 + label_row("b") + "F,a,1,2,3,4\nG,a,1,2,3,4\nF, a,9,9,9,9\nF,b,255,255,255,255\n"
+    )
     (tmp_path / "in.csv").write_text(HEADER + rows)
     report = pack(tmp_path / "in.csv", tmp_path / "out", mode="none")
-    assert report.manifest["source_rows"] == {"rows": 8, "duplicates": 2, "under_several_labels": 1, "constant": 6}
+    assert report.manifest["source_rows"] == {
+        "rows": 8,
+        "duplicates": 2,
+        "under_several_labels": 1,
+        "constant": 6,
+    }
     assert any("begin or end with a space: ' a'" in warning for warning in report.warnings)
     assert check(tmp_path / "in.csv") == (8, [], report.warnings)
 
@@ -284,13 +304,26 @@ def test_56_the_end_at_every_place_in_a_block(end: str, tmp_path: Path) -> None:
     (tmp_path / "in.csv").write_bytes((HEADER + ROW * 3).rstrip("\n").encode() + end.encode())
     for block_bytes in range(1, 90):
         report = pack(
-            tmp_path / "in.csv", tmp_path / "out", mode="none", force=True, block_bytes=block_bytes, workers=1
+            tmp_path / "in.csv",
+            tmp_path / "out",
+            mode="none",
+            force=True,
+            block_bytes=block_bytes,
+            workers=1,
         )
         assert report.manifest["source_rows"]["rows"] == 3
     (tmp_path / "in.csv").write_bytes((HEADER + ROW * 3 + "\n\n").encode())
     for block_bytes in range(1, 90):
-        with pytest.raises(UserError, match=r"5 \(row 4\): got 1 fields, want 6; delete the blank line"):
-            pack(tmp_path / "in.csv", tmp_path / "out", force=True, block_bytes=block_bytes, workers=1)
+        with pytest.raises(
+            UserError, match=r"5 \(row 4\): got 1 fields, want 6; delete the blank line"
+        ):
+            pack(
+                tmp_path / "in.csv",
+                tmp_path / "out",
+                force=True,
+                block_bytes=block_bytes,
+                workers=1,
+            )
 
 
 @pytest.mark.parametrize("num_rows", [1, 255, 256, 257, 4096])
@@ -309,7 +342,11 @@ def test_46_a_file_that_changes_while_it_is_read(small_csv: Path, tmp_path: Path
 
     packs_while(lambda source: os.utime(source, ns=(0, 0)))
     packs_while(lambda source: os.truncate(source, source.stat().st_size - 1))
-    packs_while(lambda source: shutil.copy2(source, tmp_path / "other") and os.replace(tmp_path / "other", source))
+    packs_while(
+        lambda source: (
+            shutil.copy2(source, tmp_path / "other") and os.replace(tmp_path / "other", source)
+        )
+    )
     assert os.listdir(tmp_path) == ["in.csv"]
 
 
@@ -337,16 +374,22 @@ def test_47_what_is_no_file_never_blocks(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["-", "/dev/stdin", "/dev/fd/0"])
 def test_48_standard_input(name: str, small_csv: Path, tmp_path: Path) -> None:
     data = small_csv.read_bytes()
-    for number, (content, code) in enumerate([(data, 0), (gzip.compress(data), 0), (data[:-3000], 2)]):
+    for number, (content, code) in enumerate(
+        [(data, 0), (gzip.compress(data), 0), (data[:-3000], 2)]
+    ):
         command = [sys.executable, "-m", "tools.pack_tmnist", name, str(tmp_path / f"out{number}")]
         done = subprocess.run(command, input=content, capture_output=True, timeout=60)
         assert done.returncode == code, done.stderr
-    assert open_records(tmp_path / "out0").fingerprint == open_records(tmp_path / "out1").fingerprint
+    assert (
+        open_records(tmp_path / "out0").fingerprint == open_records(tmp_path / "out1").fingerprint
+    )
     assert b"standard input" in done.stderr or b"/dev/" in done.stderr
     with open(small_csv, "rb") as redirected:
         command[-1] = str(tmp_path / "out3")
         assert subprocess.run(command, stdin=redirected, timeout=60).returncode == 0
-    assert open_records(tmp_path / "out3").fingerprint == open_records(tmp_path / "out0").fingerprint
+    assert (
+        open_records(tmp_path / "out3").fingerprint == open_records(tmp_path / "out0").fingerprint
+    )
     assert not (tmp_path / "out2").exists()
 
 
@@ -365,15 +408,22 @@ def test_49_50_51_targets(small_csv: Path, tmp_path: Path, command: Command) -> 
     with pytest.raises(UserError, match="is no record directory"):
         pack(small_csv, tmp_path / "file", force=True)
     assert_refused(command("tools/pack_tmnist", small_csv), "name the record directory")
-    assert_refused(command("tools/pack_tmnist", tmp_path / "gone.csv", tmp_path / "out"), "gone.csv: cannot be read")
+    assert_refused(
+        command("tools/pack_tmnist", tmp_path / "gone.csv", tmp_path / "out"),
+        "gone.csv: cannot be read",
+    )
     assert os.listdir(tmp_path) == ["file"]
     pack(small_csv, tmp_path / "new" / "folder" / "-rf")
     assert open_records(tmp_path / "new" / "folder" / "-rf")
 
 
-def test_55_56_60_neither_blocks_nor_workers_nor_surroundings_show(small_csv: Path, tmp_path: Path) -> None:
+def test_55_56_60_neither_blocks_nor_workers_nor_surroundings_show(
+    small_csv: Path, tmp_path: Path
+) -> None:
     text = (
-        small_csv.read_text().replace("Font01-Bold[wght]", '"Fo,nt""é\U0001f600"').replace("Font02-Bold[wght]", '"0,2"')
+        small_csv.read_text()
+        .replace("Font01-Bold[wght]", '"Fo,nt""é\U0001f600"')
+        .replace("Font02-Bold[wght]", '"0,2"')
     )
     source = tmp_path / "in.csv"
     source.write_bytes(text.replace("\n", "\r\n").encode())
@@ -383,13 +433,20 @@ def test_55_56_60_neither_blocks_nor_workers_nor_surroundings_show(small_csv: Pa
 
     pack(source, tmp_path / "whole", workers=1, block_bytes=2**24)
     wanted = content(tmp_path / "whole")
-    for number, (workers, block_bytes) in enumerate([(1, 4096), (8, 4097), (3, 5001), (8, 100_000)]):
+    for number, (workers, block_bytes) in enumerate(
+        [(1, 4096), (8, 4097), (3, 5001), (8, 100_000)]
+    ):
         pack(source, tmp_path / f"{number}", workers=workers, block_bytes=block_bytes)
         assert content(tmp_path / f"{number}") == wanted
-    code = "import sys, pathlib; from engine.pack import pack; pack(*map(pathlib.Path, sys.argv[1:]))"
+    code = (
+        "import sys, pathlib; from engine.pack import pack; pack(*map(pathlib.Path, sys.argv[1:]))"
+    )
     os.utime(source, (0, 0))
     for number, variables in enumerate(
-        [{"LC_ALL": "de_DE.UTF-8", "PYTHONHASHSEED": "1"}, {"LC_ALL": "C", "PYTHONHASHSEED": "2", "PYTHONUTF8": "0"}]
+        [
+            {"LC_ALL": "de_DE.UTF-8", "PYTHONHASHSEED": "1"},
+            {"LC_ALL": "C", "PYTHONHASHSEED": "2", "PYTHONUTF8": "0"},
+        ]
     ):
         out = tmp_path / f"process{number}"
         line = f"umask 0{number}77; exec {sys.executable} -c '{code}' '{source}' '{out}'"
@@ -398,7 +455,9 @@ def test_55_56_60_neither_blocks_nor_workers_nor_surroundings_show(small_csv: Pa
         assert (out / "manifest.json").stat().st_mode & 0o777 == 0o666 & ~int(f"0{number}77", 8)
 
 
-def test_57_58_spelling_does_not_change_the_records_and_order_does(small_csv: Path, tmp_path: Path) -> None:
+def test_57_58_spelling_does_not_change_the_records_and_order_does(
+    small_csv: Path, tmp_path: Path
+) -> None:
     floats = small_csv.read_text()
     (tmp_path / "int.csv").write_text(floats.replace(".0,", ",").replace(".0\n", "\n"))
     lines = floats.splitlines(keepends=True)
@@ -409,12 +468,17 @@ def test_57_58_spelling_does_not_change_the_records_and_order_does(small_csv: Pa
     )
     assert same == first
     assert other["fingerprint"] != first["fingerprint"]
-    assert all(other["splits"][n]["rows_per_class"] == s["rows_per_class"] for n, s in first["splits"].items())
+    assert all(
+        other["splits"][n]["rows_per_class"] == s["rows_per_class"]
+        for n, s in first["splits"].items()
+    )
 
 
 def test_check_lists_every_fault_up_to_a_hundred(tmp_path: Path, command: Command) -> None:
     source = tmp_path / "in.csv"
-    source.write_text(HEADER + ROW + pixel_row("256") + ROW + label_row("") + ROW + "\n" + label_row("\x07"))
+    source.write_text(
+        HEADER + ROW + pixel_row("256") + ROW + label_row("") + ROW + "\n" + label_row("\x07")
+    )
     done = command("tools/pack_tmnist", "--check", source)
     assert done.returncode == 2
     places = [line.split("):")[0].split("in.csv:")[1] for line in done.stdout.splitlines()[:4]]

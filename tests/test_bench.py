@@ -12,7 +12,9 @@ from tools.bench import feeds as measure_feeds
 def checked(file: Path) -> list[str]:
     result = json.loads(file.read_text())
     assert all(row["low"] <= row["value"] <= row["high"] for row in result["rows"])
-    assert result["environment"]["commit"] and all(isinstance(claim["met"], bool) for claim in result["claims"])
+    assert result["environment"]["commit"] and all(
+        isinstance(claim["met"], bool) for claim in result["claims"]
+    )
     return [claim["claim"] for claim in result["claims"]]
 
 
@@ -26,7 +28,10 @@ def test_feeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure_feeds, "FEEDS", ("stream", "dali augmented"))
     monkeypatch.setattr(feeds, "WANTED", {"stream": 1.0})
     feeds.bench(tmp_path, seconds=0.1, num_rows=3000)
-    assert checked(tmp_path / "cpu_feeds.json") == ["stream (samples/s)", "training at batch 512 waits for stream (%)"]
+    assert checked(tmp_path / "cpu_feeds.json") == [
+        "stream (samples/s)",
+        "training at batch 512 waits for stream (%)",
+    ]
 
 
 def test_step(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,7 +62,9 @@ def test_report(tmp_path: Path) -> None:
 
 def test_precision(tmp_path: Path, small_dir: Path) -> None:
     precision.bench(tmp_path, small_dir, pairs=2, extra=("--epochs=2", "--batch-size=32"))
-    assert checked(tmp_path / "cpu_precision.json") == ["the interval's end that is farther from 0 (points)"]
+    assert checked(tmp_path / "cpu_precision.json") == [
+        "the interval's end that is farther from 0 (points)"
+    ]
 
 
 def test_fullsize(tmp_path: Path, small_dir: Path) -> None:

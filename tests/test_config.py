@@ -54,9 +54,16 @@ def test_what_is_not_a_setting_is_refused(text: str, remedy: str, tmp_path: Path
 
 
 def test_assignments_are_toml_else_text() -> None:
-    given = parse_assignments(("optim.learning_rate=0.5", "data.path=/a b", "optim.fused=false", "epochs=3"))
+    given = parse_assignments(
+        ("optim.learning_rate=0.5", "data.path=/a b", "optim.fused=false", "epochs=3")
+    )
     config = override(RunConfig(), given, "--set")
-    assert (config.optim.learning_rate, config.data.path, config.optim.fused, config.epochs) == (0.5, "/a b", False, 3)
+    assert (config.optim.learning_rate, config.data.path, config.optim.fused, config.epochs) == (
+        0.5,
+        "/a b",
+        False,
+        3,
+    )
     with pytest.raises(UserError, match="has no '='"):
         parse_assignments(("epochs",))
 
@@ -67,22 +74,43 @@ def test_an_integer_may_stand_for_a_float() -> None:
 
 def test_the_digest_knows_training_from_environment() -> None:
     digest = RunConfig().digest()
-    for same in ({"data.feed": "dali"}, {"data.path": "/x"}, {"step.cuda_graphs": True}, {"target_accuracy": 0.5}):
+    for same in (
+        {"data.feed": "dali"},
+        {"data.path": "/x"},
+        {"step.cuda_graphs": True},
+        {"target_accuracy": 0.5},
+    ):
         assert override(RunConfig(), same, "").digest() == digest
-    for other in ({"seed": 1}, {"global_batch": 64}, {"step.precision": "bf16"}, {"optim.weight_decay": 0.5}):
+    for other in (
+        {"seed": 1},
+        {"global_batch": 64},
+        {"step.precision": "bf16"},
+        {"optim.weight_decay": 0.5},
+    ):
         assert override(RunConfig(), other, "").digest() != digest
 
 
 def test_every_setting_has_a_docstring() -> None:
     source = (ROOT / "engine" / "config.py").read_text().splitlines()
     for number, line in enumerate(source):
-        is_setting = line.startswith("    ") and not line.startswith("     ") and ": " in line and " = " in line
-        if is_setting and "Config()" not in line and not line.strip().startswith(("hints", "return", "o =")):
+        is_setting = (
+            line.startswith("    ")
+            and not line.startswith("     ")
+            and ": " in line
+            and " = " in line
+        )
+        if (
+            is_setting
+            and "Config()" not in line
+            and not line.strip().startswith(("hints", "return", "o ="))
+        ):
             name = line.strip().split(":")[0]
             if any(name in [f.name for f in fields(c)] for c in _tree(RunConfig())):
                 assert source[number + 1].strip().startswith('"""'), line
 
 
 def _tree(config: object) -> list[object]:
-    nested = [getattr(config, f.name) for f in fields(config) if is_dataclass(getattr(config, f.name))]  # type: ignore[arg-type]
+    nested = [
+        getattr(config, f.name) for f in fields(config) if is_dataclass(getattr(config, f.name))
+    ]  # type: ignore[arg-type]
     return [config, *nested]

@@ -36,31 +36,63 @@ def test_the_interval_of_the_gain_holds_the_truth() -> None:
         wrong = rng.random(10) < 0.2
         probability_MNK[np.arange(10), sample, wrong.astype(int)] = 1
     *_, gain, low, high = vote_over_singles(probability_MNK, np.zeros(400, int))
-    assert low < 0.2 < high and high - low == pytest.approx(2 * 1.96 * (0.16 / 10 / 400) ** 0.5, rel=0.3)
+    assert low < 0.2 < high and high - low == pytest.approx(
+        2 * 1.96 * (0.16 / 10 / 400) ** 0.5, rel=0.3
+    )
     assert gain == pytest.approx((low + high) / 2, abs=0.005)
 
 
-def test_each_network_is_the_same_whichever_worker_trains_it(small: Records, small_dir: Path) -> None:
-    config = override(RunConfig.baseline(), {"global_batch": 32, "epochs": 2, "data.path": str(small_dir)}, "test")
+def test_each_network_is_the_same_whichever_worker_trains_it(
+    small: Records, small_dir: Path
+) -> None:
+    config = override(
+        RunConfig.baseline(), {"global_batch": 32, "epochs": 2, "data.path": str(small_dir)}, "test"
+    )
     config = replace(config, data=replace(config.data, feed="resident"))
     before = os.sched_getaffinity(0)
     one_s, one_MNK, facts = train_all(config, 3, Arm(1, 1))
     two_s, two_MNK, _ = train_all(config, 3, Arm(2, 1))
-    assert one_MNK.tobytes() == two_MNK.tobytes(), "networks come back in another order, or with another seed"
-    assert one_MNK.shape == (3, len(small.split("test")), len(small.classes)) and facts.num_threads == 1
+    assert one_MNK.tobytes() == two_MNK.tobytes(), (
+        "networks come back in another order, or with another seed"
+    )
+    assert (
+        one_MNK.shape == (3, len(small.split("test")), len(small.classes))
+        and facts.num_threads == 1
+    )
     assert not np.allclose(one_MNK[0], one_MNK[1]), "two networks of one seed"
     assert one_s > 0 and two_s > 0 and os.sched_getaffinity(0) == before
 
 
-def test_the_command_writes_a_result_file(command: Command, small_dir: Path, tmp_path: Path) -> None:
+def test_the_command_writes_a_result_file(
+    command: Command, small_dir: Path, tmp_path: Path
+) -> None:
     (tmp_path / "recipe.toml").write_text("global_batch = 32\n")
-    flags = ("--networks", 2, "--epochs", 1, "--config", tmp_path / "recipe.toml", "--out", tmp_path)
+    flags = (
+        "--networks",
+        2,
+        "--epochs",
+        1,
+        "--config",
+        tmp_path / "recipe.toml",
+        "--out",
+        tmp_path,
+    )
     done = command("tools/profile", "ensemble", "--data", small_dir, *flags)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "ensemble.json").read_text())
     rows = {row["name"]: row for row in result["rows"]}
-    assert rows["1 x 1: test accuracy of their vote"]["value"] == rows["2 x 1: test accuracy of their vote"]["value"]
-    assert rows["2 x 1: efficiency"]["value"] == pytest.approx(50 * rows["2 x 1: speed-up over 1 x 1"]["value"])
-    assert result["claims"][0]["measured"] == result["rows"][-1]["low"] and "2 x 1: time" in done.stdout
-    refused = command("tools/profile", "ensemble", "--data", small_dir, "--workers", 3, "--networks", 2)
+    assert (
+        rows["1 x 1: test accuracy of their vote"]["value"]
+        == rows["2 x 1: test accuracy of their vote"]["value"]
+    )
+    assert rows["2 x 1: efficiency"]["value"] == pytest.approx(
+        50 * rows["2 x 1: speed-up over 1 x 1"]["value"]
+    )
+    assert (
+        result["claims"][0]["measured"] == result["rows"][-1]["low"]
+        and "2 x 1: time" in done.stdout
+    )
+    refused = command(
+        "tools/profile", "ensemble", "--data", small_dir, "--workers", 3, "--networks", 2
+    )
     assert_refused(refused, "--workers 3", "give fewer")

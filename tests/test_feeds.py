@@ -41,7 +41,11 @@ DISTORTED = AugmentConfig(shift_pixels=2, rotate_degrees=15, shear_degrees=8, sc
 
 
 def build(
-    name: str, records: Records, split: str = "train", augment: AugmentConfig | None = None, **order: Any
+    name: str,
+    records: Records,
+    split: str = "train",
+    augment: AugmentConfig | None = None,
+    **order: Any,
 ) -> Feed:
     feed, _, in_blocks = name.partition(" ")
     if feed == "stream":
@@ -54,7 +58,10 @@ def build(
 
 
 def copies(batches: Iterator[Batch]) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    return [(b.image_BHW.numpy().copy(), b.label_B.numpy().copy(), b.id_B.numpy().copy()) for b in batches]
+    return [
+        (b.image_BHW.numpy().copy(), b.label_B.numpy().copy(), b.id_B.numpy().copy())
+        for b in batches
+    ]
 
 
 @pytest.fixture(params=FEEDS)
@@ -100,7 +107,9 @@ def test_ranks_together_see_what_one_rank_sees(name: str, world_size: int, small
     parts = [copies(feed.batches(1)) for feed in ranks]
     for step, wanted in enumerate(copies(alone.batches(1))):
         for field in range(3):
-            assert np.array_equal(np.concatenate([part[step][field] for part in parts]), wanted[field])
+            assert np.array_equal(
+                np.concatenate([part[step][field] for part in parts]), wanted[field]
+            )
     for feed in ranks:
         feed.close()
 
@@ -117,18 +126,26 @@ def test_evaluation_pads_only_the_last_batch(name: str, small: Records) -> None:
 
 @pytest.mark.parametrize("name", FEEDS)
 @pytest.mark.parametrize("world_size", [1, 4])
-def test_what_pads_is_an_image_of_a_class_that_exists(name: str, world_size: int, small: Records) -> None:
+def test_what_pads_is_an_image_of_a_class_that_exists(
+    name: str, world_size: int, small: Records
+) -> None:
     """More than the whole split fits into a batch, so ranks have none of it; the loss is computed for padding, too."""
     for rank in range(world_size):
-        feed = build(name, small, "val", shuffle=False, global_batch=128, rank=rank, world_size=world_size)
+        feed = build(
+            name, small, "val", shuffle=False, global_batch=128, rank=rank, world_size=world_size
+        )
         for _ in range(3):
             (batch,) = copies(feed.batches(0))
             assert batch[1].max() < len(small.classes)
-            assert (batch[2] >= 0).sum() == max(0, min(48 - rank * 128 // world_size, 128 // world_size))
+            assert (batch[2] >= 0).sum() == max(
+                0, min(48 - rank * 128 // world_size, 128 // world_size)
+            )
         feed.close()
 
 
-def test_dali_gives_no_stale_batch_after_a_failure(small: Records, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dali_gives_no_stale_batch_after_a_failure(
+    small: Records, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(dali, "FRAMES", 32)
     feed = build("dali", small)
     assert isinstance(feed, DaliFeed)
@@ -155,7 +172,9 @@ def test_a_closed_stream_lets_go_of_its_memory_and_threads(small: Records) -> No
         window = weakref.ref(feed._buffers[0])  # type: ignore[attr-defined]
         names = [thread.name for thread in threading.enumerate()]
         feed.close()
-        assert len([thread for thread in threading.enumerate() if thread.name in names]) < len(names)
+        assert len([thread for thread in threading.enumerate() if thread.name in names]) < len(
+            names
+        )
         del feed
         assert window() is None
     finally:
@@ -191,7 +210,9 @@ def test_a_feed_that_ends_early_ends_the_run(
     small: Records, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = ResidentFeed.batches
-    monkeypatch.setattr(ResidentFeed, "batches", lambda feed, epoch, first_step=0: islice(whole(feed, epoch), 2))
+    monkeypatch.setattr(
+        ResidentFeed, "batches", lambda feed, epoch, first_step=0: islice(whole(feed, epoch), 2)
+    )
     with pytest.raises(RuntimeError, match="the feed ended after 2 of 7 steps"):
         fit(RunConfig(global_batch=32), small, world, tmp_path, resume=False, say=print)
 
@@ -215,7 +236,9 @@ def test_stream_holds_what_it_says_and_no_more(tmp_path: Path) -> None:
     """Its process grows by less than the set, and by no more than the two windows it states and some slack."""
     glyph = ",".join(str(value % 256) for value in range(784))
     header = ",".join(["names", "labels", *map(str, range(1, 785))])
-    (tmp_path / "in.csv").write_text("\n".join([header, *(f"F,{i % 7},{glyph}" for i in range(100_000))]))
+    (tmp_path / "in.csv").write_text(
+        "\n".join([header, *(f"F,{i % 7},{glyph}" for i in range(100_000))])
+    )
     pack(tmp_path / "in.csv", tmp_path / "big", mode="none")
     code = """
 import sys, torch
@@ -231,7 +254,9 @@ feed = make_feed(config, split, order, 7, torch.device("cpu"))
 assert sum(len(batch.id_B) for batch in feed.batches(1)) == order.steps_per_epoch * 512
 print(split.image_NHW.shape[0] * 784, feed.memory_bytes, rss() - before)
 """
-    done = subprocess.run([sys.executable, "-c", code, tmp_path / "big"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "big"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     total, stated, grown = map(int, done.stdout.split())
     assert stated == 2 * 500 * 16 * 784
@@ -240,10 +265,14 @@ print(split.image_NHW.shape[0] * 784, feed.memory_bytes, rss() - before)
 
 @pytest.mark.parametrize("name", ["dali", "loader_batched", "dali blocked", "stream blocked"])
 def test_augmented_batches_are_the_same_from_every_feed(name: str, small: Records) -> None:
-    reference = build("resident blocked" if "blocked" in name else "resident", small, augment=DISTORTED)
+    reference = build(
+        "resident blocked" if "blocked" in name else "resident", small, augment=DISTORTED
+    )
     feed = build(name, small, augment=DISTORTED)
     for epoch in (0, 1):
-        for got, wanted in zip(copies(feed.batches(epoch)), copies(reference.batches(epoch)), strict=True):
+        for got, wanted in zip(
+            copies(feed.batches(epoch)), copies(reference.batches(epoch)), strict=True
+        ):
             assert np.array_equal(got[2], wanted[2]) and np.array_equal(got[1], wanted[1])
             assert np.abs(got[0].astype(int) - wanted[0]).max() <= 1
             assert (got[0] == wanted[0]).mean() > 0.99

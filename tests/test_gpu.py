@@ -36,7 +36,12 @@ def gpu_world() -> Iterator[World]:
 
 def session(records: Records, world: World, **settings: Any) -> Session:
     """Seven steps an epoch; `step_precision` stands for step.precision."""
-    common = {"optim.learning_rate": 2e-3, "global_batch": BATCH, "epochs": 4, "data.feed": "resident"}
+    common = {
+        "optim.learning_rate": 2e-3,
+        "global_batch": BATCH,
+        "epochs": 4,
+        "data.feed": "resident",
+    }
     given = {name.replace("_", ".", 1): value for name, value in settings.items()}
     return open_session(override(RunConfig(), common | given, "test"), records, world)
 
@@ -59,7 +64,11 @@ def test_the_graph_trains_as_the_eager_step(
     eager = session(small, gpu_world, step_precision=precision, data_feed=feed)
     wanted, wanted_evaluation = losses(eager), evaluate(eager, "val")
     eager.close()
-    settings = {"step_precision": precision, "step_cuda_graphs": True, "step_steps_per_graph": num_steps}
+    settings = {
+        "step_precision": precision,
+        "step_cuda_graphs": True,
+        "step_steps_per_graph": num_steps,
+    }
     graph = session(small, gpu_world, **settings, data_feed=feed)
     assert graph.effective["cuda_graphs"], graph.notes
     found, evaluation = losses(graph), evaluate(graph, "val")
@@ -71,9 +80,13 @@ def test_the_graph_trains_as_the_eager_step(
 
 
 @pytest.mark.parametrize(
-    "settings", [{"step_accumulate": 4}, {"step_compile": "default"}, {"optim_fused": False}], ids=str
+    "settings",
+    [{"step_accumulate": 4}, {"step_compile": "default"}, {"optim_fused": False}],
+    ids=str,
 )
-def test_other_ways_of_stepping_are_captured_too(settings: dict[str, Any], small: Records, gpu_world: World) -> None:
+def test_other_ways_of_stepping_are_captured_too(
+    settings: dict[str, Any], small: Records, gpu_world: World
+) -> None:
     plain = session(small, gpu_world)
     wanted = losses(plain)
     plain.close()
@@ -103,12 +116,16 @@ def test_the_all_reduce_of_ddp_is_captured(
 
     def with_ddp(step: step_module.TrainStep) -> None:
         keep(step)
-        step._net = ddp = DistributedDataParallel(step.objective, device_ids=[0], gradient_as_bucket_view=True)
+        step._net = ddp = DistributedDataParallel(
+            step.objective, device_ids=[0], gradient_as_bucket_view=True
+        )
         ddp._set_ddp_runtime_logging_sample_rate(step_module.NEVER)
 
     monkeypatch.setattr(step_module.TrainStep, "_wrap", with_ddp)
     monkeypatch.setattr(step_module, "WARMUP_STEPS", step_module.DDP_WARMUP_STEPS)
-    dist.init_process_group("nccl", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    dist.init_process_group(
+        "nccl", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
     try:
         graph = session(small, gpu_world, step_cuda_graphs=True, step_steps_per_graph=3)
         assert graph.effective["cuda_graphs"], graph.notes
@@ -130,9 +147,13 @@ def test_warm_up_and_capture_change_nothing(graphs: bool, small: Records, gpu_wo
 
 @pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_a_step_never_waits_for_the_device(precision: str, graphs: bool, small: Records, gpu_world: World) -> None:
+def test_a_step_never_waits_for_the_device(
+    precision: str, graphs: bool, small: Records, gpu_world: World
+) -> None:
     opened = session(small, gpu_world, step_precision=precision, step_cuda_graphs=graphs)
-    assert host_reads(opened.step.train_epoch(opened.feed, 0), gpu_world.device, num_launches=7) == []
+    assert (
+        host_reads(opened.step.train_epoch(opened.feed, 0), gpu_world.device, num_launches=7) == []
+    )
     opened.close()
 
 
@@ -144,7 +165,9 @@ def test_a_graph_refuses_another_batch(small: Records, gpu_world: World) -> None
 
 
 @pytest.mark.parametrize("feed", ["dali", "loader"])
-def test_feeds_bring_the_same_batches_to_the_gpu(feed: str, small: Records, gpu_world: World) -> None:
+def test_feeds_bring_the_same_batches_to_the_gpu(
+    feed: str, small: Records, gpu_world: World
+) -> None:
     if feed == "dali":
         pytest.importorskip("nvidia.dali")
     a, b = session(small, gpu_world), session(small, gpu_world, data_feed=feed)
@@ -163,9 +186,16 @@ def test_the_kernels_train_as_pytorchs_operations(
     plain = session(small, gpu_world, step_precision=precision)
     wanted, wanted_evaluation = losses(plain), evaluate(plain, "val")
     plain.close()
-    settings = {"step_precision": precision, "step_cuda_graphs": graphs, "step_steps_per_graph": 3 if graphs else 1}
+    settings = {
+        "step_precision": precision,
+        "step_cuda_graphs": graphs,
+        "step_steps_per_graph": 3 if graphs else 1,
+    }
     fused = session(small, gpu_world, kernels_use="triton", **settings)
-    assert fused.config.kernels.fused == set(kernels.NAMES) and fused.effective["cuda_graphs"] == graphs, fused.notes
+    assert (
+        fused.config.kernels.fused == set(kernels.NAMES)
+        and fused.effective["cuda_graphs"] == graphs
+    ), fused.notes
     assert losses(fused) == pytest.approx(wanted, rel=1e-3 if precision == "fp32" else 3e-2)
     assert evaluate(fused, "val")[0] == pytest.approx(wanted_evaluation[0], rel=5e-2)
     fused.close()
@@ -202,13 +232,19 @@ def test_the_kernels_agree_with_float64(batch: int, dtype: torch.dtype, gpu_worl
 
 
 def test_the_gather_kernel_is_index_select_on_the_gpu(gpu_world: World) -> None:
-    image, label = torch.randint(256, (99, 28, 28), dtype=torch.uint8), torch.randint(94, (99,), dtype=torch.uint8)
+    image, label = (
+        torch.randint(256, (99, 28, 28), dtype=torch.uint8),
+        torch.randint(94, (99,), dtype=torch.uint8),
+    )
     table, step = torch.randint(-1, 99, (7, 33)), torch.tensor([3, 6])
     matrix = torch.eye(2, 3).repeat(66, 1, 1) + 0.1 * torch.randn(66, 2, 3)
     for given in (None, matrix):
         found = []
         for device in ("cuda", "cpu"):
-            out = (torch.empty(66, 28, 28, dtype=torch.uint8, device=device), label[:66].to(device).clone())
+            out = (
+                torch.empty(66, 28, 28, dtype=torch.uint8, device=device),
+                label[:66].to(device).clone(),
+            )
             ids = torch.empty(66, dtype=torch.int64, device=device)
             inputs = [t if t is None else t.to(device) for t in (image, label, table, step, given)]
             gather_warp(*inputs, *out, ids)

@@ -26,7 +26,10 @@ LAYERS = {
 
 def modules(*folders: str) -> dict[str, Path]:
     files = [file for folder in folders for file in (ROOT / folder).rglob("*.py")]
-    names = {".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file for file in files}
+    names = {
+        ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file
+        for file in files
+    }
     return {name: file for name, file in names.items() if name != "engine"}
 
 
@@ -48,7 +51,9 @@ def test_imports_run_downward() -> None:
         for imported in imports(file) & set(LAYERS):
             if imported == "engine.feeds" and name.startswith("engine.feeds."):
                 continue  # the package name of a sibling import
-            assert LAYERS[imported] <= LAYERS[name], f"{name} imports {imported}, which stands above it"
+            assert LAYERS[imported] <= LAYERS[name], (
+                f"{name} imports {imported}, which stands above it"
+            )
 
 
 def test_nothing_imports_the_commands_and_kernels_know_no_engine() -> None:
@@ -62,24 +67,38 @@ def test_layer_zero_and_the_command_import_no_torch() -> None:
     for name, layer in LAYERS.items():
         if layer == 0 or name in ("engine.run", "engine.lexer", "engine.pack"):
             path = modules("engine")[name]
-            assert not {i for i in imports(path, top_level_only=True) if i.split(".")[0] == "torch"}, name
+            assert not {
+                i for i in imports(path, top_level_only=True) if i.split(".")[0] == "torch"
+            }, name
 
 
 def test_dali_and_triton_are_imported_where_they_belong() -> None:
     for name, file in modules("engine", "kernels", "tools").items():
         found = imports(file)
-        assert name == "engine.feeds.dali" or not any(i.startswith("nvidia.dali") for i in found), name
-        assert name.startswith("kernels") or not any(i.split(".")[0] == "triton" for i in found), name
+        assert name == "engine.feeds.dali" or not any(i.startswith("nvidia.dali") for i in found), (
+            name
+        )
+        assert name.startswith("kernels") or not any(i.split(".")[0] == "triton" for i in found), (
+            name
+        )
 
 
 def test_backward_stands_in_one_place() -> None:
-    places = [name for name, file in modules("engine", "kernels", "tools").items() if ".backward(" in file.read_text()]
+    places = [
+        name
+        for name, file in modules("engine", "kernels", "tools").items()
+        if ".backward(" in file.read_text()
+    ]
     assert places == ["engine.step"]
 
 
 def test_only_the_world_reads_the_rank() -> None:
     pattern = re.compile(r"""["'](LOCAL_|)(RANK|WORLD_SIZE)["']""")
-    readers = [name for name, file in modules("engine", "kernels", "tools").items() if pattern.search(file.read_text())]
+    readers = [
+        name
+        for name, file in modules("engine", "kernels", "tools").items()
+        if pattern.search(file.read_text())
+    ]
     assert readers == ["engine.world"]
 
 
@@ -98,7 +117,9 @@ def test_numbers_carry_their_units() -> None:
     for kind in (RunReport, Environment):
         for field in fields(kind):
             if "int" in str(field.type) or "float" in str(field.type):
-                assert field.name.startswith("num_") or field.name.endswith(units), f"{kind.__name__}.{field.name}"
+                assert field.name.startswith("num_") or field.name.endswith(units), (
+                    f"{kind.__name__}.{field.name}"
+                )
 
 
 def test_a_report_cannot_be_built_without_its_circumstances() -> None:
@@ -108,7 +129,9 @@ def test_a_report_cannot_be_built_without_its_circumstances() -> None:
         Environment()  # type: ignore[call-arg]
 
 
-def test_the_commit_comes_from_git_or_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_commit_comes_from_git_or_the_environment(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(report, "ROOT", tmp_path)
     monkeypatch.delenv("ENGINE_COMMIT", raising=False)
     assert report.git_state() == ("unknown", None)
@@ -133,7 +156,9 @@ def test_a_users_error_is_one_printable_line(
 
 
 def test_a_command_names_no_folders_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", ["x.py", "--data=/home/me/full", "/tmp/out", "runs/demo/fast", "--lr=1e-3"])
+    monkeypatch.setattr(
+        "sys.argv", ["x.py", "--data=/home/me/full", "/tmp/out", "runs/demo/fast", "--lr=1e-3"]
+    )
     assert report.command_line().endswith(" --data=full out runs/demo/fast --lr=1e-3")
 
 

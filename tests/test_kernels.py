@@ -49,7 +49,11 @@ def gradients(y: torch.Tensor, leaves: list[torch.Tensor]) -> list[torch.Tensor]
 @pytest.mark.parametrize("shape", [(5, 28, 28), (3, 9, 7)])
 def test_the_references_are_pytorchs_own_operations(shape: tuple[int, int, int]) -> None:
     size, height, width = shape
-    image, weight, bias = torch.randint(256, shape, dtype=torch.uint8), float64(32, 1, 3, 3), float64(32)
+    image, weight, bias = (
+        torch.randint(256, shape, dtype=torch.uint8),
+        float64(32, 1, 3, 3),
+        float64(32),
+    )
     got = gradients(first.conv_pool_relu(image, weight, bias, torch.float64), [weight, bias])
     x = functional.conv2d(image[:, None].double() / 255, weight, bias, padding=1)
     want = gradients(functional.relu(functional.max_pool2d(x, 2)), [weight, bias])
@@ -78,7 +82,10 @@ def test_a_code_can_be_read_again() -> None:
 
 
 def operators() -> list[tuple[Any, tuple[Any, ...]]]:
-    image, label = torch.randint(256, (4, 8, 8), dtype=torch.uint8), torch.randint(9, (4,), dtype=torch.uint8)
+    image, label = (
+        torch.randint(256, (4, 8, 8), dtype=torch.uint8),
+        torch.randint(9, (4,), dtype=torch.uint8),
+    )
     weight, bias = torch.randn(32, 1, 3, 3).requires_grad_(), torch.randn(32).requires_grad_()
     x = torch.randn(4, 32, 6, 5).requires_grad_()
     table, step, out = torch.randint(4, (3, 2)), torch.tensor([2, 0]), torch.empty_like(image)
@@ -86,7 +93,10 @@ def operators() -> list[tuple[Any, tuple[Any, ...]]]:
         (first._op, (image, weight, bias, torch.float32)),
         (second._op, (x, bias)),
         (loss_file._op, (torch.randn(4, 9).requires_grad_(), label, 0.05)),
-        (gather.gather_warp, (image, label, table, step, None, out, label.clone(), torch.arange(4))),
+        (
+            gather.gather_warp,
+            (image, label, table, step, None, out, label.clone(), torch.arange(4)),
+        ),
     ]
 
 
@@ -103,8 +113,14 @@ def test_export_sees_every_operator() -> None:
     model = make_model(config.model, 28, 28, 8, seed=1, fused=fused)
     batch = random_batch(4, (28, 28), 8, CPU)
     program = torch.export.export(Objective(model, config, CPU), (batch.image_BHW, batch.label_B))
-    graphs = [module.graph for module in program.graph_module.modules() if isinstance(module, torch.fx.GraphModule)]
-    targets = [str(node.target) for graph in graphs for node in graph.nodes]  # autocast's region is a graph of its own
+    graphs = [
+        module.graph
+        for module in program.graph_module.modules()
+        if isinstance(module, torch.fx.GraphModule)
+    ]
+    targets = [
+        str(node.target) for graph in graphs for node in graph.nodes
+    ]  # autocast's region is a graph of its own
     seen = {target.split(".")[1] for target in targets if target.startswith("tmnist.")}
     assert seen == set(kernels.NAMES) - {"gather_warp"}
 
@@ -112,11 +128,19 @@ def test_export_sees_every_operator() -> None:
 def test_every_combination_of_kernels_is_the_same_objective() -> None:
     batch, results = random_batch(6, (28, 28), 8, CPU), []
     for chosen in ((), *[(name,) for name in kernels.NAMES], kernels.NAMES):
-        config = override(RunConfig(), OFF | {"kernels.use": "triton"} | {f"kernels.{n}": True for n in chosen}, "test")
+        config = override(
+            RunConfig(),
+            OFF | {"kernels.use": "triton"} | {f"kernels.{n}": True for n in chosen},
+            "test",
+        )
         assert config.kernels.fused == set(chosen)
-        objective = Objective(make_model(config.model, 28, 28, 8, 1, config.kernels.fused), config, CPU)
+        objective = Objective(
+            make_model(config.model, 28, 28, 8, 1, config.kernels.fused), config, CPU
+        )
         loss, correct = objective(batch.image_BHW, batch.label_B)
-        results.append([loss, correct.float(), *torch.autograd.grad(loss, list(objective.parameters()))])
+        results.append(
+            [loss, correct.float(), *torch.autograd.grad(loss, list(objective.parameters()))]
+        )
     for other in results[1:]:
         for a, b in zip(other, results[0], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
@@ -161,17 +185,23 @@ def test_the_config_names_the_kernels() -> None:
     assert tuple(f.name for f in fields(KernelConfig))[1:] == kernels.NAMES
     for name in kernels.NAMES:
         text = (ROOT / "kernels" / f"{name}.py").read_text()
-        places = [text.index(word) for word in (f"def {name}_reference(", "@triton.jit", "    start(")]
+        places = [
+            text.index(word) for word in (f"def {name}_reference(", "@triton.jit", "    start(")
+        ]
         assert places == sorted(places), f"{name}: reference, jit, launcher"
         assert f"def {name}(" in text and "Bytes a sample" in text and f"tmnist::{name}" in text
 
 
 def effective(use: str, records: Records, here: World) -> tuple[RunConfig, str]:
-    config, notes = effective_config(override(RunConfig(), {"kernels.use": use}, "test"), records, here)
+    config, notes = effective_config(
+        override(RunConfig(), {"kernels.use": use}, "test"), records, here
+    )
     return config, " ".join(notes)
 
 
-def test_what_cannot_be_had_is_said(small: Records, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_had_is_said(
+    small: Records, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config, notes = effective("triton", small, world)
     assert config.kernels.use == "off" and "Triton kernels are not used: there is no GPU" in notes
     assert effective("auto", small, world)[0].kernels.use == "off"
@@ -186,7 +216,9 @@ def test_what_cannot_be_had_is_said(small: Records, world: World, monkeypatch: p
     assert "Triton is not installed; pip install" in effective("triton", small, world)[1]
 
 
-def test_old_gpus_are_refused_and_the_interpreter_is_let_in(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_old_gpus_are_refused_and_the_interpreter_is_let_in(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(kernels, "missing", lambda: "")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
     assert "8.0" in world.cannot_fuse(torch.device("cuda"))
@@ -195,21 +227,43 @@ def test_old_gpus_are_refused_and_the_interpreter_is_let_in(monkeypatch: pytest.
 
 
 def test_kernels_and_the_plain_step_share_checkpoints() -> None:
-    plain, fused = (override(RunConfig(), {"kernels.use": use}, "test") for use in ("off", "triton"))
+    plain, fused = (
+        override(RunConfig(), {"kernels.use": use}, "test") for use in ("off", "triton")
+    )
     assert plain.digest() == fused.digest()
 
 
 def test_a_run_without_a_gpu_says_so_once(command: Command, small_dir: Any, tmp_path: Any) -> None:
-    words = ("--data", small_dir, "--epochs", 1, "--batch-size", 64, "--kernels", "triton", "--out", tmp_path / "run")
+    words = (
+        "--data",
+        small_dir,
+        "--epochs",
+        1,
+        "--batch-size",
+        64,
+        "--kernels",
+        "triton",
+        "--out",
+        tmp_path / "run",
+    )
     done = command("python", "-m", "engine.run", *words)
-    assert done.returncode == 0 and done.stdout.count("Triton kernels are not used: there is no GPU") == 1
+    assert (
+        done.returncode == 0
+        and done.stdout.count("Triton kernels are not used: there is no GPU") == 1
+    )
 
 
 def test_the_interpreter_agrees() -> None:
     """A part of the proofs, in a process of its own: each kernel, small, against float64."""
     chosen = "dtype1-shape2 and (conv_pool or channels_last) or dtype0-5-8 or (gather_warp and dtype0-shape1) or nan"
     command = [sys.executable, "-m", "pytest", "-q", "tests/kernels/interpreted.py", "-k", chosen]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout[-3000:]
     found = re.search(r"(\d+) passed", done.stdout)
     assert found and int(found[1]) >= 9, done.stdout
@@ -237,7 +291,10 @@ def test_unknown_hardware_has_no_prediction() -> None:
     shape = (28, 28, 94)
     assert roofline.peak_flops("NVIDIA H100 80GB HBM3", "bf16") == 989e12
     assert roofline.peak_flops("NVIDIA H100 PCIe", "bf16") == 756e12
-    assert roofline.peak_flops("Some CPU", "bf16") is None and roofline.peak_flops(None, "bf16") is None
+    assert (
+        roofline.peak_flops("Some CPU", "bf16") is None
+        and roofline.peak_flops(None, "bf16") is None
+    )
     assert roofline.roofline_fraction(1e6, "Some GPU", "bf16", 3e12, shape) is None
     assert roofline.roofline_fraction(1e6, "NVIDIA H100", "bf16", None, shape) is None
     fraction = roofline.roofline_fraction(12e6, "NVIDIA H100", "bf16", 3e12, shape)

@@ -29,8 +29,12 @@ EPOCHS = 2
 
 def session(records: Records, world: World, settings: dict[str, Any] | None = None) -> Session:
     """Seven steps of 32 an epoch."""
-    config = RunConfig(data=DataConfig(feed="resident"), optim=OptimConfig(learning_rate=2e-3), global_batch=32)
-    return open_session(override(config, {"epochs": EPOCHS} | (settings or {}), "test"), records, world)
+    config = RunConfig(
+        data=DataConfig(feed="resident"), optim=OptimConfig(learning_rate=2e-3), global_batch=32
+    )
+    return open_session(
+        override(config, {"epochs": EPOCHS} | (settings or {}), "test"), records, world
+    )
 
 
 def trained(opened: Session) -> dict[str, np.ndarray]:
@@ -41,7 +45,11 @@ def trained(opened: Session) -> dict[str, np.ndarray]:
             ids.append(launch.batch.id_B.numpy().copy())
             assert len(ids[-1]) == 32 * launch.num_steps
         loss.append(opened.step.read_training().loss_S)
-    found = {"loss": np.concatenate(loss), "ids": np.concatenate(ids), "counters": opened.step.counter_21.numpy()}
+    found = {
+        "loss": np.concatenate(loss),
+        "ids": np.concatenate(ids),
+        "counters": opened.step.counter_21.numpy(),
+    }
     for name, parameter in opened.step.model.named_parameters():
         assert parameter.grad is not None
         found |= {name: parameter.detach().numpy(), f"{name}.grad": parameter.grad.numpy()}
@@ -67,15 +75,21 @@ def assert_same(got: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> No
     ],
     ids=str,
 )
-def test_launches_of_k_steps_change_no_bit(settings: dict[str, Any], small: Records, world: World) -> None:
-    wanted = trained(session(small, world, {"step.precision": settings.get("step.precision", "fp32")}))
+def test_launches_of_k_steps_change_no_bit(
+    settings: dict[str, Any], small: Records, world: World
+) -> None:
+    wanted = trained(
+        session(small, world, {"step.precision": settings.get("step.precision", "fp32")})
+    )
     opened = session(small, world, settings)
     gathers = settings.get("data.feed", "resident") == "resident"
     assert (opened.step._source is opened.feed) == gathers
     assert_same(trained(opened), wanted)
 
 
-@pytest.mark.parametrize("settings", [{"augment.rotate_degrees": 10}, {"data.feed": "synthetic"}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"augment.rotate_degrees": 10}, {"data.feed": "synthetic"}], ids=str
+)
 def test_so_do_those_of_distorted_and_of_synthetic_images(
     settings: dict[str, Any], small: Records, world: World
 ) -> None:
@@ -87,7 +101,9 @@ def test_an_epoch_can_be_entered_in_the_middle(small: Records, world: World) -> 
     found = []
     for num_steps in (1, 3):
         opened = session(small, world, {"step.steps_per_graph": num_steps})
-        sizes = [launch.num_steps for launch in opened.step.train_epoch(opened.feed, 1, first_step=2)]
+        sizes = [
+            launch.num_steps for launch in opened.step.train_epoch(opened.feed, 1, first_step=2)
+        ]
         assert sizes == [1] * 5 if num_steps == 1 else [3, 1, 1]
         found.append(opened.step.read_training().loss_S)
         opened.close()
@@ -99,7 +115,9 @@ def test_epochs_may_come_in_any_order(small: Records, world: World) -> None:
     opened = session(small, world, {"step.steps_per_graph": 7})
     for epoch in (0, 3, 1, 2):
         (launch,) = opened.step.train_epoch(opened.feed, epoch)
-        assert np.array_equal(launch.batch.id_B.numpy(), opened.feed.order.ids(epoch, 0, 7).reshape(-1))
+        assert np.array_equal(
+            launch.batch.id_B.numpy(), opened.feed.order.ids(epoch, 0, 7).reshape(-1)
+        )
     opened.close()
 
 
@@ -112,7 +130,9 @@ def test_a_feed_that_does_not_end_with_its_epoch_ends_the_run(small: Records, wo
     opened.close()
 
 
-def test_too_many_steps_in_a_launch_are_cut_to_an_epoch_and_told(small: Records, world: World) -> None:
+def test_too_many_steps_in_a_launch_are_cut_to_an_epoch_and_told(
+    small: Records, world: World
+) -> None:
     opened = session(small, world, {"step.steps_per_graph": 64})
     assert opened.effective["steps_per_launch"] == 7
     assert "7 steps in a launch: an epoch has no more" in opened.notes
@@ -135,13 +155,17 @@ def test_a_compiled_step_is_the_same_training(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
     del os.environ["TORCHINDUCTOR_CACHE_DIR"]
-    wanted, got = (trained(session(small, world, {"step.compile": mode})) for mode in ("off", "default"))
+    wanted, got = (
+        trained(session(small, world, {"step.compile": mode})) for mode in ("off", "default")
+    )
     assert got["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
     code = tmp_path / "tmnist-engine" / "inductor"
     assert list(code.rglob("*.so")) and code.stat().st_mode & 0o777 == 0o700
 
 
-def test_compile_needs_a_compiler(small: Records, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compile_needs_a_compiler(
+    small: Records, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     config, notes = sessions.effective_config(
         RunConfig(global_batch=32, step=StepConfig(compile="default")), small, world
@@ -155,7 +179,9 @@ def test_random_state_belongs_to_the_epoch(small: Records, world: World) -> None
     for epochs in ([0, 1], [1]):
         opened = session(small, world)
         drawn: list[float] = []
-        opened.step.model.register_forward_hook(lambda *_, drawn=drawn: drawn.append(float(torch.rand(1))))
+        opened.step.model.register_forward_hook(
+            lambda *_, drawn=drawn: drawn.append(float(torch.rand(1)))
+        )
         for epoch in epochs:
             list(opened.step.train_epoch(opened.feed, epoch))
         found.append(drawn[-7:])
@@ -172,21 +198,36 @@ def spoil(opened: TrainStep, when: set[int]) -> None:
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_a_gradient_that_is_not_finite_ends_the_run_at_its_step(fused: bool, small: Records, world: World) -> None:
-    step = build(world, RunConfig(optim=OptimConfig(fused=fused), step=StepConfig(precision="bf16")))
+def test_a_gradient_that_is_not_finite_ends_the_run_at_its_step(
+    fused: bool, small: Records, world: World
+) -> None:
+    step = build(
+        world, RunConfig(optim=OptimConfig(fused=fused), step=StepConfig(precision="bf16"))
+    )
     losses(step, small, 3)
     before = [p.detach().clone() for p in step.model.parameters()]
     spoil(step, {0})
-    with pytest.raises(UserError, match="a gradient was not finite in step 4; lower optim.learning_rate"):
+    with pytest.raises(
+        UserError, match="a gradient was not finite in step 4; lower optim.learning_rate"
+    ):
         losses(step, small, 1)
     same = all(torch.equal(a, b) for a, b in zip(step.model.parameters(), before, strict=True))
     assert same == fused, "a fused optimiser leaves the parameters alone"
 
 
 def test_nothing_that_is_not_finite_is_saved(small: Records, world: World, tmp_path: Path) -> None:
-    config = RunConfig(global_batch=32, optim=OptimConfig(learning_rate=1000, fused=False), step=StepConfig())
+    config = RunConfig(
+        global_batch=32, optim=OptimConfig(learning_rate=1000, fused=False), step=StepConfig()
+    )
     with pytest.raises(UserError, match="was not finite in step [1-7];"):
-        fit(override(config, {"optim.schedule": "constant"}, ""), small, world, tmp_path, resume=False, say=print)
+        fit(
+            override(config, {"optim.schedule": "constant"}, ""),
+            small,
+            world,
+            tmp_path,
+            resume=False,
+            say=print,
+        )
     assert not (tmp_path / "checkpoints").exists() and not (tmp_path / "model.safetensors").exists()
 
 
@@ -252,7 +293,9 @@ def test_too_many_skipped_steps_in_a_row_end_the_run(
 
     monkeypatch.setattr(sessions, "effective_config", with_fp16)
     monkeypatch.setattr(trainer, "open_session", spoiled)
-    with pytest.raises(UserError, match=rf"overflowed in {MAX_SKIPPED} steps in a row, the last of them step 30;"):
+    with pytest.raises(
+        UserError, match=rf"overflowed in {MAX_SKIPPED} steps in a row, the last of them step 30;"
+    ):
         fit(RunConfig(global_batch=8, epochs=9), small, world, tmp_path, resume=False, say=print)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["epoch-0001"]
 
@@ -268,7 +311,10 @@ def test_what_cannot_be_captured_runs_eagerly_and_says_why(
     monkeypatch.setattr(sessions, "effective_config", lambda *given: (given[0], keep(*given)[1]))
     opened = session(small, world, {"step.precision": "bf16", "step.cuda_graphs": True})
     assert not opened.effective["cuda_graphs"]
-    assert any(note.startswith("CUDA graphs are not used: ") and "runs eagerly" in note for note in opened.notes)
+    assert any(
+        note.startswith("CUDA graphs are not used: ") and "runs eagerly" in note
+        for note in opened.notes
+    )
     assert_same(trained(opened), wanted)
 
 
@@ -277,14 +323,18 @@ def test_a_failure_in_the_middle_of_a_step_leaves_nothing_behind(
 ) -> None:
     class Breaks(Graph):
         def __init__(self, work: Any, pool: Any) -> None:
-            spoil_backward(broken[0], RuntimeError("operation not permitted\nwhen stream is capturing"))
+            spoil_backward(
+                broken[0], RuntimeError("operation not permitted\nwhen stream is capturing")
+            )
             work()
 
     broken: list[TrainStep] = []
     for precision in ("bf16", "fp16"):
         cold, step = (make_step(world, precision=precision) for _ in range(2))
         broken[:] = [step]
-        step._config = override(RunConfig(step=step._config.step, optim=step._config.optim, epochs=1), {}, "")
+        step._config = override(
+            RunConfig(step=step._config.step, optim=step._config.optim, epochs=1), {}, ""
+        )
         step._config = override(step._config, {"step.cuda_graphs": True}, "")
         monkeypatch.setattr(step_module, "Graph", Breaks)
         step.prepare()
@@ -345,8 +395,18 @@ end_rank()
 def test_ranks_agree_on_the_way_back(small_dir: Path, command: Command, tmp_path: Path) -> None:
     """Rank 1 fails in the middle of the backward; both go on eagerly, and train as if nothing had been tried."""
     (tmp_path / "two.py").write_text(TWO_RANKS)
-    done = command("torchrun", "--standalone", "--nproc-per-node=2", tmp_path / "two.py", small_dir, PYTHONPATH=".")
+    done = command(
+        "torchrun",
+        "--standalone",
+        "--nproc-per-node=2",
+        tmp_path / "two.py",
+        small_dir,
+        PYTHONPATH=".",
+    )
     assert done.returncode == 0, done.stderr
     first, second, notes = done.stdout.split(maxsplit=2)
     assert float(second) == pytest.approx(float(first), rel=1e-6)
-    assert "CUDA graphs are not used: rank 1: RuntimeError: rank 1 is odd; the same step runs eagerly" in notes
+    assert (
+        "CUDA graphs are not used: rank 1: RuntimeError: rank 1 is odd; the same step runs eagerly"
+        in notes
+    )

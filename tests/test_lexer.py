@@ -35,7 +35,9 @@ def lexed(lexer: Lexer, layout: Layout, data: bytes, start: int = 0) -> tuple[Fo
     assert rows.sum_R.tolist() == rows.image_RP.sum(1, dtype=np.int64).tolist()
     assert rows.squares_R.tolist() == (rows.image_RP.astype(np.int64) ** 2).sum(1).tolist()
     parts = zip(rows.font_R, rows.label_R, rows.image_RP, strict=True)
-    return [(rows.fonts[f], rows.labels[b], image_P.tobytes()) for f, b, image_P in parts], rows.fault
+    return [
+        (rows.fonts[f], rows.labels[b], image_P.tobytes()) for f, b, image_P in parts
+    ], rows.fault
 
 
 def by_csv(layout: Layout, data: bytes) -> Found:
@@ -60,7 +62,21 @@ FRAGMENTS = [
 
 def row_of(rng: random.Random, layout: Layout) -> bytes:
     texts = [
-        rng.choice(["a", '","', '""""', "é", "NA", " b ", '"x""y"', "names", "labels", "label", "Font-Bold[wght]"])
+        rng.choice(
+            [
+                "a",
+                '","',
+                '""""',
+                "é",
+                "NA",
+                " b ",
+                '"x""y"',
+                "names",
+                "labels",
+                "label",
+                "Font-Bold[wght]",
+            ]
+        )
     ]
     texts = (["F", *texts] if rng.random() < 0.5 else texts * 2)[-layout.num_text :]
     value = rng.choice([lambda: rng.choice([0, 0, 0, 255]), lambda: rng.randrange(256)])
@@ -82,7 +98,9 @@ def mutated(rng: random.Random, layout: Layout) -> bytes:
 def fuzz(count: int, seed: int) -> dict[str, int]:
     """Compare verdict, position and pixels of both lexers on `count` inputs; how many were accepted and refused."""
     rng = random.Random(seed)
-    wide = read_header(",".join(["names", "labels", *map(str, range(1, 26))]).encode())  # takes the 32-byte steps
+    wide = read_header(
+        ",".join(["names", "labels", *map(str, range(1, 26))]).encode()
+    )  # takes the 32-byte steps
     layouts = (wide, MNIST, read_header(b"names,labels,1\n"))
     verdicts = {"accepted": 0, "refused": 0}
     for _ in range(count):
@@ -121,7 +139,9 @@ def test_a_block_may_hold_many_texts() -> None:
     for start in range(0, len(rows), 7000):
         part = rows[start : start + 7000]
         found, fault = lexed(lex, TMNIST, "".join(part).encode())
-        assert fault == -1 and [f"{font},{label}" for font, label, _ in found] == [r[:-19] for r in part]
+        assert fault == -1 and [f"{font},{label}" for font, label, _ in found] == [
+            r[:-19] for r in part
+        ]
     found, fault = lexed(lex, TMNIST, "".join(rows).encode())
     assert fault == -1 and [font for font, _, _ in found] == [r.split(",")[0] for r in rows]
 
@@ -164,7 +184,9 @@ def test_unseen_characters_are_refused_and_a_tab_is_not() -> None:
             check_text(f"a{character}", 1)
 
 
-def test_without_numba_the_plain_lexer_packs_the_same(small_csv: Path, small_dir: Path, tmp_path: Path) -> None:
+def test_without_numba_the_plain_lexer_packs_the_same(
+    small_csv: Path, small_dir: Path, tmp_path: Path
+) -> None:
     code = (
         "import sys, pathlib; sys.modules['numba'] = None; from engine.pack import pack;"
         "pack(*map(pathlib.Path, sys.argv[1:])); print(sys.modules['numba'])"

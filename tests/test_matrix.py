@@ -48,23 +48,53 @@ def cells_of(text: str, tmp_path: Path) -> tuple[str, list[Cell]]:
 
 def test_rungs_add_up(tmp_path: Path) -> None:
     title, cells = cells_of(LADDER, tmp_path)
-    assert title == "T" and [cell.id for cell in cells] == ["c000", "c001", "c002", "c003", "c004", "c005"]
-    assert [cell.name for cell in cells] == ["a", "b, batch 8", "b, batch 16", "c, ranks 1", "c, ranks 2", "d"]
+    assert title == "T" and [cell.id for cell in cells] == [
+        "c000",
+        "c001",
+        "c002",
+        "c003",
+        "c004",
+        "c005",
+    ]
+    assert [cell.name for cell in cells] == [
+        "a",
+        "b, batch 8",
+        "b, batch 16",
+        "c, ranks 1",
+        "c, ranks 2",
+        "d",
+    ]
     a, b, b16, c, c2, d = cells
     plain = {"epochs": 2, "optim.fused": False}
     assert a.settings == plain | {"global_batch": 64}
-    assert b.settings == plain | {"model.name": "baseline", "global_batch": 8} and b16.axes == {"batch": 16, "ranks": 1}
-    assert c.settings == plain | {"step.precision": "bf16", "global_batch": 64} and c2.settings["global_batch"] == 128
-    assert d.settings == c.settings and d.accuracy and not a.accuracy and (a.repetitions, d.repetitions) == (3, 2)
+    assert b.settings == plain | {"model.name": "baseline", "global_batch": 8} and b16.axes == {
+        "batch": 16,
+        "ranks": 1,
+    }
+    assert (
+        c.settings == plain | {"step.precision": "bf16", "global_batch": 64}
+        and c2.settings["global_batch"] == 128
+    )
+    assert (
+        d.settings == c.settings
+        and d.accuracy
+        and not a.accuracy
+        and (a.repetitions, d.repetitions) == (3, 2)
+    )
     assert [cell.ladder for cell in cells] == [True, True, True, False, False, False]
-    assert [cell.num_threads for cell in cells] == [0, 0, 0, 1, 1, 0], "1 rank has the threads of those beside it"
+    assert [cell.num_threads for cell in cells] == [0, 0, 0, 1, 1, 0], (
+        "1 rank has the threads of those beside it"
+    )
 
 
 def test_axes_are_a_full_product(tmp_path: Path) -> None:
     title, cells = cells_of(AXES, tmp_path)
     assert title == "m" and len({json.dumps(cell.axes) for cell in cells}) == 8 == len(cells)
     last = cells[-1]
-    assert last.name == "batch 16, ranks 4, step.precision bf16" and (last.num_steps, last.repetitions) == (7, 1)
+    assert last.name == "batch 16, ranks 4, step.precision bf16" and (
+        last.num_steps,
+        last.repetitions,
+    ) == (7, 1)
     assert last.settings == {"model.name": "baseline", "step.precision": "bf16", "global_batch": 64}
     assert all(cell.accuracy and cell.num_threads == 1 and not cell.ladder for cell in cells)
     published = [cell.published for cell in cells if cell.published]
@@ -94,7 +124,11 @@ def test_axes_are_a_full_product(tmp_path: Path) -> None:
         ("axes = { batch = 16, ranks = 4,", "axes = { batch = 16,", "fit 2 cells"),
         ("train_s = 45", 'train_s = "45"', "give a value of type float"),
         ('gpu = "P100 x 4"', "", "lacks gpu"),
-        ("[[published]]", f"[[published]]{AXES.partition('[[published]]')[2]}[[published]]", "no figures yet"),
+        (
+            "[[published]]",
+            f"[[published]]{AXES.partition('[[published]]')[2]}[[published]]",
+            "no figures yet",
+        ),
     ],
 )
 def test_what_is_no_matrix_is_refused(old: str, new: str, told: str, tmp_path: Path) -> None:
@@ -109,13 +143,24 @@ def test_the_committed_files_are_read() -> None:
     files = sorted((ROOT / "bench_configs").glob("*.toml"))
     assert {path.stem for path in run_configs()} == {"baseline", "rung_bf16", "rung_eager_fp32"}
     sizes = {path.stem: len(read_cells([path])[1]) for path in files}
-    assert sizes["baseline"] == 1 and sizes["ladder_h100"] > 20 and sizes["study_ddp"] == sizes["study_amp"] == 24
-    (told,) = [cell for cell in read_cells([ROOT / "bench_configs" / "study_ddp.toml"])[1] if cell.published]
+    assert (
+        sizes["baseline"] == 1
+        and sizes["ladder_h100"] > 20
+        and sizes["study_ddp"] == sizes["study_amp"] == 24
+    )
+    (told,) = [
+        cell
+        for cell in read_cells([ROOT / "bench_configs" / "study_ddp.toml"])[1]
+        if cell.published
+    ]
     assert told.axes == {"batch": 64, "ranks": 4} and told.settings["global_batch"] == 256
 
 
 def test_cells_are_measured_in_turn(tmp_path: Path) -> None:
-    a, b, c = (Cell(name=name, axes={}, settings={}, repetitions=n) for name, n in (("a", 3), ("b", 1), ("c", 2)))
+    a, b, c = (
+        Cell(name=name, axes={}, settings={}, repetitions=n)
+        for name, n in (("a", 3), ("b", 1), ("c", 2))
+    )
     assert [(cell.name, n) for cell, n in in_turn([a, b, c])] == [
         ("a", 0), ("b", 0), ("c", 0), ("a", 1), ("c", 1), ("a", 2)
     ]  # fmt: skip
@@ -142,10 +187,17 @@ def smoke(tmp_path: Path, small_dir: Path, **changed: Any) -> Run:
         """
     )
     title, cells = read_cells([tmp_path / "s.toml"])
-    return Run(**({"title": title, "cells": cells, "out": tmp_path / "out", "data": str(small_dir)} | changed))
+    return Run(
+        **(
+            {"title": title, "cells": cells, "out": tmp_path / "out", "data": str(small_dir)}
+            | changed
+        )
+    )
 
 
-def test_cells_run_and_one_that_fails_is_told(tmp_path: Path, small_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cells_run_and_one_that_fails_is_told(
+    tmp_path: Path, small_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     run = smoke(tmp_path, small_dir, device="cpu")
     words = ("run", tmp_path / "s.toml", "--data", small_dir, "--device", "cpu", "--out", run.out)
@@ -153,25 +205,41 @@ def test_cells_run_and_one_that_fails_is_told(tmp_path: Path, small_dir: Path, m
     assert done.exit_code == 1, done.output
     told = done.stdout.splitlines()
     assert "2/3 c001 x, ranks 2: " in told[1] and "samples/s" in told[1] and "speed-up" in told[3]
-    assert "c002 too large: failed: exit code 2: a global batch" in told[-2] and "profile.csv" in told[-1]
+    assert (
+        "c002 too large: failed: exit code 2: a global batch" in told[-2]
+        and "profile.csv" in told[-1]
+    )
     assert "not measured here: needs 1000 GPUs, there are 0" in done.stdout
     one, two, large, many = read_profile(run.out)["cells"]
     (line,) = two["repetitions"]
-    assert (line["num_ranks"], line["global_batch"], line["seed"]) == (2, 32, 42) and line["num_steps"] == 2
+    assert (line["num_ranks"], line["global_batch"], line["seed"]) == (2, 32, 42) and line[
+        "num_steps"
+    ] == 2
     assert [cell["repetitions"][0]["environment"]["num_threads"] for cell in (one, two)] == [1, 1]
-    assert set(line["stage_ms"]) > {"forward", "all_reduce"} and len(line["confusion"]["classes"]) == 8
+    assert (
+        set(line["stage_ms"]) > {"forward", "all_reduce"} and len(line["confusion"]["classes"]) == 8
+    )
     assert sum(count for _, _, count in line["confusion"]["counts"]) == 48, "the test split, once"
-    assert len(line["epochs"]) == 1 and 0 < line["test_accuracy_fraction"] <= 1 and line["train_s"] > 0
+    assert (
+        len(line["epochs"]) == 1 and 0 < line["test_accuracy_fraction"] <= 1 and line["train_s"] > 0
+    )
     failed = large["repetitions"][0]["failed"]
-    assert failed.startswith("exit code 2: a global batch of 100000 is larger than the train split of 224 samples")
+    assert failed.startswith(
+        "exit code 2: a global batch of 100000 is larger than the train split of 224 samples"
+    )
     assert many["repetitions"] == [] and many["not_measured"].startswith("needs 1000 GPUs")
     frame = cells_frame(read_profile(run.out)).set_index("name")
-    assert frame["speedup"].notna().tolist() == [True, True, False, False] and frame["efficiency"].iloc[1] < 1.5
-    assert [(cell.name, n) for cell, n in run.missing(resume=True)] == [("too large", 0)], "what failed is tried again"
+    assert (
+        frame["speedup"].notna().tolist() == [True, True, False, False]
+        and frame["efficiency"].iloc[1] < 1.5
+    )
+    assert [(cell.name, n) for cell, n in run.missing(resume=True)] == [("too large", 0)], (
+        "what failed is tried again"
+    )
     for changed in ({"data": "elsewhere"}, {"device": "cuda"}):
-        assert len(smoke(tmp_path, small_dir, **{"device": "cpu"} | changed).missing(resume=True)) == 3, (
-            "not as it would be now"
-        )
+        assert (
+            len(smoke(tmp_path, small_dir, **{"device": "cpu"} | changed).missing(resume=True)) == 3
+        ), "not as it would be now"
     (run.out / "cells" / "c000-0.json").write_text("{")
     assert [cell.id for cell, _ in run.missing(resume=True)] == ["c000", "c002"]
 
@@ -192,6 +260,8 @@ def test_the_command_refuses_in_one_line(tmp_path: Path, monkeypatch: pytest.Mon
     assert "leave out --batch-size" in refused(matrix, "--batch-size", 8)
     assert "holds no cells to go on with" in refused(matrix, "--resume", "--out", tmp_path)
     (tmp_path / "x").touch()
-    assert "is not empty" in refused(matrix, "--out", tmp_path) and [path.name for path in tmp_path.iterdir()] == ["x"]
+    assert "is not empty" in refused(matrix, "--out", tmp_path) and [
+        path.name for path in tmp_path.iterdir()
+    ] == ["x"]
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "start it without torchrun" in refused(matrix, "--out", tmp_path / "new")

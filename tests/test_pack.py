@@ -36,11 +36,15 @@ def test_pixels_labels_and_fonts_arrive_unchanged(small_csv: Path, tmp_path: Pat
     assert [records.classes[i] for i in train.label_N] == [row[1] for row in rows]
     wanted = np.array([[float(v) for v in row[2:]] for row in rows]).reshape(-1, 28, 28)
     assert np.array_equal(train.image_NHW, wanted)
-    assert records.pixel_mean == pytest.approx(wanted.mean()) and records.pixel_std == pytest.approx(wanted.std())
+    assert records.pixel_mean == pytest.approx(
+        wanted.mean()
+    ) and records.pixel_std == pytest.approx(wanted.std())
     assert records.classes == tuple(sorted(CLASSES))
 
 
-def test_every_container_and_spelling_gives_the_same_records(small_csv: Path, tmp_path: Path) -> None:
+def test_every_container_and_spelling_gives_the_same_records(
+    small_csv: Path, tmp_path: Path
+) -> None:
     text = small_csv.read_bytes()
     variants = {
         "gz": gzip.compress(text),
@@ -58,7 +62,9 @@ def test_every_container_and_spelling_gives_the_same_records(small_csv: Path, tm
         (tmp_path / name).write_bytes(data)
         fingerprints.add(pack(tmp_path / name, tmp_path / f"{name}_out").manifest["fingerprint"])
     assert len(fingerprints) == 1
-    files = [{f.name: f.read_bytes() for f in (tmp_path / d).iterdir()} for d in ("plain", "zip_out")]
+    files = [
+        {f.name: f.read_bytes() for f in (tmp_path / d).iterdir()} for d in ("plain", "zip_out")
+    ]
     assert files[0] == files[1]
 
 
@@ -69,7 +75,9 @@ def draw(label_N: np.ndarray, mode: str = "random", **options: Any) -> dict[str,
 
 
 def test_the_split_is_stratified_disjoint_and_whole() -> None:
-    label_N = np.random.default_rng(0).permutation(np.repeat(np.arange(3, dtype=np.uint8), [100, 40, 20]))
+    label_N = np.random.default_rng(0).permutation(
+        np.repeat(np.arange(3, dtype=np.uint8), [100, 40, 20])
+    )
     rows = draw(label_N)
     counts = {name: np.bincount(label_N[row_M]).tolist() for name, row_M in rows.items()}
     assert counts == {"train": [70, 28, 14], "val": [15, 6, 3], "test": [15, 6, 3]}
@@ -77,7 +85,11 @@ def test_the_split_is_stratified_disjoint_and_whole() -> None:
     assert not np.array_equal(rows["val"], draw(label_N, seed=2)["val"])
     balanced = draw(label_N, balance=True)
     assert np.bincount(label_N[np.concatenate(list(balanced.values()))]).tolist() == [20, 20, 20]
-    assert np.bincount(label_N[draw(label_N, "none", balance=True)["train"]]).tolist() == [20, 20, 20]
+    assert np.bincount(label_N[draw(label_N, "none", balance=True)["train"]]).tolist() == [
+        20,
+        20,
+        20,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -100,19 +112,26 @@ def test_a_file_name_tells_the_family(font: str, wanted: str) -> None:
 def test_a_font_split_keeps_families_together() -> None:
     rng = np.random.default_rng(1)
     fonts = tuple(
-        f"Family{'abcdefghijklmnopqrstuvwxyz'[i // 3]}-{('Bold', 'Light', 'Italic')[i % 3]}" for i in range(78)
+        f"Family{'abcdefghijklmnopqrstuvwxyz'[i // 3]}-{('Bold', 'Light', 'Italic')[i % 3]}"
+        for i in range(78)
     )
     font_N = rng.integers(0, 78, 5000).astype(np.int32)
     label_N = rng.integers(0, 3, 5000).astype(np.uint8)
     rows = draw_splits(label_N, font_N, ("a", "b", "c"), fonts, mode="font", balance=False, seed=1)
     assert np.array_equal(np.sort(np.concatenate(list(rows.values()))), np.arange(5000))
     families = {name: {family(fonts[i]) for i in font_N[row_M]} for name, row_M in rows.items()}
-    assert not families["train"] & families["val"] and not families["test"] & (families["train"] | families["val"])
+    assert not families["train"] & families["val"] and not families["test"] & (
+        families["train"] | families["val"]
+    )
     assert all(500 <= len(rows[name]) <= 750 for name in ("val", "test"))
     with pytest.raises(UserError, match="of 2 typeface families, want at least 3"):
-        draw_splits(label_N, font_N % 6, ("a", "b", "c"), fonts[:6], mode="font", balance=False, seed=1)
+        draw_splits(
+            label_N, font_N % 6, ("a", "b", "c"), fonts[:6], mode="font", balance=False, seed=1
+        )
     with pytest.raises(UserError, match="too large to leave one for val"):
-        draw_splits(label_N, font_N % 9, ("a", "b", "c"), fonts[:9], mode="font", balance=False, seed=1)
+        draw_splits(
+            label_N, font_N % 9, ("a", "b", "c"), fonts[:9], mode="font", balance=False, seed=1
+        )
 
 
 def test_an_existing_target_is_kept_unless_forced(small_csv: Path, tmp_path: Path) -> None:
@@ -121,7 +140,11 @@ def test_an_existing_target_is_kept_unless_forced(small_csv: Path, tmp_path: Pat
     with pytest.raises(UserError, match="give --force"):
         pack(small_csv, out, seed=2)
     assert open_records(out).fingerprint == before
-    assert pack(small_csv, out, seed=2, force=True).manifest["fingerprint"] == open_records(out).fingerprint != before
+    assert (
+        pack(small_csv, out, seed=2, force=True).manifest["fingerprint"]
+        == open_records(out).fingerprint
+        != before
+    )
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "thesis.txt").write_text("x")
     with pytest.raises(UserError, match="no record directory"):
@@ -136,22 +159,42 @@ def test_the_mnist_layout_packs_and_trains_unchanged(
 ) -> None:
     lines = small_csv.read_text().splitlines()
     header = ",".join(["label", *(f"pixel{number}" for number in range(first, first + 784))])
-    rows = [",".join(row.split(",")[-785:]) for row in lines[1:] if not row.split(",")[1].startswith('"')]
+    rows = [
+        ",".join(row.split(",")[-785:])
+        for row in lines[1:]
+        if not row.split(",")[1].startswith('"')
+    ]
     (tmp_path / "mnist.csv").write_text("\n".join([header, *rows]))
     manifest = pack(tmp_path / "mnist.csv", tmp_path / "out").manifest
-    assert manifest["classes"] == sorted(c for c in CLASSES if c not in ',"') and manifest["height"] == 28
+    assert (
+        manifest["classes"] == sorted(c for c in CLASSES if c not in ',"')
+        and manifest["height"] == 28
+    )
     assert open_records(tmp_path / "out").fonts == ("",)
     with pytest.raises(UserError, match="1 typeface families, want at least 3; use --split random"):
         pack(tmp_path / "mnist.csv", tmp_path / "by_font", mode="font")
     if first:
-        flags = ("--data", tmp_path / "out", "--epochs=1", "--batch-size=32", "--device=cpu", "--out", tmp_path / "run")
+        flags = (
+            "--data",
+            tmp_path / "out",
+            "--epochs=1",
+            "--batch-size=32",
+            "--device=cpu",
+            "--out",
+            tmp_path / "run",
+        )
         done = command("python", "-m", "engine.run", *flags)
         assert done.returncode == 0, done.stderr
         assert len(json.loads((tmp_path / "run" / "report.json").read_text())["config"]) > 3
 
 
-def test_a_second_packer_is_refused_with_the_first_ones_pid(small_csv: Path, tmp_path: Path) -> None:
-    with locked(tmp_path / "out"), pytest.raises(UserError, match=f"process {os.getpid()} is writing it; wait"):
+def test_a_second_packer_is_refused_with_the_first_ones_pid(
+    small_csv: Path, tmp_path: Path
+) -> None:
+    with (
+        locked(tmp_path / "out"),
+        pytest.raises(UserError, match=f"process {os.getpid()} is writing it; wait"),
+    ):
         pack(small_csv, tmp_path / "out")
     pack(small_csv, tmp_path / "out")
     assert os.listdir(tmp_path) == ["out"]
@@ -161,25 +204,43 @@ def test_too_little_space_is_refused_before_the_first_byte(
     small_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     needed = 2 * NUM_FONTS * len(CLASSES) * 784
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, int(0.9 * needed)))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, int(0.9 * needed))
+    )
     with pytest.raises(UserError, match="bytes free, want 5"):
         pack(small_csv, tmp_path / "out")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, int(1.1 * needed)))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, int(1.1 * needed))
+    )
     pack(small_csv, tmp_path / "out")
 
 
 def test_leftovers_of_killed_runs_go_and_others_stay(small_csv: Path, tmp_path: Path) -> None:
-    for name in (".out.tmp-abcd1234", ".out.tmp-x.tmp-abcd1234", ".outer.tmp-abcd1234", ".out.tmp-abcd12345"):
+    for name in (
+        ".out.tmp-abcd1234",
+        ".out.tmp-x.tmp-abcd1234",
+        ".outer.tmp-abcd1234",
+        ".out.tmp-abcd12345",
+    ):
         (tmp_path / name).mkdir()
     (tmp_path / ".out.lock").write_text("99999")
     pack(small_csv, tmp_path / "out")
-    assert set(os.listdir(tmp_path)) == {"out", ".out.tmp-x.tmp-abcd1234", ".outer.tmp-abcd1234", ".out.tmp-abcd12345"}
+    assert set(os.listdir(tmp_path)) == {
+        "out",
+        ".out.tmp-x.tmp-abcd1234",
+        ".outer.tmp-abcd1234",
+        ".out.tmp-abcd12345",
+    }
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_an_interrupted_packer_cleans_up(number: int, code: int, small_csv: Path, tmp_path: Path) -> None:
+def test_an_interrupted_packer_cleans_up(
+    number: int, code: int, small_csv: Path, tmp_path: Path
+) -> None:
     command = [sys.executable, "-m", "tools.pack_tmnist", "-", tmp_path / "out"]
-    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+    with subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as child:
         assert child.stdin and child.stderr
         child.stdin.write(small_csv.read_bytes())
         child.stdin.flush()
@@ -191,22 +252,38 @@ def test_an_interrupted_packer_cleans_up(number: int, code: int, small_csv: Path
     assert not os.listdir(tmp_path)
 
 
-def test_the_command_by_path_and_as_a_module(small_csv: Path, tmp_path: Path, command: Command) -> None:
+def test_the_command_by_path_and_as_a_module(
+    small_csv: Path, tmp_path: Path, command: Command
+) -> None:
     by_path = command("tools/pack_tmnist", small_csv, tmp_path / "a")
     assert by_path.returncode == 0, by_path.stderr
-    assert f"{NUM_FONTS * len(CLASSES)} rows read" in by_path.stdout and "fingerprint" in by_path.stdout
+    assert (
+        f"{NUM_FONTS * len(CLASSES)} rows read" in by_path.stdout
+        and "fingerprint" in by_path.stdout
+    )
     assert "note:" not in by_path.stdout
-    module = command("python", "-m", "tools.pack_tmnist", small_csv, tmp_path / "b", "--split=none", "--balance")
+    module = command(
+        "python", "-m", "tools.pack_tmnist", small_csv, tmp_path / "b", "--split=none", "--balance"
+    )
     assert module.returncode == 0 and "train" in module.stdout and "val" not in module.stdout
-    assert_refused(command("tools/pack_tmnist", "nowhere.csv", tmp_path / "c"), "nowhere.csv", "cannot be read")
+    assert_refused(
+        command("tools/pack_tmnist", "nowhere.csv", tmp_path / "c"), "nowhere.csv", "cannot be read"
+    )
     assert_refused(command("tools/pack_tmnist", "/dev/zero", tmp_path / "c"), "not a regular file")
     assert_refused(command("tools/pack_tmnist", small_csv, tmp_path / "a"), "--force")
 
 
-def test_verify_and_describe(small_dir: Path, small: Records, tmp_path: Path, command: Command) -> None:
-    whole = command("tools/pack_tmnist", "--verify", small_dir, "--fingerprint", small.fingerprint[:8].upper())
+def test_verify_and_describe(
+    small_dir: Path, small: Records, tmp_path: Path, command: Command
+) -> None:
+    whole = command(
+        "tools/pack_tmnist", "--verify", small_dir, "--fingerprint", small.fingerprint[:8].upper()
+    )
     assert whole.returncode == 0 and small.fingerprint in whole.stdout
-    assert_refused(command("tools/pack_tmnist", "--verify", small_dir, "--fingerprint=00"), "these are other records")
+    assert_refused(
+        command("tools/pack_tmnist", "--verify", small_dir, "--fingerprint=00"),
+        "these are other records",
+    )
     copy = tmp_path / "copy.v2"
     shutil.copytree(small_dir, copy)
     described = command("tools/pack_tmnist", "--describe", copy)
@@ -225,5 +302,10 @@ def test_verify_and_describe(small_dir: Path, small: Records, tmp_path: Path, co
     data = (copy / "val-00000.arrow").read_bytes()
     (copy / "val-00000.arrow").write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
     for action in ("--verify", "--describe"):
-        assert_refused(command("tools/pack_tmnist", action, copy), "val-00000.arrow: the block at byte 0 has CRC32")
-    assert_refused(command("tools/pack_tmnist", "--verify", copy, tmp_path / "x"), "--verify takes one path")
+        assert_refused(
+            command("tools/pack_tmnist", action, copy),
+            "val-00000.arrow: the block at byte 0 has CRC32",
+        )
+    assert_refused(
+        command("tools/pack_tmnist", "--verify", copy, tmp_path / "x"), "--verify takes one path"
+    )

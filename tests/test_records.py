@@ -29,7 +29,10 @@ from tests.conftest import write_csv
 
 def test_pandas_polars_and_duckdb_find_the_same_pixels(small_dir: Path, small: Records) -> None:
     file, train = small_dir / "train-00000.arrow", small.split("train")
-    labels, fonts = [small.classes[i] for i in train.label_N], [small.fonts[i] for i in train.font_N]
+    labels, fonts = (
+        [small.classes[i] for i in train.label_N],
+        [small.fonts[i] for i in train.font_N],
+    )
     frame = pd.read_feather(file)
     assert np.array_equal(np.stack(frame["image"]).reshape(-1, 28, 28), train.image_NHW)
     assert list(frame["label"]) == labels and list(frame["font"]) == fonts
@@ -38,7 +41,10 @@ def test_pandas_polars_and_duckdb_find_the_same_pixels(small_dir: Path, small: R
     assert table["label"].to_list() == labels and table["font"].to_list() == fonts
     arrow = pa.ipc.open_file(file).read_all()
     arrow.validate(full=True)
-    assert arrow.schema.metadata == {b"height": b"28", b"width": b"28"} and arrow.column("image").num_chunks == 1
+    assert (
+        arrow.schema.metadata == {b"height": b"28", b"width": b"28"}
+        and arrow.column("image").num_chunks == 1
+    )
     rows = duckdb.sql("select label, font, list_sum(image::INT[]) as ink from arrow").fetchall()
     assert rows == list(zip(labels, fonts, train.image_NHW.sum((1, 2)), strict=True))
 
@@ -69,9 +75,20 @@ def test_images_on_disk_are_indexed_like_an_array(
     pack(small_csv, tmp_path / "out")
     stored = open_records(tmp_path / "out", in_memory=False).split("train")
     image_NHW, wanted = stored.image_NHW, small.split("train").image_NHW
-    assert (image_NHW.shape, image_NHW.dtype, len(image_NHW)) == (wanted.shape, wanted.dtype, len(wanted))
+    assert (image_NHW.shape, image_NHW.dtype, len(image_NHW)) == (
+        wanted.shape,
+        wanted.dtype,
+        len(wanted),
+    )
     rng = np.random.default_rng(0)
-    for rows in (slice(3, 150), slice(200, 20, -7), rng.integers(0, len(wanted), 99), np.arange(0), 7, np.int64(9)):
+    for rows in (
+        slice(3, 150),
+        slice(200, 20, -7),
+        rng.integers(0, len(wanted), 99),
+        np.arange(0),
+        7,
+        np.int64(9),
+    ):
         assert np.array_equal(image_NHW[rows], wanted[rows])
     assert np.array_equal(stored.take(np.array([5, 2])).image_NHW, wanted[[5, 2]])
     with pytest.raises(IndexError):
@@ -82,7 +99,9 @@ def test_images_on_disk_are_indexed_like_an_array(
 
 def test_images_on_disk_are_verified_when_they_are_read(tmp_path: Path) -> None:
     """The blocks of labels and fonts are read at opening, those of pixels when they are asked for."""
-    rows = [["F", "a", *(str((i + j) % 256) for j in range(1024))] for i in range(3000)]  # 3 MB, three blocks
+    rows = [
+        ["F", "a", *(str((i + j) % 256) for j in range(1024))] for i in range(3000)
+    ]  # 3 MB, three blocks
     pack(write_csv(tmp_path / "in.csv", rows, side=32), tmp_path / "out", mode="none")
     images = open_records(tmp_path / "out", in_memory=False).split("train").image_NHW
     with open(tmp_path / "out" / "train-00000.arrow", "r+b") as file:
@@ -101,7 +120,9 @@ def test_images_on_disk_are_verified_when_they_are_read(tmp_path: Path) -> None:
         images[2000:]
 
 
-def test_a_replaced_directory_is_read_as_it_was(small_csv: Path, small: Records, tmp_path: Path) -> None:
+def test_a_replaced_directory_is_read_as_it_was(
+    small_csv: Path, small: Records, tmp_path: Path
+) -> None:
     pack(small_csv, tmp_path / "out")
     images = open_records(tmp_path / "out", in_memory=False).split("train").image_NHW
     pack(small_csv, tmp_path / "out", seed=7, force=True)
@@ -118,7 +139,9 @@ def test_every_flipped_bit_is_refused(small_dir: Path, tmp_path: Path) -> None:
     places = [(file, rng.randrange(file.stat().st_size)) for file in rng.choices(files, k=200)]
     for name in ("manifest.json", "manifest.sha256"):
         size = (copy / name).stat().st_size
-        places += [(copy / name, i) for i in [*range(min(40, size)), *range(max(0, size - 40), size)]]
+        places += [
+            (copy / name, i) for i in [*range(min(40, size)), *range(max(0, size - 40), size)]
+        ]
     for file, place in places:
         data = file.read_bytes()
         bit = 1 << rng.randrange(8)
@@ -129,7 +152,9 @@ def test_every_flipped_bit_is_refused(small_dir: Path, tmp_path: Path) -> None:
     open_records(copy)
 
 
-@pytest.mark.parametrize("fault", ["cut", "longer", "gone", "extra", "swapped", "no manifest", "no hash", "link"])
+@pytest.mark.parametrize(
+    "fault", ["cut", "longer", "gone", "extra", "swapped", "no manifest", "no hash", "link"]
+)
 def test_other_damage_is_refused(fault: str, small_dir: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(small_dir, copy)
@@ -180,12 +205,21 @@ FOREIGN: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "absolute": (lambda m: first_file(m).update(name="/etc/passwd"), "leads out"),
     "other split's": (lambda m: first_file(m).update(name="test-00000.arrow"), "none of split val"),
     "rows": (lambda m: first_file(m).update(rows=10**15), "overlap or do not fit"),
-    "too few rows": (lambda m: first_file(m).update(rows=first_file(m)["rows"] - 1), "do not add up"),
+    "too few rows": (
+        lambda m: first_file(m).update(rows=first_file(m)["rows"] - 1),
+        "do not add up",
+    ),
     "negative": (lambda m: first_file(m).update(image_offset=-8), "not numbers from 0 on"),
     "float": (lambda m: first_file(m).update(bytes=1e6), "not numbers from 0 on"),
     "true": (lambda m: first_file(m).update(rows=True), "not numbers from 0 on"),
-    "overlap": (lambda m: first_file(m).update(label_offset=first_file(m)["image_offset"] + 8), "overlap"),
-    "past the end": (lambda m: first_file(m).update(font_offset=first_file(m)["bytes"] - 8), "do not fit"),
+    "overlap": (
+        lambda m: first_file(m).update(label_offset=first_file(m)["image_offset"] + 8),
+        "overlap",
+    ),
+    "past the end": (
+        lambda m: first_file(m).update(font_offset=first_file(m)["bytes"] - 8),
+        "do not fit",
+    ),
     "size": (lambda m: first_file(m).update(bytes=first_file(m)["bytes"] + 1), "bytes, want"),
     "no checksum": (lambda m: first_file(m).update(crc32=[]), "has 0 checksums"),
     "checksum": (lambda m: first_file(m)["crc32"].__setitem__(0, 0), "want 00000000"),
@@ -193,12 +227,17 @@ FOREIGN: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "mean": (lambda m: m["train_pixels"].update(mean="x"), "malformed"),
     "nan": (lambda m: m["train_pixels"].update(std="nan"), "cannot be those of pixels"),
     "infinite": (lambda m: m["train_pixels"].update(std="inf"), "cannot be those of pixels"),
-    "twice": (lambda m: m["splits"]["val"].update(files=2 * m["splits"]["val"]["files"], rows=96), "listed twice"),
+    "twice": (
+        lambda m: m["splits"]["val"].update(files=2 * m["splits"]["val"]["files"], rows=96),
+        "listed twice",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", FOREIGN)
-def test_a_manifest_that_is_whole_but_lies_is_refused(case: str, small_dir: Path, tmp_path: Path) -> None:
+def test_a_manifest_that_is_whole_but_lies_is_refused(
+    case: str, small_dir: Path, tmp_path: Path
+) -> None:
     """Signed anew with its hash and fingerprint, so that only the check in question can refuse it."""
     change, text = FOREIGN[case]
     copy = tmp_path / "copy"
@@ -251,9 +290,16 @@ def test_a_missing_directory_or_split_is_named(tmp_path: Path, small: Records) -
         small.split("holdout")
 
 
-@pytest.mark.parametrize(("number", "text"), [(5, "Input/output"), (22, "cannot exchange two names")])
+@pytest.mark.parametrize(
+    ("number", "text"), [(5, "Input/output"), (22, "cannot exchange two names")]
+)
 def test_a_failed_exchange_keeps_the_old(
-    number: int, text: str, small_csv: Path, small: Records, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    number: int,
+    text: str,
+    small_csv: Path,
+    small: Records,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pack(small_csv, tmp_path / "out")
 
@@ -268,11 +314,15 @@ def test_a_failed_exchange_keeps_the_old(
     assert os.listdir(tmp_path) == ["out"]
 
 
-def test_publishing_leaves_the_umask_of_the_process_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_publishing_leaves_the_umask_of_the_process_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two threads that set it and set it back could leave it at 0, and every later file open to all users."""
     before = os.umask(0o027)
     try:
-        monkeypatch.setattr(os, "umask", lambda mask: pytest.fail("the umask belongs to the whole process"))
+        monkeypatch.setattr(
+            os, "umask", lambda mask: pytest.fail("the umask belongs to the whole process")
+        )
         publish.write_file(tmp_path / "file", b"x")
         with publish.publish_directory(tmp_path / "folder") as folder:
             (folder / "file").write_bytes(b"x")

@@ -18,7 +18,9 @@ def results() -> list[dict[str, Any]]:
     return run_rows("tiny", set())
 
 
-@pytest.mark.parametrize("number", range(len(ROWS)), ids=[f"{row[0]}-{row[2].__name__}" for row in ROWS])
+@pytest.mark.parametrize(
+    "number", range(len(ROWS)), ids=[f"{row[0]}-{row[2].__name__}" for row in ROWS]
+)
 def test_a_row_holds_at_a_few_tries(number: int, results: list[dict[str, Any]]) -> None:
     assert results[number]["failed"] == 0, results[number]["notes"]
     assert results[number]["tried"] or results[number]["notes"][0].startswith("skipped")
@@ -51,7 +53,16 @@ def test_a_failure_is_counted_and_noted(tmp_path: Path) -> None:
 
 
 def test_the_command_writes_its_table(command: Command, tmp_path: Path) -> None:
-    done = command(sys.executable, "-m", "tests.reliability", "--tiny", "--only", "R2", "--json", tmp_path / "r.json")
+    done = command(
+        sys.executable,
+        "-m",
+        "tests.reliability",
+        "--tiny",
+        "--only",
+        "R2",
+        "--json",
+        tmp_path / "r.json",
+    )
     report = json.loads((tmp_path / "r.json").read_text())
     assert [row["row"] for row in report["rows"]] == ["R2"] and report["environment"]["python"]
     assert done.returncode == (1 if report["rows"][0]["failed"] else 0), done.stdout

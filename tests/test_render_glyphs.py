@@ -39,12 +39,18 @@ def test_a_folder_becomes_a_csv_that_packs(fonts: Path, tmp_path: Path, command:
     assert done.returncode == 0, done.stderr
     head, _, skipped = done.stdout.strip().partition("; skipped: ")
     assert head.endswith("out.csv: 2 typefaces")
-    assert sorted(skipped.split(", ")) == ["1 lacking characters", "1 with the name of another", "2 unreadable"]
+    assert sorted(skipped.split(", ")) == [
+        "1 lacking characters",
+        "1 with the name of another",
+        "2 unreadable",
+    ]
     pack(tmp_path / "out.csv", tmp_path / "records", mode="none")
     records = open_records(tmp_path / "records")
     assert records.fonts == ("Aileron-Regular", "Other,Name-Bold")
     assert records.classes == tuple(CHARACTERS) and len(records.split("train")) == 2 * 94
-    assert_refused(command("tools/render_glyphs", fonts, tmp_path / "out.csv"), "exists; give --force")
+    assert_refused(
+        command("tools/render_glyphs", fonts, tmp_path / "out.csv"), "exists; give --force"
+    )
 
 
 def test_glyphs_are_twenty_pixels_long_centred_and_smooth(fonts: Path) -> None:
@@ -65,9 +71,18 @@ def test_glyphs_are_twenty_pixels_long_centred_and_smooth(fonts: Path) -> None:
 
 def test_what_cannot_be_drawn_is_said(fonts: Path, tmp_path: Path, command: Command) -> None:
     out = tmp_path / "out.csv"
-    assert_refused(command("tools/render_glyphs", tmp_path / "gone", out), "gone: no such file or folder")
-    assert_refused(command("tools/render_glyphs", fonts / "NoTilde.ttf", out), "none of 1 font files has all 94")
+    assert_refused(
+        command("tools/render_glyphs", tmp_path / "gone", out), "gone: no such file or folder"
+    )
+    assert_refused(
+        command("tools/render_glyphs", fonts / "NoTilde.ttf", out),
+        "none of 1 font files has all 94",
+    )
     (tmp_path / "none").mkdir()
-    assert_refused(command("tools/render_glyphs", tmp_path / "none", out), "holds no .ttf or .otf file")
-    assert_refused(command("tools/render_glyphs", fonts, tmp_path / "no" / "folder.csv"), "cannot be written")
+    assert_refused(
+        command("tools/render_glyphs", tmp_path / "none", out), "holds no .ttf or .otf file"
+    )
+    assert_refused(
+        command("tools/render_glyphs", fonts, tmp_path / "no" / "folder.csv"), "cannot be written"
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fonts", "none"]

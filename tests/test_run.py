@@ -23,7 +23,9 @@ def report(run: Path) -> dict[str, Any]:
 
 def metrics(run: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("train_s", "samples_per_s")} for line in lines]
+    return [
+        {k: v for k, v in line.items() if k not in ("train_s", "samples_per_s")} for line in lines
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +39,17 @@ def alone(small_dir: Path, command: Command, tmp_path_factory: pytest.TempPathFa
 
 
 def test_the_literal_command_on_the_sample(command: Command, tmp_path: Path) -> None:
-    words = ("torchrun", "-m", "engine.run", "--amp", "--cuda-graphs", "--epochs", 2, "--out", tmp_path / "out")
+    words = (
+        "torchrun",
+        "-m",
+        "engine.run",
+        "--amp",
+        "--cuda-graphs",
+        "--epochs",
+        2,
+        "--out",
+        tmp_path / "out",
+    )
     done = command(*words, XDG_CACHE_HOME=str(tmp_path / "cache"))
     assert done.returncode == 0, done.stderr
     assert "packing the sample of 128 typefaces" in done.stdout
@@ -48,7 +60,17 @@ def test_the_literal_command_on_the_sample(command: Command, tmp_path: Path) -> 
         assert found["effective"]["cuda_graphs"] is False
         assert "CUDA graphs are not used: there is no GPU" in done.stdout and found["notes"]
     assert found["test_accuracy_fraction"] > 0.3  # of 94 classes, after 32 steps
-    words = ("python", "-m", "engine.run", "--epochs", 1, "--feed", "dali", "--out", tmp_path / "second")
+    words = (
+        "python",
+        "-m",
+        "engine.run",
+        "--epochs",
+        1,
+        "--feed",
+        "dali",
+        "--out",
+        tmp_path / "second",
+    )
     again = command(*words, XDG_CACHE_HOME=str(tmp_path / "cache"))
     assert again.returncode == 0 and "packing" not in again.stdout
 
@@ -63,11 +85,19 @@ def test_a_run_leaves_its_files(alone: Path) -> None:
     ]
     assert [m["epoch"] for m in metrics(alone)] == [1, 2, 3]
     found = report(alone)
-    assert found["num_epochs"] == 3 and found["train_s"] > 0 and 0 <= found["data_wait_fraction"] < 1
-    assert found["val_accuracy_fraction"] == max(m["val_accuracy_fraction"] for m in metrics(alone)) > 0.5
+    assert (
+        found["num_epochs"] == 3 and found["train_s"] > 0 and 0 <= found["data_wait_fraction"] < 1
+    )
+    assert (
+        found["val_accuracy_fraction"]
+        == max(m["val_accuracy_fraction"] for m in metrics(alone))
+        > 0.5
+    )
 
 
-def test_a_resumed_run_ends_bit_identical(alone: Path, small_dir: Path, command: Command, tmp_path: Path) -> None:
+def test_a_resumed_run_ends_bit_identical(
+    alone: Path, small_dir: Path, command: Command, tmp_path: Path
+) -> None:
     shutil.copytree(alone, tmp_path / "run")
     for name in ("report.json", "model.safetensors"):
         (tmp_path / "run" / name).unlink()
@@ -81,12 +111,16 @@ def test_a_resumed_run_ends_bit_identical(alone: Path, small_dir: Path, command:
 
 
 @pytest.mark.parametrize("damage", ["bit", "half"])
-def test_a_damaged_checkpoint_is_skipped_and_named(damage: str, alone: Path, command: Command, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_skipped_and_named(
+    damage: str, alone: Path, command: Command, tmp_path: Path
+) -> None:
     shutil.copytree(alone, tmp_path / "run")
     newest = tmp_path / "run" / "checkpoints" / "epoch-0003"
     data = (newest / "model.safetensors").read_bytes()
     if damage == "bit":
-        (newest / "model.safetensors").write_bytes(data[:5000] + bytes([data[5000] ^ 1]) + data[5001:])
+        (newest / "model.safetensors").write_bytes(
+            data[:5000] + bytes([data[5000] ^ 1]) + data[5001:]
+        )
     else:
         (newest / "optim.safetensors").unlink()
     done = command("python", "-m", "engine.run", "--resume", tmp_path / "run", "--device", "cpu")
@@ -95,7 +129,9 @@ def test_a_damaged_checkpoint_is_skipped_and_named(damage: str, alone: Path, com
     assert metrics(tmp_path / "run") == metrics(alone)
 
 
-def test_two_ranks_train_the_same(alone: Path, small_dir: Path, command: Command, tmp_path: Path) -> None:
+def test_two_ranks_train_the_same(
+    alone: Path, small_dir: Path, command: Command, tmp_path: Path
+) -> None:
     out = tmp_path / "two"
     done = command(
         "torchrun", "--standalone", "--nproc-per-node=2", "-m", "engine.run", "--amp", "--cuda-graphs",
@@ -105,24 +141,49 @@ def test_two_ranks_train_the_same(alone: Path, small_dir: Path, command: Command
     assert done.stdout.count("epoch   1/3") == 1
     found = report(out)
     assert (
-        found["num_ranks"] == 2 and found["config"]["global_batch"] == 32 and found["effective"]["feed"] == "resident"
+        found["num_ranks"] == 2
+        and found["config"]["global_batch"] == 32
+        and found["effective"]["feed"] == "resident"
     )
     for got, wanted in zip(metrics(out), metrics(alone), strict=True):
         assert got["train_loss"] == pytest.approx(wanted["train_loss"], rel=0.05)
         assert got["step"] == wanted["step"]
 
 
-def test_every_feed_trains_bit_identically(alone: Path, small_dir: Path, command: Command, tmp_path: Path) -> None:
+def test_every_feed_trains_bit_identically(
+    alone: Path, small_dir: Path, command: Command, tmp_path: Path
+) -> None:
     for feed in ("dali", "loader"):
         out = tmp_path / feed
-        done = command("python", "-m", "engine.run", "--amp", "--data", small_dir, "--out", out, "--feed", feed, *SHORT)
+        done = command(
+            "python",
+            "-m",
+            "engine.run",
+            "--amp",
+            "--data",
+            small_dir,
+            "--out",
+            out,
+            "--feed",
+            feed,
+            *SHORT,
+        )
         assert done.returncode == 0, done.stderr
         assert report(out)["effective"]["feed"] == feed
         assert metrics(out) == metrics(alone)
 
 
-def test_stream_trains_as_resident_does_in_the_blocked_order(small_dir: Path, command: Command, tmp_path: Path) -> None:
-    settings = ("--order=blocked", "--set", "data.block_samples=20", "--set", "data.window_blocks=3", *SHORT)
+def test_stream_trains_as_resident_does_in_the_blocked_order(
+    small_dir: Path, command: Command, tmp_path: Path
+) -> None:
+    settings = (
+        "--order=blocked",
+        "--set",
+        "data.block_samples=20",
+        "--set",
+        "data.window_blocks=3",
+        *SHORT,
+    )
     settings += ("--set", "augment.rotate_degrees=10")
     for feed in ("resident", "stream"):
         flags = ("--data", small_dir, "--out", tmp_path / feed, "--feed", feed, *settings)
@@ -135,7 +196,9 @@ def test_stream_trains_as_resident_does_in_the_blocked_order(small_dir: Path, co
 
 def test_a_target_ends_the_run(small_dir: Path, command: Command, tmp_path: Path) -> None:
     flags = ("--epochs", 50, "--batch-size", 32, "--target-accuracy", 0.5)
-    done = command("python", "-m", "engine.run", "--data", small_dir, "--out", tmp_path / "run", *flags)
+    done = command(
+        "python", "-m", "engine.run", "--data", small_dir, "--out", tmp_path / "run", *flags
+    )
     assert done.returncode == 0, done.stderr
     found = report(tmp_path / "run")
     assert found["num_epochs"] < 50 and found["val_accuracy_fraction"] >= 0.5
@@ -152,7 +215,9 @@ def test_the_baseline_is_the_study(small_dir: Path, command: Command, tmp_path: 
     assert found["config"]["global_batch"] == 64 and found["config"]["optim"]["name"] == "adam"
 
 
-def test_records_without_a_split_train_without_evaluation(small_csv: Path, command: Command, tmp_path: Path) -> None:
+def test_records_without_a_split_train_without_evaluation(
+    small_csv: Path, command: Command, tmp_path: Path
+) -> None:
     command("tools/pack_tmnist", small_csv, tmp_path / "all", "--split=none")
     flags = ("--epochs", 1, "--batch-size", 32, "--data", tmp_path / "all")
     done = command("python", "-m", "engine.run", *flags, "--out", tmp_path / "run")
@@ -172,7 +237,10 @@ def test_help_needs_no_torch(command: Command) -> None:
         (["--data", "nowhere"], ["nowhere", "tools/pack_tmnist"]),
         (["--set", "optim.lr=1"], ["optim.lr", "no such setting"]),
         (["--config", "nowhere.toml"], ["nowhere.toml"]),
-        (["--data", "{small}", "--batch-size", 1000], ["larger than the train split", "at most 224"]),
+        (
+            ["--data", "{small}", "--batch-size", 1000],
+            ["larger than the train split", "at most 224"],
+        ),
         (["--resume", "{tmp}"], ["config.toml"]),
         (["--device", "cuda"], ["no GPU"]),
     ],
@@ -188,15 +256,21 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_earlier_run_is_never_overwritten(alone: Path, small_dir: Path, command: Command) -> None:
+def test_an_earlier_run_is_never_overwritten(
+    alone: Path, small_dir: Path, command: Command
+) -> None:
     before = (alone / "report.json").read_bytes()
     assert_refused(
-        command("python", "-m", "engine.run", "--data", small_dir, "--out", alone, *SHORT), "is not empty", "--resume"
+        command("python", "-m", "engine.run", "--data", small_dir, "--out", alone, *SHORT),
+        "is not empty",
+        "--resume",
     )
     assert (alone / "report.json").read_bytes() == before
 
 
-def test_a_run_is_resumed_only_as_what_it_was(alone: Path, small_csv: Path, command: Command, tmp_path: Path) -> None:
+def test_a_run_is_resumed_only_as_what_it_was(
+    alone: Path, small_csv: Path, command: Command, tmp_path: Path
+) -> None:
     shutil.copytree(alone, tmp_path / "run")
     run = ("python", "-m", "engine.run", "--resume", tmp_path / "run", "--device", "cpu")
     assert_refused(command(*run, "--seed", 1), "another configuration")
@@ -221,19 +295,29 @@ def test_under_torchrun_one_rank_speaks_and_all_exit_2(command: Command, tmp_pat
     assert "exitcode  : 2" in done.stderr and list(tmp_path.iterdir()) == []
 
 
-def test_ranks_that_do_not_divide_the_batch_are_refused(small_dir: Path, command: Command, tmp_path: Path) -> None:
+def test_ranks_that_do_not_divide_the_batch_are_refused(
+    small_dir: Path, command: Command, tmp_path: Path
+) -> None:
     (tmp_path / "c.toml").write_text("global_batch = 33\n")
     flags = ("--config", tmp_path / "c.toml", "--data", small_dir, "--out", tmp_path / "out")
     done = command("torchrun", "--standalone", "--nproc-per-node=2", "-m", "engine.run", *flags)
-    assert done.stderr.count("cannot be divided by 2 ranks") == 1 and not (tmp_path / "out").exists()
+    assert (
+        done.stderr.count("cannot be divided by 2 ranks") == 1 and not (tmp_path / "out").exists()
+    )
 
 
-def test_places_that_cannot_be_written_are_named(small_dir: Path, command: Command, tmp_path: Path) -> None:
+def test_places_that_cannot_be_written_are_named(
+    small_dir: Path, command: Command, tmp_path: Path
+) -> None:
     flags = ("python", "-m", "engine.run", "--device", "cpu")
     assert_refused(
-        command(*flags, "--data", small_dir, "--batch-size", 32, "--out", "/proc/no"), "/proc/no: cannot be written"
+        command(*flags, "--data", small_dir, "--batch-size", 32, "--out", "/proc/no"),
+        "/proc/no: cannot be written",
     )
-    assert_refused(command(*flags, "--out", tmp_path / "out", XDG_CACHE_HOME="/proc/no"), "/proc/no/tmnist-engine")
+    assert_refused(
+        command(*flags, "--out", tmp_path / "out", XDG_CACHE_HOME="/proc/no"),
+        "/proc/no/tmnist-engine",
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -246,7 +330,9 @@ def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(s.step, s.value) for s in shown.Scalars(tag)] for tag in shown.Tags()["scalars"]}
 
 
-def test_tensorboard_shows_the_epochs_of_a_resumed_run_once(small_dir: Path, command: Command, tmp_path: Path) -> None:
+def test_tensorboard_shows_the_epochs_of_a_resumed_run_once(
+    small_dir: Path, command: Command, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     words = ("python", "-m", "engine.run", "--data", small_dir, *SHORT, "--tensorboard")
     done = command(*words, "--out", out)
@@ -258,10 +344,14 @@ def test_tensorboard_shows_the_epochs_of_a_resumed_run_once(small_dir: Path, com
     shown = scalars(out)
     assert set(shown) == set(lines[0])
     for tag, points in shown.items():
-        assert points == [(e, pytest.approx(line[tag], rel=1e-6)) for e, line in enumerate(lines, 1)], tag
+        assert points == [
+            (e, pytest.approx(line[tag], rel=1e-6)) for e, line in enumerate(lines, 1)
+        ], tag
 
 
-def test_a_missing_tensorboard_is_said_before_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_tensorboard_is_said_before_training(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(run, "find_spec", lambda name: None)
     done = CliRunner().invoke(run.main, ["--tensorboard", "--out", str(tmp_path / "out")])
     assert done.exit_code == 2 and "pip install tensorboard" in done.stderr

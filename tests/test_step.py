@@ -33,8 +33,14 @@ def build(world: World, config: RunConfig, num_steps: int = 20, num_classes: int
     return TrainStep(model, replace(config, epochs=1), order, static, world)
 
 
-def make_step(world: World, num_steps: int = 20, learning_rate: float = 2e-3, **step: Any) -> TrainStep:
-    return build(world, RunConfig(optim=OptimConfig(learning_rate=learning_rate), step=StepConfig(**step)), num_steps)
+def make_step(
+    world: World, num_steps: int = 20, learning_rate: float = 2e-3, **step: Any
+) -> TrainStep:
+    return build(
+        world,
+        RunConfig(optim=OptimConfig(learning_rate=learning_rate), step=StepConfig(**step)),
+        num_steps,
+    )
 
 
 def losses(step: TrainStep, records: Records, num_steps: int = 20) -> list[float]:
@@ -96,8 +102,13 @@ def test_one_cycle_rises_to_the_highest_rate_and_falls_to_almost_zero() -> None:
 
 def test_biases_are_not_decayed() -> None:
     model = make_model(ModelConfig(), 28, 28, 94, seed=0)
-    groups = make_optimizer(OptimConfig(weight_decay=0.1), model, torch.ones(()), capturable=False).param_groups
-    assert [(g["weight_decay"], {p.dim() > 1 for p in g["params"]}) for g in groups] == [(0.1, {True}), (0.0, {False})]
+    groups = make_optimizer(
+        OptimConfig(weight_decay=0.1), model, torch.ones(()), capturable=False
+    ).param_groups
+    assert [(g["weight_decay"], {p.dim() > 1 for p in g["params"]}) for g in groups] == [
+        (0.1, {True}),
+        (0.0, {False}),
+    ]
 
 
 def test_golden_losses(small: Records, world: World, one_thread: None) -> None:
@@ -120,7 +131,9 @@ def test_every_switch_is_the_same_training(
 ) -> None:
     num_steps = 6
     wanted = losses(make_step(world, channels_last=False), small, num_steps)
-    assert losses(make_step(world, **switches), small, num_steps) == pytest.approx(wanted, rel=tolerance)
+    assert losses(make_step(world, **switches), small, num_steps) == pytest.approx(
+        wanted, rel=tolerance
+    )
 
 
 def test_channels_last_is_really_used(world: World, small: Records) -> None:
@@ -146,7 +159,9 @@ def test_warm_up_changes_nothing(precision: str, world: World, small: Records) -
     cold, warm = make_step(world, precision=precision), make_step(world, precision=precision)
     before = {name: t.clone() for name, t in warm.model.state_dict().items()}
     rng = torch.get_rng_state()
-    drawing = warm.model.conv2.register_forward_hook(lambda module, inputs, output: output + 0 * torch.rand(1))
+    drawing = warm.model.conv2.register_forward_hook(
+        lambda module, inputs, output: output + 0 * torch.rand(1)
+    )
     warm.prepare()
     drawing.remove()
     assert all(torch.equal(before[name], t) for name, t in warm.model.state_dict().items())
@@ -175,7 +190,9 @@ def test_sums_are_the_batches_own(world: World, small: Records) -> None:
     assert step.read_evaluation() == (0.0, 0.0, 0)
 
 
-def test_the_learning_rate_follows_the_table_at_the_device_counter(world: World, small: Records) -> None:
+def test_the_learning_rate_follows_the_table_at_the_device_counter(
+    world: World, small: Records
+) -> None:
     step = make_step(world, num_steps=20)
     table = lr_table(OptimConfig(learning_rate=2e-3), 20)
     for number in range(3):
@@ -190,13 +207,20 @@ def test_the_learning_rate_follows_the_table_at_the_device_counter(world: World,
 def test_an_optimiser_to_be_captured_bakes_nothing_in(fused: bool) -> None:
     """torch refuses to capture a group that is not capturable, fused or not; a float rate would be baked in."""
     model = make_model(ModelConfig(), 28, 28, 8, 0)
-    groups = make_optimizer(OptimConfig(fused=fused), model, torch.ones(()), capturable=True).param_groups
+    groups = make_optimizer(
+        OptimConfig(fused=fused), model, torch.ones(()), capturable=True
+    ).param_groups
     assert all(group["capturable"] for group in groups)
-    assert isinstance(groups[0]["lr"], torch.Tensor) and len({id(group["lr"]) for group in groups}) == 1
+    assert (
+        isinstance(groups[0]["lr"], torch.Tensor)
+        and len({id(group["lr"]) for group in groups}) == 1
+    )
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_steps_beyond_the_table_keep_its_last_rate(fused: bool, world: World, small: Records) -> None:
+def test_steps_beyond_the_table_keep_its_last_rate(
+    fused: bool, world: World, small: Records
+) -> None:
     """Profiles run longer than the epochs of their config."""
     config = RunConfig(optim=OptimConfig(fused=fused))
     step = build(world, config, num_steps=2)

@@ -35,7 +35,9 @@ def test_spans_are_free_unless_traced() -> None:
     assert span("copy") is span("forward"), "tracing went on"
 
 
-@pytest.mark.parametrize("settings", [{}, {"data.feed": "resident", "step.steps_per_graph": 2, "step.accumulate": 2}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"data.feed": "resident", "step.steps_per_graph": 2, "step.accumulate": 2}]
+)
 def test_stages_make_up_the_wall(small: Records, world: World, settings: dict[str, Any]) -> None:
     config = override(RunConfig(), {"global_batch": 32} | settings, "test")
     traced = trace.traced(open_session(config, small, world), 4)
@@ -68,26 +70,53 @@ def test_operators_carry_the_profilers_flops_and_an_estimate_of_bytes(session: S
     flops = 2 * 9 * 32 * 64 * 14 * 14 * 32
     assert conv2["operator"] == "conv2d" and conv2["calls"] == 1
     assert conv2["tflop_per_s"] * conv2["ms"] * 1e9 == pytest.approx(flops)
-    assert conv2["input_mb_estimate"] == pytest.approx((32 * 32 * 14 * 14 + 64 * 32 * 9 + 64) * 4 / 1e6)
-    assert frame.loc[frame["operator"].isin(["view", "to", "index_select"]), "gb_per_s_estimate"].isna().all()
-    assert frame.loc[frame["operator"] == "cross_entropy_loss", "tflop_per_s"].isna().all(), "scalars are no work"
+    assert conv2["input_mb_estimate"] == pytest.approx(
+        (32 * 32 * 14 * 14 + 64 * 32 * 9 + 64) * 4 / 1e6
+    )
+    assert (
+        frame.loc[frame["operator"].isin(["view", "to", "index_select"]), "gb_per_s_estimate"]
+        .isna()
+        .all()
+    )
+    assert frame.loc[frame["operator"] == "cross_entropy_loss", "tflop_per_s"].isna().all(), (
+        "scalars are no work"
+    )
     known = (frame["tflop_per_s"] * frame["ms"] * 1e9).sum()
-    assert flops < known < 32 * flops_per_image(28, 28, 8), "backward of convolutions is not told by the profiler"
+    assert flops < known < 32 * flops_per_image(28, 28, 8), (
+        "backward of convolutions is not told by the profiler"
+    )
 
 
-def test_the_command_leaves_a_trace_and_tables_of_two_ranks(command: Command, small_dir: Path, tmp_path: Path) -> None:
+def test_the_command_leaves_a_trace_and_tables_of_two_ranks(
+    command: Command, small_dir: Path, tmp_path: Path
+) -> None:
     words = ("torchrun", "--standalone", "--nproc-per-node=2", "-m", "tools.profile", "trace")
-    flags = ("--data", small_dir, "--steps", 2, "--batch-size", 16, "--out", tmp_path, "--device", "cpu")
+    flags = (
+        "--data",
+        small_dir,
+        "--steps",
+        2,
+        "--batch-size",
+        16,
+        "--out",
+        tmp_path,
+        "--device",
+        "cpu",
+    )
     done = command(*words, "bench_configs/rung_bf16.toml", *flags)
     assert done.returncode == 0 and not done.stderr, done.stderr
     assert done.stdout.count("all_reduce") == 1 and "convolution_backward" in done.stdout
     tree = json.loads(gzip.decompress((tmp_path / "trace.json.gz").read_bytes()))
-    assert {"forward", "backward", "optimiser"} <= {event.get("name") for event in tree["traceEvents"]}
+    assert {"forward", "backward", "optimiser"} <= {
+        event.get("name") for event in tree["traceEvents"]
+    }
     assert "traceName" not in tree
     tables = json.loads((tmp_path / "tables.json").read_text())
     assert tables["effective"]["precision"] == "bf16" and tables["launch_gaps"] is None
     assert tables["stage_ms"]["all_reduce"] > 0 and tables["stage_ms"]["backward"] > 0
-    assert list(pd.read_csv(tmp_path / "operators.csv")["operator"]) == [row["operator"] for row in tables["operators"]]
+    assert list(pd.read_csv(tmp_path / "operators.csv")["operator"]) == [
+        row["operator"] for row in tables["operators"]
+    ]
     stages = pd.read_csv(tmp_path / "stages.csv").set_index("stage")["ms"].to_dict()
     assert stages == pytest.approx(tables["stage_ms"])
 
@@ -99,9 +128,17 @@ def test_a_config_that_is_not_there_is_refused(command: Command, tmp_path: Path)
 def event(name: str, start: float, end: float, on_device: bool = False, **more: Any) -> Any:
     kinds = torch._C._autograd.DeviceType
     span = SimpleNamespace(start=start, end=end, elapsed_us=lambda: end - start)
-    rest = {"kernels": [], "cpu_parent": None, "cpu_children": [], "input_shapes": [], "flops": 0} | more
+    rest = {
+        "kernels": [],
+        "cpu_parent": None,
+        "cpu_children": [],
+        "input_shapes": [],
+        "flops": 0,
+    } | more
     kind = kinds.CUDA if on_device else kinds.CPU
-    return SimpleNamespace(name=name, time_range=span, device_type=kind, is_user_annotation=False, **rest)
+    return SimpleNamespace(
+        name=name, time_range=span, device_type=kind, is_user_annotation=False, **rest
+    )
 
 
 def test_kernels_of_a_device_go_to_the_span_that_launched_them() -> None:
@@ -128,10 +165,19 @@ def test_kernels_of_a_device_go_to_the_span_that_launched_them() -> None:
     profiler: Any = SimpleNamespace(events=lambda: [*events, annotation])
     traced = trace.Traced(profiler, 1, 5.0, 0.0)
     ms = trace.stages(traced, torch.device("cuda"))
-    expected = {"copy": 0, "forward": 0.5, "backward": 1, "all_reduce": 2, "optimiser": 0, "launch_gap": 1.995}
+    expected = {
+        "copy": 0,
+        "forward": 0.5,
+        "backward": 1,
+        "all_reduce": 2,
+        "optimiser": 0,
+        "launch_gap": 1.995,
+    }
     assert ms == pytest.approx(expected)
     gaps = trace.launch_gaps(traced)
     assert gaps and (gaps["num_per_step"], gaps["median_us"]) == (2, 300)
     frame = trace.operators(traced, torch.device("cuda")).set_index("operator")
-    assert frame["ms"].to_dict() == pytest.approx({"nccl": 2, "mm": 1, "forward": 0.5, "add": 0.005})
+    assert frame["ms"].to_dict() == pytest.approx(
+        {"nccl": 2, "mm": 1, "forward": 0.5, "add": 0.005}
+    )
     assert frame.loc["forward", "kernels"] == "fused_conv"

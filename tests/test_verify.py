@@ -31,19 +31,29 @@ def test_bare_it_examines_the_machine_and_compares_every_way_of_training(command
         "resumed, 4 steps a launch",
         "torchrun, 1 rank",
     }
-    assert {line[:36].strip() for line in near} >= {"2 ranks, 4 steps a launch", "4 ranks, each batch in 2 parts"}
-    assert "one CUDA graph of 4 steps (fp32): not tried, there is no GPU" in lines and "DIFFERS" not in done.stdout
+    assert {line[:36].strip() for line in near} >= {
+        "2 ranks, 4 steps a launch",
+        "4 ranks, each batch in 2 parts",
+    }
+    assert (
+        "one CUDA graph of 4 steps (fp32): not tried, there is no GPU" in lines
+        and "DIFFERS" not in done.stdout
+    )
 
 
 def test_a_hidden_wait_is_found(small: Records, world: World) -> None:
     opened = session(small, world)
     assert host_reads(opened.step.train_epoch(opened.feed, 0), CPU) == []
-    opened.step.model.register_forward_hook(lambda module, inputs, output: print(float(output.detach().mean())))
+    opened.step.model.register_forward_hook(
+        lambda module, inputs, output: print(float(output.detach().mean()))
+    )
     assert host_reads(opened.step.train_epoch(opened.feed, 0), CPU) == ["_local_scalar_dense"]
     opened.close()
 
 
-def findings(records: Records, world: World, environ: dict[str, str]) -> dict[str, examined.Finding]:
+def findings(
+    records: Records, world: World, environ: dict[str, str]
+) -> dict[str, examined.Finding]:
     return {finding.name: finding for finding in doctor(records, world, environ)}
 
 
@@ -52,9 +62,14 @@ def test_harmful_settings_are_named_with_a_remedy(
 ) -> None:
     assert findings(small, world, {})["environment"].grade == "ok"
     found = findings(
-        small, world, {"CUDA_LAUNCH_BLOCKING": "1", "NVIDIA_TF32_OVERRIDE": "0", "NCCL_BLOCKING_WAIT": "0"}
+        small,
+        world,
+        {"CUDA_LAUNCH_BLOCKING": "1", "NVIDIA_TF32_OVERRIDE": "0", "NCCL_BLOCKING_WAIT": "0"},
     )
-    assert found["CUDA_LAUNCH_BLOCKING"].grade == "BAD" and "unset it" in found["CUDA_LAUNCH_BLOCKING"].text
+    assert (
+        found["CUDA_LAUNCH_BLOCKING"].grade == "BAD"
+        and "unset it" in found["CUDA_LAUNCH_BLOCKING"].text
+    )
     assert found["NVIDIA_TF32_OVERRIDE"].grade == "note"
     assert "NCCL_BLOCKING_WAIT" not in found and "environment" not in found
     assert found["allocator"].grade == "note" and found["hidden waits"].grade == "ok"
@@ -88,9 +103,16 @@ def test_a_difference_is_not_overlooked(group: str) -> None:
     wanted = {name: torch.arange(1.0, 100.0, dtype=torch.float64) for name in GROUPS}
     for change, exact, inexact in ((0.0, True, True), (1e-9, False, True), (0.2, False, False)):
         got = wanted | {group: wanted[group] * (1 + change)}
-        verdicts = [Verdict("fp32", "", differences(got, wanted), near).ok for near in (False, True)]
-        assert verdicts == [exact, inexact and not (change and group in ("scaler", "counters"))], change
-    for damaged in ({k: v for k, v in wanted.items() if k != group}, wanted | {group: wanted[group][:-1]}):
+        verdicts = [
+            Verdict("fp32", "", differences(got, wanted), near).ok for near in (False, True)
+        ]
+        assert verdicts == [exact, inexact and not (change and group in ("scaler", "counters"))], (
+            change
+        )
+    for damaged in (
+        {k: v for k, v in wanted.items() if k != group},
+        wanted | {group: wanted[group][:-1]},
+    ):
         assert differences(damaged, wanted)[group] == float("inf")
     spoilt: dict[str, Any] = wanted | {group: wanted[group].clone().fill_(float("nan"))}
     assert not Verdict("fp32", "", differences(spoilt, wanted), True).ok

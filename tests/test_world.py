@@ -14,7 +14,9 @@ from engine.session import effective_config
 from engine.world import World, check_ranks
 
 
-def effective(records: Records, world: World, optim: OptimConfig | None = None, **step: Any) -> tuple[StepConfig, str]:
+def effective(
+    records: Records, world: World, optim: OptimConfig | None = None, **step: Any
+) -> tuple[StepConfig, str]:
     config = RunConfig(step=StepConfig(**step), optim=optim or OptimConfig(), global_batch=32)
     found, notes = effective_config(config, records, world)
     assert notes.pop().startswith("the feed is resident")
@@ -28,12 +30,16 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     check_ranks()
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    with pytest.raises(UserError, match="3 ranks on a machine with 2 GPUs; start torchrun with --nproc-per-node"):
+    with pytest.raises(
+        UserError, match="3 ranks on a machine with 2 GPUs; start torchrun with --nproc-per-node"
+    ):
         check_ranks()
     check_ranks("cpu")
 
 
-def test_bf16_needs_its_instructions(small: Records, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bf16_needs_its_instructions(
+    small: Records, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(session, "has_fast_bf16", lambda device: True)
     assert effective(small, world, precision="bf16") == (StepConfig(precision="bf16"), "")
     monkeypatch.setattr(session, "has_fast_bf16", lambda device: False)
@@ -49,12 +55,17 @@ def test_fp16_and_graphs_need_a_gpu(small: Records, world: World) -> None:
 
 
 def test_graphs_on_a_gpu(small: Records, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session, "choose_feed", lambda config, split, device: ("resident", "it fits"))
+    monkeypatch.setattr(
+        session, "choose_feed", lambda config, split, device: ("resident", "it fits")
+    )
     gpu = replace(world, device=torch.device("cuda", 0))
     assert effective(small, gpu, cuda_graphs=True)[0].cuda_graphs
     assert effective(small, replace(gpu, size=2), cuda_graphs=True)[0].cuda_graphs
     plain = OptimConfig(fused=False)
-    assert "not fused reads the host" in effective(small, gpu, plain, cuda_graphs=True, precision="fp16")[1]
+    assert (
+        "not fused reads the host"
+        in effective(small, gpu, plain, cuda_graphs=True, precision="fp16")[1]
+    )
 
 
 def test_rank_0_fails_for_all(world: World) -> None:

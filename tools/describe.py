@@ -26,7 +26,9 @@ def describe(path: Path, sheet: Path) -> str:
         _typefaces(records),
         f"images that occur more than once: {_repeated(records):,}",
     ]
-    counts = {name: np.bincount(s.label_N, minlength=len(records.classes)) for name, s in splits.items()}
+    counts = {
+        name: np.bincount(s.label_N, minlength=len(records.classes)) for name, s in splits.items()
+    }
     lines += class_table(records.classes, counts)
     image_MHW, captions = _examples(records)
     with writing(sheet), writing_file(sheet) as file:
@@ -55,7 +57,11 @@ def _typefaces(records: Records) -> str:
 
 def _repeated(records: Records) -> int:
     """Images whose pixels an earlier one has, over all splits."""
-    contents = [hash(image_HW.tobytes()) for split in records.splits.values() for image_HW in split.image_NHW]
+    contents = [
+        hash(image_HW.tobytes())
+        for split in records.splits.values()
+        for image_HW in split.image_NHW
+    ]
     return len(contents) - len(set(contents))
 
 

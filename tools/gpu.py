@@ -42,7 +42,12 @@ STUDY_ACCURACY = 0.8765
 """What the study's own recipe reaches on typefaces.npz after 12 epochs (random split, two CPU cores)."""
 FIRST_CHARACTER = 33
 """images[:, 0] of the archive is '!'."""
-FAST = {"step.precision": "bf16", "step.cuda_graphs": True, "step.steps_per_graph": 16, "data.feed": "resident"}
+FAST = {
+    "step.precision": "bf16",
+    "step.cuda_graphs": True,
+    "step.steps_per_graph": 16,
+    "data.feed": "resident",
+}
 LARGE = {"global_batch": 8192, "optim.learning_rate": 0.04, "epochs": 12}
 """The recipe at a global batch of 8192: of 0.02, 0.04 and 0.08 the best on two cores, 88.12 % against 88.7 % at 512."""
 
@@ -68,10 +73,14 @@ class Round:
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--npz", type=click.Path(path_type=Path), help="typefaces.npz.  [default: the packaged sample]")
+@click.option(
+    "--npz", type=click.Path(path_type=Path), help="typefaces.npz.  [default: the packaged sample]"
+)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/gpu"), show_default=True)
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cuda", show_default=True)
-@click.option("--quick", is_flag=True, help="Small batches, few steps, one repetition: proves the script.")
+@click.option(
+    "--quick", is_flag=True, help="Small batches, few steps, one repetition: proves the script."
+)
 def main(npz: Path | None, out: Path, device: str, quick: bool) -> None:
     """Run the GPU tests, verify, the ladder, trainings and feeds; write OUT. Exit 1 if a part failed."""
     failures: list[str] = []
@@ -92,7 +101,12 @@ def main(npz: Path | None, out: Path, device: str, quick: bool) -> None:
         tests = ("-q", "-m", "gpu", "-rs", "tests/test_gpu.py")
         part("tests", lambda: _command(out / "tests.txt", TESTS_S, "pytest", *tests))
         few = ("doctor",) if quick else ()
-        part("verify", lambda: _command(out / "verify.txt", VERIFY_S, "tools.verify", *few, f"--device={device}"))
+        part(
+            "verify",
+            lambda: _command(
+                out / "verify.txt", VERIFY_S, "tools.verify", *few, f"--device={device}"
+            ),
+        )
         with start_world(device) as world, world.on_stream():
             threads, gpu = torch.get_num_threads(), clock.gpu_facts(world.device)
             facts = environment(num_threads=threads, allocator=world.allocator, gpu=gpu)
@@ -111,7 +125,9 @@ def _command(log: Path, limit_s: float, module: str, *words: str) -> list[str]:
     """Run a module in a process of its own; what it prints goes to `log`."""
     try:
         command = [sys.executable, "-m", module, *words]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=3 * limit_s)
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=3 * limit_s
+        )
     except subprocess.TimeoutExpired:
         return [f"did not end within {3 * limit_s:.0f} s"]
     log.write_text(done.stdout + done.stderr)
@@ -121,7 +137,9 @@ def _command(log: Path, limit_s: float, module: str, *words: str) -> list[str]:
 
 def _ladder(shared: Round) -> list[str]:
     cells = make_cells(64 if shared.quick else 8192, compiled=not shared.quick)
-    how: dict[str, Any] = {"seconds": 0.02, "repetitions": 1} if shared.quick else {"seconds": 0.3, "repetitions": 5}
+    how: dict[str, Any] = (
+        {"seconds": 0.02, "repetitions": 1} if shared.quick else {"seconds": 0.3, "repetitions": 5}
+    )
     failures = climb(cells, shared.records, shared.world, budget_s=0.8 * LADDER_S, **how)
     rows = rows_of(cells)
     for cell, session in [(cell, cell.session) for cell in cells if cell.session][-1:]:
@@ -146,7 +164,11 @@ def _training(shared: Round) -> None:
     report = _train(shared, {"target_accuracy": STUDY_ACCURACY})
     goal = f"time to {100 * STUDY_ACCURACY:.2f} % validation accuracy"
     reached_s = report.time_to_target_s
-    rows = [row(goal, [reached_s], "s") if reached_s else row(f"{goal}: not reached", [report.train_s], "s")]
+    rows = [
+        row(goal, [reached_s], "s")
+        if reached_s
+        else row(f"{goal}: not reached", [report.train_s], "s")
+    ]
     accuracy = {}
     for name, recipe in (("512", {"epochs": 12}), ("8192", LARGE)):
         report = _train(shared, recipe)
@@ -155,7 +177,13 @@ def _training(shared: Round) -> None:
         rows.append(row(f"{title}: training time", [report.train_s], "s"))
         rows.append(row(f"{title}: samples/s", [report.samples_per_s], "samples/s"))
         rows.append(row(f"{title}: test accuracy", [accuracy[name]], "%"))
-    rows.append(row("test accuracy at batch 8192 less at 512", [accuracy["8192"] - accuracy["512"]], "points"))
+    rows.append(
+        row(
+            "test accuracy at batch 8192 less at 512",
+            [accuracy["8192"] - accuracy["512"]],
+            "points",
+        )
+    )
     shared.write("gpu_training", f"Training on {report.num_train_samples:,} images", rows)
 
 
@@ -173,13 +201,17 @@ def _feeds(shared: Round) -> list[str]:
     batch = 64 if shared.quick else 2048
     for feed in ("resident", "loader_batched", *["dali"] * bool(shared.facts.dali)):
         settings = {"step.precision": "bf16", "data.feed": feed, "global_batch": batch}
-        with closing(open_session(override(RunConfig(), settings, feed), shared.records, shared.world)) as session:
+        with closing(
+            open_session(override(RunConfig(), settings, feed), shared.records, shared.world)
+        ) as session:
             rates = [_carried(session.feed, shared.world.device) for _ in range(3)]
         rows.append(row(f"{feed} alone, batch {batch}", rates, "samples/s"))
     if shared.facts.dali:
         settings = FAST | {"data.feed": "dali", "global_batch": batch}
         cell = Cell("fed by dali", override(RunConfig(), settings, "dali"))
-        failures = climb([cell], shared.records, shared.world, seconds=0.3, repetitions=3, budget_s=30)
+        failures = climb(
+            [cell], shared.records, shared.world, seconds=0.3, repetitions=3, budget_s=30
+        )
         rows += [row(cell.name, cell.rates, "samples/s")] if cell.rates else []
         cell.close()
     shared.write("gpu_feeds", "Feeds", rows)
@@ -204,12 +236,19 @@ def records_from_npz(path: Path) -> Records:
         with np.load(path) as archive:
             names, image_FKHW = archive["names"], archive["images"]
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: is no archive of names and images ({error}); give typefaces.npz") from None
+        raise UserError(
+            f"{path}: is no archive of names and images ({error}); give typefaces.npz"
+        ) from None
     num_fonts, num_classes, height, width = image_FKHW.shape
-    classes, fonts = tuple(chr(FIRST_CHARACTER + k) for k in range(num_classes)), tuple(map(str, names))
+    classes, fonts = (
+        tuple(chr(FIRST_CHARACTER + k) for k in range(num_classes)),
+        tuple(map(str, names)),
+    )
     label_N = np.tile(np.arange(num_classes, dtype=np.uint8), num_fonts)
     font_N = np.repeat(np.arange(num_fonts, dtype=np.int32), num_classes)
-    everything = Split(image_NHW=image_FKHW.reshape(-1, height, width), label_N=label_N, font_N=font_N)
+    everything = Split(
+        image_NHW=image_FKHW.reshape(-1, height, width), label_N=label_N, font_N=font_N
+    )
     rows = draw_splits(label_N, font_N, classes, fonts, mode="random", balance=False, seed=42)
     splits = {name: everything.take(row_M) for name, row_M in rows.items()}
     train_NHW = splits["train"].image_NHW

@@ -28,20 +28,52 @@ tools/pack_tmnist --describe records                 classes, typefaces, statist
 @click.option("--split", type=click.Choice(["random", "font", "none"]), default="random", show_default=True,
               help="70/15/15 in each class, or by whole typeface families; none: all is train.")  # fmt: skip
 @click.option("--balance", is_flag=True, help="Cut every class to the smallest one's size.")
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=42, show_default=True, help="Draws the split.")
-@click.option("--classes", type=click.IntRange(1, 256), help="Refuse a CSV with another number of labels.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**63 - 1),
+    default=42,
+    show_default=True,
+    help="Draws the split.",
+)
+@click.option(
+    "--classes", type=click.IntRange(1, 256), help="Refuse a CSV with another number of labels."
+)
 @click.option("--force", is_flag=True, help="Replace OUT if it is a record directory.")
-@click.option("--workers", type=click.IntRange(1, 64), help="Lexing threads.  [default: the cores, at most 8]")
-@click.option("--check", "action", flag_value="check", help="Only read SOURCE; list up to 100 faults.")
-@click.option("--verify", "action", flag_value="verify", help="SOURCE is a record directory: is it whole?")
-@click.option("--describe", "action", flag_value="describe", help="SOURCE is a record directory: what is in it?")
-@click.option("--fingerprint", default="", help="With --verify: its fingerprint, or the beginning of it.")
-@click.option("--sheet", type=click.Path(path_type=Path), help="With --describe: the picture.  [default: SOURCE.png]")
+@click.option(
+    "--workers", type=click.IntRange(1, 64), help="Lexing threads.  [default: the cores, at most 8]"
+)
+@click.option(
+    "--check", "action", flag_value="check", help="Only read SOURCE; list up to 100 faults."
+)
+@click.option(
+    "--verify", "action", flag_value="verify", help="SOURCE is a record directory: is it whole?"
+)
+@click.option(
+    "--describe",
+    "action",
+    flag_value="describe",
+    help="SOURCE is a record directory: what is in it?",
+)
+@click.option(
+    "--fingerprint", default="", help="With --verify: its fingerprint, or the beginning of it."
+)
+@click.option(
+    "--sheet",
+    type=click.Path(path_type=Path),
+    help="With --describe: the picture.  [default: SOURCE.png]",
+)
 def main(
-    source: Path, out: Path | None, action: str | None, fingerprint: str, sheet: Path | None, **options: Any
+    source: Path,
+    out: Path | None,
+    action: str | None,
+    fingerprint: str,
+    sheet: Path | None,
+    **options: Any,
 ) -> None:
     """Pack SOURCE, TMNIST's CSV (or an MNIST-like one), into the record directory OUT."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that temporary files go
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
+    )  # so that temporary files go
     with exit_on_user_error():
         if action and out:
             raise UserError(f"--{action} takes one path, got {source} and {out}")
@@ -53,7 +85,9 @@ def main(
         elif action == "describe":
             click.echo(describe(source, sheet or Path(f"{source.resolve()}.png")))
         elif out is None:
-            raise UserError(f"{source}: name the record directory to pack it into: tools/pack_tmnist {source} OUT")
+            raise UserError(
+                f"{source}: name the record directory to pack it into: tools/pack_tmnist {source} OUT"
+            )
         else:
             _pack(source, out, **options)
 
@@ -66,7 +100,9 @@ def _pack(source: Path, out: Path, classes: int | None, **options: Any) -> None:
     manifest, pixels = report.manifest, report.manifest["train_pixels"]
     lines = [
         f"{manifest['source_rows']['rows']:,} rows read",
-        *class_table(manifest["classes"], {n: s["rows_per_class"] for n, s in manifest["splits"].items()}),
+        *class_table(
+            manifest["classes"], {n: s["rows_per_class"] for n, s in manifest["splits"].items()}
+        ),
         f"train pixels: mean {pixels['mean']:.3f}, standard deviation {pixels['std']:.3f} (0..255)",
         *(f"note: {printable(warning)}" for warning in report.warnings),
         f"{printable(str(out))}: {time.perf_counter() - start:.2f} s, fingerprint {manifest['fingerprint'][:16]}",

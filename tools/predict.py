@@ -23,7 +23,9 @@ BATCH = 2048
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), default=Path("predictions.png"), show_default=True)
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("predictions.png"), show_default=True
+)
 def main(run: Path, out: Path) -> None:
     """Draw test glyphs with RUN's answers; a wrong one is red, the right one beside it."""
     with exit_on_user_error():
@@ -42,14 +44,22 @@ def predict(config: RunConfig, weights: Path, records: Records, split: Split) ->
     """answer_N: the class index the network gives each image of the split (fp32, on the CPU)."""
     model = make_model(config.model, *records.height_width, len(records.classes), seed=0)
     model.load_state_dict(load_file(weights))
-    return answers(lambda image_BHW: model(image_BHW.unsqueeze(1).float() / 255), split.image_NHW, torch.device("cpu"))
+    return answers(
+        lambda image_BHW: model(image_BHW.unsqueeze(1).float() / 255),
+        split.image_NHW,
+        torch.device("cpu"),
+    )
 
 
 @torch.no_grad()
-def answers(logits: Callable[[torch.Tensor], torch.Tensor], image_NHW: Any, device: torch.device) -> np.ndarray:
+def answers(
+    logits: Callable[[torch.Tensor], torch.Tensor], image_NHW: Any, device: torch.device
+) -> np.ndarray:
     """answer_N: the class index that `logits` (of uint8 images on `device`) gives each image."""
     parts = [image_NHW[start : start + BATCH] for start in range(0, len(image_NHW), BATCH)]
-    return np.concatenate([logits(torch.from_numpy(part).to(device)).argmax(1).cpu().numpy() for part in parts])
+    return np.concatenate(
+        [logits(torch.from_numpy(part).to(device)).argmax(1).cpu().numpy() for part in parts]
+    )
 
 
 def draw(split: Split, answer_N: np.ndarray, classes: tuple[str, ...]) -> Image.Image:

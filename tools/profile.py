@@ -15,7 +15,9 @@ from engine.config import RunConfig, load_toml, override
 from engine.errors import UserError, exit_on_user_error, printable
 from engine.publish import writing
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # before torch is loaded: no lines of the profiler's own on stderr
+os.environ.setdefault(
+    "KINETO_LOG_LEVEL", "6"
+)  # before torch is loaded: no lines of the profiler's own on stderr
 DEFAULT = {"step.precision": "bf16", "step.cuda_graphs": True}
 """What `torchrun -m engine.run --amp --cuda-graphs` trains with."""
 SHOWN = {
@@ -44,11 +46,17 @@ def main(context: click.Context) -> None:
 @main.command()
 @click.argument("configs", nargs=-1, type=PATH)
 @DATA
-@click.option("--steps", type=click.IntRange(2), help="Timed steps of each cell, and no training of whole epochs.")
+@click.option(
+    "--steps",
+    type=click.IntRange(2),
+    help="Timed steps of each cell, and no training of whole epochs.",
+)
 @click.option("--repetitions", type=click.IntRange(1), help="Of each cell.")
 @click.option("--batch-size", type=click.IntRange(1), help="Samples in a step of every run config.")
 @click.option("--out", type=PATH, help="Folder for the figures.  [default: runs/profile-<time>]")
-@click.option("--resume", is_flag=True, help="Go on in --out: what was measured of the same cells stays.")
+@click.option(
+    "--resume", is_flag=True, help="Go on in --out: what was measured of the same cells stays."
+)
 @DEVICE
 def run(configs: tuple[Path, ...], data: str, steps: int | None, repetitions: int | None, batch_size: int | None,
         out: Path | None, resume: bool, device: str) -> None:  # fmt: skip
@@ -66,7 +74,9 @@ def run(configs: tuple[Path, ...], data: str, steps: int | None, repetitions: in
         if repetitions:
             cells = [replace(cell, repetitions=repetitions) for cell in cells]
         num_gpus, out = _num_gpus(device), _checked_out(out, resume)
-        measured = Run(title=title, cells=cells, out=out, data=data, device=device, num_gpus=num_gpus)
+        measured = Run(
+            title=title, cells=cells, out=out, data=data, device=device, num_gpus=num_gpus
+        )
         measured.measure(resume)
         failed = _show(measured.profile(), out)
     raise SystemExit(1 if failed else 0)
@@ -98,12 +108,24 @@ def report(folder: Path, out: Path | None) -> None:
 
 
 @main.command()
-@click.option("--data", type=PATH, help="Records; best packed with --split none.  [default: the sample]")
-@click.option("--batch-size", default=2048, show_default=True, type=click.IntRange(1), help="Samples of a batch.")
-@click.option("--seconds", default=5.0, show_default=True, type=click.FloatRange(0.1), help="For each feed.")
+@click.option(
+    "--data", type=PATH, help="Records; best packed with --split none.  [default: the sample]"
+)
+@click.option(
+    "--batch-size",
+    default=2048,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Samples of a batch.",
+)
+@click.option(
+    "--seconds", default=5.0, show_default=True, type=click.FloatRange(0.1), help="For each feed."
+)
 @click.option("--json", "json_file", type=PATH, help="Write the figures there, too.")
 @click.option("--out", type=PATH, default=Path("runs/feeds"), show_default=True)
-def feeds(data: Path | None, batch_size: int, seconds: float, json_file: Path | None, out: Path) -> None:
+def feeds(
+    data: Path | None, batch_size: int, seconds: float, json_file: Path | None, out: Path
+) -> None:
     """Measure what every feed carries, and torch's TensorDataset, without a step; a table and a bar chart."""
     with exit_on_user_error():
         from tools.bench.feeds import profile_feeds
@@ -114,18 +136,26 @@ def feeds(data: Path | None, batch_size: int, seconds: float, json_file: Path | 
 @main.command()
 @click.argument("config_file", required=False, type=PATH, metavar="[CONFIG]")
 @DATA
-@click.option("--steps", type=click.IntRange(1), default=10, show_default=True, help="Traced steps.")
+@click.option(
+    "--steps", type=click.IntRange(1), default=10, show_default=True, help="Traced steps."
+)
 @click.option("--batch-size", type=click.IntRange(1), help="Samples of one rank in a step.")
 @click.option("--out", type=PATH, default=Path("runs/trace"), show_default=True)
 @DEVICE
-def trace(config_file: Path | None, data: str, steps: int, batch_size: int | None, out: Path, device: str) -> None:
+def trace(
+    config_file: Path | None, data: str, steps: int, batch_size: int | None, out: Path, device: str
+) -> None:
     """Trace a few steps of CONFIG: stages, slowest operators and kernels, and a file for Perfetto."""
     from engine.world import end_rank, env_rank, env_world_size
 
     with exit_on_user_error(speak=env_rank() == 0):
         from tools.bench.trace import trace_config
 
-        config = load_toml(RunConfig(), config_file) if config_file else override(RunConfig(), DEFAULT, "default")
+        config = (
+            load_toml(RunConfig(), config_file)
+            if config_file
+            else override(RunConfig(), DEFAULT, "default")
+        )
         given = {"data.path": data, "global_batch": batch_size and batch_size * env_world_size()}
         config = override(config, {key: value for key, value in given.items() if value}, "flags")
         click.echo(trace_config(config, steps, out, device), nl=False)
@@ -134,18 +164,30 @@ def trace(config_file: Path | None, data: str, steps: int, batch_size: int | Non
 
 @main.command()
 @DATA
-@click.option("--config", "config_file", type=PATH, help="TOML file: a recipe other than the study's.")
+@click.option(
+    "--config", "config_file", type=PATH, help="TOML file: a recipe other than the study's."
+)
 @click.option("--networks", default=4, show_default=True, type=click.IntRange(2))
-@click.option("--workers", default=2, show_default=True, type=click.IntRange(2), help="Against one.")
-@click.option("--epochs", default=4, show_default=True, type=click.IntRange(1), help="Of each network.")
+@click.option(
+    "--workers", default=2, show_default=True, type=click.IntRange(2), help="Against one."
+)
+@click.option(
+    "--epochs", default=4, show_default=True, type=click.IntRange(1), help="Of each network."
+)
 @click.option("--out", type=PATH, default=Path("runs/ensemble"), show_default=True)
-def ensemble(data: str, config_file: Path | None, networks: int, workers: int, epochs: int, out: Path) -> None:
+def ensemble(
+    data: str, config_file: Path | None, networks: int, workers: int, epochs: int, out: Path
+) -> None:
     """Train networks in parallel on CPU cores, by one worker and by several, and let them vote."""
     with exit_on_user_error():
         from tools.bench.ensemble import profile_ensemble
 
-        config = load_toml(RunConfig.baseline(), config_file) if config_file else RunConfig.baseline()
-        config = override(config, {"epochs": epochs} | ({"data.path": data} if data else {}), "flags")
+        config = (
+            load_toml(RunConfig.baseline(), config_file) if config_file else RunConfig.baseline()
+        )
+        config = override(
+            config, {"epochs": epochs} | ({"data.path": data} if data else {}), "flags"
+        )
         click.echo(profile_ensemble(config, networks, workers, out))
 
 
@@ -155,14 +197,18 @@ def _num_gpus(device: str) -> int:
     from engine.world import check_ranks, env_world_size
 
     if env_world_size() > 1:
-        raise UserError("tools/profile starts the ranks of its cells itself; start it without torchrun")
+        raise UserError(
+            "tools/profile starts the ranks of its cells itself; start it without torchrun"
+        )
     check_ranks(device)
     return 0 if device == "cpu" else torch.cuda.device_count()
 
 
 def _checked_out(out: Path | None, resume: bool) -> Path:
     if resume and not (out and (out / "cells").is_dir()):
-        raise UserError(f"--resume: {out or 'no --out'} holds no cells to go on with; give --out an earlier profile")
+        raise UserError(
+            f"--resume: {out or 'no --out'} holds no cells to go on with; give --out an earlier profile"
+        )
     if not resume and out and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: is not empty; name another --out, or add --resume")
     return out or Path("runs") / time.strftime("profile-%Y%m%d-%H%M%S", time.gmtime())
@@ -178,13 +224,29 @@ def _show(profile: dict[str, Any], out: Path) -> int:
     shown = shown.dropna(axis="columns", how="all").rename(columns=SHOWN)
     percent = dict.fromkeys(("waiting", "efficiency", "test"), "{:.1%}".format)
     formats = percent | dict.fromkeys(("samples/s", "from", "to"), "{:,.0f}".format)
-    click.echo(shown.to_string(index=False, na_rep="", float_format="{:.2f}".format, formatters=formats))  # type: ignore[call-overload]
+    click.echo(
+        shown.to_string(index=False, na_rep="", float_format="{:.2f}".format, formatters=formats)
+    )  # type: ignore[call-overload]
     cells = [(f"{cell['id']} {cell['name']}", cell) for cell in profile["cells"]]
-    failed = [f"{name}: failed: {r['failed']}" for name, cell in cells for r in cell["repetitions"] if r["failed"]]
-    lines = [f"note: {note}" for _, cell in cells for r in cell["repetitions"] for note in r["notes"]]
-    lines += [f"{name}: not measured here: {cell['not_measured']}" for name, cell in cells if cell["not_measured"]]
+    failed = [
+        f"{name}: failed: {r['failed']}"
+        for name, cell in cells
+        for r in cell["repetitions"]
+        if r["failed"]
+    ]
+    lines = [
+        f"note: {note}" for _, cell in cells for r in cell["repetitions"] for note in r["notes"]
+    ]
+    lines += [
+        f"{name}: not measured here: {cell['not_measured']}"
+        for name, cell in cells
+        if cell["not_measured"]
+    ]
     published = [(name, cell["published"].items()) for name, cell in cells if cell["published"]]
-    lines += [f"{name}: published: {', '.join(f'{key} {value}' for key, value in items)}" for name, items in published]
+    lines += [
+        f"{name}: published: {', '.join(f'{key} {value}' for key, value in items)}"
+        for name, items in published
+    ]
     for line in dict.fromkeys(lines + failed):
         click.echo(printable(line))
     with writing(out):

@@ -37,19 +37,29 @@ def main(fonts: tuple[Path, ...], out: Path, force: bool) -> None:
             text = io.TextIOWrapper(binary, encoding="utf-8", newline="", write_through=True)
             counts = render(files, text)
             if not counts["drawn"]:
-                raise UserError(f"none of {len(files)} font files has all {len(CHARACTERS)} characters; name others")
+                raise UserError(
+                    f"none of {len(files)} font files has all {len(CHARACTERS)} characters; name others"
+                )
             text.detach()
         skipped = ", ".join(f"{count:,} {why}" for why, count in counts.items() if why != "drawn")
         click.echo(
-            f"{printable(str(out))}: {counts['drawn']:,} typefaces" + (f"; skipped: {skipped}" if skipped else "")
+            f"{printable(str(out))}: {counts['drawn']:,} typefaces"
+            + (f"; skipped: {skipped}" if skipped else "")
         )
 
 
 def font_files(paths: Sequence[Path]) -> list[Path]:
     """The font files named, and those in the folders named and below, by name; UserError if there is none."""
     if missing := [path for path in paths if not path.exists()]:
-        raise UserError(f"{missing[0]}: no such file or folder; name .ttf and .otf files or folders of them")
-    below = {file for path in paths for file in path.rglob("*") if file.suffix.lower() in (".ttf", ".otf")}
+        raise UserError(
+            f"{missing[0]}: no such file or folder; name .ttf and .otf files or folders of them"
+        )
+    below = {
+        file
+        for path in paths
+        for file in path.rglob("*")
+        if file.suffix.lower() in (".ttf", ".otf")
+    }
     found = {path for path in (*paths, *below) if path.is_file()}
     if not found:
         raise UserError(f"{paths[0]}: holds no .ttf or .otf file; name another folder")
@@ -66,14 +76,17 @@ def render(files: Sequence[Path], out: io.TextIOBase) -> Counter[str]:
         for number, file in enumerate(files):
             show(number, printable(file.name))
             if file.stem in names or not file.stem.isprintable():
-                counts["with the name of another" if file.stem in names else "with an unprintable name"] += 1
+                counts[
+                    "with the name of another" if file.stem in names else "with an unprintable name"
+                ] += 1
                 continue
             images, why = draw_typeface(file)
             counts[why] += 1
             if images:
                 names.add(file.stem)
                 writer.writerows(
-                    [file.stem, c, *image_HW.ravel()] for c, image_HW in zip(CHARACTERS, images, strict=True)
+                    [file.stem, c, *image_HW.ravel()]
+                    for c, image_HW in zip(CHARACTERS, images, strict=True)
                 )
     return counts
 
@@ -84,7 +97,9 @@ def draw_typeface(file: Path) -> tuple[list[np.ndarray], str]:
         with TTFont(file, lazy=True) as tables:
             known = tables.getBestCmap() or {}
         font = ImageFont.truetype(str(file), DRAWN_PX)
-        images = [draw_glyph(font, character) for character in CHARACTERS if ord(character) in known]
+        images = [
+            draw_glyph(font, character) for character in CHARACTERS if ord(character) in known
+        ]
     except Exception:  # broken files of strangers raise whatever their tables lead to
         return [], "unreadable"
     drawn = [image_HW for image_HW in images if image_HW is not None]
@@ -102,7 +117,9 @@ def draw_glyph(font: ImageFont.FreeTypeFont, character: str) -> np.ndarray | Non
     scale = INK / max(glyph.size)
     size = (max(round(glyph.width * scale), 1), max(round(glyph.height * scale), 1))
     image = Image.new("L", (SIDE, SIDE))
-    image.paste(glyph.resize(size, Image.Resampling.LANCZOS), ((SIDE - size[0]) // 2, (SIDE - size[1]) // 2))
+    image.paste(
+        glyph.resize(size, Image.Resampling.LANCZOS), ((SIDE - size[0]) // 2, (SIDE - size[1]) // 2)
+    )
     return np.asarray(image)
 
 

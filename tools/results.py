@@ -20,7 +20,10 @@ extremes, both sides of a comparison made in one run on one machine. What has no
 
 def render() -> str:
     """RESULTS.md's text."""
-    sections = [to_markdown(json.loads(f.read_text()), f"results/{f.name}") for f in sorted(RESULTS.glob("*.json"))]
+    sections = [
+        to_markdown(json.loads(f.read_text()), f"results/{f.name}")
+        for f in sorted(RESULTS.glob("*.json"))
+    ]
     return "\n".join([HEAD, expected(), *sections])
 
 
@@ -30,15 +33,24 @@ def expected() -> str:
     for line in read_toml(LADDER)["expected"]:
         file = RESULTS / line["file"]
         measured = json.loads(file.read_text())["rows"] if file.exists() else []
-        found = next((number(r["value"]) for r in measured if r["name"] == line["row"]), "not yet measured")
+        found = next(
+            (number(r["value"]) for r in measured if r["name"] == line["row"]), "not yet measured"
+        )
         sign = "at most" if line.get("at_most") else "at least"
         rows.append((f"{line['what']} ({line['unit']})", f"{sign} {number(line['wanted'])}", found))
-    lines = ["## One H100: what is to be reached", "", "(`ladder_h100.toml`, measured by `python -m tools.gpu`)", ""]
+    lines = [
+        "## One H100: what is to be reached",
+        "",
+        "(`ladder_h100.toml`, measured by `python -m tools.gpu`)",
+        "",
+    ]
     return "\n".join([*lines, *markdown_table("| | wanted | measured |", "lrr", rows)]) + "\n"
 
 
 @click.command()
-@click.option("--check", is_flag=True, help="Exit with 1 if RESULTS.md is not what the result files say.")
+@click.option(
+    "--check", is_flag=True, help="Exit with 1 if RESULTS.md is not what the result files say."
+)
 def main(check: bool) -> None:
     """Generate bench_configs/RESULTS.md."""
     if not check:

@@ -76,14 +76,24 @@ def run_parity(device: str, precisions: tuple[str, ...]) -> bool:
     good, missing = True, []
     with start_world(device) as world, world.on_stream():
         tried = list(precisions) or ["fp32", *(["bf16"] if has_fast_bf16(world.device) else [])]
-        click.echo(f"{'compared with the eager step':<36} {'':<5} {'  '.join(f'{g:>10}' for g in GROUPS)}  verdict")
+        click.echo(
+            f"{'compared with the eager step':<36} {'':<5} {'  '.join(f'{g:>10}' for g in GROUPS)}  verdict"
+        )
         for verdict in compare(open_records(ensure_sample(world)), world, tried):
             if verdict.missing:
-                missing.append(f"{verdict.variant} ({verdict.precision}): not tried, {verdict.missing}")
+                missing.append(
+                    f"{verdict.variant} ({verdict.precision}): not tried, {verdict.missing}"
+                )
                 continue
             found = [verdict.difference[group] for group in GROUPS]
             cells = "  ".join(f"{value:>10.1e}" if value else f"{'=':>10}" for value in found)
-            text = "equal to the bit" if not any(found) else "within tolerance" if verdict.ok else "DIFFERS"
+            text = (
+                "equal to the bit"
+                if not any(found)
+                else "within tolerance"
+                if verdict.ok
+                else "DIFFERS"
+            )
             click.echo(f"{verdict.variant:<36} {verdict.precision:<5} {cells}  {text}")
             good &= verdict.ok
     click.echo("\n".join(missing), nl=bool(missing))
@@ -92,7 +102,9 @@ def run_parity(device: str, precisions: tuple[str, ...]) -> bool:
 
 @main.command()
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--data", type=click.Path(), help="The records, if they are no longer where the run found them.")
+@click.option(
+    "--data", type=click.Path(), help="The records, if they are no longer where the run found them."
+)
 def order(run: Path, data: str | None) -> None:
     """Compare every id and image that RUN consumed with the order and the records. Exit 1 if one differs."""
     with exit_on_user_error():
@@ -114,20 +126,30 @@ def check_order(run: Path, data: str | None) -> tuple[int, list[str]]:
 
     report = read_report(run)
     config = load_toml(RunConfig(), run / "config.toml")
-    records = open_records(data or config.data.path or sample_path(), in_memory=config.data.feed != "stream")
+    records = open_records(
+        data or config.data.path or sample_path(), in_memory=config.data.feed != "stream"
+    )
     if records.fingerprint != report["dataset_fingerprint"]:
         raise UserError(f"{records.path}: are not the records of {run}; name them by --data")
     train, num_ranks = records.split("train"), int(report["num_ranks"])
     faults, checked = [], 0
-    images = (train.image_NHW[start : start + ROWS_READ] for start in range(0, len(train), ROWS_READ))
-    crc_N = None if config.augment.is_on else np.array([zlib.crc32(image) for part in images for image in part])
+    images = (
+        train.image_NHW[start : start + ROWS_READ] for start in range(0, len(train), ROWS_READ)
+    )
+    crc_N = (
+        None
+        if config.augment.is_on
+        else np.array([zlib.crc32(image) for part in images for image in part])
+    )
     for epoch in range(int(report["num_epochs"])):
         seen = []
         for rank in range(num_ranks):
             planned = make_order(config, len(train), rank, num_ranks)
             path = idlog.path_of(run, rank, epoch)
             if not path.exists():
-                raise UserError(f"{run}: holds no ids of rank {rank}, epoch {epoch}; train it with --set log_ids=true")
+                raise UserError(
+                    f"{run}: holds no ids of rank {rank}, epoch {epoch}; train it with --set log_ids=true"
+                )
             id_SB, crc_SB = idlog.read(path, planned.rank_batch)
             where = f"epoch {epoch}, rank {rank}"
             if len(id_SB) != planned.steps_per_epoch:
@@ -135,11 +157,15 @@ def check_order(run: Path, data: str | None) -> tuple[int, list[str]]:
                 continue
             wrong_SB = id_SB != planned.ids(epoch, 0, len(id_SB))
             if wrong_SB.any():
-                faults.append(f"{where}: step {int(np.argwhere(wrong_SB)[0][0])} is the first that has other samples")
+                faults.append(
+                    f"{where}: step {int(np.argwhere(wrong_SB)[0][0])} is the first that has other samples"
+                )
                 continue
             if crc_N is not None and (wrong_SB := crc_N[id_SB] != crc_SB).any():
                 step, row = np.argwhere(wrong_SB)[0]
-                faults.append(f"{where}: step {step}, row {row}: the image is not that of sample {id_SB[step, row]}")
+                faults.append(
+                    f"{where}: step {step}, row {row}: the image is not that of sample {id_SB[step, row]}"
+                )
             seen.append(id_SB.reshape(-1))
             checked += id_SB.size
         if seen and len(np.unique(ids := np.concatenate(seen))) < len(ids):

@@ -34,7 +34,11 @@ def open_for(config: DataConfig, path: str | Path) -> Records:
 
 def host_free_bytes() -> int:
     """Memory that processes can still have; the page cache counts, since it gives way."""
-    line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable:"))
+    line = next(
+        line
+        for line in Path("/proc/meminfo").read_text().splitlines()
+        if line.startswith("MemAvailable:")
+    )
     return int(line.split()[1]) * 1024
 
 
@@ -59,7 +63,11 @@ def choose_feed(config: DataConfig, split: Split, device: torch.device) -> tuple
 
 
 def make_source(
-    config: DataConfig, split: Split, order: Order, static: Batch, fused: frozenset[str] = frozenset()
+    config: DataConfig,
+    split: Split,
+    order: Order,
+    static: Batch,
+    fused: frozenset[str] = frozenset(),
 ) -> Source:
     """The feed that `config.feed` names, one of SOURCES; `static` is the step's own batch, `fused` names kernels."""
     if config.feed == "synthetic":
@@ -103,11 +111,15 @@ def _plain_feed(
     if name in ("loader", "loader_batched"):
         from engine.feeds.loader import LoaderFeed
 
-        return LoaderFeed(split, order, device, config.loader_workers, batched=name == "loader_batched")
+        return LoaderFeed(
+            split, order, device, config.loader_workers, batched=name == "loader_batched"
+        )
     if name == "stream":
         from engine.feeds.stream import StreamFeed
 
         return StreamFeed(split, order, device)
     if name == "synthetic":
-        return SyntheticFeed(random_batch(order.rank_batch, split.height_width, num_classes, device), order)
+        return SyntheticFeed(
+            random_batch(order.rank_batch, split.height_width, num_classes, device), order
+        )
     return ResidentFeed(split, order, device, fused)

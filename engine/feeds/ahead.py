@@ -20,13 +20,17 @@ class Ahead(Iterator[T]):
         RuntimeError: from iteration, when nothing was made for the deadline.
     """
 
-    def __init__(self, items: Iterator[T], slots: int, held: int = 1, deadline_s: float | None = None) -> None:
+    def __init__(
+        self, items: Iterator[T], slots: int, held: int = 1, deadline_s: float | None = None
+    ) -> None:
         assert slots > held
         self._items, self._held, self._deadline_s = items, held, deadline_s or DEADLINE_S
         self._num_given, self._over = 0, False
         self._free = threading.Semaphore(slots)
         self._ready: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name="feed", daemon=True)  # others are waited for at exit
+        self._thread = threading.Thread(
+            target=self._work, name="feed", daemon=True
+        )  # others are waited for at exit
         self._thread.start()
 
     def _work(self) -> None:

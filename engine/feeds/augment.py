@@ -29,10 +29,16 @@ def matrices(
         hashed_B: torch.Tensor = hash32(hash32(id_B & MASK32, low) ^ (id_B >> 32 & MASK32), high)
         return hashed_B.double() / 2**31 - 1
 
-    turn, shear = math.radians(config.rotate_degrees) * draw("turn"), math.radians(config.shear_degrees) * draw("shear")
+    turn, shear = (
+        math.radians(config.rotate_degrees) * draw("turn"),
+        math.radians(config.shear_degrees) * draw("shear"),
+    )
     zoom = 1 + config.scale_fraction * draw("zoom")
     cos, sin, slope = turn.cos() / zoom, turn.sin() / zoom, shear.tan()
-    y, x = height_width[0] / 2, height_width[1] / 2  # the centre stays where it is, but for the shift
+    y, x = (
+        height_width[0] / 2,
+        height_width[1] / 2,
+    )  # the centre stays where it is, but for the shift
     xx, xy, yx, yy = cos, cos * slope - sin, sin, sin * slope + cos
     right, down = config.shift_pixels * draw("right"), config.shift_pixels * draw("down")
     rows = [xx, xy, x - right - xx * x - xy * y, yx, yy, y - down - yx * x - yy * y]
@@ -45,9 +51,15 @@ def warp(image_BHW: torch.Tensor, matrix_B23: torch.Tensor) -> torch.Tensor:
     xx, xy, x, yx, yy, y = matrix_B23.view(-1, 6).unbind(1)
     # From pixels u to coordinates 2 u / size - 1; by Python numbers, since a tensor of them would be uploaded.
     x, y = xx + (xy * height + 2 * x) / width - 1, yy + (yx * width + 2 * y) / height - 1
-    theta_B23 = torch.stack([xx, xy * (height / width), x, yx * (width / height), yy, y], 1).view(-1, 2, 3)
-    grid_BHW2 = functional.affine_grid(theta_B23, [len(image_BHW), 1, height, width], align_corners=False)
-    warped_BHW = functional.grid_sample(image_BHW[:, None].float(), grid_BHW2, align_corners=False)[:, 0]
+    theta_B23 = torch.stack([xx, xy * (height / width), x, yx * (width / height), yy, y], 1).view(
+        -1, 2, 3
+    )
+    grid_BHW2 = functional.affine_grid(
+        theta_B23, [len(image_BHW), 1, height, width], align_corners=False
+    )
+    warped_BHW = functional.grid_sample(image_BHW[:, None].float(), grid_BHW2, align_corners=False)[
+        :, 0
+    ]
     return warped_BHW.round_().to(torch.uint8)
 
 
@@ -58,14 +70,18 @@ def fused_warp(image_BHW: torch.Tensor, matrix_B23: torch.Tensor) -> torch.Tenso
     row_1B = torch.arange(len(image_BHW), device=image_BHW.device)[None]
     label_B, step_1 = row_1B[0].to(torch.uint8), row_1B.new_zeros(1)
     out = Batch(torch.empty_like(image_BHW), label_B.clone(), row_1B[0].clone())
-    gather_warp(image_BHW, label_B, row_1B, step_1, matrix_B23, out.image_BHW, out.label_B, out.id_B)
+    gather_warp(
+        image_BHW, label_B, row_1B, step_1, matrix_B23, out.image_BHW, out.label_B, out.id_B
+    )
     return out.image_BHW
 
 
 class AugmentedFeed:
     """Another feed's batches, warped where they lie."""
 
-    def __init__(self, feed: Feed, config: AugmentConfig, fused: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self, feed: Feed, config: AugmentConfig, fused: frozenset[str] = frozenset()
+    ) -> None:
         """`fused`: names of kernels; with gather_warp, it warps."""
         self.name, self.order = feed.name, feed.order
         self._feed, self._config = feed, config

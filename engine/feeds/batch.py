@@ -26,17 +26,29 @@ class Batch:
 
     def __post_init__(self) -> None:
         batch_size = len(self.image_BHW)
-        assert self.image_BHW.dtype == torch.uint8 and self.image_BHW.dim() == 3, "image_BHW must be uint8 [B, H, W]"
-        assert self.label_B.dtype == torch.uint8 and self.label_B.shape == (batch_size,), "label_B must be uint8 [B]"
-        assert self.id_B.dtype == torch.int64 and self.id_B.shape == (batch_size,), "id_B must be int64 [B]"
+        assert self.image_BHW.dtype == torch.uint8 and self.image_BHW.dim() == 3, (
+            "image_BHW must be uint8 [B, H, W]"
+        )
+        assert self.label_B.dtype == torch.uint8 and self.label_B.shape == (batch_size,), (
+            "label_B must be uint8 [B]"
+        )
+        assert self.id_B.dtype == torch.int64 and self.id_B.shape == (batch_size,), (
+            "id_B must be int64 [B]"
+        )
 
     @staticmethod
-    def empty(batch_size: int, height_width: tuple[int, int], device: torch.device, pinned: bool = False) -> "Batch":
+    def empty(
+        batch_size: int, height_width: tuple[int, int], device: torch.device, pinned: bool = False
+    ) -> "Batch":
         """An uninitialised batch, to be filled again and again."""
-        if device.type == "cpu" and not pinned:  # NumPy asks for huge pages, torch does not: the dali feed gains 10 %
+        if (
+            device.type == "cpu" and not pinned
+        ):  # NumPy asks for huge pages, torch does not: the dali feed gains 10 %
             image_BHW = torch.from_numpy(np.empty((batch_size, *height_width), np.uint8))
         else:
-            image_BHW = torch.empty(batch_size, *height_width, dtype=torch.uint8, device=device, pin_memory=pinned)
+            image_BHW = torch.empty(
+                batch_size, *height_width, dtype=torch.uint8, device=device, pin_memory=pinned
+            )
         return Batch(
             image_BHW,
             torch.empty(batch_size, dtype=torch.uint8, device=device, pin_memory=pinned),
@@ -59,13 +71,17 @@ class Batch:
 class Upload:
     """The way of host batches to the device: pinned ones in turn, each reused when its copy is done. None on a CPU."""
 
-    def __init__(self, batch_size: int, height_width: tuple[int, int], device: torch.device, num: int = 4) -> None:
+    def __init__(
+        self, batch_size: int, height_width: tuple[int, int], device: torch.device, num: int = 4
+    ) -> None:
         self._out = Batch.empty(batch_size, height_width, device)
         self._on_gpu = device.type == "cuda"
         self._turn = 0
         if self._on_gpu:
             cpu = torch.device("cpu")
-            self._hosts = [Batch.empty(batch_size, height_width, cpu, pinned=True) for _ in range(num)]
+            self._hosts = [
+                Batch.empty(batch_size, height_width, cpu, pinned=True) for _ in range(num)
+            ]
             self._copied = [torch.cuda.Event() for _ in range(num)]
 
     def host(self) -> Batch:

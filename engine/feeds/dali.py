@@ -38,16 +38,26 @@ FRAMES = 8192
 class DaliFeed:
     name = "dali"
 
-    def __init__(self, split: Split, order: Order, device: torch.device, augment: AugmentConfig | None = None) -> None:
+    def __init__(
+        self, split: Split, order: Order, device: torch.device, augment: AugmentConfig | None = None
+    ) -> None:
         self.order = order
         self._augment, self._device, self._height_width = augment, device, split.height_width
         self._on_gpu = device.type == "cuda"
         self._gather = Gather(split, torch.device("cpu"), one_thread=not self._on_gpu)
         num = max(min(FRAMES // order.rank_batch, order.steps_per_epoch), 1) * order.rank_batch
-        frames = (Batch.empty(num, split.height_width, torch.device("cpu"), self._on_gpu) for _ in range(NUM_RUNS))
-        self._ring = [(batch, torch.empty(num if augment else 1, 2, 3, pin_memory=self._on_gpu)) for batch in frames]
+        frames = (
+            Batch.empty(num, split.height_width, torch.device("cpu"), self._on_gpu)
+            for _ in range(NUM_RUNS)
+        )
+        self._ring = [
+            (batch, torch.empty(num if augment else 1, 2, 3, pin_memory=self._on_gpu))
+            for batch in frames
+        ]
         """The host's buffers of each run: frames, and matrix_F23."""
-        self._out = Batch.empty(order.rank_batch, split.height_width, device) if self._on_gpu else None
+        self._out = (
+            Batch.empty(order.rank_batch, split.height_width, device) if self._on_gpu else None
+        )
         self._copied = torch.cuda.Event() if self._on_gpu else None
         self._ahead: Ahead[list[Any]] | None = None
         self._mid_epoch = False
@@ -57,7 +67,9 @@ class DaliFeed:
         try:
             from nvidia.dali import Pipeline, fn, types
         except ImportError as error:
-            raise UserError(f"--feed dali: {error}; install nvidia-dali-cuda120, or use --feed resident") from None
+            raise UserError(
+                f"--feed dali: {error}; install nvidia-dali-cuda120, or use --feed resident"
+            ) from None
         num_inputs = 4 if self._augment else 3
         pipe = Pipeline(
             batch_size=1,
@@ -78,7 +90,9 @@ class DaliFeed:
             if self._on_gpu:
                 image, label, sample_id = image.gpu(), label.gpu(), sample_id.gpu()
             if self._augment:
-                image = fn.warp_affine(image, fn.per_frame(matrix[0]), fill_value=0, interp_type=types.INTERP_LINEAR)
+                image = fn.warp_affine(
+                    image, fn.per_frame(matrix[0]), fill_value=0, interp_type=types.INTERP_LINEAR
+                )
             pipe.set_outputs(image, label, sample_id)
         pipe.build()
         return pipe
@@ -99,16 +113,29 @@ class DaliFeed:
     def _filled(self, epoch: int, first_step: int) -> Iterator[list[Any]]:
         """What DALI takes: arrays of one sample, views of the ring's buffers."""
         size, turn, filled = self.order.rank_batch, 0, 0
-        for step, id_B in enumerate(id_blocks(self.order, epoch, first_step, torch.device("cpu")), start=first_step):
+        for step, id_B in enumerate(
+            id_blocks(self.order, epoch, first_step, torch.device("cpu")), start=first_step
+        ):
             (frames, matrix_F23), rows = self._ring[turn], slice(filled, filled + size)
-            self._gather(id_B, Batch(frames.image_BHW[rows], frames.label_B[rows], frames.id_B[rows]))
+            self._gather(
+                id_B, Batch(frames.image_BHW[rows], frames.label_B[rows], frames.id_B[rows])
+            )
             if self._augment:
-                matrix_F23[rows] = matrices(self._augment, id_B, self.order.seed, epoch, self._height_width)
+                matrix_F23[rows] = matrices(
+                    self._augment, id_B, self.order.seed, epoch, self._height_width
+                )
             filled += size
             if filled + size > len(frames.id_B) or step == self.order.steps_per_epoch - 1:
                 image_FHW1 = frames.image_BHW[:filled].unsqueeze(-1)
-                tensors = [image_FHW1, frames.label_B[:filled], frames.id_B[:filled], matrix_F23[:filled]]
-                yield [tensor.unsqueeze(0).numpy() for tensor in tensors[: 4 if self._augment else 3]]
+                tensors = [
+                    image_FHW1,
+                    frames.label_B[:filled],
+                    frames.id_B[:filled],
+                    matrix_F23[:filled],
+                ]
+                yield [
+                    tensor.unsqueeze(0).numpy() for tensor in tensors[: 4 if self._augment else 3]
+                ]
                 turn, filled = (turn + 1) % len(self._ring), 0
 
     def _run(self) -> Any | None:
@@ -131,7 +158,9 @@ class DaliFeed:
     def _batch(self, outputs: Any, start: int) -> Batch:
         """One batch of a run's frames: on a GPU copied to where all are, on a CPU left where it is (1.6 x as fast)."""
         rows = slice(start, start + self.order.rank_batch)
-        image_FHW1, label_F, id_F = (torch.utils.dlpack.from_dlpack(output[0]) for output in outputs)
+        image_FHW1, label_F, id_F = (
+            torch.utils.dlpack.from_dlpack(output[0]) for output in outputs
+        )
         batch = Batch(image_FHW1[rows].squeeze(-1), label_F[rows], id_F[rows])
         if self._out is None or self._copied is None:
             return batch

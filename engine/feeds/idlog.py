@@ -27,5 +27,7 @@ def append(path: Path, batch: Batch, first: bool) -> None:
 def read(path: Path, rank_batch: int) -> tuple[np.ndarray, np.ndarray]:
     """(id_SB, crc_SB) int64 of a file; S is the number of whole steps in it."""
     number_X = np.fromfile(path, "<i8")
-    pair_SB2 = number_X[: len(number_X) // (2 * rank_batch) * (2 * rank_batch)].reshape(-1, rank_batch, 2)
+    pair_SB2 = number_X[: len(number_X) // (2 * rank_batch) * (2 * rank_batch)].reshape(
+        -1, rank_batch, 2
+    )
     return pair_SB2[..., 0], pair_SB2[..., 1]

@@ -28,7 +28,9 @@ class _Samples(Dataset[tuple[torch.Tensor, torch.Tensor, int]]):
 class _Batches(_Samples):
     """A batch is one item: the DataLoader hands `__getitems__` all its indices, and nothing is collated."""
 
-    def __getitems__(self, sample_ids: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def __getitems__(
+        self, sample_ids: list[int]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         id_B = torch.tensor(sample_ids)
         row_B = id_B.clamp(min=0)
         return self._image_NHW[row_B], self._label_N[row_B], id_B
@@ -48,7 +50,9 @@ class _Steps(Sampler[list[int]]):
 
 
 class LoaderFeed:
-    def __init__(self, split: Split, order: Order, device: torch.device, num_workers: int, batched: bool) -> None:
+    def __init__(
+        self, split: Split, order: Order, device: torch.device, num_workers: int, batched: bool
+    ) -> None:
         self.name = "loader_batched" if batched else "loader"
         self.order = order
         self._steps = _Steps(order)

@@ -23,7 +23,11 @@ class Gather:
     """Rows of a split, gathered by id into a batch; used by every feed that reads from memory."""
 
     def __init__(
-        self, split: Split, device: torch.device, one_thread: bool = False, fused: frozenset[str] = frozenset()
+        self,
+        split: Split,
+        device: torch.device,
+        one_thread: bool = False,
+        fused: frozenset[str] = frozenset(),
     ) -> None:
         """Put the split on the device.
 
@@ -44,7 +48,9 @@ class Gather:
         row_B = id_B.clamp(min=0)
         image_BP = out.image_BHW.view(len(row_B), -1)
         if self._one_thread:
-            np.take(self._image_NP.numpy(), row_B.numpy(), axis=0, out=image_BP.numpy(), mode="clip")
+            np.take(
+                self._image_NP.numpy(), row_B.numpy(), axis=0, out=image_BP.numpy(), mode="clip"
+            )
         else:
             torch.index_select(self._image_NP, 0, row_B, out=image_BP)
         torch.index_select(self._label_N, 0, row_B, out=out.label_B)
@@ -56,13 +62,24 @@ class Gather:
             from kernels.gather_warp import gather_warp
 
             image_NHW = self._image_NP.view(-1, *out.image_BHW.shape[1:])
-            gather_warp(image_NHW, self._label_N, table_SB, step_K, None, out.image_BHW, out.label_B, out.id_B)
+            gather_warp(
+                image_NHW,
+                self._label_N,
+                table_SB,
+                step_K,
+                None,
+                out.image_BHW,
+                out.label_B,
+                out.id_B,
+            )
         else:
             torch.index_select(table_SB, 0, step_K, out=out.id_B.view(len(step_K), -1))
             self(out.id_B, out)
 
 
-def id_blocks(order: Order, epoch: int, first_step: int, device: torch.device) -> Iterator[torch.Tensor]:
+def id_blocks(
+    order: Order, epoch: int, first_step: int, device: torch.device
+) -> Iterator[torch.Tensor]:
     """An epoch's ids on `device`, a tensor id_B a step, drawn on the CPU in blocks of at least 64k ids.
 
     Not drawn on the GPU: cycle walking asks whether an id is outside, and the host would wait for all queued steps.
@@ -71,13 +88,17 @@ def id_blocks(order: Order, epoch: int, first_step: int, device: torch.device) -
     for step in range(first_step, order.steps_per_epoch, steps_per_block):
         num_steps = min(steps_per_block, order.steps_per_epoch - step)
         id_SB = torch.from_numpy(order.ids(epoch, step, num_steps))
-        yield from id_SB.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else id_SB
+        yield from (
+            id_SB.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else id_SB
+        )
 
 
 class ResidentFeed:
     name = "resident"
 
-    def __init__(self, split: Split, order: Order, device: torch.device, fused: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self, split: Split, order: Order, device: torch.device, fused: frozenset[str] = frozenset()
+    ) -> None:
         self.order = order
         self._device = device
         self._gather = Gather(split, device, fused=fused)

@@ -57,7 +57,12 @@ class StreamFeed:
                 image_BP = batch.image_BHW.view(size, -1)[into].numpy()
                 # One thread: beside the readers, those of OpenMP would wait for each other (1.4 x as fast, two cores).
                 np.take(pixel_MP, row_M[start:stop], axis=0, out=image_BP, mode="clip")
-                np.take(self._split.label_N, id_M[start:stop], out=batch.label_B[into].numpy(), mode="clip")
+                np.take(
+                    self._split.label_N,
+                    id_M[start:stop],
+                    out=batch.label_B[into].numpy(),
+                    mode="clip",
+                )
                 batch.id_B[into].numpy()[:] = id_M[start:stop]
                 start, filled = stop, into.stop
                 if filled == size:
@@ -66,7 +71,9 @@ class StreamFeed:
         if self.order.shuffle:
             self._next = (epoch + 1, 0)
             return
-        for _ in range(missing):  # the end of a sequential order; what pads it must still be an image and a label
+        for _ in range(
+            missing
+        ):  # the end of a sequential order; what pads it must still be an image and a label
             batch.image_BHW[filled:], batch.label_B[filled:], batch.id_B[filled:] = 0, 0, PADDING_ID
             yield self._upload(batch)
             batch, filled = self._upload.host(), 0
@@ -81,10 +88,17 @@ class StreamFeed:
         """Read from a step on, and ahead into the next epochs."""
         if self._ahead is not None:
             self._ahead.close(to_restart=True)
-        starts = itertools.chain([(epoch, first_step)], ((later, 0) for later in itertools.count(epoch + 1)))
-        plan = (self._read_epoch(*start) for start in itertools.islice(starts, None if self.order.shuffle else 1))
+        starts = itertools.chain(
+            [(epoch, first_step)], ((later, 0) for later in itertools.count(epoch + 1))
+        )
+        plan = (
+            self._read_epoch(*start)
+            for start in itertools.islice(starts, None if self.order.shuffle else 1)
+        )
         deadline_s = DEADLINE_S + self.memory_bytes / SLOWEST_BYTES_PER_S
-        self._ahead = Ahead(itertools.chain.from_iterable(plan), slots=NUM_WINDOWS, deadline_s=deadline_s)
+        self._ahead = Ahead(
+            itertools.chain.from_iterable(plan), slots=NUM_WINDOWS, deadline_s=deadline_s
+        )
         return self._ahead
 
     def _read_epoch(self, epoch: int, first_step: int) -> Iterator[Window]:

@@ -9,13 +9,23 @@ from engine.order import Order
 
 
 def random_batch(
-    batch_size: int, height_width: tuple[int, int], num_classes: int, device: torch.device, copies: int = 1
+    batch_size: int,
+    height_width: tuple[int, int],
+    num_classes: int,
+    device: torch.device,
+    copies: int = 1,
 ) -> Batch:
     """Random pixels and labels, the same in every process, `copies` times; the global random state is not touched."""
     generator = torch.Generator().manual_seed(0)
-    image_BHW = torch.randint(256, (batch_size, *height_width), dtype=torch.uint8, generator=generator)
+    image_BHW = torch.randint(
+        256, (batch_size, *height_width), dtype=torch.uint8, generator=generator
+    )
     label_B = torch.randint(num_classes, (batch_size,), dtype=torch.uint8, generator=generator)
-    tensors = (image_BHW.repeat(copies, 1, 1), label_B.repeat(copies), torch.arange(batch_size).repeat(copies))
+    tensors = (
+        image_BHW.repeat(copies, 1, 1),
+        label_B.repeat(copies),
+        torch.arange(batch_size).repeat(copies),
+    )
     return Batch(*(tensor.to(device) for tensor in tensors))
 
 

@@ -20,8 +20,20 @@ AUGMENT = ("shift_pixels=2", "rotate_degrees=10", "shear_degrees=5", "scale_frac
 
 def train(records: Path, feed: str, augmented: bool, folder: Path) -> tuple[float, Environment]:
     """One epoch of the fast recipe; the percentage of it that the host waited for the feed."""
-    command = [sys.executable, "-m", "engine.run", "--amp", "--device=cpu", "--epochs=1", f"--data={records}"]
-    command += [f"--feed={feed}", f"--order={'blocked' if feed == 'stream' else 'exact'}", f"--out={folder}"]
+    command = [
+        sys.executable,
+        "-m",
+        "engine.run",
+        "--amp",
+        "--device=cpu",
+        "--epochs=1",
+        f"--data={records}",
+    ]
+    command += [
+        f"--feed={feed}",
+        f"--order={'blocked' if feed == 'stream' else 'exact'}",
+        f"--out={folder}",
+    ]
     if augmented:
         command += [word for amount in AUGMENT for word in ("--set", f"augment.{amount}")]
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
@@ -39,24 +51,34 @@ def bench(out: Path, seconds: float, num_rows: int = TMNIST_ROWS) -> None:
         (Path(folder) / "tmnist.csv").unlink()
         for found in measure_all(records, 2048, seconds):
             name, rate = found["name"], found["samples_per_s"]
-            line = row(f"{name}, {found['order']} order", [found["low"], rate, found["high"]], "samples/s")
+            line = row(
+                f"{name}, {found['order']} order", [found["low"], rate, found["high"]], "samples/s"
+            )
             rows.append(line | {"n": found["num_passes"]})
-            rows.append(row(f"{name}: CPU time a million samples", [found["cpu_s_per_million"]], "s"))
+            rows.append(
+                row(f"{name}: CPU time a million samples", [found["cpu_s_per_million"]], "s")
+            )
             if name in WANTED:
                 claims.append(claim(f"{name} (samples/s)", rate, WANTED[name]))
         for feed in WANTED:
             for augmented in (False, True):
                 title = f"training at batch 512 waits for {feed}{' augmented' if augmented else ''}"
-                waited, environment = train(records, feed, augmented, Path(folder) / title.replace(" ", "_"))
+                waited, environment = train(
+                    records, feed, augmented, Path(folder) / title.replace(" ", "_")
+                )
                 rows.append(row(title, [waited], "%"))
                 if not augmented:
                     claims.append(claim(f"{title} (%)", waited, 1.0, at_most=True))
     title = f"Feeds: shuffled uint8 batches of 2048 with ids, {num_rows:,} images, two cores"
-    write_result(out / "cpu_feeds.json", title=title, environment=environment, rows=rows, claims=claims)
+    write_result(
+        out / "cpu_feeds.json", title=title, environment=environment, rows=rows, claims=claims
+    )
 
 
 @click.command()
-@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/bench"), show_default=True)
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("runs/bench"), show_default=True
+)
 @click.option("--seconds", default=8.0, show_default=True, help="For each feed.")
 def main(out: Path, seconds: float) -> None:
     """Benchmark the feeds."""

@@ -19,7 +19,15 @@ BASELINE = ("--baseline",)
 
 def train(data: Path, flags: tuple[str, ...], folder: Path) -> dict[str, Any]:
     """One run of engine.run; its report."""
-    command = [sys.executable, "-m", "engine.run", "--device=cpu", f"--data={data}", f"--out={folder}", *flags]
+    command = [
+        sys.executable,
+        "-m",
+        "engine.run",
+        "--device=cpu",
+        f"--data={data}",
+        f"--out={folder}",
+        *flags,
+    ]
     subprocess.run(command, cwd=ROOT, check=True)
     report: dict[str, Any] = json.loads((folder / "report.json").read_text())
     return report
@@ -37,9 +45,13 @@ def bench(out: Path, data: Path, rounds: int, extra: tuple[str, ...] = ()) -> No
         runs = reports[flags]
         title = f"{name}, {runs[0]['num_epochs']} epochs, batch {runs[0]['config']['global_batch']}"
         rows.append(row(f"{title}: training time", [r["train_s"] for r in runs], "s"))
-        rows.append(row(f"{title}: test accuracy", [100 * r["test_accuracy_fraction"] for r in runs], "%"))
+        rows.append(
+            row(f"{title}: test accuracy", [100 * r["test_accuracy_fraction"] for r in runs], "%")
+        )
         rows.append(row(f"{title}: throughput", [r["samples_per_s"] for r in runs], "samples/s"))
-    speedup = median(r["train_s"] for r in reports[BASELINE]) / median(r["train_s"] for r in reports[FAST])
+    speedup = median(r["train_s"] for r in reports[BASELINE]) / median(
+        r["train_s"] for r in reports[FAST]
+    )
     claims = [
         claim("baseline's training time over fast's (x)", speedup, 6.0),
         claim("fast test accuracy (%)", rows[1]["value"], 87.7),
@@ -47,14 +59,21 @@ def bench(out: Path, data: Path, rounds: int, extra: tuple[str, ...] = ()) -> No
     first = reports[FAST][0]
     title = f"Training on {first['num_train_samples']:,} images, two cores: the default fast recipe and the baseline"
     environment = Environment(**first["environment"])
-    write_result(out / "cpu_fullsize.json", title=title, environment=environment, rows=rows, claims=claims)
+    write_result(
+        out / "cpu_fullsize.json", title=title, environment=environment, rows=rows, claims=claims
+    )
 
 
 @click.command()
 @click.option(
-    "--data", type=click.Path(path_type=Path), required=True, help="Records of all typefaces, --split random."
+    "--data",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Records of all typefaces, --split random.",
 )
-@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/bench"), show_default=True)
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("runs/bench"), show_default=True
+)
 @click.option("--rounds", default=1, show_default=True, help="Baseline runs; one fast run more.")
 def main(data: Path, out: Path, rounds: int) -> None:
     """Benchmark whole trainings."""

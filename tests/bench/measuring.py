@@ -34,7 +34,9 @@ def bench(out: Path, rounds: int, num_steps: int) -> None:
     ]
     claims = [claim("throughput that measuring costs (%)", rows[2]["value"], 2.0, at_most=True)]
     title = f"The cost of the default measurements, batch {BATCH}"
-    write_result(out / "cpu_measuring.json", title=title, environment=environment, rows=rows, claims=claims)
+    write_result(
+        out / "cpu_measuring.json", title=title, environment=environment, rows=rows, claims=claims
+    )
 
 
 def _sides(rounds: int, num_steps: int) -> tuple[dict[str, list[float]], Environment]:
@@ -69,7 +71,9 @@ def _bare(session: Session, num_steps: int) -> float:
 
 
 @click.command()
-@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/bench"), show_default=True)
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("runs/bench"), show_default=True
+)
 @click.option("--rounds", default=9, show_default=True)
 @click.option("--steps", default=60, show_default=True)
 def main(out: Path, rounds: int, steps: int) -> None:

@@ -33,7 +33,9 @@ def bare(session: Session, records: Records, batch_size: int) -> Iterator[object
     image_NHW, label_N = torch.from_numpy(train.image_NHW), torch.from_numpy(train.label_N)
     while True:
         for id_B in torch.randperm(len(train)).split(batch_size)[: len(train) // batch_size]:
-            image_B1HW = image_NHW.index_select(0, id_B).unsqueeze(1).to(torch.float32).mul_(1 / 255)
+            image_B1HW = (
+                image_NHW.index_select(0, id_B).unsqueeze(1).to(torch.float32).mul_(1 / 255)
+            )
             optimizer.found_inf = None  # type: ignore[attr-defined]  # the engine's check is not part of it
             optimizer.zero_grad(set_to_none=True)
             with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -59,7 +61,9 @@ def main(batch_size: int, rounds: int, num_steps: int) -> dict[str, list[float]]
     config = load_toml(RunConfig(), ROOT / "bench_configs" / "rung_bf16.toml")
     with start_world("cpu") as world:
         records = open_records(ensure_sample(world))
-        session = open_session(override(config, {"global_batch": batch_size}, "minimal"), records, world)
+        session = open_session(
+            override(config, {"global_batch": batch_size}, "minimal"), records, world
+        )
         sides = {"engine": endless(session), "bare": bare(session, records, batch_size)}
         found: dict[str, list[float]] = {name: [] for name in sides}
         for number in range(rounds + 1):

@@ -24,16 +24,20 @@ seconds = time.perf_counter() - start
 print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10]))
 """
 POLARS = TIMED.format(work="import polars; polars.read_csv(sys.argv[1])")
-PACK = TIMED.format(work="from pathlib import Path; from engine.pack import pack; pack(*map(Path, sys.argv[1:3]))")
-OPEN = TIMED.format(work="from engine.records import open_records; open_records(sys.argv[2])").replace(
-    "start =", "import engine.records\nstart ="
+PACK = TIMED.format(
+    work="from pathlib import Path; from engine.pack import pack; pack(*map(Path, sys.argv[1:3]))"
 )
+OPEN = TIMED.format(
+    work="from engine.records import open_records; open_records(sys.argv[2])"
+).replace("start =", "import engine.records\nstart =")
 
 
 def measure(code: str, *arguments: Path) -> tuple[float, float]:
     """(seconds, peak MiB) of a process that runs `code`; imports count unless `code` makes them before."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=600
+    )
     seconds, peak_mib = json.loads(done.stdout)
     return seconds, peak_mib
 
@@ -54,7 +58,10 @@ def bench(out: Path, csv: Path | None, rounds: int, num_rows: int = TMNIST_ROWS)
     out.mkdir(parents=True, exist_ok=True)
     sides: dict[str, list[tuple[float, float]]] = {"polars": [], "pack": [], "open": []}
     with tempfile.TemporaryDirectory(dir=out) as folder:
-        csv, records = csv or repeated_sample(Path(folder) / "tmnist.csv", num_rows), Path(folder) / "records"
+        csv, records = (
+            csv or repeated_sample(Path(folder) / "tmnist.csv", num_rows),
+            Path(folder) / "records",
+        )
         csv_mb = csv.stat().st_size / 1e6
         with open(csv, "rb") as file:  # into the page cache, for both sides
             while file.read(2**24):
@@ -71,7 +78,11 @@ def bench(out: Path, csv: Path | None, rounds: int, num_rows: int = TMNIST_ROWS)
     rows = [
         row("polars.read_csv alone, with its import", list(polars), "s"),
         row("pack: read, split, write, fsync, publish, with imports", list(pack), "s"),
-        row("ratio polars over pack, round by round", [a / b for a, b in zip(polars, pack, strict=True)], "x"),
+        row(
+            "ratio polars over pack, round by round",
+            [a / b for a, b in zip(polars, pack, strict=True)],
+            "x",
+        ),
         row("pack: peak memory", list(pack_mib), "MiB"),
         row("polars: peak memory", [mib for _, mib in sides["polars"]], "MiB"),
         row(f"open_records, verified, {num_bytes / 2**20:.0f} MiB", list(opened), "s"),
@@ -88,8 +99,14 @@ def bench(out: Path, csv: Path | None, rounds: int, num_rows: int = TMNIST_ROWS)
 
 
 @click.command()
-@click.option("--csv", type=click.Path(path_type=Path), help="TMNIST's CSV.  [default: the sample's rows, repeated]")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/bench"), show_default=True)
+@click.option(
+    "--csv",
+    type=click.Path(path_type=Path),
+    help="TMNIST's CSV.  [default: the sample's rows, repeated]",
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("runs/bench"), show_default=True
+)
 @click.option("--rounds", default=7, show_default=True)
 def main(csv: Path | None, out: Path, rounds: int) -> None:
     """Benchmark the packer."""

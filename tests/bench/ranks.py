@@ -18,7 +18,9 @@ BATCH = 512
 def bench(out: Path, pairs: int, num_steps: int) -> None:
     """Measure and write OUT/cpu_ranks.json."""
     one, apart, two = [], [], []
-    ranks = partial(samples_per_s, "rung_bf16", batch_size=BATCH, num_steps=num_steps, num_threads=1)
+    ranks = partial(
+        samples_per_s, "rung_bf16", batch_size=BATCH, num_steps=num_steps, num_threads=1
+    )
     for _ in range(pairs):
         one.append(ranks(num_ranks=1)[0])
         with ThreadPoolExecutor(2) as pool:
@@ -32,16 +34,28 @@ def bench(out: Path, pairs: int, num_steps: int) -> None:
         row("2 ranks x 1 thread, gloo", two, "samples/s"),
         row("2 ranks over 1, round by round", [b / a for a, b in zip(one, two, strict=True)], "x"),
         row("efficiency of 2 ranks, round by round", efficiencies, "%"),
-        row("the same of 2 runs side by side", [50 * b / a for a, b in zip(one, apart, strict=True)], "%"),
-        row("2 ranks over 2 runs side by side", [100 * b / a for a, b in zip(apart, two, strict=True)], "%"),
+        row(
+            "the same of 2 runs side by side",
+            [50 * b / a for a, b in zip(one, apart, strict=True)],
+            "%",
+        ),
+        row(
+            "2 ranks over 2 runs side by side",
+            [100 * b / a for a, b in zip(apart, two, strict=True)],
+            "%",
+        ),
     ]
     claims = [claim("efficiency of 2 ranks (%)", rows[4]["value"], 92)]
     title = f"DDP on two cores, batch {BATCH} a rank, bf16 channels-last"
-    write_result(out / "cpu_ranks.json", title=title, environment=environment, rows=rows, claims=claims)
+    write_result(
+        out / "cpu_ranks.json", title=title, environment=environment, rows=rows, claims=claims
+    )
 
 
 @click.command()
-@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/bench"), show_default=True)
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("runs/bench"), show_default=True
+)
 @click.option("--pairs", default=5, show_default=True)
 @click.option("--steps", default=100, show_default=True)
 def main(out: Path, pairs: int, steps: int) -> None:

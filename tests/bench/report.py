@@ -36,7 +36,9 @@ def bench(out: Path, rounds: int) -> None:
 
 
 @click.command()
-@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/bench"), show_default=True)
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("runs/bench"), show_default=True
+)
 @click.option("--rounds", default=5, show_default=True)
 def main(out: Path, rounds: int) -> None:
     """Benchmark the report."""

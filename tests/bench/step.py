@@ -26,7 +26,9 @@ def bench(out: Path, rounds: int, num_steps: int) -> None:
     eager, fast = (rates[name] for name in SIDES)
     ratios = [b / a for a, b in zip(eager, fast, strict=True)]
     command = [sys.executable, "-m", "tests.bench.minimal", str(BATCH), str(5 * rounds), "8"]
-    times = json.loads(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout)
+    times = json.loads(
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    )
     overheads = [100 * (a / b - 1) for a, b in zip(times["engine"], times["bare"], strict=True)]
     rows = [
         row("eager fp32 NCHW, ReLU before pool, Adam", eager, "samples/s"),
@@ -40,14 +42,20 @@ def bench(out: Path, rounds: int, num_steps: int) -> None:
         claim("fast step over eager fp32 NCHW (x)", rows[2]["value"], 2.4),
         claim("fast step over eager fp32 NCHW, stretch (x)", rows[2]["value"], 3.0),
         claim("fast step (samples/s)", rows[1]["value"], 12_000),
-        claim("time the engine adds to the bare operations (%)", rows[5]["value"], 3.0, at_most=True),
+        claim(
+            "time the engine adds to the bare operations (%)", rows[5]["value"], 3.0, at_most=True
+        ),
     ]
     title = f"Training step at batch {BATCH} on two cores, resident feed"
-    write_result(out / "cpu_step.json", title=title, environment=environment, rows=rows, claims=claims)
+    write_result(
+        out / "cpu_step.json", title=title, environment=environment, rows=rows, claims=claims
+    )
 
 
 @click.command()
-@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/bench"), show_default=True)
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("runs/bench"), show_default=True
+)
 @click.option("--rounds", default=7, show_default=True)
 @click.option("--steps", default=60, show_default=True)
 def main(out: Path, rounds: int, steps: int) -> None:

@@ -45,7 +45,9 @@ def launches() -> list[Launch]:
     kept = [(file, file.start, file.on_triton) for file in FILES], launch.num_processors
     launch.num_processors = lambda tensor: 132  # type: ignore[assignment]
     for file in FILES:
-        file.start = lambda kernel, grid, *args, **constants: found.append((kernel, args, constants))  # type: ignore
+        file.start = lambda kernel, grid, *args, **constants: found.append(
+            (kernel, args, constants)
+        )  # type: ignore
         file.on_triton = lambda tensor: True  # type: ignore
     try:
         for dtype in launch.FLOATS:
@@ -61,8 +63,13 @@ def launches() -> list[Launch]:
 
 
 def _call_all(dtype: torch.dtype) -> None:
-    image, label = torch.zeros(BATCH, 28, 28, dtype=torch.uint8), torch.zeros(BATCH, dtype=torch.uint8)
-    first.conv_pool_relu(image, torch.zeros(32, 1, 3, 3).requires_grad_(), torch.zeros(32), dtype).sum().backward()
+    image, label = (
+        torch.zeros(BATCH, 28, 28, dtype=torch.uint8),
+        torch.zeros(BATCH, dtype=torch.uint8),
+    )
+    first.conv_pool_relu(
+        image, torch.zeros(32, 1, 3, 3).requires_grad_(), torch.zeros(32), dtype
+    ).sum().backward()
     x = torch.zeros(BATCH, 64, 14, 14, dtype=dtype).requires_grad_()
     second.bias_pool_relu(x, torch.zeros(64)).sum().backward()
     logits = torch.zeros(BATCH, 94, dtype=dtype).requires_grad_()
@@ -70,9 +77,14 @@ def _call_all(dtype: torch.dtype) -> None:
 
 
 def _gather(dtype: torch.dtype, matrix: torch.Tensor | None) -> None:
-    image, label = torch.zeros(BATCH, 28, 28, dtype=torch.uint8), torch.zeros(BATCH, dtype=torch.uint8)
+    image, label = (
+        torch.zeros(BATCH, 28, 28, dtype=torch.uint8),
+        torch.zeros(BATCH, dtype=torch.uint8),
+    )
     table, step = torch.zeros(5, BATCH, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
-    gather.gather_warp(image, label, table, step, matrix, torch.zeros(image.shape, dtype=dtype), label, table[0])
+    gather.gather_warp(
+        image, label, table, step, matrix, torch.zeros(image.shape, dtype=dtype), label, table[0]
+    )
 
 
 def source(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> tuple[str, ASTSource]:
@@ -87,7 +99,9 @@ def source(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> tup
     signature |= dict.fromkeys(constants, "constexpr")
     types = " ".join(t[1:] for t in signature.values() if t.startswith("*"))
     warped = " warped" * constants.get("WARPED", False)
-    return f"{kernel.fn.__module__}.{kernel.__name__} {types}{warped}", ASTSource(kernel, signature, constants, marks)
+    return f"{kernel.fn.__module__}.{kernel.__name__} {types}{warped}", ASTSource(
+        kernel, signature, constants, marks
+    )
 
 
 @cache
@@ -121,8 +135,12 @@ def test_nothing_spills_and_products_use_tensor_cores(architecture: int) -> None
 def test_registers_are_those_expected(architecture: int) -> None:
     expected = json.loads(EXPECTED.read_text()).get(triton.__version__)
     if expected is None:
-        pytest.skip(f"resources.json knows no triton {triton.__version__}; python -m tests.kernels.compiled adds it")
-    assert {name: usage["REG"] for name, usage in resources(architecture).items()} == expected[str(architecture)]
+        pytest.skip(
+            f"resources.json knows no triton {triton.__version__}; python -m tests.kernels.compiled adds it"
+        )
+    assert {name: usage["REG"] for name, usage in resources(architecture).items()} == expected[
+        str(architecture)
+    ]
 
 
 if __name__ == "__main__":

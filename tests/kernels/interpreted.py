@@ -29,12 +29,16 @@ LAUNCHED: set[tuple[str, str, str]] = set()
 
 @pytest.fixture(autouse=True)
 def poisoned_and_recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    assert launch.INTERPRETED and os.environ["TRITON_INTERPRET"] == "1", "run me with TRITON_INTERPRET=1"
+    assert launch.INTERPRETED and os.environ["TRITON_INTERPRET"] == "1", (
+        "run me with TRITON_INTERPRET=1"
+    )
 
     def start(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
         types = [str(a.dtype).removeprefix("torch.") for a in args if isinstance(a, torch.Tensor)]
         switches = [f"{name}={value}" for name, value in constants.items() if name == "WARPED"]
-        LAUNCHED.add((kernel.fn.__module__.split(".")[-1], kernel.__name__, " ".join(types + switches)))
+        LAUNCHED.add(
+            (kernel.fn.__module__.split(".")[-1], kernel.__name__, " ".join(types + switches))
+        )
         launch.start(kernel, grid, *args, **constants)
 
     for file in (first, second, gather, loss_file):
@@ -47,11 +51,23 @@ def poisoned_and_recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def close(got: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype, scale: float = 1.0, units: float = 1.0) -> None:
+def close(
+    got: torch.Tensor,
+    wanted: torch.Tensor,
+    dtype: torch.dtype,
+    scale: float = 1.0,
+    units: float = 1.0,
+) -> None:
     """Within so many units in the last place of `dtype`, and of fp32 sums of size `scale`."""
     error = (got.double() - wanted.double()).abs()
-    allowed = units * UNIT[dtype] * wanted.double().abs() + 4e-6 * scale + (1e-7 if dtype == torch.float16 else 0)
-    assert got.shape == wanted.shape and (error <= allowed).all(), f"{(error - allowed).max()} too much"
+    allowed = (
+        units * UNIT[dtype] * wanted.double().abs()
+        + 4e-6 * scale
+        + (1e-7 if dtype == torch.float16 else 0)
+    )
+    assert got.shape == wanted.shape and (error <= allowed).all(), (
+        f"{(error - allowed).max()} too much"
+    )
 
 
 @pytest.mark.parametrize("channels", [32, 64])
@@ -60,7 +76,10 @@ def close(got: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype, scale: fl
 def test_conv_pool_relu(dtype: torch.dtype, shape: tuple[int, int, int], channels: int) -> None:
     image = torch.randint(256, shape, dtype=torch.uint8)
     image[0, : shape[1] // 2] = 0  # a blank part: ties and, with a negative bias, nothing passes
-    weight, bias = torch.randn(channels, 1, 3, 3).requires_grad_(), torch.randn(channels).requires_grad_()
+    weight, bias = (
+        torch.randn(channels, 1, 3, 3).requires_grad_(),
+        torch.randn(channels).requires_grad_(),
+    )
     y, code = first._op(image, weight, bias, dtype)
     rounded = weight.detach().to(dtype).double()
     pixels = image[:, None].double() / 255
@@ -72,7 +91,9 @@ def test_conv_pool_relu(dtype: torch.dtype, shape: tuple[int, int, int], channel
     rows = wanted.permute(0, 2, 3, 1).reshape(-1, channels)
     assert passes[rows > 1e-4].all(), "what is clearly positive passes"
     chosen, _ = launch.unpool_reference(torch.ones_like(wanted), code, *shape[1:])
-    assert (functional.avg_pool2d(chosen * candidates, 2) * 4 - wanted).abs().max() < 1e-4, "the winner is the largest"
+    assert (functional.avg_pool2d(chosen * candidates, 2) * 4 - wanted).abs().max() < 1e-4, (
+        "the winner is the largest"
+    )
     assert (winner < 4).all()
 
     grad = torch.randn_like(y)
@@ -86,7 +107,9 @@ def test_conv_pool_relu(dtype: torch.dtype, shape: tuple[int, int, int], channel
 
 def test_a_blank_image_gives_the_bias_and_the_first_winner() -> None:
     bias = torch.linspace(-1, 1, 32)
-    y, code = first._op(torch.zeros(2, 8, 8, dtype=torch.uint8), torch.randn(32, 1, 3, 3), bias, torch.float32)
+    y, code = first._op(
+        torch.zeros(2, 8, 8, dtype=torch.uint8), torch.randn(32, 1, 3, 3), bias, torch.float32
+    )
     assert torch.equal(y, bias.clamp(min=0)[None, :, None, None].expand_as(y))
     winner, passes = launch.unpack_code(code)
     assert not winner.any() and torch.equal(passes, (bias > 0).expand_as(passes))
@@ -114,10 +137,22 @@ def test_bias_pool_relu(dtype: torch.dtype, shape: tuple[int, int, int], layout:
     y.backward(grad)
     twin = x.detach().double().requires_grad_()
     twin_bias = bias.detach().double().requires_grad_()
-    functional.relu(functional.max_pool2d(twin, 2) + twin_bias[:, None, None]).backward(grad.double())
-    assert x.grad is not None and bias.grad is not None and twin.grad is not None and twin_bias.grad is not None
+    functional.relu(functional.max_pool2d(twin, 2) + twin_bias[:, None, None]).backward(
+        grad.double()
+    )
+    assert (
+        x.grad is not None
+        and bias.grad is not None
+        and twin.grad is not None
+        and twin_bias.grad is not None
+    )
     assert torch.equal(x.grad.double(), twin.grad), "a gradient is moved, not computed"
-    close(bias.grad, twin_bias.grad, torch.float32, scale=float(grad.double().abs().sum((0, 2, 3)).max()))
+    close(
+        bias.grad,
+        twin_bias.grad,
+        torch.float32,
+        scale=float(grad.double().abs().sum((0, 2, 3)).max()),
+    )
 
 
 def test_a_gradient_without_memory_of_its_own_is_taken() -> None:
@@ -137,9 +172,13 @@ def test_nan_is_not_lost_in_a_pool() -> None:
 @pytest.mark.parametrize("smoothing", [0.0, 0.05])
 @pytest.mark.parametrize("batch_size, num_classes", [(1, 94), (37, 94), (5, 8), (8, 128), (3, 200)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_softmax_cross_entropy(dtype: torch.dtype, batch_size: int, num_classes: int, smoothing: float) -> None:
+def test_softmax_cross_entropy(
+    dtype: torch.dtype, batch_size: int, num_classes: int, smoothing: float
+) -> None:
     wide = (4 * torch.randn(batch_size, num_classes + 3)).to(dtype)
-    logits = wide[:, :num_classes].detach().requires_grad_()  # rows lie further apart than they are long
+    logits = (
+        wide[:, :num_classes].detach().requires_grad_()
+    )  # rows lie further apart than they are long
     label = torch.randint(num_classes, (batch_size,), dtype=torch.uint8)
     twin = logits.detach().double().requires_grad_()
     wanted = functional.cross_entropy(twin, label.long(), label_smoothing=smoothing)
@@ -170,7 +209,10 @@ def test_a_label_that_is_no_class_and_a_nan_reach_the_loss() -> None:
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float16, torch.bfloat16])
 def test_gather_warp(dtype: torch.dtype, shape: tuple[int, int], warped: bool) -> None:
     num, batch_size, margin = 20, 5, 3
-    image, label = torch.randint(256, (num, *shape), dtype=torch.uint8), torch.randint(94, (num,), dtype=torch.uint8)
+    image, label = (
+        torch.randint(256, (num, *shape), dtype=torch.uint8),
+        torch.randint(94, (num,), dtype=torch.uint8),
+    )
     table, step = torch.randint(-1, num, (6, batch_size)), torch.tensor([5, 0, 3])
     size = len(step) * batch_size
     matrix = torch.eye(2, 3).repeat(size, 1, 1) + 0.2 * torch.randn(size, 2, 3) if warped else None
@@ -178,13 +220,17 @@ def test_gather_warp(dtype: torch.dtype, shape: tuple[int, int], warped: bool) -
         matrix[:, :, 2] *= 20
         matrix[0] = torch.tensor([[1, 0, 1e9], [0, 1, -1e9]])  # far outside: black
     whole = [torch.full((size + 2 * margin, *shape), 77, dtype=dtype)]
-    whole += [torch.full((size + 2 * margin,), 77, dtype=kind) for kind in (torch.uint8, torch.int64)]
+    whole += [
+        torch.full((size + 2 * margin,), 77, dtype=kind) for kind in (torch.uint8, torch.int64)
+    ]
     out = [t[margin : margin + size] for t in whole]
     gather.gather_warp(image, label, table, step, matrix, *out)
     number = table[step].flatten()
     assert torch.equal(out[2], number) and torch.equal(out[1], label[number.clamp(min=0)])
     for t in whole:
-        assert (t[:margin] == 77).all() and (t[-margin:] == 77).all(), "nothing beside the buffers is written"
+        assert (t[:margin] == 77).all() and (t[-margin:] == 77).all(), (
+            "nothing beside the buffers is written"
+        )
     wanted = [torch.empty_like(t) for t in out]
     exact = torch.float32 if dtype != torch.uint8 else dtype
     pixels = torch.empty(out[0].shape, dtype=exact)
@@ -193,7 +239,9 @@ def test_gather_warp(dtype: torch.dtype, shape: tuple[int, int], warped: bool) -
         assert torch.equal(out[0], image[number.clamp(min=0)])
     elif dtype == torch.uint8:
         away = (out[0].int() - pixels.int()).abs()
-        assert away.max() <= 1 and away.float().mean() < 0.02, "rounded to nearest, but for fp32's own rounding"
+        assert away.max() <= 1 and away.float().mean() < 0.02, (
+            "rounded to nearest, but for fp32's own rounding"
+        )
     else:
         close(out[0], pixels, dtype, scale=4)
     if matrix is not None:
@@ -206,7 +254,16 @@ def test_the_identity_and_whole_shifts_move_pixels_exactly() -> None:
     matrix[1, 0, 2], matrix[2, 1, 2] = 2, -3
     out, labels = torch.empty_like(image), torch.zeros(3, dtype=torch.uint8)
     rows = torch.arange(3)
-    gather.gather_warp(image, labels, rows[None], torch.zeros(1, dtype=torch.int64), matrix, out, labels, rows.clone())
+    gather.gather_warp(
+        image,
+        labels,
+        rows[None],
+        torch.zeros(1, dtype=torch.int64),
+        matrix,
+        out,
+        labels,
+        rows.clone(),
+    )
     assert torch.equal(out[0], image[0])
     assert torch.equal(out[1], functional.pad(image[1, :, 2:], (0, 2)))
     assert torch.equal(out[2], functional.pad(image[2, :-3], (0, 0, 3, 0)))
@@ -220,7 +277,9 @@ def test_a_training_step_with_all_kernels_is_the_plain_step(precision: str) -> N
     plain, fused = train(precision, "off"), train(precision, "triton")
     tight = precision == "fp32"
     assert fused.loss_S == pytest.approx(plain.loss_S, rel=1e-5 if tight else 2e-2)
-    assert plain.loss_S[-5:].mean() < 0.7 * plain.loss_S[:5].mean(), "the loss must fall, or equality shows nothing"
+    assert plain.loss_S[-5:].mean() < 0.7 * plain.loss_S[:5].mean(), (
+        "the loss must fall, or equality shows nothing"
+    )
     for name, wanted in plain.parameters.items():
         distance = (fused.parameters[name] - wanted).norm() / (wanted - plain.start[name]).norm()
         assert distance < (1e-3 if tight else 0.2), f"{name}: {distance:.1e} of the way it went"

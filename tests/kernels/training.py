@@ -27,7 +27,12 @@ class Trained:
 
 def train(precision: str, use: str) -> Trained:
     """The same 20 steps, two in a launch, on drawn bars; fp32 or fp16 weights are the same in both."""
-    settings = {"step.precision": precision, "step.steps_per_graph": 2, "kernels.use": use, "global_batch": BATCH}
+    settings = {
+        "step.precision": precision,
+        "step.steps_per_graph": 2,
+        "kernels.use": use,
+        "global_batch": BATCH,
+    }
     rate = {"optim.learning_rate": 2e-3, "optim.schedule": "constant", "epochs": 1}
     config = override(RunConfig(), settings | rate, "proof")
     rng = np.random.default_rng(0)
@@ -43,8 +48,15 @@ def train(precision: str, use: str) -> Trained:
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     source = ResidentFeed(split, order, cpu, fused)
     static = random_batch(BATCH, (28, 28), CLASSES, cpu, copies=2)
-    step = TrainStep(model, config, order, static, World(rank=0, size=1, device=cpu, stream=None), source)
+    step = TrainStep(
+        model, config, order, static, World(rank=0, size=1, device=cpu, stream=None), source
+    )
     for _ in step.train_epoch(source, 0):
         pass
     log = step.read_training()
-    return Trained(log.loss_S, log.accuracy, start, {n: p.detach().clone() for n, p in model.named_parameters()})
+    return Trained(
+        log.loss_S,
+        log.accuracy,
+        start,
+        {n: p.detach().clone() for n, p in model.named_parameters()},
+    )

@@ -125,7 +125,9 @@ class Child:
         self.trace = ""
 
         def command() -> None:
-            LIBC.prctl(PR_SET_PTRACER, ctypes.c_ulong(-1), 0, 0, 0)  # lets a user's strace attach, too
+            LIBC.prctl(
+                PR_SET_PTRACER, ctypes.c_ulong(-1), 0, 0, 0
+            )  # lets a user's strace attach, too
             os.close(self._key)
             os.read(self._gate, 1)
             os.dup2(log, 1)
@@ -141,8 +143,13 @@ class Child:
         if strace:
             self._trace_file = tempfile.NamedTemporaryFile("r", errors="replace")  # noqa: SIM115
             line = [*STRACE, "-o", self._trace_file.name, "-p", str(self.pid), *strace]
-            self._tracer = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            while self._tracer.poll() is None and "\nTracerPid:\t0\n" in Path(f"/proc/{self.pid}/status").read_text():
+            self._tracer = subprocess.Popen(
+                line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
+            while (
+                self._tracer.poll() is None
+                and "\nTracerPid:\t0\n" in Path(f"/proc/{self.pid}/status").read_text()
+            ):
                 time.sleep(0.001)
         if not held:
             self.go()

@@ -14,7 +14,16 @@ from statistics import median
 
 from engine.records import open_records
 from engine.report import ROOT
-from tests.reliability.common import Child, Tally, beside, digest, glyph_csv, run, verdict, why_no_strace
+from tests.reliability.common import (
+    Child,
+    Tally,
+    beside,
+    digest,
+    glyph_csv,
+    run,
+    verdict,
+    why_no_strace,
+)
 
 SYSCALLS = ("write", "pwrite64", "ftruncate", "fsync", "?mkdir", "?mkdirat", "?rename", "?renameat", "?renameat2",
             "?unlink", "unlinkat", "?rmdir")  # fmt: skip
@@ -30,7 +39,9 @@ class Packing:
         self.old, self.new = folder / "old", folder / "new"
         for out, seed in ((self.old, 1), (self.new, 42)):
             assert run(self.csv, out, "--seed", seed).code == 0
-        self.old_print, self.new_print = (open_records(out).fingerprint for out in (self.old, self.new))
+        self.old_print, self.new_print = (
+            open_records(out).fingerprint for out in (self.old, self.new)
+        )
         self.target = folder / "place" / "records"
 
     def reset(self, force: bool) -> tuple[object, ...]:
@@ -44,10 +55,17 @@ class Packing:
     def check(self, tally: Tally, force: bool, what: str) -> None:
         """After a crash: old, new, or (without --force) refused or nothing; and the next pack puts all in order."""
         found = verdict(self.target)
-        allowed = {self.new_print, self.old_print} if force else {self.new_print, "missing", "refused"}
+        allowed = (
+            {self.new_print, self.old_print} if force else {self.new_print, "missing", "refused"}
+        )
         again = run(self.csv, self.target, "--force")
-        whole = again.code == 0 and digest(self.target) == digest(self.new) and not beside(self.target)
-        tally.check(found in allowed and whole, f"{what}: {found}, then {again}, beside it {beside(self.target)}")
+        whole = (
+            again.code == 0 and digest(self.target) == digest(self.new) and not beside(self.target)
+        )
+        tally.check(
+            found in allowed and whole,
+            f"{what}: {found}, then {again}, beside it {beside(self.target)}",
+        )
 
 
 def kills(tally: Tally) -> None:
@@ -63,7 +81,12 @@ def kills(tally: Tally) -> None:
         child.wait()
         packing.check(tally, force, "SIGKILL at a random instant")
     for number in range(num // 10):  # the whole life of a process, its imports too
-        words = [sys.executable, "-m", "tools.pack_tmnist", *map(str, packing.reset(bool(number % 2)))]
+        words = [
+            sys.executable,
+            "-m",
+            "tools.pack_tmnist",
+            *map(str, packing.reset(bool(number % 2))),
+        ]
         process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL)
         time.sleep(tally.rng.random())
         process.kill()
@@ -76,12 +99,17 @@ def kills(tally: Tally) -> None:
         for name in SYSCALLS if tally.level != "tiny" else ("fsync", "unlinkat"):
             for k in range(1, 1000, tally.count(4, 1, 1)):
                 inject = f"inject={name}:signal=KILL:when={k}"
-                if run(*packing.reset(force), strace=("-e", f"trace={name}", "-e", inject)).code != -signal.SIGKILL:
+                if (
+                    run(*packing.reset(force), strace=("-e", f"trace={name}", "-e", inject)).code
+                    != -signal.SIGKILL
+                ):
                     break
                 hits += 1
                 packing.check(tally, force, inject)
         tally.check(hits > 0, "no kill at a system call")
-        tally.note(f"{hits} kills at system calls {'over existing records' if force else 'into nothing'}")
+        tally.note(
+            f"{hits} kills at system calls {'over existing records' if force else 'into nothing'}"
+        )
 
 
 def power_cuts(tally: Tally) -> None:
@@ -92,7 +120,9 @@ def power_cuts(tally: Tally) -> None:
     names = ",".join(f"?{name.lstrip('?')}" for name in (*SYSCALLS, "openat", "fdatasync"))
     for force in (False, True):
         child = Child(*packing.reset(force), strace=("-e", f"trace={names}"))
-        if not tally.check(child.wait().code == 0 and not beside(packing.target), "the traced pack"):
+        if not tally.check(
+            child.wait().code == 0 and not beside(packing.target), "the traced pack"
+        ):
             return
         operations = list(_operations(child.trace, packing.target))
         _check_order(tally, operations, packing.target, force)
@@ -102,7 +132,9 @@ def power_cuts(tally: Tally) -> None:
 def _operations(trace: str, target: Path) -> Iterator[Operation]:
     """What a traced pack did to its temporary directory, to `target` and to their parent."""
     begun: dict[str, str] = {}
-    within = re.compile(rf"{re.escape(str(target.parent))}(/\.{target.name}\.tmp-\w+|/{target.name}|$)")
+    within = re.compile(
+        rf"{re.escape(str(target.parent))}(/\.{target.name}\.tmp-\w+|/{target.name}|$)"
+    )
     for line in trace.splitlines():
         pid, _, call = line.partition(" ")
         call = call.strip()
@@ -135,34 +167,61 @@ def _check_order(tally: Tally, operations: list[Operation], target: Path, force:
     place = {}
     for number, (kind, path, _) in enumerate(operations):
         place[kind, path] = number  # the last of its kind
-    temporary = next(Path(path).parent for kind, path, _ in operations if kind == "create" and "fonts" in path)
+    temporary = next(
+        Path(path).parent for kind, path, _ in operations if kind == "create" and "fonts" in path
+    )
     never = len(operations)
-    renamed, directory = place.get(("rename", str(temporary)), never), place.get(("fsync", str(temporary)), never)
+    renamed, directory = (
+        place.get(("rename", str(temporary)), never),
+        place.get(("fsync", str(temporary)), never),
+    )
     files = [Path(path) for kind, path, _ in operations if kind == "create"]
     tally.check({f.name for f in files} == set(os.listdir(target)), f"files made: {files}")
     for file in map(str, files):
         synced = place.get(("fsync", file), never)
         tally.check(
-            place["write", file] < synced < directory, f"{file} is fsynced after its bytes, before its directory"
+            place["write", file] < synced < directory,
+            f"{file} is fsynced after its bytes, before its directory",
         )
         first = operations.index(("create", str(temporary / "manifest.json"), 0))
-        tally.check(place["write", file] < first or "manifest.json" in file, f"{file} is written before the manifest")
+        tally.check(
+            place["write", file] < first or "manifest.json" in file,
+            f"{file} is written before the manifest",
+        )
     parent = place.get(("fsync", str(target.parent)), -1)
-    tally.check(directory < renamed < parent, "the directory is fsynced, renamed, its parent fsynced, in this order")
+    tally.check(
+        directory < renamed < parent,
+        "the directory is fsynced, renamed, its parent fsynced, in this order",
+    )
     gone = [number for number, (kind, _, _) in enumerate(operations) if kind == "unlink"]
-    tally.check(bool(gone) == force and all(number > parent for number in gone), "the old is deleted last")
+    tally.check(
+        bool(gone) == force and all(number > parent for number in gone), "the old is deleted last"
+    )
 
 
-def _check_states(tally: Tally, operations: list[Operation], packing: Packing, force: bool, num: int) -> None:
+def _check_states(
+    tally: Tally, operations: list[Operation], packing: Packing, force: bool, num: int
+) -> None:
     """Random power cuts: what was not fsynced is kept, lost or torn by chance, each for itself."""
     new = {file.name: file.read_bytes() for file in packing.new.iterdir()}
     old = {file.name: file.read_bytes() for file in packing.old.iterdir()} if force else {}
     place = tally.fast / "state"
     for _ in range(num):
         written, renamed, removed = _state(operations, new, tally.rng)
-        at_target = written if renamed else {name: data for name, data in old.items() if name not in removed}
-        whole = {packing.new_print, packing.old_print} if force else {packing.new_print, "missing", "refused"}
-        for files, allowed in ((at_target, whole), (written, {packing.new_print, "missing", "refused"})):
+        at_target = (
+            written
+            if renamed
+            else {name: data for name, data in old.items() if name not in removed}
+        )
+        whole = (
+            {packing.new_print, packing.old_print}
+            if force
+            else {packing.new_print, "missing", "refused"}
+        )
+        for files, allowed in (
+            (at_target, whole),
+            (written, {packing.new_print, "missing", "refused"}),
+        ):
             shutil.rmtree(place, ignore_errors=True)
             if files:
                 place.mkdir()
@@ -180,7 +239,9 @@ def _state(
     late = next(number for number, (kind, _, _) in enumerate(operations) if kind == "rename")
     stop = rng.randint(rng.choice((0, late)), len(operations))
     kept = rng.choice((0.0, 0.5, 0.5, 0.9, 1.0))
-    synced = {path: number for number, (kind, path, _) in enumerate(operations[:stop]) if kind == "fsync"}
+    synced = {
+        path: number for number, (kind, path, _) in enumerate(operations[:stop]) if kind == "fsync"
+    }
     contents: dict[str, bytearray] = {}
     offsets: dict[str, int] = {}
     renamed, removed = False, set()
@@ -195,8 +256,14 @@ def _state(
             offsets[name] = start + int(value)
             data = new[name][start : start + int(value)]
             if name in contents and (survives or rng.random() < 0.5):
-                data = data if survives else data[: rng.randrange(len(data))] + bytes(rng.randrange(len(data) + 1))
-                contents[name] += bytes(start - len(contents[name])) + data  # what was lost before is a hole
+                data = (
+                    data
+                    if survives
+                    else data[: rng.randrange(len(data))] + bytes(rng.randrange(len(data) + 1))
+                )
+                contents[name] += (
+                    bytes(start - len(contents[name])) + data
+                )  # what was lost before is a hole
                 del contents[name][start + int(value) :]
         elif kind == "rename":
             renamed = survives

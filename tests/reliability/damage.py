@@ -39,13 +39,22 @@ def flips(tally: Tally) -> None:
     file = large / "train-00000.arrow"
     for number in range(tally.count(10, 300, 600)):
         size = 2**20 if number % 3 == 2 else 4096
-        first, second = (size * place for place in tally.rng.sample(range(file.stat().st_size // size), 2))
+        first, second = (
+            size * place for place in tally.rng.sample(range(file.stat().st_size // size), 2)
+        )
         before = file.read_bytes()
         data = bytearray(before)
         data[first : first + size] = before[second : second + size] if number % 3 else bytes(size)
         if number % 3:
             data[second : second + size] = before[first : first + size]
-        _replaced(tally, large, file, data, f"blocks {first} and {second} of {size} bytes", in_memory=number % 2 == 0)
+        _replaced(
+            tally,
+            large,
+            file,
+            data,
+            f"blocks {first} and {second} of {size} bytes",
+            in_memory=number % 2 == 0,
+        )
 
 
 def cuts(tally: Tally) -> None:
@@ -68,7 +77,9 @@ def cuts(tally: Tally) -> None:
     for first, second in permutations(files, 2):
         _replaced(tally, tiny, first, second.read_bytes(), f"{first.name} holds {second.name}")
     for file in files:
-        _replaced(tally, tiny, file, (other / file.name).read_bytes(), f"{file.name} of other records")
+        _replaced(
+            tally, tiny, file, (other / file.name).read_bytes(), f"{file.name} of other records"
+        )
         for name in (file.name + "~", "train-00001.arrow", ".hidden", "notes.txt"):
             shutil.copy(file, tiny / name)
             _refused(tally, tiny, f"{name} added")
@@ -97,7 +108,9 @@ def live(tally: Tally) -> None:
                 opened.seek(tally.rng.randrange(size // 2))
                 opened.write(tally.rng.randbytes(size // 3))
         else:
-            os.truncate(file, {"cut": tally.rng.randrange(size), "extended": size + 4096}.get(how, 0))
+            os.truncate(
+                file, {"cut": tally.rng.randrange(size), "extended": size + 4096}.get(how, 0)
+            )
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         tally.check(code == 0, f"{how} under its reader, which ended with {code}")
 
@@ -108,7 +121,9 @@ def _read_until_refused(directory: Path, images: np.ndarray, seed: int) -> int:
     stop = time.perf_counter() + READER_S
     while time.perf_counter() < stop:
         try:
-            found = open_records(directory, in_memory=bool(rng.integers(2))).split("train").image_NHW
+            found = (
+                open_records(directory, in_memory=bool(rng.integers(2))).split("train").image_NHW
+            )
             for _ in range(8):
                 rows = np.sort(rng.integers(0, len(images), 20))
                 if not np.array_equal(found[rows], images[rows]):
@@ -130,7 +145,12 @@ def _flip(tally: Tally, directory: Path, bits: list[tuple[Path, int]], in_memory
 
 
 def _replaced(
-    tally: Tally, directory: Path, file: Path, data: bytes | bytearray, what: str, in_memory: bool = True
+    tally: Tally,
+    directory: Path,
+    file: Path,
+    data: bytes | bytearray,
+    what: str,
+    in_memory: bool = True,
 ) -> None:
     """Open with other bytes in a file, and put the right ones back; the same bytes do not count."""
     before = file.read_bytes()

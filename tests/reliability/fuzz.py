@@ -42,7 +42,10 @@ def manifests(tally: Tally) -> None:
     """Manifests of wrong values, types and shapes, with right hashes: refused, or opened to consistent arrays."""
     place = tally.fast / "records"
     pack(glyph_csv(tally.folder / "tiny.csv", 40, 2), place)
-    manifest, fonts = json.loads((place / "manifest.json").read_text()), json.loads((place / "fonts.json").read_text())
+    manifest, fonts = (
+        json.loads((place / "manifest.json").read_text()),
+        json.loads((place / "fonts.json").read_text()),
+    )
     train = (place / "train-00000.arrow").read_bytes()
     start = _peak_bytes()
     opened = 0
@@ -72,7 +75,9 @@ def manifests(tally: Tally) -> None:
             found += "; took too long"
         tally.check(not found, found)
     tally.note(f"{opened:,} mutants opened, to consistent arrays")
-    tally.check(_peak_bytes() - start < GROWTH_BYTES, f"memory grew by {_peak_bytes() - start:,} bytes")
+    tally.check(
+        _peak_bytes() - start < GROWTH_BYTES, f"memory grew by {_peak_bytes() - start:,} bytes"
+    )
 
 
 def _mutated(tree: Any, rng: random.Random) -> Any:
@@ -100,7 +105,13 @@ def _mutated(tree: Any, rng: random.Random) -> Any:
 
 def _nodes(tree: Any) -> Iterator[tuple[Any, Any]]:
     """Each (container, key) of a tree."""
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    items = (
+        tree.items()
+        if isinstance(tree, dict)
+        else enumerate(tree)
+        if isinstance(tree, list)
+        else ()
+    )
     for key, value in items:
         yield tree, key
         yield from _nodes(value)
@@ -131,15 +142,31 @@ def _sign(place: Path, manifest: Any, fonts: Any, file: bytes, rng: random.Rando
 
 def _json(tree: Any, rng: random.Random) -> bytes:
     text = json.dumps(tree)
-    raw = rng.choice(("[" * 100_000, "{" * 9, "[" * 50 + "]" * 50, "1" * 5000, "-0", "1E400", "01", '"\\ud800"', "{}}"))
+    raw = rng.choice(
+        (
+            "[" * 100_000,
+            "{" * 9,
+            "[" * 50 + "]" * 50,
+            "1" * 5000,
+            "-0",
+            "1E400",
+            "01",
+            '"\\ud800"',
+            "{}}",
+        )
+    )
     if rng.random() < 0.03:
-        text = text.replace("{", rng.choice(('{"version": 2, "version": 2, ', '{"name": 1, "name": 1, ', "{,")), 1)
+        text = text.replace(
+            "{", rng.choice(('{"version": 2, "version": 2, ', '{"name": 1, "name": 1, ', "{,")), 1
+        )
     return text.replace(f'"{RAW}"', raw).encode()
 
 
 def _inconsistency(records: Records) -> str:
     """What cannot be of records that were opened."""
-    if not (0 <= records.pixel_mean <= 255 and 0 <= records.pixel_std <= 127.5):  # false for NaN, too
+    if not (
+        0 <= records.pixel_mean <= 255 and 0 <= records.pixel_std <= 127.5
+    ):  # false for NaN, too
         return "opened with an impossible mean or standard deviation"
     for split in records.splits.values():
         images = split.image_NHW[:]
@@ -166,20 +193,31 @@ def tables(tally: Tally) -> None:
         began = time.perf_counter()
         found = _pack_verdict(path, spool_folder, tally.rng.choice((64, 300, 2**16)))
         if number % 10 == 0 and found[0] is not None:
-            found = (found[0], found[1]) if _check_verdict(path) == found[0] else ("check and pack disagree", [])
+            found = (
+                (found[0], found[1])
+                if _check_verdict(path) == found[0]
+                else ("check and pack disagree", [])
+            )
         slow = time.perf_counter() - began > SLOW_S
         want = judge(data)
         accepted += want[0] is None
         same = found == want if want[0] is None else found[0] == want[0]
-        tally.check(same and not slow, f"row {found[0]}, the oracle says {want[0]}{', slow' * slow}: {data!r}")
+        tally.check(
+            same and not slow,
+            f"row {found[0]}, the oracle says {want[0]}{', slow' * slow}: {data!r}",
+        )
     tally.note(f"{accepted:,} of the mutants are right")
-    tally.check(_peak_bytes() - start < GROWTH_BYTES, f"memory grew by {_peak_bytes() - start:,} bytes")
+    tally.check(
+        _peak_bytes() - start < GROWTH_BYTES, f"memory grew by {_peak_bytes() - start:,} bytes"
+    )
 
 
 def _table(rng: random.Random) -> bytes:
     """A small CSV with up to four faults, or merely unusual spellings."""
     num = rng.choice((1, 4, 4, 9, 16))
-    header = rng.choice(("names,labels", "names,labels", "names,labels", '"names","labels"', "label", "label"))
+    header = rng.choice(
+        ("names,labels", "names,labels", "names,labels", '"names","labels"', "label", "label")
+    )
     if header == "label":
         first = rng.choice((0, 1))
         lines = ["label," + ",".join(f"pixel{i + first}" for i in range(num))]
@@ -187,8 +225,15 @@ def _table(rng: random.Random) -> bytes:
         lines = [header + "," + ",".join(str(i + 1) for i in range(num))]
     point = rng.choice(("", "", ".0", ".000"))
     for _ in range(rng.choice((1, 2, 3, 5, 9))):
-        text = [rng.choice(('","', '""""', "a", "b", "0", "NA", "é", "#", "'")) for _ in range(2 - (header == "label"))]
-        lines.append(",".join([*text, *(f"{rng.choice((0, 0, 9, 10, 99, 128, 255))}{point}" for _ in range(num))]))
+        text = [
+            rng.choice(('","', '""""', "a", "b", "0", "NA", "é", "#", "'"))
+            for _ in range(2 - (header == "label"))
+        ]
+        lines.append(
+            ",".join(
+                [*text, *(f"{rng.choice((0, 0, 9, 10, 99, 128, 255))}{point}" for _ in range(num))]
+            )
+        )
     end = rng.choice(("\n", "\n", "\r\n"))
     data = bytearray((end.join(lines) + rng.choice((end, end, "", end + end))).encode())
     for _ in range(rng.choice((0, 1, 1, 1, 2, 3))):

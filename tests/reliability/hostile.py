@@ -76,7 +76,9 @@ def corpus(tally: Tally) -> None:
     for name, changes in MANIFESTS.items():
         cases[name] = lambda path, changes=changes: _forge(path, changes)
     for name, change in TEXTS.items():
-        cases[name] = lambda path, change=change: _sign(path, change((path / "manifest.json").read_text()))
+        cases[name] = lambda path, change=change: _sign(
+            path, change((path / "manifest.json").read_text())
+        )
     cases |= {f"records: {name}": change for name, change in _odd_files(canary).items()}
     if tally.level == "tiny":
         cases = dict(list(cases.items())[::4])
@@ -122,7 +124,9 @@ def _forge(directory: Path, changes: Changes) -> None:
         for key in keys[:-1]:
             node = node[key]
         node[keys[-1]] = copy.deepcopy(value)
-    if all(isinstance(file, dict) for split in manifest["splits"].values() for file in split["files"]):
+    if all(
+        isinstance(file, dict) for split in manifest["splits"].values() for file in split["files"]
+    ):
         manifest["fingerprint"] = _fingerprint(manifest)
     _sign(directory, json.dumps(manifest))
 
@@ -148,7 +152,11 @@ def _odd_files(canary: Path) -> dict[str, Callable[[Path], object]]:
             data[entry[key] : entry[key] + len(value)] = value
             (path / entry["name"]).write_bytes(data)
             _forge(
-                path, (((*FILE, "crc32"), [zlib.crc32(data)]), ((*FILE, "sha256"), hashlib.sha256(data).hexdigest()))
+                path,
+                (
+                    ((*FILE, "crc32"), [zlib.crc32(data)]),
+                    ((*FILE, "sha256"), hashlib.sha256(data).hexdigest()),
+                ),
             )
 
         return change
@@ -156,11 +164,22 @@ def _odd_files(canary: Path) -> dict[str, Callable[[Path], object]]:
     def repeated(path: Path) -> None:
         manifest = json.loads((path / "manifest.json").read_text())
         train = manifest["splits"]["train"]
-        _forge(path, ((("splits", "train"), train | {"rows": 100 * train["rows"], "files": 100 * train["files"]}),))
+        _forge(
+            path,
+            (
+                (
+                    ("splits", "train"),
+                    train | {"rows": 100 * train["rows"], "files": 100 * train["files"]},
+                ),
+            ),
+        )
 
     def linked(name: str) -> Callable[[Path], object]:
         """The right bytes, but elsewhere."""
-        return lambda path: (shutil.move(path / name, canary.with_name(name)), (path / name).symlink_to(f"../{name}"))
+        return lambda path: (
+            shutil.move(path / name, canary.with_name(name)),
+            (path / name).symlink_to(f"../{name}"),
+        )
 
     device = os.makedev(1, 5)
     return {
@@ -168,13 +187,21 @@ def _odd_files(canary: Path) -> dict[str, Callable[[Path], object]]:
         "a link to the right file": linked("train-00000.arrow"),
         "a link to the right manifest": linked("manifest.json"),
         "a link to the right fonts": linked("fonts.json"),
-        "a hard link to another file": instead("train-00000.arrow", lambda file: file.hardlink_to(canary)),
+        "a hard link to another file": instead(
+            "train-00000.arrow", lambda file: file.hardlink_to(canary)
+        ),
         "a FIFO": instead("train-00000.arrow", os.mkfifo),
         "a directory": instead("train-00000.arrow", os.mkdir),
-        "the device of zeros": instead("train-00000.arrow", lambda file: os.mknod(file, 0o20666, device)),
+        "the device of zeros": instead(
+            "train-00000.arrow", lambda file: os.mknod(file, 0o20666, device)
+        ),
         "a FIFO as manifest": instead("manifest.json", os.mkfifo),
-        "a link to /dev/zero as manifest": instead("manifest.json", lambda file: file.symlink_to("/dev/zero")),
-        "the device of zeros as hash": instead("manifest.sha256", lambda file: os.mknod(file, 0o20666, device)),
+        "a link to /dev/zero as manifest": instead(
+            "manifest.json", lambda file: file.symlink_to("/dev/zero")
+        ),
+        "the device of zeros as hash": instead(
+            "manifest.sha256", lambda file: os.mknod(file, 0o20666, device)
+        ),
         "a FIFO as fonts": instead("fonts.json", os.mkfifo),
         "fonts of 8 GB": lambda path: os.truncate(path / "fonts.json", 8 * 2**30),
         "a label index = number of labels": column("label_offset", b"\x06"),
@@ -194,17 +221,25 @@ def _hostile_tables(level: str) -> dict[str, Any]:
     return {
         "a zip in a zip": _zip([("inner.zip", _zip([("a.csv", good)]))]),
         "a zip in a zip, named .csv": _zip([("a.csv", _zip([("a.csv", good)]))]),
-        "a zip member ../canary.csv": _zip([("../canary.csv", bad_member), ("../canary", bad_member)]),
+        "a zip member ../canary.csv": _zip(
+            [("../canary.csv", bad_member), ("../canary", bad_member)]
+        ),
         "a zip member twice": _zip([("a.csv", good), ("a.csv", good)]),
         "a zip64 size of 2^62": _patched(_zip([(lie, good)]), 24, b"\xff" * 4),
-        "a zip that says it is shorter": _patched(_zip([("a.csv", good)]), 24, struct.pack("<I", 20)),
+        "a zip that says it is shorter": _patched(
+            _zip([("a.csv", good)]), 24, struct.pack("<I", 20)
+        ),
         "an encrypted zip": _patched(_zip([("a.csv", good)]), 8, b"\x01\x00"),
         "a zip of an unknown method": _patched(_zip([("a.csv", good)]), 10, b"\x63\x00"),
-        "a zip whose member begins elsewhere": _patched(_zip([("a.csv", good)]), 42, struct.pack("<I", 2**31)),
+        "a zip whose member begins elsewhere": _patched(
+            _zip([("a.csv", good)]), 42, struct.pack("<I", 2**31)
+        ),
         "a zip bomb of zeros": _zip([("a.csv", bytes(size))]),
         "a gzip bomb of zeros": gzip.compress(bytes(size), 1),
         "a gzip bomb of one line": gzip.compress(b"names,labels,1\nF,a," + b"1" * size, 1),
-        "a gzip bomb of one quoted field": gzip.compress(b'names,labels,1\n"' + b"\n" * (size // 64), 1),
+        "a gzip bomb of one quoted field": gzip.compress(
+            b'names,labels,1\n"' + b"\n" * (size // 64), 1
+        ),
         "a gzip cut short": gzip.compress(good)[:-9],
         "a link to /dev/zero": lambda path: path.symlink_to("/dev/zero"),
         "a link to itself": lambda path: path.symlink_to(path.name),
@@ -245,7 +280,13 @@ def foreign(tally: Tally) -> None:
             shutil.rmtree(records)
     _check_refused(tally, tally.folder, "--verify", tally.folder)
     _check_refused(tally, good, good, tally.folder / "out")
-    for key, value in (("version", 1), ("version", 3), ("version", "2"), ("format", "other"), ("format", None)):
+    for key, value in (
+        ("version", 1),
+        ("version", 3),
+        ("version", "2"),
+        ("format", "other"),
+        ("format", None),
+    ):
         shutil.copytree(good, tally.folder / "version")
         _forge(tally.folder / "version", (((key,), value),))
         _check_refused(tally, tally.folder / "version", "--verify", tally.folder / "version")
@@ -262,7 +303,10 @@ def foreign(tally: Tally) -> None:
 def _check_refused(tally: Tally, path: Path, *words: object) -> None:
     done = run(*words)
     published = (tally.folder / "out").exists()
-    tally.check(done.refused and str(path) in done.text and not published, f"{path.name}, {words[0]}: {done}")
+    tally.check(
+        done.refused and str(path) in done.text and not published,
+        f"{path.name}, {words[0]}: {done}",
+    )
 
 
 def _foreign_files(table: Path, records: Path) -> dict[str, bytes]:
@@ -282,7 +326,9 @@ def _foreign_files(table: Path, records: Path) -> dict[str, bytes]:
         "npy": written(lambda out: np.save(out, np.zeros((4, 4), np.uint8))),
         "npz": written(lambda out: np.savez(out, x=np.zeros(4))),
         "tar": written(lambda out: tarfile.open(fileobj=out, mode="w").add(table, "a.csv")),
-        "tar.gz": gzip.compress(written(lambda out: tarfile.open(fileobj=out, mode="w").add(table, "a.csv"))),
+        "tar.gz": gzip.compress(
+            written(lambda out: tarfile.open(fileobj=out, mode="w").add(table, "a.csv"))
+        ),
         "safetensors": struct.pack("<Q", len(header)) + header + b"data",
         "zip": _zip([("a.txt", b"text"), ("data.pkl", b"\x80\x02}.")]),
         "gz": gzip.compress(b"text\n"),

@@ -15,7 +15,9 @@ Row = tuple[str, str, list[int]]
 
 def judge(data: bytes) -> tuple[int | None, list[Row]]:
     """(number of the first faulty row, the rows before it): None if all is well, 0 for the header or no rows at all."""
-    text = data.removeprefix(b"\xef\xbb\xbf").decode(errors="surrogateescape")  # a bad byte is a lone surrogate
+    text = data.removeprefix(b"\xef\xbb\xbf").decode(
+        errors="surrogateescape"
+    )  # a bad byte is a lone surrogate
     lines = list(io.StringIO(text, newline=""))
     reader = csv.reader(iter(lines), strict=True)
     records: list[tuple[list[str], str] | None] = []
@@ -29,7 +31,9 @@ def judge(data: bytes) -> tuple[int | None, list[Row]]:
             records.append(None)
             break
         raw, taken = "".join(lines[taken : reader.line_num]), reader.line_num
-        bare = raw.endswith("\r") and taken < len(lines)  # a CR that ends the file is half of a CRLF
+        bare = raw.endswith("\r") and taken < len(
+            lines
+        )  # a CR that ends the file is half of a CRLF
         records.append(None if bare else (fields, raw))
     if records and records[-1] is not None and records[-1][0] == []:
         records.pop()  # one blank line at the end
@@ -42,7 +46,9 @@ def judge(data: bytes) -> tuple[int | None, list[Row]]:
     rows: list[Row] = []
     labels: dict[str, str] = {}
     for number, record in enumerate(records[1:], start=1):
-        row = None if record is None or not _is_whole(*record) else _row(record[0], header, num_text)
+        row = (
+            None if record is None or not _is_whole(*record) else _row(record[0], header, num_text)
+        )
         if row is None or labels.setdefault(unicodedata.normalize("NFC", row[1]), row[1]) != row[1]:
             return number, rows
         if len(labels) > MAX_LABELS:
@@ -57,7 +63,9 @@ def _is_header(fields: list[str], num_text: int) -> bool:
         return False
     if num_text == 2:
         return fields[2:] == [str(i + 1) for i in range(num)]
-    return fields[0] == "label" and fields[1:] in ([f"pixel{i + k}" for i in range(num)] for k in (0, 1))
+    return fields[0] == "label" and fields[1:] in (
+        [f"pixel{i + k}" for i in range(num)] for k in (0, 1)
+    )
 
 
 def _is_whole(fields: list[str], raw: str) -> bool:
@@ -81,7 +89,10 @@ def _row(fields: list[str], header: list[str], num_text: int) -> Row | None:
     text, pixels = fields[:num_text], fields[num_text:]
     if not all(map(_is_text, text)):
         return None
-    if not all(PIXEL.fullmatch(pixel) and len(pixel) <= FIELD_BYTES and float(pixel) <= 255 for pixel in pixels):
+    if not all(
+        PIXEL.fullmatch(pixel) and len(pixel) <= FIELD_BYTES and float(pixel) <= 255
+        for pixel in pixels
+    ):
         return None
     return text[0] if num_text == 2 else "", text[-1], [int(float(pixel)) for pixel in pixels]
 

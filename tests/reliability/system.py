@@ -20,7 +20,15 @@ from engine.report import ROOT
 from tests.reliability.common import LIBC, Child, Done, Tally, beside, digest, run, why_no_strace
 from tests.reliability.crash import Packing
 
-CLONE_NEWNS, MS_RDONLY, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE, MNT_DETACH = 0x20000, 1, 32, 4096, 16384, 1 << 18, 2
+CLONE_NEWNS, MS_RDONLY, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE, MNT_DETACH = (
+    0x20000,
+    1,
+    32,
+    4096,
+    16384,
+    1 << 18,
+    2,
+)
 NOBODY = 65534
 FAILING = ("write", "pwrite64", "ftruncate", "fsync", "close", "?mkdir", "?mkdirat", "?rename", "?renameat",
            "?renameat2", "?unlink", "unlinkat")  # fmt: skip
@@ -36,7 +44,8 @@ def disks(tally: Tally) -> None:
         limit = (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
         for force in (False, True):
             done = run(
-                *packing.reset(force), before=lambda limit=limit: resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+                *packing.reset(force),
+                before=lambda limit=limit: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
             )
             _check_intact(tally, packing, force, done, f"files of at most {size} bytes")
     if why_no_strace():
@@ -64,7 +73,9 @@ def _check_small_disks(tally: Tally, packing: Packing) -> None:
             taken = sum(-(-file.stat().st_size // 4096) * 4 for file in packing.old.iterdir())
             with _mounted(b"tmpfs", place, f"size={taken + kib}k".encode()):
                 shutil.copytree(packing.old, packing.target)
-                source = subprocess.Popen(["cat", packing.csv], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+                source = subprocess.Popen(
+                    ["cat", packing.csv], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+                )
                 assert source.stdout
                 if piped:
                     done = run("-", packing.target, "--force", stdin=source.stdout.fileno())
@@ -73,7 +84,13 @@ def _check_small_disks(tally: Tally, packing: Packing) -> None:
                 source.stdout.close()
                 source.wait()
                 outcomes.add(done.code)
-                _check_intact(tally, packing, True, done, f"a disk with {kib} KiB left, {'' if piped else 'not '}piped")
+                _check_intact(
+                    tally,
+                    packing,
+                    True,
+                    done,
+                    f"a disk with {kib} KiB left, {'' if piped else 'not '}piped",
+                )
     tally.check(outcomes == {0, 2}, f"too small and large enough disks end with {outcomes}")
 
 
@@ -83,8 +100,14 @@ def _check_intact(tally: Tally, packing: Packing, force: bool, done: Done, what:
     if done.code == 0:
         good = there and digest(packing.target) == digest(packing.new)
     else:
-        good = done.refused and there == force and (not force or digest(packing.target) == digest(packing.old))
-    tally.check(good and not beside(packing.target), f"{what}: {done}, beside it {beside(packing.target)}")
+        good = (
+            done.refused
+            and there == force
+            and (not force or digest(packing.target) == digest(packing.old))
+        )
+    tally.check(
+        good and not beside(packing.target), f"{what}: {done}, beside it {beside(packing.target)}"
+    )
 
 
 def _fail_once(tally: Tally, packing: Packing, force: bool, name: str, error: str, k: int) -> bool:
@@ -96,10 +119,14 @@ def _fail_once(tally: Tally, packing: Packing, force: bool, name: str, error: st
     if not calls:
         return False
     what = f"{error} at {calls[0][:150]}"
-    ours = all(str(packing.target.parent) in call for call in calls)  # else it is the terminal, or a file Python reads
+    ours = all(
+        str(packing.target.parent) in call for call in calls
+    )  # else it is the terminal, or a file Python reads
     ended = done.refused or (done.code == 0 and "fsync" not in name)
     tally.check(ended if ours else done.code is not None and done.code >= 0, f"{what}: {done}")
-    cleaning = "unlink" in name or re.search(r"close\(\d+<[^>]*\.tmp-\w+>", calls[-1])  # the next pack tidies up, then
+    cleaning = "unlink" in name or re.search(
+        r"close\(\d+<[^>]*\.tmp-\w+>", calls[-1]
+    )  # the next pack tidies up, then
     if ours and len(calls) == 1 and not cleaning:
         tally.check(not beside(packing.target), f"{what}: left {beside(packing.target)}")
     packing.check(tally, force, what)
@@ -141,8 +168,14 @@ def packers(tally: Tally) -> None:
         holders = [f"process {child.pid} is writing" for child in children]
         won = [done for done in ended if done.code == 0]
         lost = [done for done in ended if done.refused]
-        told = all("exists; give --force" in done.text or any(h in done.text for h in holders) for done in lost)
-        tally.check(len(won) == 1 and len(lost) == PACKERS - 1 and told, f"{PACKERS} packers: {[*map(str, ended)]}")
+        told = all(
+            "exists; give --force" in done.text or any(h in done.text for h in holders)
+            for done in lost
+        )
+        tally.check(
+            len(won) == 1 and len(lost) == PACKERS - 1 and told,
+            f"{PACKERS} packers: {[*map(str, ended)]}",
+        )
         _check_whole(tally, packing, "eight packers")
         _check_dead_holder(tally, packing)
         _check_reader(tally, packing)
@@ -150,14 +183,19 @@ def packers(tally: Tally) -> None:
 
 def _check_whole(tally: Tally, packing: Packing, what: str) -> None:
     whole = digest(packing.target) == digest(packing.new) and not beside(packing.target)
-    tally.check(whole, f"after {what} the records differ, or beside them is {beside(packing.target)}")
+    tally.check(
+        whole, f"after {what} the records differ, or beside them is {beside(packing.target)}"
+    )
 
 
 def _check_dead_holder(tally: Tally, packing: Packing) -> None:
     words = packing.reset(False)
     holder, feed = _fed_packer(packing)
     second = run(*words)
-    tally.check(second.refused and f"process {holder.pid} " in second.text, f"while {holder.pid} packs: {second}")
+    tally.check(
+        second.refused and f"process {holder.pid} " in second.text,
+        f"while {holder.pid} packs: {second}",
+    )
     holder.kill()
     holder.wait()
     os.close(feed)
@@ -184,12 +222,16 @@ def _check_reader(tally: Tally, packing: Packing) -> None:
     reader = open_records(packing.target, in_memory=False).split("train")
     child = Child(packing.csv, packing.target, "--force")
     order = np.random.default_rng(0).permutation(len(reader))
-    same = all(np.array_equal(reader.image_NHW[rows], wanted.image_NHW[rows]) for rows in np.array_split(order, 20))
+    same = all(
+        np.array_equal(reader.image_NHW[rows], wanted.image_NHW[rows])
+        for rows in np.array_split(order, 20)
+    )
     done = child.wait()
     same &= np.array_equal(reader.image_NHW[:], wanted.image_NHW)
     late = open_records(packing.old, in_memory=False).split("train").image_NHW
     tally.check(
-        same and done.code == 0 and len(late) == len(wanted), f"a reader of replaced records; the packer: {done}"
+        same and done.code == 0 and len(late) == len(wanted),
+        f"a reader of replaced records; the packer: {done}",
     )
     _check_whole(tally, packing, "a replacement under a reader")
 
@@ -208,13 +250,27 @@ def places(tally: Tally) -> None:
     tally.check(done.code == 0, f"read-only records, as another user: {done}")
     records.chmod(0o755)
     (records / "fonts.json").chmod(0)
-    _check_refused(tally, run("--verify", records, before=_lower), "records without permission", "fonts.json")
+    _check_refused(
+        tally, run("--verify", records, before=_lower), "records without permission", "fonts.json"
+    )
     packing.target.parent.chmod(0o555)
-    _check_refused(tally, run(fault, packing.target, before=_lower), "an unwritable folder", "cannot be written")
-    _check_refused(tally, run(fault, "/proc/records", before=_lower), "a folder of the system", "cannot be written")
+    _check_refused(
+        tally,
+        run(fault, packing.target, before=_lower),
+        "an unwritable folder",
+        "cannot be written",
+    )
+    _check_refused(
+        tally,
+        run(fault, "/proc/records", before=_lower),
+        "a folder of the system",
+        "cannot be written",
+    )
     packing.target.parent.chmod(0o755)
     packing.csv.chmod(0)
-    _check_refused(tally, run(*words, before=_lower), "a table without permission", "cannot be read")
+    _check_refused(
+        tally, run(*words, before=_lower), "a table without permission", "cannot be read"
+    )
     packing.csv.chmod(0o644)
     _check_read_only_mount(tally, packing, fault)
     if tally.level != "tiny":
@@ -260,7 +316,9 @@ def _check_read_only_mount(tally: Tally, packing: Packing, fault: Path) -> None:
 def _check_no_cache(tally: Tally, packing: Packing) -> None:
     """A fresh process that can keep compiled code neither beside the source nor in its home."""
     if not _own_mounts():
-        return tally.skip("no place for compiled code", "no right to mount; run it under unshare -rm")
+        return tally.skip(
+            "no place for compiled code", "no right to mount; run it under unshare -rm"
+        )
 
     def lock() -> None:
         _own_mounts()
@@ -270,15 +328,27 @@ def _check_no_cache(tally: Tally, packing: Packing) -> None:
     line = [sys.executable, "-m", "tools.pack_tmnist", *map(str, packing.reset(False))]
     environment = {"PATH": os.environ["PATH"]}
     started = time.perf_counter()
-    done = subprocess.run(line, cwd=ROOT, env=environment, preexec_fn=lock, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        line,
+        cwd=ROOT,
+        env=environment,
+        preexec_fn=lock,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     whole = done.returncode == 0 and digest(packing.target) == digest(packing.new)
     tally.check(whole, f"no home, no cache: {done.returncode} {done.stderr[-300:]}")
-    tally.note(f"without a place for compiled code a pack takes {time.perf_counter() - started:.1f} s")
+    tally.note(
+        f"without a place for compiled code a pack takes {time.perf_counter() - started:.1f} s"
+    )
 
 
 def _own_mounts() -> bool:
     """Give this process mounts of its own, which go with it; false if it may not."""
-    return not LIBC.unshare(CLONE_NEWNS) and not LIBC.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None)
+    return not LIBC.unshare(CLONE_NEWNS) and not LIBC.mount(
+        b"none", b"/", None, MS_REC | MS_PRIVATE, None
+    )
 
 
 def _mount_read_only(folder: Path) -> None:
@@ -315,13 +385,22 @@ def _check_names(tally: Tally, packing: Packing) -> None:
         if name in bad:
             _check_refused(tally, done, name)
         else:
-            tally.check(done.code == 0 and digest(place / out) == digest(packing.new), f"{name}: {done}")
+            tally.check(
+                done.code == 0 and digest(place / out) == digest(packing.new), f"{name}: {done}"
+            )
             left = [found for found in beside(place / out) if found.startswith(".")]
-            tally.check(run("--verify", place / out).code == 0 and not left, f"{name}: opened again; left {left}")
+            tally.check(
+                run("--verify", place / out).code == 0 and not left,
+                f"{name}: opened again; left {left}",
+            )
     done = run(packing.csv, place / os.fsdecode(b"caf\xe9s"))
     tally.check(done.code == 0 or done.refused, f"a name that is not UTF-8: {done}")
     tally.note(f"a target's own name that is not UTF-8: exit {done.code}")
-    for name, source in {"255 bytes": "s" * 255, "not UTF-8": os.fsdecode(b"\xe9.csv"), "a line feed": "a\nb"}.items():
+    for name, source in {
+        "255 bytes": "s" * 255,
+        "not UTF-8": os.fsdecode(b"\xe9.csv"),
+        "a line feed": "a\nb",
+    }.items():
         packing.reset(False)
         table = shutil.copy(packing.csv, place / source)
         tally.check(run(table, packing.target).code == 0, f"a table's name: {name}")
@@ -339,14 +418,20 @@ def _check_ways(tally: Tally, packing: Packing) -> None:
     for out in ("records", "~/records", "./records/", "../place/records"):
         packing.reset(False)
         done = run(packing.csv, out, before=home)
-        tally.check(done.code == 0 and digest(packing.target) == digest(packing.new), f"{out}: {done}")
+        tally.check(
+            done.code == 0 and digest(packing.target) == digest(packing.new), f"{out}: {done}"
+        )
         done = run("--verify", out, before=home)
         tally.check(done.code == 0, f"{out} verified: {done}")
     packing.reset(True)
     (place / "link").symlink_to("records")
     tally.check(run("--verify", place / "link").code == 0, "a link to records")
     done = run(packing.csv, place / "link", "--force")
-    same = done.code == 0 and (place / "link").is_symlink() and digest(packing.target) == digest(packing.new)
+    same = (
+        done.code == 0
+        and (place / "link").is_symlink()
+        and digest(packing.target) == digest(packing.new)
+    )
     tally.check(same, f"replaced through a link: {done}")
     (place / "dangling").symlink_to("nothing")
     _check_refused(tally, run("--verify", place / "dangling"), "a link to nothing")

@@ -53,7 +53,9 @@ def main(job_file: Path, result: Path) -> None:
                     world.first(lambda: write_json(found, result))
         except UserError:
             raise
-        except Exception as error:  # whatever it is, the parent tells it in one line and goes on with other cells
+        except (
+            Exception
+        ) as error:  # whatever it is, the parent tells it in one line and goes on with other cells
             first_line = str(error).strip().partition("\n")[0]
             raise SystemExit(f"error: {type(error).__name__}: {first_line}") from None
     end_rank()
@@ -85,7 +87,9 @@ def _timed(session: Session, num_steps: int) -> dict[str, Any]:
     """Throughput, step times, waiting, memory, power."""
     world, nvml = session.world, clock.Nvml(session.world.device)
     measured = measure(session, num_steps, nvml)
-    used_j = world.sum(torch.tensor([np.nan if measured.energy_j is None else measured.energy_j])).item()
+    used_j = world.sum(
+        torch.tensor([np.nan if measured.energy_j is None else measured.energy_j])
+    ).item()
     p10, median, p90 = np.percentile(measured.step_ms_S, [10, 50, 90])
     done, batch = len(measured.step_ms_S), session.config.global_batch
     return {
@@ -107,7 +111,9 @@ def _timed(session: Session, num_steps: int) -> dict[str, Any]:
         "power_w": measured.power_w,
         "energy_j_per_ksample": None if np.isnan(used_j) else used_j / (done * batch) * 1000,
         "memory_gib_by_owner": world.ledger.gib or None,
-        "roofline_fraction": _roofline(session, measured.samples_per_s),  # last: it takes 2 GiB of the device
+        "roofline_fraction": _roofline(
+            session, measured.samples_per_s
+        ),  # last: it takes 2 GiB of the device
     }
 
 
@@ -116,7 +122,9 @@ def _roofline(session: Session, samples_per_s: float) -> float | None:
     world, records = session.world, session.records
     name, precision = session.environment.gpu_name, session.config.step.precision
     shape = (*records.height_width, len(records.classes))
-    return roofline_fraction(samples_per_s / world.size, name, precision, copy_bandwidth(world.device), shape)
+    return roofline_fraction(
+        samples_per_s / world.size, name, precision, copy_bandwidth(world.device), shape
+    )
 
 
 def _confusion(session: Session) -> dict[str, Any] | None:

@@ -23,7 +23,9 @@ from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 INK, MUTED, RULE, PAPER = "#1c2024", "#666d74", "#dfe2e6", "#fefefe"
 SERIES = ("#1f6fb4", "#c8500a", "#00805d", "#9a4fa0", "#8a6a00", "#2b93b8", "#c2457a", "#5f6671")
 """Told apart with any colour vision together with MARKERS; 3:1 against the paper, as NIGHT's against its own."""
-PALETTE = {INK: "ink", MUTED: "muted", RULE: "rule", PAPER: "paper"} | {c: f"s{n}" for n, c in enumerate(SERIES)}
+PALETTE = {INK: "ink", MUTED: "muted", RULE: "rule", PAPER: "paper"} | {
+    c: f"s{n}" for n, c in enumerate(SERIES)
+}
 NIGHT = {
     "ink": "#e6e9ec", "muted": "#98a1ab", "rule": "#30363c", "paper": "#14171a", "s0": "#63b0f0", "s1": "#f58a4b",
     "s2": "#3cc79c", "s3": "#cf8fd6", "s4": "#d3b04a", "s5": "#6fcbe8", "s6": "#f08ab2", "s7": "#a6adb6",
@@ -56,14 +58,23 @@ class Picture:
         def adapt(tag: re.Match[str]) -> str:
             """Tags only: what data says stands between them, its < and > escaped."""
             text = re.sub(r'<g id="[\w.]+"', "<g", tag[0])
-            return re.sub(r"#[0-9a-f]{6}", lambda m: f"var(--{PALETTE[m[0]]})" if m[0] in PALETTE else m[0], text)
+            return re.sub(
+                r"#[0-9a-f]{6}",
+                lambda m: f"var(--{PALETTE[m[0]]})" if m[0] in PALETTE else m[0],
+                text,
+            )
 
         svg = re.sub("<[^>]+>", adapt, self.svg[self.svg.index("<svg") :])
         return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(title)}" ', 1)
 
 
 def bars(
-    names: Sequence[str], values: pd.Series, texts: Sequence[str], xlabel: str, spread: Any = None, font: Any = None
+    names: Sequence[str],
+    values: pd.Series,
+    texts: Sequence[str],
+    xlabel: str,
+    spread: Any = None,
+    font: Any = None,
 ) -> Figure:
     """A bar a name, with its text; `spread` is [values - low, high - values], NaN where unknown."""
     figure, axes = _figure(0.75 + BAR_IN * len(names))
@@ -88,7 +99,9 @@ def stacked(frame: pd.DataFrame, xlabel: str) -> Figure:
     for number, part in enumerate(frame.columns):
         width = frame[part].fillna(0).to_numpy()
         colour = SERIES[number % MOST]
-        axes.barh(range(len(frame)), width, 0.62, left, color=colour, edgecolor=PAPER, label=f" {part}")
+        axes.barh(
+            range(len(frame)), width, 0.62, left, color=colour, edgecolor=PAPER, label=f" {part}"
+        )
         left = left + width
     # a leading space: matplotlib leaves out labels that begin with an underscore
     figure.legend(loc="outside upper left", ncols=3, fontsize=9, handlelength=1, handleheight=1)
@@ -105,10 +118,14 @@ class Line:
     y: Sequence[float]
 
 
-def lines(panels: Sequence[tuple[str, Sequence[Line], str]], xlabel: str, log_x: bool = True) -> Figure:
+def lines(
+    panels: Sequence[tuple[str, Sequence[Line], str]], xlabel: str, log_x: bool = True
+) -> Figure:
     """Panels above one another of (ylabel, lines, ideal), ideal being "linear", "one" or ""."""
     figure, all_axes = _figure(3.0 * len(panels), num=len(panels))
-    for axes, (ylabel, drawn, ideal) in zip(np.atleast_1d(np.asarray(all_axes)), panels, strict=True):
+    for axes, (ylabel, drawn, ideal) in zip(
+        np.atleast_1d(np.asarray(all_axes)), panels, strict=True
+    ):
         x = sorted({value for line in drawn for value in line.x})
         if log_x:
             axes.set_xscale("log", base=2)
@@ -128,7 +145,9 @@ def lines(panels: Sequence[tuple[str, Sequence[Line], str]], xlabel: str, log_x:
             axes.set_xlim(0)  # only now: a limit set before the lines would stay as it was
         low = min(min(line.y) for line in drawn)
         axes.set_ylim(np.floor(low * 5) / 5 - 0.1 if "%" in ylabel and low > 0.3 else 0)
-        axes.yaxis.set_major_formatter(PercentFormatter(1, 0) if "%" in ylabel else FuncFormatter(short))
+        axes.yaxis.set_major_formatter(
+            PercentFormatter(1, 0) if "%" in ylabel else FuncFormatter(short)
+        )
         axes.set_title(ylabel, loc="left", fontsize=9.5, color=MUTED)
         axes.grid(axis="y")
         _name_ends(axes, drawn)
@@ -142,7 +161,11 @@ def matrix(share_TR: np.ndarray, names: Sequence[str]) -> Figure:
     for (true, read), share in np.ndenumerate(share_TR):
         if share:
             colour = SERIES[0] if true == read else SERIES[1]
-            axes.add_patch(Rectangle((read - 0.48, true - 0.48), 0.96, 0.96, color=colour, alpha=0.12 + 0.5 * share))
+            axes.add_patch(
+                Rectangle(
+                    (read - 0.48, true - 0.48), 0.96, 0.96, color=colour, alpha=0.12 + 0.5 * share
+                )
+            )
         if share >= 0.005:
             axes.text(read, true, f"{100 * share:.0f}", ha="center", va="center", fontsize=8)
     axes.set_xlim(-0.5, len(names) - 0.5)
@@ -159,11 +182,15 @@ def draw(name: str, make: Callable[[], Figure]) -> Picture:
     """Draw what `make` builds, in the report's style; `name` keeps the ids of several pictures in one page apart."""
     svg, png = io.StringIO(), io.BytesIO()
     with rc_context(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the page's own fonts have more characters
+        warnings.filterwarnings(
+            "ignore", "Glyph .* missing from font"
+        )  # the page's own fonts have more characters
         rcdefaults()
         rcParams.update(STYLE | {"svg.hashsalt": name})
         figure = make()
-        figure.savefig(svg, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+        figure.savefig(
+            svg, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        )
         figure.savefig(png, format="png", dpi=144, metadata={"Software": None})
     return Picture(svg.getvalue(), png.getvalue())
 
@@ -180,7 +207,9 @@ def _figure(height_in: float, num: int = 1) -> tuple[Figure, Any]:
 
 
 def _name_rows(axes: Axes, names: Sequence[str], xlabel: str, font: Any = None) -> None:
-    axes.set_yticks(range(len(names)), [cut(name, 34) for name in names], color=INK, fontfamily=font)
+    axes.set_yticks(
+        range(len(names)), [cut(name, 34) for name in names], color=INK, fontfamily=font
+    )
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.xaxis.set_major_formatter(FuncFormatter(short))
     axes.locator_params(axis="x", nbins=5)
@@ -201,4 +230,12 @@ def _name_ends(axes: Axes, drawn: Sequence[Line]) -> None:
     top = np.inf
     for y, name, colour in sorted(ends, key=lambda end: -end[0]):
         top = min((y - low) / (high - low), top - 0.085)
-        axes.text(1.02, top, cut(name, 26), color=colour, va="center", fontsize=9, transform=axes.transAxes)
+        axes.text(
+            1.02,
+            top,
+            cut(name, 26),
+            color=colour,
+            va="center",
+            fontsize=9,
+            transform=axes.transAxes,
+        )

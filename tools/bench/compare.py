@@ -21,7 +21,23 @@ from engine.report import Environment, read_report, write_json
 from tools.bench.results import markdown_table, row, write_result
 from tools.bench.tables import RATE, device, read_profile
 
-STUDENT_T = (inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145)
+STUDENT_T = (
+    inf,
+    12.706,
+    4.303,
+    3.182,
+    2.776,
+    2.571,
+    2.447,
+    2.365,
+    2.306,
+    2.262,
+    2.228,
+    2.201,
+    2.179,
+    2.160,
+    2.145,
+)
 """97.5 % quantiles of Student's t for 0, 1, ... degrees of freedom; beyond, the last one (a little too wide)."""
 LOSS_TOLERANCE, ACCURACY_TOLERANCE = 1e-3, 5e-3
 """What the same training may differ by when numbers are added in another order, or rounded to bf16."""
@@ -31,7 +47,11 @@ NO_DIFFERENCE = "no difference shown"
 def paired_ratio(a: list[float], b: list[float]) -> tuple[float, float, float]:
     """The geometric mean of b / a over pairs of positive figures, and its 95 % interval; (0, inf) for one pair."""
     logs = [log(y / x) for x, y in zip(a, b, strict=True)]
-    half = inf if len(logs) < 2 else STUDENT_T[min(len(logs), len(STUDENT_T)) - 1] * stdev(logs) / len(logs) ** 0.5
+    half = (
+        inf
+        if len(logs) < 2
+        else STUDENT_T[min(len(logs), len(STUDENT_T)) - 1] * stdev(logs) / len(logs) ** 0.5
+    )
     return exp(mean(logs)), exp(mean(logs) - half), inf if half == inf else exp(mean(logs) + half)
 
 
@@ -41,10 +61,14 @@ def compare_profiles(folder_a: Path, folder_b: Path, out: Path | None) -> str:
     Raises:
         UserError: a folder holds no profile, or the two have no cell in common.
     """
-    cells_a, cells_b = ({_key(c): c for c in read_profile(f)["cells"]} for f in (folder_a, folder_b))
+    cells_a, cells_b = (
+        {_key(c): c for c in read_profile(f)["cells"]} for f in (folder_a, folder_b)
+    )
     rows = [_row(cell, cells_b[key]) for key, cell in cells_a.items() if key in cells_b]
     if not rows:
-        raise UserError(f"{folder_a} and {folder_b}: have no cell in common; measure the same matrix in both")
+        raise UserError(
+            f"{folder_a} and {folder_b}: have no cell in common; measure the same matrix in both"
+        )
     frame = pd.DataFrame(rows)
     table = frame.to_string(index=False, na_rep="", float_format="{:,.4g}".format)
     alone = f"{len(cells_a) + len(cells_b) - 2 * len(rows)} more are in one folder only"
@@ -54,8 +78,13 @@ def compare_profiles(folder_a: Path, folder_b: Path, out: Path | None) -> str:
         with writing(out):
             out.mkdir(parents=True, exist_ok=True)
             block = indent(text, "    ", lambda line: True)
-            write_file(out / "comparison.md", f"# {folder_a.name} and {folder_b.name}\n\n{block}\n".encode())
-            write_json({"a": folder_a.name, "b": folder_b.name, "cells": plain}, out / "comparison.json")
+            write_file(
+                out / "comparison.md",
+                f"# {folder_a.name} and {folder_b.name}\n\n{block}\n".encode(),
+            )
+            write_json(
+                {"a": folder_a.name, "b": folder_b.name, "cells": plain}, out / "comparison.json"
+            )
     return text
 
 
@@ -71,20 +100,31 @@ def _row(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
         return found | {"speed": "not measured in both"}
     if len(devices := {device(r) for pair in pairs for r in pair}) > 1:
         return found | {"speed": printable(f"not comparable: {' and '.join(sorted(devices))}")}
-    ratio, low, high = paired_ratio(*([float(r[RATE]) for r in side] for side in zip(*pairs, strict=True)))
+    ratio, low, high = paired_ratio(
+        *([float(r[RATE]) for r in side] for side in zip(*pairs, strict=True))
+    )
     verdict = NO_DIFFERENCE if low <= 1 <= high else f"B is {ratio:.3g} x as fast"
     found |= {"ratio": ratio, "low95": low, "high95": high, "speed": verdict}
-    lines_a, lines_b = ([line for r in side for line in r.get("epochs") or []] for side in zip(*pairs, strict=True))
-    accuracies = [(x.get("test_accuracy_fraction"), y.get("test_accuracy_fraction")) for x, y in pairs]
+    lines_a, lines_b = (
+        [line for r in side for line in r.get("epochs") or []] for side in zip(*pairs, strict=True)
+    )
+    accuracies = [
+        (x.get("test_accuracy_fraction"), y.get("test_accuracy_fraction")) for x, y in pairs
+    ]
     accuracies = [pair for pair in accuracies if None not in pair]
-    return found | {"losses": losses(lines_a, lines_b), "test_accuracy": agreement(accuracies, ACCURACY_TOLERANCE)}
+    return found | {
+        "losses": losses(lines_a, lines_b),
+        "test_accuracy": agreement(accuracies, ACCURACY_TOLERANCE),
+    }
 
 
 def losses(lines_a: list[dict[str, Any]], lines_b: list[dict[str, Any]]) -> str:
     """How the losses of epochs in metrics.jsonl agree; empty where there are none."""
     names = ("train_loss", "val_loss")
     both = zip(lines_a, lines_b, strict=False)
-    return agreement([(x[n], y[n]) for x, y in both for n in names if n in x and n in y], LOSS_TOLERANCE)
+    return agreement(
+        [(x[n], y[n]) for x, y in both for n in names if n in x and n in y], LOSS_TOLERANCE
+    )
 
 
 def agreement(pairs: list[tuple[float, float]], tolerance: float) -> str:
@@ -111,13 +151,20 @@ def compare_runs(folder_a: Path, folder_b: Path, out: Path | None) -> str:
     if out:
         rows = []
         for name, r in zip(names, reports, strict=True):
-            rows.append(row(f"{name}, {r['num_epochs']} epochs: training time", [r["train_s"]], "s"))
+            rows.append(
+                row(f"{name}, {r['num_epochs']} epochs: training time", [r["train_s"]], "s")
+            )
             rows.append(row(f"{name}: throughput", [r["samples_per_s"]], "samples/s"))
             rows.append(row(f"{name}: test accuracy", [100 * r["test_accuracy_fraction"]], "%"))
-        facts, images = Environment(**r["environment"]), f"{r['num_train_samples']:,} training images"
+        facts, images = (
+            Environment(**r["environment"]),
+            f"{r['num_train_samples']:,} training images",
+        )
         title = f"{out.name}: {' and '.join(names)}, {images}, one run each"
         with writing(out):
-            write_result(out / "comparison.json", title=title, environment=facts, rows=rows, claims=[])
+            write_result(
+                out / "comparison.json", title=title, environment=facts, rows=rows, claims=[]
+            )
             write_file(out / "comparison.md", f"# {' and '.join(names)}\n\n{text}\n".encode())
     return text
 
@@ -126,7 +173,9 @@ def _metrics(folder: Path) -> list[dict[str, Any]]:
     try:
         return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     except (OSError, ValueError):
-        raise UserError(f"{folder}: its metrics.jsonl cannot be read; name the folder of a finished run") from None
+        raise UserError(
+            f"{folder}: its metrics.jsonl cannot be read; name the folder of a finished run"
+        ) from None
 
 
 COMPARED: dict[str, tuple[str, str, str]] = {

@@ -34,24 +34,60 @@ def _graded(good: bool, name: str, text: str, otherwise: Grade = "note") -> Find
     return Finding("ok" if good else otherwise, name, text)
 
 
-LOWEST = {"torch": (2, 11), "triton": (3, 6), "numpy": (2, 0), "nvidia-dali-cuda120": (2, 4), "numba": (0, 61)}
+LOWEST = {
+    "torch": (2, 11),
+    "triton": (3, 6),
+    "numpy": (2, 0),
+    "nvidia-dali-cuda120": (2, 4),
+    "numba": (0, 61),
+}
 NEEDED = {"torch", "numpy"}
 """Without the others the engine runs, with less."""
 ENVIRONMENT: dict[str, tuple[str, Grade, str]] = {
-    "CUDA_LAUNCH_BLOCKING": ("1", "BAD", "every launch waits for the GPU, and graphs cannot be captured; unset it"),
-    "PYTORCH_NO_CUDA_MEMORY_CACHING": ("1", "BAD", "graphs need torch's caching allocator; unset it"),
-    "TORCH_NCCL_BLOCKING_WAIT": ("1", "BAD", "the host waits for each all-reduce, which cannot be captured; unset it"),
-    "NCCL_BLOCKING_WAIT": ("1", "BAD", "the host waits for each all-reduce, which cannot be captured; unset it"),
-    "TORCH_DISTRIBUTED_DEBUG": ("DETAIL", "BAD", "each collective is checked on the host first; unset it"),
+    "CUDA_LAUNCH_BLOCKING": (
+        "1",
+        "BAD",
+        "every launch waits for the GPU, and graphs cannot be captured; unset it",
+    ),
+    "PYTORCH_NO_CUDA_MEMORY_CACHING": (
+        "1",
+        "BAD",
+        "graphs need torch's caching allocator; unset it",
+    ),
+    "TORCH_NCCL_BLOCKING_WAIT": (
+        "1",
+        "BAD",
+        "the host waits for each all-reduce, which cannot be captured; unset it",
+    ),
+    "NCCL_BLOCKING_WAIT": (
+        "1",
+        "BAD",
+        "the host waits for each all-reduce, which cannot be captured; unset it",
+    ),
+    "TORCH_DISTRIBUTED_DEBUG": (
+        "DETAIL",
+        "BAD",
+        "each collective is checked on the host first; unset it",
+    ),
     "NVIDIA_TF32_OVERRIDE": (".*", "note", "overrules step.precision for fp32 and TF32; unset it"),
     "TORCHDYNAMO_DISABLE": ("1", "note", "--compile does nothing; unset it"),
-    "PYTORCH_CUDA_ALLOC_CONF": (".*backend:cudaMallocAsync.*", "note", "graphs hold more memory; take the backend out"),
-    "TRITON_INTERPRET": ("1", "note", "Triton kernels run in an interpreter, thousands of times slower; unset it"),
+    "PYTORCH_CUDA_ALLOC_CONF": (
+        ".*backend:cudaMallocAsync.*",
+        "note",
+        "graphs hold more memory; take the backend out",
+    ),
+    "TRITON_INTERPRET": (
+        "1",
+        "note",
+        "Triton kernels run in an interpreter, thousands of times slower; unset it",
+    ),
 }
 """Variable: the values that harm, how much, and why."""
 
 
-def doctor(records: Records, world: World, environ: Mapping[str, str] = os.environ) -> Iterator[Finding]:
+def doctor(
+    records: Records, world: World, environ: Mapping[str, str] = os.environ
+) -> Iterator[Finding]:
     """All findings; the last ones train a few steps."""
     yield from _versions()
     yield from _variables(environ)
@@ -65,14 +101,26 @@ def _versions() -> Iterator[Finding]:
         try:
             found = version(package)
         except PackageNotFoundError:
-            yield Finding("BAD" if package in NEEDED else "note", package, "is not installed; pip install it")
+            yield Finding(
+                "BAD" if package in NEEDED else "note", package, "is not installed; pip install it"
+            )
             continue
-        numbers, wanted = tuple(map(int, found.split("+")[0].split(".")[:2])), ".".join(map(str, lowest))
+        numbers, wanted = (
+            tuple(map(int, found.split("+")[0].split(".")[:2])),
+            ".".join(map(str, lowest)),
+        )
         if numbers < lowest or (package == "torch" and numbers >= (2, 15)):
-            yield Finding("BAD", package, f"{found}: tested from {wanted} on, torch below 2.15; install such a one")
+            yield Finding(
+                "BAD",
+                package,
+                f"{found}: tested from {wanted} on, torch below 2.15; install such a one",
+            )
         else:
             yield Finding("ok", package, found)
-    for module, without in (("numba", "records are packed 200 times slower"), ("pynvml", "no power or utilisation")):
+    for module, without in (
+        ("numba", "records are packed 200 times slower"),
+        ("pynvml", "no power or utilisation"),
+    ):
         try:
             if find_spec(module):
                 __import__(module)
@@ -90,7 +138,11 @@ def _variables(environ: Mapping[str, str]) -> Iterator[Finding]:
     yield from harmful or [Finding("ok", "environment", "no variable that harms")]
     threads, cores = torch.get_num_threads(), len(os.sched_getaffinity(0))
     few = threads <= cores
-    yield _graded(few, "threads", f"{threads} of torch's on {cores} cores" + "; set OMP_NUM_THREADS" * (not few))
+    yield _graded(
+        few,
+        "threads",
+        f"{threads} of torch's on {cores} cores" + "; set OMP_NUM_THREADS" * (not few),
+    )
 
 
 def _device(world: World) -> Iterator[Finding]:
@@ -99,15 +151,23 @@ def _device(world: World) -> Iterator[Finding]:
     yield _graded(bf16, "bf16", "has instructions" if bf16 else "none: --amp trains in fp32 here")
     if device.type == "cpu":
         kept = world.allocator != "default"
-        yield _graded(kept, "allocator", world.allocator if kept else "is not glibc's: slower steps")
+        yield _graded(
+            kept, "allocator", world.allocator if kept else "is not glibc's: slower steps"
+        )
         yield Finding("note", "GPU", "torch sees none: CUDA graphs, NCCL and Triton are not used")
         return
     facts, properties = clock.gpu_facts(device), torch.cuda.get_device_properties(device)
     memory_gib = properties.total_memory / clock.GIB
-    yield Finding("ok", "GPU", f"{facts['name']}, {memory_gib:.0f} GiB, CUDA {facts['cuda']}, driver {facts['driver']}")
+    yield Finding(
+        "ok",
+        "GPU",
+        f"{facts['name']}, {memory_gib:.0f} GiB, CUDA {facts['cuda']}, driver {facts['driver']}",
+    )
     limit_w, default_w = facts.get("power_limit_w"), facts.get("default_power_limit_w")
     if limit_w and default_w and limit_w < 0.95 * default_w:
-        yield Finding("note", "power", f"limited to {limit_w:.0f} of {default_w:.0f} W: figures will be lower")
+        yield Finding(
+            "note", "power", f"limited to {limit_w:.0f} of {default_w:.0f} W: figures will be lower"
+        )
     else:
         yield Finding("ok", "power", f"limit {limit_w:.0f} W" if limit_w else "NVML does not tell")
     yield Finding("ok", "NCCL", ".".join(map(str, torch.cuda.nccl.version())))  # type: ignore[no-untyped-call]
@@ -122,14 +182,26 @@ def _compiler(device: torch.device) -> Iterator[Finding]:
 
 def _step(records: Records, world: World) -> Iterator[Finding]:
     on_gpu = world.device.type == "cuda"
-    settings = {"global_batch": 32 * world.size, "step.precision": "bf16", "step.cuda_graphs": on_gpu}
-    with closing(open_session(override(RunConfig(), settings, "doctor"), records, world)) as session:
+    settings = {
+        "global_batch": 32 * world.size,
+        "step.precision": "bf16",
+        "step.cuda_graphs": on_gpu,
+    }
+    with closing(
+        open_session(override(RunConfig(), settings, "doctor"), records, world)
+    ) as session:
         reads = host_reads(session.step.train_epoch(session.feed, 0), world.device)
-        text = f"the step waits for the device in {', '.join(reads)}; look there" if reads else "none in 5 steps"
+        text = (
+            f"the step waits for the device in {', '.join(reads)}; look there"
+            if reads
+            else "none in 5 steps"
+        )
         yield _graded(not reads, "hidden waits", text, "BAD")
         if on_gpu:
             failure = session.step.capture_failure
-            yield _graded(not failure, "CUDA graph", failure or "the whole step was captured", "BAD")
+            yield _graded(
+                not failure, "CUDA graph", failure or "the whole step was captured", "BAD"
+            )
             capturable = all(group["capturable"] for group in session.step.optimizer.param_groups)
             yield _graded(capturable, "optimiser", f"capturable: {capturable}", "BAD")
 

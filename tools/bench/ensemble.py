@@ -55,7 +55,9 @@ def profile_ensemble(config: RunConfig, num_networks: int, num_workers: int, out
     """
     num_cores = len(os.sched_getaffinity(0))
     if num_workers > min(num_cores, num_networks):
-        raise UserError(f"--workers {num_workers}: for {num_networks} networks on {num_cores} cores; give fewer")
+        raise UserError(
+            f"--workers {num_workers}: for {num_networks} networks on {num_cores} cores; give fewer"
+        )
     with start_world("cpu") as world:
         path = Path(config.data.path or ensure_sample(world))
     records = open_records(path)
@@ -67,22 +69,39 @@ def profile_ensemble(config: RunConfig, num_networks: int, num_workers: int, out
     measured = {arm: train_all(config, num_networks, arm) for arm in dict.fromkeys(arms)}
     rows = _rows(arms, measured, records.split("test").label_N)
     facts: Environment = measured[arms[-1]][2]
-    claims = [claim("the vote over the mean single network, low end of its interval (points)", rows[-1]["low"], 0)]
+    claims = [
+        claim(
+            "the vote over the mean single network, low end of its interval (points)",
+            rows[-1]["low"],
+            0,
+        )
+    ]
     size = f"{len(records.split('train')):,} images"
     title = f"{num_networks} networks by joblib, workers x threads; {config.epochs} epochs each on {size}"
     with writing(out):
-        write_result(out / "ensemble.json", title=title, environment=facts, rows=rows, claims=claims)
+        write_result(
+            out / "ensemble.json", title=title, environment=facts, rows=rows, claims=claims
+        )
     table = pd.DataFrame(rows).to_string(index=False, float_format="{:,.4g}".format)
     return f"{title}\n{table}\nwritten: {out / 'ensemble.json'}"
 
 
-def train_all(config: RunConfig, num_networks: int, arm: Arm) -> tuple[float, np.ndarray, Environment]:
+def train_all(
+    config: RunConfig, num_networks: int, arm: Arm
+) -> tuple[float, np.ndarray, Environment]:
     """Seconds from all workers ready to the last network's answers, probability_MNK, and the workers' circumstances."""
     networks = [replace(config, seed=config.seed + number) for number in range(num_networks)]
     cores = sorted(os.sched_getaffinity(0))
-    with tempfile.TemporaryDirectory() as folder, Parallel(n_jobs=max(arm.num_workers, 2), batch_size=1) as run:
-        places = range(arm.num_workers)  # of one worker, too, the work is done by a process of its own: n_jobs is 2
-        done = run(delayed(_train_share)(networks[p :: len(places)], p, cores, arm, folder) for p in places)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Parallel(n_jobs=max(arm.num_workers, 2), batch_size=1) as run,
+    ):
+        places = range(
+            arm.num_workers
+        )  # of one worker, too, the work is done by a process of its own: n_jobs is 2
+        done = run(
+            delayed(_train_share)(networks[p :: len(places)], p, cores, arm, folder) for p in places
+        )
     start_s, end_s, answers, facts = zip(*done, strict=True)
     probability_MNK = np.empty((num_networks, *answers[0][0].shape), np.float32)
     for place, answer in enumerate(answers):
@@ -111,7 +130,9 @@ def _wait_for_all(folder: Path, place: int, num_workers: int) -> None:
     deadline_s = time.monotonic() + READY_WITHIN_S
     while len(os.listdir(folder)) < num_workers:
         if time.monotonic() > deadline_s:
-            raise UserError(f"only some of {num_workers} workers started; give fewer --workers, or free memory")
+            raise UserError(
+                f"only some of {num_workers} workers started; give fewer --workers, or free memory"
+            )
         time.sleep(0.01)
 
 
@@ -135,10 +156,16 @@ def _rows(arms: list[Arm], measured: dict[Arm, Any], label_N: np.ndarray) -> lis
     ]
     for arm in (arms[0], arms[2]):
         single_M, vote, gain, low, high = vote_over_singles(measured[arm][1], label_N)
-        gained = row(f"{arm}: the vote over the mean network, 95 % interval", [100 * gain], "points")
+        gained = row(
+            f"{arm}: the vote over the mean network, 95 % interval", [100 * gain], "points"
+        )
         rows += [
             row(f"{arm}: test accuracy of a network, n networks", (100 * single_M).tolist(), "%"),
-            row(f"{arm}: standard deviation over networks", [100 * float(single_M.std(ddof=1))], "points"),
+            row(
+                f"{arm}: standard deviation over networks",
+                [100 * float(single_M.std(ddof=1))],
+                "points",
+            ),
             row(f"{arm}: test accuracy of their vote", [100 * vote], "%"),
             gained | {"low": 100 * low, "high": 100 * high},
         ]

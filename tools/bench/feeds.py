@@ -46,13 +46,23 @@ def measure_all(records: Path, batch_size: int, seconds: float) -> list[dict[str
     for name in FEEDS:
         if name == "FFCV" and find_spec("ffcv") is None:
             continue
-        command = [sys.executable, "-m", "tools.bench.feeds", name, str(records), str(batch_size), str(seconds)]
+        command = [
+            sys.executable,
+            "-m",
+            "tools.bench.feeds",
+            name,
+            str(records),
+            str(batch_size),
+            str(seconds),
+        ]
         done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
         rows.append(json.loads(done.stdout.splitlines()[-1]))
     return rows
 
 
-def profile_feeds(data: Path | None, batch_size: int, seconds: float, json_file: Path | None, out: Path) -> str:
+def profile_feeds(
+    data: Path | None, batch_size: int, seconds: float, json_file: Path | None, out: Path
+) -> str:
     """The table of all feeds; writes OUT/feeds.json and feeds.png, and the JSON to `json_file`.
 
     Raises:
@@ -65,9 +75,14 @@ def profile_feeds(data: Path | None, batch_size: int, seconds: float, json_file:
     records = data or ensure_sample(World(rank=0, size=1, device=torch.device("cpu"), stream=None))
     check_batch(RunConfig(global_batch=batch_size), open_records(records, in_memory=False), 1)
     frame = pd.DataFrame(measure_all(records, batch_size, seconds))
-    facts = asdict(environment(num_threads=torch.get_num_threads(), allocator="keep_large_blocks", gpu={}))
+    facts = asdict(
+        environment(num_threads=torch.get_num_threads(), allocator="keep_large_blocks", gpu={})
+    )
     tree = {"environment": facts, "batch_size": batch_size, "feeds": frame.to_dict("records")}
-    rates, xlabel = frame["samples_per_s"], f"samples/s, batch {batch_size}: median, lowest and highest epoch"
+    rates, xlabel = (
+        frame["samples_per_s"],
+        f"samples/s, batch {batch_size}: median, lowest and highest epoch",
+    )
     spread = frame[["low", "high"]].sub(rates, axis=0).abs().to_numpy().T
     chart = partial(charts.bars, frame["name"], rates, [*map(number, rates)], xlabel, spread)
     with writing(out):
@@ -75,7 +90,9 @@ def profile_feeds(data: Path | None, batch_size: int, seconds: float, json_file:
         for file in (out / "feeds.json", *([json_file] if json_file else [])):
             write_json(tree, file)
         write_file(out / "feeds.png", charts.draw("feeds", chart).png)
-    shown = frame[["name", "samples_per_s", "order", "first_batch_s", "peak_mib", "cpu_s_per_million"]]
+    shown = frame[
+        ["name", "samples_per_s", "order", "first_batch_s", "peak_mib", "cpu_s_per_million"]
+    ]
     table = shown.to_string(index=False, float_format=number)
     return f"{table}\nwritten: {out / 'feeds.json'}, {out / 'feeds.png'}"
 
@@ -127,15 +144,25 @@ def _pass(batches: Iterable[Any], seconds: float) -> tuple[int, float]:
 
 def _ours(name: str, records: Path, batch_size: int) -> Opened:
     kind, _, augmented = name.partition(" ")
-    settings = {"data.feed": kind, "data.order": "blocked" if kind == "stream" else "exact", "global_batch": batch_size}
+    settings = {
+        "data.feed": kind,
+        "data.order": "blocked" if kind == "stream" else "exact",
+        "global_batch": batch_size,
+    }
     config = override(RunConfig(), settings, name)
-    distortion = AugmentConfig(shift_pixels=2, rotate_degrees=10, shear_degrees=5, scale_fraction=0.1)
+    distortion = AugmentConfig(
+        shift_pixels=2, rotate_degrees=10, shear_degrees=5, scale_fraction=0.1
+    )
     opened = open_for(config.data, records)
     train = opened.split("train")
     order = make_order(config, len(train), rank=0, world_size=1)
     augment = distortion if augmented else None
     feed = make_feed(config.data, train, order, len(opened.classes), torch.device("cpu"), augment)
-    return lambda epoch: (batch.id_B for batch in feed.batches(epoch)), config.data.order, feed.close
+    return (
+        lambda epoch: (batch.id_B for batch in feed.batches(epoch)),
+        config.data.order,
+        feed.close,
+    )
 
 
 def _tensor_dataset(records: Path, batch_size: int) -> Opened:
@@ -144,7 +171,11 @@ def _tensor_dataset(records: Path, batch_size: int) -> Opened:
     tensors = (torch.from_numpy(array) for array in (train.image_NHW, train.label_N))
     data = TensorDataset(*tensors, torch.arange(len(train)))
     # a list, so that closing lets go of the loader, and with it of its workers
-    loaders = [DataLoader(data, batch_size, shuffle=True, drop_last=True, num_workers=2, persistent_workers=True)]
+    loaders = [
+        DataLoader(
+            data, batch_size, shuffle=True, drop_last=True, num_workers=2, persistent_workers=True
+        )
+    ]
     return lambda epoch: (label_B for _, label_B, _ in loaders[0]), "torch's", loaders.clear
 
 
@@ -159,9 +190,19 @@ def _ffcv(records: Path, batch_size: int) -> Opened:
     train = open_records(records).split("train")
     folder = tempfile.TemporaryDirectory()
     path = str(Path(folder.name) / "train.beton")
-    fields = {"image": NDArrayField(np.dtype("uint8"), train.height_width), "label": IntField(), "id": IntField()}
-    DatasetWriter(path, fields, num_workers=1).from_indexed_dataset(_Rows(train.image_NHW, train.label_N))
-    pipelines = {"image": [NDArrayDecoder(), ToTensor()], "label": [IntDecoder(), ToTensor()], "id": [IntDecoder()]}
+    fields = {
+        "image": NDArrayField(np.dtype("uint8"), train.height_width),
+        "label": IntField(),
+        "id": IntField(),
+    }
+    DatasetWriter(path, fields, num_workers=1).from_indexed_dataset(
+        _Rows(train.image_NHW, train.label_N)
+    )
+    pipelines = {
+        "image": [NDArrayDecoder(), ToTensor()],
+        "label": [IntDecoder(), ToTensor()],
+        "id": [IntDecoder()],
+    }
     how = {"num_workers": 2, "order": OrderOption.RANDOM, "os_cache": True, "drop_last": True}
     loader = Loader(path, batch_size, pipelines=pipelines, **how)
     return lambda epoch: (label_B for _, label_B, _ in loader), "FFCV's", folder.cleanup

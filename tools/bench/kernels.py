@@ -38,7 +38,9 @@ class Case(NamedTuple):
 def kernel_rows(world: World, batch: int, repetitions: int, compiled: bool) -> list[dict[str, Any]]:
     """Result lines for every kernel: microseconds of each way, and what the Triton kernel makes of the bandwidth."""
     device = world.device
-    flush = torch.empty(FLUSH_BYTES if device.type == "cuda" else 2**20, dtype=torch.uint8, device=device)
+    flush = torch.empty(
+        FLUSH_BYTES if device.type == "cuda" else 2**20, dtype=torch.uint8, device=device
+    )
     bandwidth = roofline.copy_bandwidth(device)
     rows = [row("copy within the memory", [bandwidth / 1e9], "GB/s")] if bandwidth else []
     for case in _cases(device, batch, compiled):
@@ -83,33 +85,53 @@ def _cases(device: torch.device, batch: int, compiled: bool) -> Iterator[Case]:
     x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
     bias2, logits = layer(64), layer(batch, CLASSES, kind=dtype)
     layers: list[tuple[str, Function, Function, tuple[torch.Tensor, ...]]] = [
-        ("conv_pool_relu", partial(conv_pool_relu, dtype=dtype), partial(_first, dtype=dtype), (image, weight, bias)),
+        (
+            "conv_pool_relu",
+            partial(conv_pool_relu, dtype=dtype),
+            partial(_first, dtype=dtype),
+            (image, weight, bias),
+        ),
         ("bias_pool_relu", bias_pool_relu, _second, (x, bias2)),
         ("softmax_cross_entropy", _fused_loss, _loss, (logits, label)),
     ]
     for name, fused, plain, leaves in layers:
         ways = _ways(plain, fused, compiled)
-        forward: dict[str, Work] = {way: partial(function, *leaves) for way, function in ways.items()}
+        forward: dict[str, Work] = {
+            way: partial(function, *leaves) for way, function in ways.items()
+        }
         yield Case(f"{name} forward", forward, num_bytes[f"{name} forward"])
         backward = {way: _backward(function, leaves) for way, function in ways.items()}
         yield Case(f"{name} backward", backward, num_bytes[f"{name} backward"])
 
 
-def _gathers(image: torch.Tensor, label: torch.Tensor, num_bytes: float, compiled: bool) -> Iterator[Case]:
+def _gathers(
+    image: torch.Tensor, label: torch.Tensor, num_bytes: float, compiled: bool
+) -> Iterator[Case]:
     """One step of one batch, its ids in any order; and the same through drawn matrices."""
     batch, device = len(label), image.device
-    table, step = torch.randperm(batch, device=device)[None], torch.zeros(1, dtype=torch.int64, device=device)
-    matrix = torch.eye(2, 3, device=device).repeat(batch, 1, 1) + 0.05 * torch.randn(batch, 2, 3, device=device)
+    table, step = (
+        torch.randperm(batch, device=device)[None],
+        torch.zeros(1, dtype=torch.int64, device=device),
+    )
+    matrix = torch.eye(2, 3, device=device).repeat(batch, 1, 1) + 0.05 * torch.randn(
+        batch, 2, 3, device=device
+    )
     out = (torch.empty_like(image), torch.empty_like(label), torch.empty_like(table[0]))
     ways = _ways(gather_warp_reference, gather_warp, compiled)
-    for name, given, extra in (("gather_warp", None, 0), ("gather_warp, warped", matrix, 24 * batch)):
+    for name, given, extra in (
+        ("gather_warp", None, 0),
+        ("gather_warp, warped", matrix, 24 * batch),
+    ):
         works: dict[str, Work] = {
-            way: partial(function, image, label, table, step, given, *out) for way, function in ways.items()
+            way: partial(function, image, label, table, step, given, *out)
+            for way, function in ways.items()
         }
         yield Case(name, works, num_bytes + extra)
 
 
-def _ways(plain: Callable[..., Any], fused: Callable[..., Any], compiled: bool) -> dict[str, Callable[..., Any]]:
+def _ways(
+    plain: Callable[..., Any], fused: Callable[..., Any], compiled: bool
+) -> dict[str, Callable[..., Any]]:
     by_compile = {"torch.compile": torch.compile(plain, dynamic=False)} if compiled else {}
     return {"eager": plain, "Triton": fused} | by_compile
 
@@ -121,9 +143,13 @@ def _backward(function: Function, leaves: tuple[torch.Tensor, ...]) -> Work:
     return partial(torch.autograd.grad, y, wanted, grad, retain_graph=True)
 
 
-def _first(image: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _first(
+    image: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
     x = (image[:, None].float() * (1 / 255)).to(dtype)
-    return functional.max_pool2d(functional.conv2d(x, weight.to(dtype), bias.to(dtype), padding=1), 2).relu()
+    return functional.max_pool2d(
+        functional.conv2d(x, weight.to(dtype), bias.to(dtype), padding=1), 2
+    ).relu()
 
 
 def _second(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:

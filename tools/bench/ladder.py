@@ -57,7 +57,13 @@ def make_cells(largest_batch: int, compiled: bool) -> list[Cell]:
 
 
 def climb(
-    cells: list[Cell], records: Records, world: World, *, seconds: float, repetitions: int, budget_s: float
+    cells: list[Cell],
+    records: Records,
+    world: World,
+    *,
+    seconds: float,
+    repetitions: int,
+    budget_s: float,
 ) -> list[str]:
     """Open all cells and measure them in turn; a sentence for each that failed. Repetitions end with the budget."""
     failures: list[str] = []
@@ -71,8 +77,14 @@ def climb(
                     cell.session = open_session(cell.config, records, world)
                 elif cell.session:
                     cell.rates.append(rate(cell.session, seconds))
-            except (RuntimeError, UserError, AssertionError) as error:  # out of memory, refused capture, ...
-                failures.append(f"{cell.name}: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
+            except (
+                RuntimeError,
+                UserError,
+                AssertionError,
+            ) as error:  # out of memory, refused capture, ...
+                failures.append(
+                    f"{cell.name}: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+                )
                 cell.close()
     return failures
 
@@ -87,7 +99,9 @@ def rate(session: Session, seconds: float) -> float:
 def joules(session: Session, seconds: float) -> float | None:
     """J of the whole GPU for a thousand samples, over so many seconds; None where NVML does not tell."""
     batch = session.config.global_batch
-    num_steps = ceil(seconds * measure(session, session.step.steps_per_launch).samples_per_s / batch)
+    num_steps = ceil(
+        seconds * measure(session, session.step.steps_per_launch).samples_per_s / batch
+    )
     measured = measure(session, num_steps, clock.Nvml(session.world.device))
     return measured.energy_j and measured.energy_j / (len(measured.step_ms_S) * batch) * 1000
 
@@ -97,7 +111,13 @@ def rows_of(cells: list[Cell]) -> list[dict[str, Any]]:
     measured = [cell for cell in cells if cell.rates]
     rows = [row(cell.name, cell.rates, "samples/s") for cell in measured]
     for batch in sorted({cell.config.global_batch for cell in measured}):
-        real = [r for r in rows if r["name"].startswith(f"batch {batch}:") and "synthetic" not in r["name"]]
+        real = [
+            r
+            for r in rows
+            if r["name"].startswith(f"batch {batch}:") and "synthetic" not in r["name"]
+        ]
         if real:
-            rows.append(max(real, key=lambda r: float(r["value"])) | {"name": f"best at batch {batch}"})
+            rows.append(
+                max(real, key=lambda r: float(r["value"])) | {"name": f"best at batch {batch}"}
+            )
     return rows

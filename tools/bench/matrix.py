@@ -92,8 +92,14 @@ def read_cells(paths: list[Path], batch: int | None = None) -> tuple[str, list[C
     for path in paths:
         tree = read_toml(path)
         titles.append(tree.get("title", path.stem))
-        cells += _matrix(str(path), tree, batch) if is_matrix(tree) else [config_cell(str(path), flatten(tree), batch)]
-    return ", ".join(titles), [replace(cell, id=f"c{number:03}") for number, cell in enumerate(cells)]
+        cells += (
+            _matrix(str(path), tree, batch)
+            if is_matrix(tree)
+            else [config_cell(str(path), flatten(tree), batch)]
+        )
+    return ", ".join(titles), [
+        replace(cell, id=f"c{number:03}") for number, cell in enumerate(cells)
+    ]
 
 
 def is_matrix(tree: dict[str, Any]) -> bool:
@@ -104,7 +110,12 @@ def config_cell(name: str, settings: dict[str, Any], batch: int | None = None) -
     """A configuration as a cell of one rank, with `batch` instead of its own."""
     global_batch = batch or override(RunConfig(), settings, name).global_batch
     axes = {"batch": global_batch, "ranks": 1}
-    return Cell(id="c000", name=Path(name).stem, axes=axes, settings=settings | {"global_batch": global_batch})
+    return Cell(
+        id="c000",
+        name=Path(name).stem,
+        axes=axes,
+        settings=settings | {"global_batch": global_batch},
+    )
 
 
 def rungs(tree: dict[str, Any], where: str) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
@@ -118,8 +129,12 @@ def rungs(tree: dict[str, Any], where: str) -> Iterator[tuple[dict[str, Any], di
         _check_keys(rung, RUNG_KEYS, {"name", "set"}, f"{where}: a rung")
         base = rung.get("base", before)
         if base not in known or rung["name"] in known:
-            fault = f"base = {base!r} is no rung before it" if base not in known else "is there twice"
-            raise UserError(f"{where}: rung {rung['name']!r}: {fault}; name each rung once, before it is a base")
+            fault = (
+                f"base = {base!r} is no rung before it" if base not in known else "is there twice"
+            )
+            raise UserError(
+                f"{where}: rung {rung['name']!r}: {fault}; name each rung once, before it is a base"
+            )
         before = rung["name"]
         known[before] = known[base] | flatten(rung["set"])
         yield rung, known[before]
@@ -130,7 +145,9 @@ def _matrix(where: str, tree: dict[str, Any], batch: int | None) -> list[Cell]:
     if batch:
         raise UserError(f"{where}: names its batches itself; leave out --batch-size")
     if not tree.get("rung", tree.get("axes")) or ("rung" in tree and "axes" in tree):
-        raise UserError(f"{where}: wants either rungs or axes, at least one; give a [[rung]], or [axes] with a list")
+        raise UserError(
+            f"{where}: wants either rungs or axes, at least one; give a [[rung]], or [axes] with a list"
+        )
     groups = rungs(tree, where) if "rung" in tree else [({}, flatten(tree.get("set", {})))]
     cells = [cell for rung, settings in groups for cell in _group(tree | rung, settings, where)]
     for figures in tree.get("published", []):
@@ -143,21 +160,31 @@ def _group(table: dict[str, Any], settings: dict[str, Any], where: str) -> Itera
 
     What it has of several ranks makes all of it one thread a rank.
     """
-    of_rung = {axis: table[key] for axis, key in (("batch", "batches"), ("ranks", "ranks")) if key in table}
-    axes = {"batch": [table.get("batch", RunConfig().global_batch)], "ranks": [1]} | table.get("axes", of_rung)
+    of_rung = {
+        axis: table[key] for axis, key in (("batch", "batches"), ("ranks", "ranks")) if key in table
+    }
+    axes = {"batch": [table.get("batch", RunConfig().global_batch)], "ranks": [1]} | table.get(
+        "axes", of_rung
+    )
     name, accuracy = table.get("name", ""), table.get("accuracy", False)
     num_steps = _number(table.get("steps", NUM_STEPS), f"{where}: steps")
     repetitions = _number(table.get("repetitions", 1), f"{where}: repetitions")
     for axis, values in axes.items():
         if type(values) is not list or not values:
-            raise UserError(f"{where}: {name or 'axes'}: {axis} is {values!r}; give a list of values")
+            raise UserError(
+                f"{where}: {name or 'axes'}: {axis} is {values!r}; give a list of values"
+            )
         if axis in ("batch", "ranks"):
             [_number(value, f"{where}: {name or 'axes'}: {axis}") for value in values]
     for values in product(*axes.values()):
         chosen = dict(zip(axes, values, strict=True))
-        dotted = settings | {axis: value for axis, value in chosen.items() if axis not in ("batch", "ranks")}
+        dotted = settings | {
+            axis: value for axis, value in chosen.items() if axis not in ("batch", "ranks")
+        }
         if "global_batch" in dotted:
-            raise UserError(f"{where}: sets global_batch, which is batch times ranks here; give batch, samples a rank")
+            raise UserError(
+                f"{where}: sets global_batch, which is batch times ranks here; give batch, samples a rank"
+            )
         dotted["global_batch"] = chosen["batch"] * chosen["ranks"]
         override(RunConfig(), dotted, where)
         varied = [f"{axis} {value}" for axis, value in chosen.items() if len(axes[axis]) > 1]
@@ -178,7 +205,9 @@ def _publish(cells: list[Cell], figures: dict[str, Any], where: str) -> None:
     given = {name: value for name, value in figures.items() if name != "axes"}
     fit = [number for number, cell in enumerate(cells) if cell.axes | figures["axes"] == cell.axes]
     if len(fit) != 1 or cells[fit[0]].published:
-        raise UserError(f"{where}: axes {figures['axes']} fit {len(fit)} cells; name one that has no figures yet")
+        raise UserError(
+            f"{where}: axes {figures['axes']} fit {len(fit)} cells; name one that has no figures yet"
+        )
     cells[fit[0]] = replace(cells[fit[0]], published=given)
 
 
@@ -189,7 +218,9 @@ def _check_keys(table: Any, kinds: dict[str, type], needed: set[str], where: str
         if name not in kinds:
             raise UserError(f"{where}: there is no key {name}; here are {', '.join(kinds)}")
         if type(value) is not kinds[name] and not (kinds[name] is float and type(value) is int):
-            raise UserError(f"{where}: {name} is {value!r}; give a value of type {kinds[name].__name__}")
+            raise UserError(
+                f"{where}: {name} is {value!r}; give a value of type {kinds[name].__name__}"
+            )
     if missing := sorted(needed - table.keys()):
         raise UserError(f"{where}: lacks {', '.join(missing)}; add it")
 
@@ -233,15 +264,23 @@ class Run:
                         write_json(found, self._file(cell, number))
                     if not sys.stderr.isatty():
                         told = found["failed"] or f"{found['samples_per_s']:,.0f} samples/s"
-                        click.echo(printable(f"{done + 1}/{len(todo)} {cell.id} {cell.name}: {told}"))
+                        click.echo(
+                            printable(f"{done + 1}/{len(todo)} {cell.id} {cell.name}: {told}")
+                        )
         finally:
             with writing(self.out):
                 write_json(self.profile(), self.out / "profile.json")
 
     def missing(self, resume: bool) -> list[tuple[Cell, int]]:
         """What this machine can measure, in turn; to resume: what failed, or was not measured as it would be now."""
-        todo = [(cell, number) for cell, number in in_turn(self.cells) if not cell.not_measured(self.num_gpus)]
-        return [job for job in todo if not resume or (self._read(*job) or {"failed": "no"})["failed"]]
+        todo = [
+            (cell, number)
+            for cell, number in in_turn(self.cells)
+            if not cell.not_measured(self.num_gpus)
+        ]
+        return [
+            job for job in todo if not resume or (self._read(*job) or {"failed": "no"})["failed"]
+        ]
 
     def profile(self) -> dict[str, Any]:
         """What there is of this run, as tools/bench/tables.py reads it."""
@@ -249,7 +288,9 @@ class Run:
         for cell in self.cells:
             found = [self._read(cell, number) for number in range(cell.repetitions)]
             kept = ("id", "name", "ladder", "axes", "settings", "published")
-            facts = {name: getattr(cell, name) for name in kept} | {"not_measured": cell.not_measured(self.num_gpus)}
+            facts = {name: getattr(cell, name) for name in kept} | {
+                "not_measured": cell.not_measured(self.num_gpus)
+            }
             cells.append(facts | {"repetitions": [r for r in found if r]})
         return {"format": FORMAT, "title": self.title, "command": command_line(), "cells": cells}
 
@@ -260,9 +301,16 @@ class Run:
         """What the child is told."""
         seed = override(RunConfig(), cell.settings, cell.name).seed + number
         wanted = {"accuracy": cell.accuracy, "num_steps": cell.num_steps, "first": not number}
-        where = {"data": self.data, "device": self.device, "ranks": cell.num_ranks, "num_threads": cell.num_threads}
+        where = {
+            "data": self.data,
+            "device": self.device,
+            "ranks": cell.num_ranks,
+            "num_threads": cell.num_threads,
+        }
         job = {"settings": cell.settings | {"seed": seed}} | wanted | where
-        return job | {"digest": hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:16]}
+        return job | {
+            "digest": hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:16]
+        }
 
     def _read(self, cell: Cell, number: int) -> dict[str, Any] | None:
         """A repetition that was measured as it would be now."""
@@ -278,24 +326,43 @@ class Run:
         with tempfile.TemporaryDirectory() as folder:
             job_file, result = Path(folder) / "job.json", Path(folder) / "repetition.json"
             job_file.write_text(json.dumps(job))
-            failed = _run_child(cell, [str(job_file), str(result)], Path(folder) / "log.txt", self.limit_s)
-            found = {"environment": {}, "effective": {}, "notes": []} if failed else json.loads(result.read_bytes())
+            failed = _run_child(
+                cell, [str(job_file), str(result)], Path(folder) / "log.txt", self.limit_s
+            )
+            found = (
+                {"environment": {}, "effective": {}, "notes": []}
+                if failed
+                else json.loads(result.read_bytes())
+            )
         return {"seed": job["settings"]["seed"], "digest": job["digest"], "failed": failed} | found
 
 
 def module_on_ranks(num_ranks: int, module: str, *words: str) -> list[str]:
     """The command that starts a module under torchrun, on this machine."""
     ranks = f"--nproc-per-node={num_ranks}"
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", ranks, "-m", module, *words]
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        ranks,
+        "-m",
+        module,
+        *words,
+    ]
 
 
 def _run_child(cell: Cell, files: list[str], log: Path, limit_s: float) -> str:
     """Run tools.bench.cell in as many processes as the cell has ranks; one line if that failed, else nothing."""
     alone = [sys.executable, "-m", "tools.bench.cell", *files]
-    command = module_on_ranks(cell.num_ranks, "tools.bench.cell", *files) if cell.num_ranks > 1 else alone
+    command = (
+        module_on_ranks(cell.num_ranks, "tools.bench.cell", *files) if cell.num_ranks > 1 else alone
+    )
     threads = {"OMP_NUM_THREADS": str(cell.num_threads)} if cell.num_threads else {}
     with open(log, "wb") as file:
-        child = subprocess.Popen(command, env=os.environ | threads, stdout=subprocess.DEVNULL, stderr=file)
+        child = subprocess.Popen(
+            command, env=os.environ | threads, stdout=subprocess.DEVNULL, stderr=file
+        )
         try:
             code = child.wait(limit_s)
         except subprocess.TimeoutExpired:

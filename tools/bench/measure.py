@@ -65,7 +65,9 @@ def measure(session: Session, num_steps: int, nvml: Nvml = UNREAD) -> Measured:
     after_j = nvml.energy_j()
     launch_ms = [_elapsed_ms(a, b) for a, b in pairwise(marks)]
     return Measured(
-        step_ms_S=np.concatenate([np.full(n, ms / n) for n, ms in zip(sizes, launch_ms, strict=True)]),
+        step_ms_S=np.concatenate(
+            [np.full(n, ms / n) for n, ms in zip(sizes, launch_ms, strict=True)]
+        ),
         wait_ms=wait_s * 1000,
         samples_per_s=done * session.config.global_batch / (sum(launch_ms) / 1000),
         gpu_utilisation_percent=utilisation_percent,

@@ -71,8 +71,15 @@ class Verdict:
 
 
 def config_of(precision: str, settings: dict[str, Any] | None = None) -> RunConfig:
-    common = {"global_batch": BATCH, "epochs": EPOCHS, "optim.learning_rate": 5e-4, "data.feed": "resident"}
-    return override(RunConfig(), common | {"step.precision": precision} | (settings or {}), "parity")
+    common = {
+        "global_batch": BATCH,
+        "epochs": EPOCHS,
+        "optim.learning_rate": 5e-4,
+        "data.feed": "resident",
+    }
+    return override(
+        RunConfig(), common | {"step.precision": precision} | (settings or {}), "parity"
+    )
 
 
 def few(records: Records) -> Records:
@@ -85,32 +92,44 @@ def state_of(step: TrainStep, losses: list[np.ndarray]) -> State:
     """What training left, copied to the CPU; names begin with their group."""
     state = {"loss": torch.from_numpy(np.concatenate(losses)), "counters": step.counter_21}
     scaler = step.scaler.state_dict()
-    state["scaler"] = torch.tensor([float(scaler[key]) for key in ("scale", "_growth_tracker") if key in scaler])
+    state["scaler"] = torch.tensor(
+        [float(scaler[key]) for key in ("scale", "_growth_tracker") if key in scaler]
+    )
     for name, parameter in step.model.named_parameters():
         assert parameter.grad is not None
         state |= {f"parameters {name}": parameter, f"gradients {name}": parameter.grad}
         for key, value in step.optimizer.state[parameter].items():
             state[f"optimiser {name} {key}"] = value
     state |= {f"parameters {name}": buffer for name, buffer in step.model.named_buffers()}
-    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
+    return {
+        name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()
+    }
 
 
 def trained(config: RunConfig, records: Records, world: World) -> State:
     with closing(open_session(config, records, world)) as session:
         if (session.config.step, session.config.kernels) != (config.step, config.kernels):
-            raise UserError(f"parity cannot be shown here: {session.notes[0]}; name another --precision or --device")
+            raise UserError(
+                f"parity cannot be shown here: {session.notes[0]}; name another --precision or --device"
+            )
         return state_of(session.step, train_epochs(session, range(EPOCHS)))
 
 
 def resumed(config: RunConfig, records: Records, world: World) -> State:
     """Trained, saved after the first epoch, and gone on with by another session, which read it back."""
     marks: dict[str, Any] = {"digest": config.digest(), "fingerprint": records.fingerprint}
-    unknown: dict[str, Any] = {"train_s": 0.0, "best_val_accuracy_fraction": None, "time_to_target_s": None}
+    unknown: dict[str, Any] = {
+        "train_s": 0.0,
+        "best_val_accuracy_fraction": None,
+        "time_to_target_s": None,
+    }
     position = Position(num_epochs=1, num_steps=STEPS, **unknown)
     with tempfile.TemporaryDirectory() as folder:
         with closing(open_session(config, records, world)) as session:
             losses, step = train_epochs(session, range(1)), session.step
-            save_checkpoint(Path(folder), position, step.model, step.optimizer, step.scaler, **marks)
+            save_checkpoint(
+                Path(folder), position, step.model, step.optimizer, step.scaler, **marks
+            )
         with closing(open_session(config, records, world)) as session:
             step = session.step
             load_checkpoint(Path(folder), step.model, step.optimizer, step.scaler, **marks)
@@ -135,28 +154,44 @@ def differences(got: State, wanted: State) -> dict[str, float]:
 def parity(records: Records, world: World, precisions: list[str]) -> Iterator[Verdict]:
     """A verdict for each precision and variant; what needs a GPU, or more of them, is said to be missing."""
     records, on_gpu = few(records), world.device.type == "cuda"
-    references = {precision: trained(config_of(precision), records, world) for precision in precisions}
+    references = {
+        precision: trained(config_of(precision), records, world) for precision in precisions
+    }
     plain: list[tuple[str, dict[str, Any], Callable[..., State]]] = [
         ("eager, again", {}, trained),
         (f"{K} steps a launch, not captured", {"step.steps_per_graph": K}, trained),
         ("one CUDA graph a step", {"step.cuda_graphs": True}, trained),
-        (f"one CUDA graph of {K} steps", {"step.cuda_graphs": True, "step.steps_per_graph": K}, trained),
+        (
+            f"one CUDA graph of {K} steps",
+            {"step.cuda_graphs": True, "step.steps_per_graph": K},
+            trained,
+        ),
         ("Triton kernels", {"kernels.use": "triton"}, trained),
         (f"Triton kernels, one CUDA graph of {K} steps", FUSED, trained),
         ("resumed at an epoch's end", {}, resumed),
-        (f"resumed, {K} steps a launch", {"step.steps_per_graph": K, "step.cuda_graphs": on_gpu}, resumed),
+        (
+            f"resumed, {K} steps a launch",
+            {"step.steps_per_graph": K, "step.cuda_graphs": on_gpu},
+            resumed,
+        ),
     ]
     for precision, reference in references.items():
         for name, settings, work in plain:
             why = cannot_fuse(world.device) if "kernels.use" in settings else ""
             if settings.get("step.cuda_graphs") and not on_gpu:
                 why = "there is no GPU"
-            found = {} if why else differences(work(config_of(precision, settings), records, world), reference)
+            found = (
+                {}
+                if why
+                else differences(work(config_of(precision, settings), records, world), reference)
+            )
             yield Verdict(precision, name, found, on_gpu, why)
     num_gpus = torch.cuda.device_count()
     for num_ranks, (name, _) in RANKS.items():
         if on_gpu and num_gpus < num_ranks:
-            yield from (Verdict(p, name, {}, True, f"there are {num_gpus} GPUs") for p in precisions)
+            yield from (
+                Verdict(p, name, {}, True, f"there are {num_gpus} GPUs") for p in precisions
+            )
             continue
         with tempfile.TemporaryDirectory() as folder:
             _run_ranks(num_ranks, Path(folder), world.device.type, precisions)
@@ -166,9 +201,13 @@ def parity(records: Records, world: World, precisions: list[str]) -> Iterator[Ve
 
 
 def _run_ranks(num_ranks: int, folder: Path, device: str, precisions: list[str]) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // num_ranks))}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // num_ranks))
+    }
     command = module_on_ranks(num_ranks, "tools.bench.parity", str(folder), device, *precisions)
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
     if done.returncode:
         raise RuntimeError(f"{num_ranks} ranks failed:\n{done.stderr}")
 

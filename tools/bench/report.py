@@ -23,7 +23,15 @@ from tools.bench import charts
 from tools.bench.charts import Line, Picture
 from tools.bench.confusion import class_table, glyph, lookalikes, matrices
 from tools.bench.results import markdown_table, number
-from tools.bench.tables import MEASURED, RATE, cells_frame, epochs_frame, good, parts_frame, read_profile
+from tools.bench.tables import (
+    MEASURED,
+    RATE,
+    cells_frame,
+    epochs_frame,
+    good,
+    parts_frame,
+    read_profile,
+)
 
 TEMPLATE = Path(__file__).with_name("report.html")
 EXTRA = {
@@ -37,7 +45,14 @@ HEADINGS = {
     RATE: "samples/s", f"{RATE}_p10": "p10", f"{RATE}_p90": "p90", LOW: "95 % from", HIGH: "to", "num": "n",
     "batch": "batch a rank", "energy_j_per_ksample": "J a 1,000 samples", "gain": "over the rung before",
 }  # fmt: skip
-UNITS = {"ms": " (ms)", "s": " (s)", "gib": " (GiB)", "w": " (W)", "percent": " (%)", "fraction": ""}
+UNITS = {
+    "ms": " (ms)",
+    "s": " (s)",
+    "gib": " (GiB)",
+    "w": " (W)",
+    "percent": " (%)",
+    "fraction": "",
+}
 
 
 @dataclass(frozen=True)
@@ -59,7 +74,10 @@ class Section:
     @property
     def rows(self) -> Iterator[list[str]]:
         for values in self.frame.itertuples(index=False, name=None):
-            yield [show(column, value) for column, value in zip(self.frame.columns, values, strict=True)]
+            yield [
+                show(column, value)
+                for column, value in zip(self.frame.columns, values, strict=True)
+            ]
 
     @cached_property
     def columns(self) -> list[tuple[str, bool]]:
@@ -81,7 +99,9 @@ def write_report(folder: Path, out: Path) -> Path:
         page_text, markdown_page = page(profile, sections), markdown(profile, sections)
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         what = f"{type(error).__name__}: {error}"
-        raise UserError(f"{folder}: not as `tools/profile run` writes it ({what}); make it anew") from error
+        raise UserError(
+            f"{folder}: not as `tools/profile run` writes it ({what}); make it anew"
+        ) from error
     figures = out / "figures"
     with writing(out):
         figures.mkdir(parents=True, exist_ok=True)
@@ -98,7 +118,11 @@ def write_report(folder: Path, out: Path) -> Path:
 def make_sections(profile: dict[str, Any]) -> list[Section]:
     """All sections, those without data with an empty table."""
     frame = cells_frame(profile)
-    axes = [c for c in frame.columns if c in {axis for cell in profile["cells"] for axis in cell["axes"]}]
+    axes = [
+        c
+        for c in frame.columns
+        if c in {axis for cell in profile["cells"] for axis in cell["axes"]}
+    ]
     others = [axis for axis in axes if axis not in ("batch", "ranks")] + ["device"]
     return [
         _ladder(frame), _batches(frame, others), _ranks(frame, others),
@@ -125,8 +149,12 @@ def _ladder(frame: pd.DataFrame) -> Section:
         "(bootstrap over 3 repetitions or more) and the gain over the rung before."
     )
     spread = rungs[[LOW, HIGH]].sub(rungs[RATE], axis=0).abs().to_numpy().T
-    make = partial(charts.bars, rungs["name"], rungs[RATE], texts, "samples/s over all ranks", spread)
-    return Section("ladder", "The ladder", seen, rungs[["name", "num", RATE, LOW, HIGH, "gain"]], make)
+    make = partial(
+        charts.bars, rungs["name"], rungs[RATE], texts, "samples/s over all ranks", spread
+    )
+    return Section(
+        "ladder", "The ladder", seen, rungs[["name", "num", RATE, LOW, HIGH, "gain"]], make
+    )
 
 
 def _batches(frame: pd.DataFrame, others: list[str]) -> Section:
@@ -134,14 +162,20 @@ def _batches(frame: pd.DataFrame, others: list[str]) -> Section:
     known = known[known["ranks"] == known["ranks"].min()]
     drawn = _lines(known, "batch", RATE, others)
     seen = "Median throughput of training steps over the samples in a rank's batch, at the smallest number of ranks."
-    table = known[["name", "batch", "ranks", "num", RATE, f"{RATE}_p10", f"{RATE}_p90"]].head(len(drawn) and len(known))
-    make = partial(charts.lines, [("samples/s over all ranks", drawn, "")], "samples in a rank's batch")
+    table = known[["name", "batch", "ranks", "num", RATE, f"{RATE}_p10", f"{RATE}_p90"]].head(
+        len(drawn) and len(known)
+    )
+    make = partial(
+        charts.lines, [("samples/s over all ranks", drawn, "")], "samples in a rank's batch"
+    )
     return Section("batches", "Throughput over batch size", seen, table, make)
 
 
 def _ranks(frame: pd.DataFrame, others: list[str]) -> Section:
     known = frame[frame["speedup"].notna()].sort_values("batch", ascending=False, kind="stable")
-    speedups, shares = (_lines(known, "ranks", y, [*others, "batch"]) for y in ("speedup", "efficiency"))
+    speedups, shares = (
+        _lines(known, "ranks", y, [*others, "batch"]) for y in ("speedup", "efficiency")
+    )
     seen = (
         "Speed-up over the cell that has one rank and is the same in all else, batch a rank and device included (on a "
         "CPU also threads a rank), and the efficiency it means; dashed is the ideal."
@@ -149,11 +183,21 @@ def _ranks(frame: pd.DataFrame, others: list[str]) -> Section:
     panels = [("speed-up over 1 rank (x)", speedups, "linear"), ("efficiency (%)", shares, "one")]
     columns = ["name", "batch", "ranks", RATE, "speedup", "efficiency"]
     make = partial(charts.lines, panels, "ranks")
-    return Section("ranks", "Speed-up over ranks", seen, known[columns].head(len(speedups) and len(known)), make)
+    return Section(
+        "ranks",
+        "Speed-up over ranks",
+        seen,
+        known[columns].head(len(speedups) and len(known)),
+        make,
+    )
 
 
-def _stacked(key: str, title: str, seen: str, parts: pd.DataFrame, frame: pd.DataFrame, unit: str) -> Section:
-    wide = parts.pivot(index="id", columns="part", values="value")[list(dict.fromkeys(parts["part"]))]
+def _stacked(
+    key: str, title: str, seen: str, parts: pd.DataFrame, frame: pd.DataFrame, unit: str
+) -> Section:
+    wide = parts.pivot(index="id", columns="part", values="value")[
+        list(dict.fromkeys(parts["part"]))
+    ]
     cells = frame[frame["id"].isin(wide.index)].set_index("id")
     bars = wide.loc[_few(cells).index].set_axis(_few(cells)["name"])
     table = cells[["name"]].join(wide.add_suffix(f" ({unit.split()[0]})"))
@@ -172,7 +216,10 @@ def _roofline(frame: pd.DataFrame) -> Section:
 def _learning(profile: dict[str, Any]) -> Section:
     epochs = epochs_frame(profile)
     groups = [group for _, group in epochs.groupby("id", sort=False)]
-    drawn = [Line(g["name"].iloc[0], list(g["train_s"]), list(g["val_accuracy_fraction"])) for g in groups]
+    drawn = [
+        Line(g["name"].iloc[0], list(g["train_s"]), list(g["val_accuracy_fraction"]))
+        for g in groups
+    ]
     seen = "Accuracy on the validation split after each epoch over training time without evaluation; first repetition."
     panels = [("validation accuracy (%)", drawn[: charts.MOST], "")]
     make = partial(charts.lines, panels, "training time (s)", log_x=False)
@@ -181,7 +228,9 @@ def _learning(profile: dict[str, Any]) -> Section:
 
 def _target(frame: pd.DataFrame) -> Section:
     known = frame[frame["time_to_target_s"].notna()]
-    table = known[["name", "num", "time_to_target_s", "val_accuracy_fraction", "test_accuracy_fraction"]]
+    table = known[
+        ["name", "num", "time_to_target_s", "val_accuracy_fraction", "test_accuracy_fraction"]
+    ]
     seen = "Training time until the validation split first reached the accuracy asked for; median of the repetitions."
     make = partial(_bars, _few(known), "time_to_target_s", "training time (s)")
     return Section("target", "Time to accuracy", seen, table, make)
@@ -189,7 +238,9 @@ def _target(frame: pd.DataFrame) -> Section:
 
 def _confusion(profile: dict[str, Any]) -> Iterator[Section]:
     """Of the first cell that has one."""
-    found = ((c["name"], r["confusion"]) for c in profile["cells"] for r in good(c) if r.get("confusion"))
+    found = (
+        (c["name"], r["confusion"]) for c in profile["cells"] for r in good(c) if r.get("confusion")
+    )
     for name, confusion in [*found][:1]:
         classes = confusion["classes"]
         count_TR, share_TR = matrices(confusion)
@@ -199,22 +250,33 @@ def _confusion(profile: dict[str, Any]) -> Iterator[Section]:
         yield Section("classes", "Per-class accuracy", seen, table, make)
         table, chosen = lookalikes(classes, count_TR, NUM_MATRIX)
         seen = f"What the first repetition of “{name}” read in place of characters that look alike; below, test images."
-        make = partial(charts.matrix, share_TR[np.ix_(chosen, chosen)], [classes[number] for number in chosen])
+        make = partial(
+            charts.matrix, share_TR[np.ix_(chosen, chosen)], [classes[number] for number in chosen]
+        )
         glyphs = [glyph(example, classes, count_TR) for example in confusion["examples"]]
         yield Section("lookalikes", "Look-alikes", seen, table, make, glyphs)
 
 
 def _published(profile: dict[str, Any], frame: pd.DataFrame) -> Section:
-    theirs = pd.DataFrame([cell["published"] or {} for cell in profile["cells"]]).add_prefix("published ")
+    theirs = pd.DataFrame([cell["published"] or {} for cell in profile["cells"]]).add_prefix(
+        "published "
+    )
     ours = frame[["name", "device", RATE, "train_s", "test_accuracy_fraction"]]
-    table = ours.replace({"device": {"": "not measured here"}}).join(theirs)[theirs.notna().any(axis=1)]
+    table = ours.replace({"device": {"": "not measured here"}}).join(theirs)[
+        theirs.notna().any(axis=1)
+    ]
     seen = "Published figures as their source gives them, beside ours; the hardware differs, so no ratio is drawn."
     return Section("published", "Published figures", seen, table)
 
 
 def _failures(profile: dict[str, Any]) -> Section:
     cells = profile["cells"]
-    rows = [(c["name"], f"seed {r['seed']}: {r['failed']}") for c in cells for r in c["repetitions"] if r["failed"]]
+    rows = [
+        (c["name"], f"seed {r['seed']}: {r['failed']}")
+        for c in cells
+        for r in c["repetitions"]
+        if r["failed"]
+    ]
     rows += [(c["name"], c["not_measured"]) for c in cells if c["not_measured"]]
     seen = "Repetitions that failed, and cells that cannot be measured here."
     return Section("failures", "Not measured", seen, pd.DataFrame(rows, columns=["name", "why"]))
@@ -229,7 +291,12 @@ def _circumstances(profile: dict[str, Any]) -> Section:
         which = f" of machine {place}" if len(distinct) > 1 else ""
         rows += [(name + which, str(value)) for name, value in facts.items() if value is not None]
     seen = "The command, what the runs noted, and machine and versions of the repetitions."
-    return Section("circumstances", "Circumstances", seen, pd.DataFrame(rows, columns=["circumstance", "value"]))
+    return Section(
+        "circumstances",
+        "Circumstances",
+        seen,
+        pd.DataFrame(rows, columns=["circumstance", "value"]),
+    )
 
 
 def _extras(folder: Path) -> Iterator[Section]:
@@ -238,9 +305,13 @@ def _extras(folder: Path) -> Iterator[Section]:
         if (path := folder / name).exists():
             try:
                 content = clean(parse_json(path.read_bytes(), name))
-                yield Section(key, title, f"{content.get('title', title)}.", pd.DataFrame(content[rows]))
+                yield Section(
+                    key, title, f"{content.get('title', title)}.", pd.DataFrame(content[rows])
+                )
             except (OSError, Damaged, KeyError, TypeError, ValueError, AttributeError):
-                raise UserError(f"{path}: holds no table `{rows}`; make it anew, or remove it") from None
+                raise UserError(
+                    f"{path}: holds no table `{rows}`; make it anew, or remove it"
+                ) from None
 
 
 def _few(cells: pd.DataFrame) -> pd.DataFrame:
@@ -263,7 +334,10 @@ def _lines(frame: pd.DataFrame, x: str, y: str, keys: list[str]) -> list[Line]:
     for _, group in frame.groupby(keys, dropna=False, sort=False):
         points = group.groupby(x)[y].median()
         values = [(key.rpartition(".")[2], group[key].iloc[0]) for key in varying]
-        name = ", ".join(value if isinstance(value, str) else f"{key} {show(key, value)}" for key, value in values)
+        name = ", ".join(
+            value if isinstance(value, str) else f"{key} {show(key, value)}"
+            for key, value in values
+        )
         if len(points) > 1:
             drawn.append(Line(name, list(points.index), list(points)))
     return drawn[: charts.MOST]
@@ -298,23 +372,40 @@ def show(column: str, value: Any) -> str:
 
 def page(profile: dict[str, Any], sections: list[Section]) -> str:
     """The report as one HTML page that loads nothing and runs nothing."""
-    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(TEMPLATE.read_text())
-    return template.render(title=profile["title"], facts=_facts(cells_frame(profile)), sections=sections, charts=charts)
+    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
+        TEMPLATE.read_text()
+    )
+    return template.render(
+        title=profile["title"], facts=_facts(cells_frame(profile)), sections=sections, charts=charts
+    )
 
 
 def _facts(frame: pd.DataFrame) -> list[tuple[str, str]]:
     """The few figures to see first."""
     known = frame[frame[RATE].notna()]
-    rungs, several = known[known["ladder"]], known[(known["ranks"] > 1) & known["efficiency"].notna()]
+    rungs, several = (
+        known[known["ladder"]],
+        known[(known["ranks"] > 1) & known["efficiency"].notna()],
+    )
     best, facts = known.nlargest(1, RATE), []
-    facts += [(number(rate), f"samples/s at most: {name}") for rate, name in zip(best[RATE], best["name"], strict=True)]
+    facts += [
+        (number(rate), f"samples/s at most: {name}")
+        for rate, name in zip(best[RATE], best["name"], strict=True)
+    ]
     if len(rungs) > 1 and rungs["device"].nunique() == 1:
         gain = rungs[RATE].iloc[-1] / rungs[RATE].iloc[0]
         facts.append((f"{gain:.2f} x", "from the ladder's first rung to its last"))
     for _, cell in several.nlargest(1, ["ranks", "efficiency"]).iterrows():
-        facts.append((f"{100 * cell['efficiency']:.0f} %", f"best efficiency of {cell['ranks']} ranks"))
+        facts.append(
+            (f"{100 * cell['efficiency']:.0f} %", f"best efficiency of {cell['ranks']} ranks")
+        )
     if known["test_accuracy_fraction"].notna().any():
-        facts.append((f"{100 * known['test_accuracy_fraction'].max():.2f} %", "test accuracy of the best cell"))
+        facts.append(
+            (
+                f"{100 * known['test_accuracy_fraction'].max():.2f} %",
+                "test accuracy of the best cell",
+            )
+        )
     return facts
 
 
@@ -327,7 +418,10 @@ def markdown(profile: dict[str, Any], sections: list[Section]) -> str:
             lines += [f"![{section.title}](figures/{section.key}.svg)", ""]
         head = f"| {' | '.join(markdown_text(name) for name, _ in section.columns)} |"
         align = "".join("r" if is_number else "l" for _, is_number in section.columns)
-        lines += [*markdown_table(head, align, (map(markdown_text, row) for row in section.rows)), ""]
+        lines += [
+            *markdown_table(head, align, (map(markdown_text, row) for row in section.rows)),
+            "",
+        ]
     return "\n".join(lines)
 
 
@@ -340,6 +434,10 @@ def csv_text(frame: pd.DataFrame) -> str:
     """The table as CSV; a text that a spreadsheet would take for a formula gets a ' before it."""
 
     def guard(value: Any) -> Any:
-        return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@")) else value
+        return (
+            f"'{value}"
+            if isinstance(value, str) and value.startswith(("=", "+", "-", "@"))
+            else value
+        )
 
     return frame.map(guard).rename(columns=guard).to_csv(index=False, lineterminator="\n")

@@ -15,7 +15,13 @@ from engine.report import Environment, command_line, write_json
 
 def row(name: str, values: list[float], unit: str) -> dict[str, Any]:
     """A result line from repetitions."""
-    figures = {"value": median(values), "unit": unit, "low": min(values), "high": max(values), "n": len(values)}
+    figures = {
+        "value": median(values),
+        "unit": unit,
+        "low": min(values),
+        "high": max(values),
+        "n": len(values),
+    }
     return {"name": name} | figures
 
 
@@ -26,7 +32,12 @@ def claim(text: str, measured: float, wanted: float, at_most: bool = False) -> d
 
 
 def write_result(
-    path: Path, *, title: str, environment: Environment, rows: list[dict[str, Any]], claims: list[dict[str, Any]]
+    path: Path,
+    *,
+    title: str,
+    environment: Environment,
+    rows: list[dict[str, Any]],
+    claims: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """Write a result file, and return it; its command is this process's, though a child may have measured."""
     facts = asdict(environment) | {"command": command_line()}
@@ -41,19 +52,34 @@ def to_markdown(result: dict[str, Any], source: str) -> str:
     facts, rows, claims = result["environment"], result["rows"], result.get("claims")
     commit = facts["commit"][:12]
     if "tried" in rows[0]:
-        title, machine = "Reliability of packing and records", f"{facts['cpu_name']}, commit {commit}"
+        title, machine = (
+            "Reliability of packing and records",
+            f"{facts['cpu_name']}, commit {commit}",
+        )
         head, align = "| row | what is done to them | tried | failed | seconds |", "llrrr"
-        cells = [(r["row"], r["what"], f"{r['tried']:,}", f"{r['failed']:,}", f"{r['seconds']:.0f}") for r in rows]
+        cells = [
+            (r["row"], r["what"], f"{r['tried']:,}", f"{r['failed']:,}", f"{r['seconds']:.0f}")
+            for r in rows
+        ]
     else:
-        title, machine = result["title"], _machine(facts) + f"; commit {commit}{' with changes' * bool(facts['dirty'])}"
+        title, machine = (
+            result["title"],
+            _machine(facts) + f"; commit {commit}{' with changes' * bool(facts['dirty'])}",
+        )
         head, align = "| result | median | low | high | n | unit |", "lrrrrl"
-        cells = [(r["name"], *(number(r[k]) for k in ("value", "low", "high")), r["n"], r["unit"]) for r in rows]
+        cells = [
+            (r["name"], *(number(r[k]) for k in ("value", "low", "high")), r["n"], r["unit"])
+            for r in rows
+        ]
     lines = [f"## {title}", "", f"{machine}; `{facts['command']}`; file `{source}`", ""]
     lines += markdown_table(head, align, cells)
     if claims:
         wanted = [f"{'at most ' * c.get('at_most', False)}{number(c['wanted'])}" for c in claims]
         mets = ["yes" if c["met"] else "**no**" for c in claims]
-        reached = [(c["claim"], number(c["measured"]), w, m) for c, w, m in zip(claims, wanted, mets, strict=True)]
+        reached = [
+            (c["claim"], number(c["measured"]), w, m)
+            for c, w, m in zip(claims, wanted, mets, strict=True)
+        ]
         lines += ["", *markdown_table("| must reach | measured | wanted | met |", "lrrl", reached)]
     return "\n".join(lines) + "\n"
 
@@ -63,7 +89,9 @@ def _machine(facts: dict[str, Any]) -> str:
     if facts["gpu_power_limit_w"]:
         limit_w, driver, cuda = facts["gpu_power_limit_w"], facts["gpu_driver"], facts["cuda"]
         machine += f", power limit {limit_w:.0f} W, driver {driver}, CUDA {cuda}"
-    versions = ", ".join(f"{name} {facts[name.lower()]}" for name in ("torch", "triton", "DALI", "Python"))
+    versions = ", ".join(
+        f"{name} {facts[name.lower()]}" for name in ("torch", "triton", "DALI", "Python")
+    )
     return f"{machine}; {versions}; allocator: {facts['allocator']}"
 
 

@@ -48,8 +48,14 @@ class Shapes:
     kernels/ keep a code of 3 bits of a pooled value: which of four won, and whether it passed.
     """
 
-    def __init__(self, height: int, width: int, num_classes: int, item_bytes: int = 2, code_bits: int = 3) -> None:
-        area, half, quarter = height * width, (height // 2) * (width // 2), (height // 4) * (width // 4)
+    def __init__(
+        self, height: int, width: int, num_classes: int, item_bytes: int = 2, code_bits: int = 3
+    ) -> None:
+        area, half, quarter = (
+            height * width,
+            (height // 2) * (width // 2),
+            (height // 4) * (width // 4),
+        )
         pooled1, pooled2 = half * CONV1_CHANNELS, quarter * CONV2_CHANNELS
         self.pixels = area
         self.image = area * item_bytes  # normalised
@@ -91,7 +97,10 @@ def kernels(s: Shapes) -> list[Work]:
         Work("softmax_cross_entropy forward", s.logits + 1, s.logits + 8),
         Work("softmax_cross_entropy backward", s.logits, s.logits),
         Work(
-            "gradients of the linear layers", s.pool2 + 2 * s.hidden + s.logits, s.pool2 + s.hidden, 2 * s.linear_flops
+            "gradients of the linear layers",
+            s.pool2 + 2 * s.hidden + s.logits,
+            s.pool2 + s.hidden,
+            2 * s.linear_flops,
         ),
         Work("bias_pool_relu backward", s.pool2 + s.code2, s.conv2),
         Work("conv2 input gradient", s.conv2, s.pool1, s.conv2_flops),
@@ -112,7 +121,9 @@ def eager(s: Shapes) -> list[Work]:
         Work("conv2 and its bias", s.pool1 + s.conv2, 2 * s.conv2, s.conv2_flops),
         Work("pool 2", s.conv2, s.pool2 + s.index2),
         Work("ReLU 2", s.pool2, s.pool2),
-        Work("linear layers, ReLU", s.pool2 + 3 * s.hidden, 2 * s.hidden + s.logits, s.linear_flops),
+        Work(
+            "linear layers, ReLU", s.pool2 + 3 * s.hidden, 2 * s.hidden + s.logits, s.linear_flops
+        ),
         Work("softmax, loss", 5 * s.logits, 5 * s.logits),
         Work(
             "gradients of linear layers",
@@ -137,7 +148,10 @@ def predicted_s(works: Iterable[Work], bandwidth_bytes_per_s: float, flops_per_s
 
 def peak_flops(device_name: str | None, precision: str) -> float | None:
     """FLOP/s of the device in this precision; None for one that is not listed."""
-    return next((peaks[precision] for part, peaks in PEAK_FLOPS.items() if part in (device_name or "")), None)
+    return next(
+        (peaks[precision] for part, peaks in PEAK_FLOPS.items() if part in (device_name or "")),
+        None,
+    )
 
 
 def roofline_fraction(samples_per_s: float, device_name: str | None, precision: str,
@@ -150,7 +164,9 @@ def roofline_fraction(samples_per_s: float, device_name: str | None, precision: 
     peak = peak_flops(device_name, precision)
     if peak is None or bandwidth_bytes_per_s is None:
         return None
-    works = floor(Shapes(*shape, item_bytes=2 if precision in ("bf16", "fp16") else 4, code_bits=FLOOR_BITS))
+    works = floor(
+        Shapes(*shape, item_bytes=2 if precision in ("bf16", "fp16") else 4, code_bits=FLOOR_BITS)
+    )
     return samples_per_s * predicted_s(works, bandwidth_bytes_per_s, peak)
 
 
@@ -171,12 +187,18 @@ def table(height: int, width: int, num_classes: int) -> str:
     """The bytes of a sample in bf16 as Markdown; README shows it, and a test holds it to this."""
     sizes, fewest = (Shapes(height, width, num_classes, code_bits=bits) for bits in (3, FLOOR_BITS))
     rows = [
-        (w.name, f"{w.read_bytes:,.0f}", f"{w.write_bytes:,.0f}", f"{w.num_bytes / 1000:.1f}") for w in kernels(sizes)
+        (w.name, f"{w.read_bytes:,.0f}", f"{w.write_bytes:,.0f}", f"{w.num_bytes / 1000:.1f}")
+        for w in kernels(sizes)
     ]
     sums = {
         "**in all**": kernels(sizes),
         "PyTorch's own operations, one after the other": eager(sizes),
         "the floor: eight kernels that fuse all that can be": floor(fewest),
     }
-    rows += [(name, "", "", f"{sum(w.num_bytes for w in works) / 1000:.0f}") for name, works in sums.items()]
-    return "\n".join(markdown_table("| kernel | reads | writes | KB a sample |", "lrrr", rows)) + "\n"
+    rows += [
+        (name, "", "", f"{sum(w.num_bytes for w in works) / 1000:.0f}")
+        for name, works in sums.items()
+    ]
+    return (
+        "\n".join(markdown_table("| kernel | reads | writes | KB a sample |", "lrrr", rows)) + "\n"
+    )

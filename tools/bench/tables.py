@@ -35,9 +35,13 @@ def read_profile(folder: Path) -> dict[str, Any]:
         profile: dict[str, Any] = parse_json(path.read_bytes(), path.name)
         assert profile["format"] == FORMAT and profile["cells"]
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); name a folder of `tools/profile run`") from None
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); name a folder of `tools/profile run`"
+        ) from None
     except (Damaged, AssertionError, KeyError, TypeError):
-        raise UserError(f"{path}: is no profile of format {FORMAT}; make it anew with `tools/profile run`") from None
+        raise UserError(
+            f"{path}: is no profile of format {FORMAT}; make it anew with `tools/profile run`"
+        ) from None
     return profile
 
 
@@ -106,17 +110,36 @@ def _cell(cell: dict[str, Any]) -> dict[str, Any]:
     done = good(cell)
     figures = pd.DataFrame(done, columns=[RATE, *MEASURED]).astype(float)
     rates = figures.pop(RATE)
-    row = {"id": cell["id"], "name": cell["name"], "ladder": cell["ladder"], "batch": np.nan, "ranks": 1}
-    row |= cell["axes"] | {"device": " + ".join(sorted({device(r) for r in done})), "num": len(done)}
-    row |= {RATE: rates.median(), f"{RATE}_p10": rates.quantile(0.1), f"{RATE}_p90": rates.quantile(0.9)}
+    row = {
+        "id": cell["id"],
+        "name": cell["name"],
+        "ladder": cell["ladder"],
+        "batch": np.nan,
+        "ranks": 1,
+    }
+    row |= cell["axes"] | {
+        "device": " + ".join(sorted({device(r) for r in done})),
+        "num": len(done),
+    }
+    row |= {
+        RATE: rates.median(),
+        f"{RATE}_p10": rates.quantile(0.1),
+        f"{RATE}_p90": rates.quantile(0.9),
+    }
     row[f"{RATE}_low95"], row[f"{RATE}_high95"] = interval95(rates.to_numpy())
     return row | figures.median().to_dict()
 
 
 def _like(cell: dict[str, Any]) -> str:
     """What two cells have in common whose ranks may be compared."""
-    same = {k: v for k, v in (cell["settings"] | cell["axes"]).items() if k not in ("ranks", "global_batch")}
+    same = {
+        k: v
+        for k, v in (cell["settings"] | cell["axes"]).items()
+        if k not in ("ranks", "global_batch")
+    }
     done = good(cell)
     facts = done[0]["environment"] if done else {}
     threads = None if facts.get("gpu_name") else facts.get("num_threads")
-    return json.dumps([same, sorted({device(r) for r in done}), threads], sort_keys=True, default=str)
+    return json.dumps(
+        [same, sorted({device(r) for r in done}), threads], sort_keys=True, default=str
+    )

@@ -38,7 +38,14 @@ ALL_REDUCE = ("gloo:all_reduce", "ncclDevKernel", "ncclKernel")
 PRODUCTS = {"aten::conv2d", "aten::mm", "aten::addmm", "aten::bmm"}
 READS_ALL = {"conv2d", "convolution_backward", "mm", "addmm", "linear", "relu", "threshold_backward", "max_pool2d",
              "max_pool2d_with_indices_backward", "copy_", "mul_", "sum", "argmax", "cross_entropy_loss"}  # fmt: skip
-ITEM_BYTES = {"float": 4, "double": 8, "long int": 8, "unsigned char": 1, "c10::BFloat16": 2, "c10::Half": 2}
+ITEM_BYTES = {
+    "float": 4,
+    "double": 8,
+    "long int": 8,
+    "unsigned char": 1,
+    "c10::BFloat16": 2,
+    "c10::Half": 2,
+}
 NUM_UNTRACED, NUM_SHOWN = 3, 20
 _CUDA = torch._C._autograd.DeviceType.CUDA
 
@@ -69,12 +76,16 @@ def traced(session: Session, num_steps: int, *, detailed: bool = False) -> Trace
         for _ in islice(launches, NUM_UNTRACED):
             pass
         session.world.synchronize()
-        with profile(activities=activities, record_shapes=detailed, with_flops=detailed) as profiler:
+        with profile(
+            activities=activities, record_shapes=detailed, with_flops=detailed
+        ) as profiler:
             start = perf_counter()
             while done < num_steps:
                 launch = next(launches)
                 done, wait_s = done + launch.num_steps, wait_s + launch.wait_s
-            replace(session.world, size=1).synchronize()  # the device alone: a barrier would wait for other ranks
+            replace(
+                session.world, size=1
+            ).synchronize()  # the device alone: a barrier would wait for other ranks
             wall_s = perf_counter() - start
     return Traced(profiler, done, 1000 * wall_s / done, 1000 * wait_s / done)
 
@@ -95,7 +106,9 @@ def stages(trace: Traced, device: torch.device) -> dict[str, float]:
         busy_us = sum(end - start for start, end in device_ranges_us(events))
         return found | {"launch_gap": max(trace.wall_ms - busy_us / 1000 / trace.num_steps, 0.0)}
     found["copy"] += trace.wait_ms
-    found["backward"] = max(found["backward"] - found["all_reduce"], 0.0)  # one bucket, and backward waits for it
+    found["backward"] = max(
+        found["backward"] - found["all_reduce"], 0.0
+    )  # one bucket, and backward waits for it
     return found | {"launch_gap": max(trace.wall_ms - sum(found.values()), 0.0)}
 
 
@@ -117,7 +130,9 @@ def _kernels_us(events: Any) -> dict[str, float]:
             at = event.time_range.start
             stage = next((name for inside, name in spans if inside.start <= at <= inside.end), "")
             for kernel in kernels:
-                total_us["all_reduce" if kernel.name.startswith(ALL_REDUCE) else stage] += kernel.duration
+                total_us["all_reduce" if kernel.name.startswith(ALL_REDUCE) else stage] += (
+                    kernel.duration
+                )
     total_us.pop("")  # between the stages: counters and logs
     return total_us
 
@@ -144,7 +159,10 @@ def operators(trace: Traced, device: torch.device) -> pd.DataFrame:
     rows = [_operator(e, device.type == "cuda") for e in events if _is_counted(e)]
     groups = pd.DataFrame(rows).groupby(["operator", "shapes", "kernels"], as_index=False)
     frame = groups.agg(
-        calls=("ms", "size"), ms=("ms", "sum"), flops=("flops", "sum"), input_mb_estimate=("mb", "first")
+        calls=("ms", "size"),
+        ms=("ms", "sum"),
+        flops=("flops", "sum"),
+        input_mb_estimate=("mb", "first"),
     )
     frame = frame[frame["ms"] > 0].sort_values("ms", ascending=False, ignore_index=True)
     mb, flops = frame["input_mb_estimate"] * frame["calls"], frame.pop("flops")
@@ -169,7 +187,11 @@ def _operator(event: Any, on_gpu: bool) -> dict[str, Any]:
     us = sum(kernel.duration for kernel in kernels) if on_gpu else event.time_range.elapsed_us()
     names = dict.fromkeys(kernel.name for kernel in kernels)
     shapes = " ".join("x".join(map(str, shape)) for shape in event.input_shapes if shape)
-    row = {"operator": event.name.removeprefix("aten::"), "shapes": shapes, "kernels": "; ".join(names)}
+    row = {
+        "operator": event.name.removeprefix("aten::"),
+        "shapes": shapes,
+        "kernels": "; ".join(names),
+    }
     return row | {"ms": us / 1000, "flops": _flops(event), "mb": _input_mb(event)}
 
 
@@ -184,7 +206,11 @@ def _kernels(events: list[Any]) -> list[Any]:
 
 
 def _flops(event: Any) -> int:
-    return event.flops if event.name in PRODUCTS else sum(_flops(child) for child in event.cpu_children)
+    return (
+        event.flops
+        if event.name in PRODUCTS
+        else sum(_flops(child) for child in event.cpu_children)
+    )
 
 
 def _input_mb(event: Any) -> float:
@@ -192,7 +218,10 @@ def _input_mb(event: Any) -> float:
     if event.name.removeprefix("aten::") not in READS_ALL:
         return nan
     tensors = zip(event.input_shapes, getattr(event, "input_dtypes", None) or (), strict=False)
-    return sum(prod(shape) * ITEM_BYTES.get(dtype, nan) for shape, dtype in tensors if shape) / 1e6 or nan
+    return (
+        sum(prod(shape) * ITEM_BYTES.get(dtype, nan) for shape, dtype in tensors if shape) / 1e6
+        or nan
+    )
 
 
 def trace_config(config: RunConfig, num_steps: int, out: Path, device: str) -> str:
@@ -213,7 +242,9 @@ def write_trace(session: Session, num_steps: int, out: Path) -> str:
     """
     device, history = session.world.device, session.world.device.type == "cuda"
     if history:
-        torch.cuda.memory._record_memory_history(context=None)  # no stacks: they hold the user's folders
+        torch.cuda.memory._record_memory_history(
+            context=None
+        )  # no stacks: they hold the user's folders
     trace = traced(session, num_steps, detailed=True)
     if not session.world.is_first:
         return ""
@@ -230,9 +261,16 @@ def write_trace(session: Session, num_steps: int, out: Path) -> str:
         write_file(out / "operators.csv", operator_frame.to_csv(index=False).encode())
         write_file(out / "stages.csv", stage_frame.to_csv(index=False).encode())
         circumstances = {"environment": asdict(session.environment), "effective": session.effective}
-        figures = {"notes": session.notes, "num_steps": trace.num_steps, "wall_ms": trace.wall_ms, "stage_ms": ms}
+        figures = {
+            "notes": session.notes,
+            "num_steps": trace.num_steps,
+            "wall_ms": trace.wall_ms,
+            "stage_ms": ms,
+        }
         rows = operator_frame.astype(object).where(operator_frame.notna(), None).to_dict("records")
-        write_json(circumstances | figures | {"launch_gaps": gaps, "operators": rows}, out / "tables.json")
+        write_json(
+            circumstances | figures | {"launch_gaps": gaps, "operators": rows}, out / "tables.json"
+        )
     place = f"written: {out / 'trace.json.gz'} (open it at ui.perfetto.dev), tables beside it\n"
     return "\n\n".join([*_shown(stage_frame, operator_frame, gaps, trace), place])
 
@@ -244,7 +282,11 @@ def launch_gaps(trace: Traced) -> dict[str, float] | None:
     if not len(gap_us):
         return None
     p50, p90 = np.percentile(gap_us, [50, 90])
-    return {"num_per_step": len(gap_us) / trace.num_steps, "median_us": float(p50), "p90_us": float(p90)}
+    return {
+        "num_per_step": len(gap_us) / trace.num_steps,
+        "median_us": float(p50),
+        "p90_us": float(p90),
+    }
 
 
 def _write_chrome_trace(profiler: profile, path: Path) -> None:
@@ -256,12 +298,19 @@ def _write_chrome_trace(profiler: profile, path: Path) -> None:
     write_file(path, gzip.compress(json.dumps(tree).encode(), mtime=0))
 
 
-def _shown(stage_frame: pd.DataFrame, operator_frame: pd.DataFrame, gaps: Any, trace: Traced) -> list[str]:
+def _shown(
+    stage_frame: pd.DataFrame, operator_frame: pd.DataFrame, gaps: Any, trace: Traced
+) -> list[str]:
     long = dict.fromkeys(("kernels", "shapes"), r"(.{40}).+")
     top = operator_frame.head(NUM_SHOWN).replace(long, r"\1...", regex=True)
     top = top if top["kernels"].any() else top.drop(columns="kernels")
-    lines = [f"{trace.num_steps} steps, traced and eager: {trace.wall_ms:.2f} ms a step, slower than untraced"]
-    lines += [frame.to_string(index=False, float_format="{:.3g}".format, na_rep="") for frame in (stage_frame, top)]
+    lines = [
+        f"{trace.num_steps} steps, traced and eager: {trace.wall_ms:.2f} ms a step, slower than untraced"
+    ]
+    lines += [
+        frame.to_string(index=False, float_format="{:.3g}".format, na_rep="")
+        for frame in (stage_frame, top)
+    ]
     if gaps:
         pauses = "{num_per_step:.0f} pauses between kernels a step, median {median_us:.1f} us, p90 {p90_us:.1f} us"
         lines.append(pauses.format(**gaps))
