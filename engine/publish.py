@@ -7,14 +7,16 @@ import ctypes
 import errno
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,6 +25,10 @@ from engine.errors import UserError
 MANIFEST = "manifest.json"
 MANIFEST_HASH = "manifest.sha256"
 MANIFEST_LIMIT_BYTES = 2**20
+FOLDER_LOCK = ".lock"
+"""In a folder that `take_folder` took."""
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
+"""What a file system without locks answers; there, nobody is kept out."""
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -182,7 +188,63 @@ def locked(target: Path, *, wait: bool = True) -> Iterator[None]:
     UserError if another process holds it and `wait` is false.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    path = target.parent / f".{target.name}.lock"
+    with _locked_file(target.parent / f".{target.name}.lock", target, wait):
+        yield
+
+
+@contextmanager
+def take_folder(
+    out: Path | None, prefix: str = "", check: Callable[[Path], None] = lambda out: None
+) -> Iterator[Path]:
+    """A folder that no other process writes to while the block runs; what is left empty is removed.
+
+    Args:
+        out: the folder, made if it is missing; None: a new one, runs/PREFIX<time>, under a free name.
+        prefix: of that name.
+        check: raises UserError if `out` may not be used as it is found; called under the lock.
+    Raises:
+        UserError: another process writes to it, or it cannot be written.
+    """
+    is_new = out is None or not os.path.lexists(out)
+    with writing(out or Path("runs")):
+        folder = _new_folder(prefix) if out is None else out
+        if not folder.is_dir():
+            folder.mkdir(parents=True)
+    with ExitStack() as stack:
+        if is_new:
+            stack.callback(_remove_if_empty, folder)
+        with writing(folder):
+            stack.enter_context(_locked_file(folder / FOLDER_LOCK, folder, wait=False))
+        check(folder)
+        yield folder
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether a folder holds nothing but, perhaps, its lock."""
+    return not set(os.listdir(folder)) - {FOLDER_LOCK}
+
+
+def _new_folder(prefix: str) -> Path:
+    """Make runs/PREFIX<time>, with a number behind it where another process was as quick."""
+    name = time.strftime(f"{prefix}%Y%m%d-%H%M%S", time.gmtime())
+    for number in itertools.count(1):
+        folder = Path("runs") / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+            break
+        except FileExistsError:
+            if not folder.exists():  # "runs" itself is a file
+                raise
+    return folder
+
+
+@contextmanager
+def _locked_file(path: Path, target: Path, wait: bool) -> Iterator[None]:
     handle = _lock(path, target, wait)
     try:
         os.ftruncate(handle, 0)
@@ -195,15 +257,20 @@ def locked(target: Path, *, wait: bool = True) -> Iterator[None]:
 
 def _lock(path: Path, target: Path, wait: bool) -> int:
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        handle = os.open(path, flags, 0o666)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             holder = os.pread(handle, 20, 0).decode("ascii", "replace") or "unknown"
             os.close(handle)
-            raise UserError(
-                f"{target}: process {holder} is writing it; wait for it, or choose another place"
-            ) from None
+            remedy = "wait for it, or choose another place"
+            raise UserError(f"{target}: process {holder} is writing it; {remedy}") from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                os.close(handle)
+                raise
+            return handle
         with suppress(FileNotFoundError):  # its last holder may have removed it while we waited
             if os.path.samestat(os.stat(path), os.fstat(handle)):
                 return handle

@@ -1,0 +1,99 @@
+"""Paths as users write them: the one place where `~` is expanded and a relative path gets its folder.
+
+Paths are bytes to the system. Those that are no UTF-8 pass through TOML as `file:` URIs (RFC 8089), which are
+accepted wherever a config holds a path.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote_to_bytes, urlsplit
+
+import click
+from click.shell_completion import CompletionItem
+
+from engine.errors import UserError
+from engine.host import home
+
+URI = "file:///"
+
+
+def full_path(text: str | os.PathLike[str], folder: Path | None = None) -> Path:
+    """An absolute path.
+
+    Args:
+        text: as the user wrote it: `~` and `~user` are homes, `file:///...` is a URI.
+        folder: what a relative path is relative to; None: the current folder.
+    Raises:
+        UserError: there is no such home, the current folder is gone, or the text cannot be a path.
+    """
+    path = written_path(os.fspath(text))
+    try:
+        return (folder / path if folder else path).absolute()
+    except OSError as error:
+        why = f"the current folder cannot be found ({error.strerror})"
+        raise UserError(f"{text}: {why}; change to another, or write the whole path") from None
+
+
+def path_text(path: str | os.PathLike[str]) -> str:
+    """`path` as text that UTF-8 can hold; `full_path` gives the path back."""
+    text = os.fspath(path)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return Path(text).absolute().as_uri()
+    return text
+
+
+def written_path(text: str) -> Path:
+    """The path that a user, or `path_text`, wrote; a relative one stays so.
+
+    Raises:
+        UserError: there is no such home, or the text cannot be a path.
+    """
+    if "\0" in text:
+        raise UserError(f"{text!r}: a path holds no NUL character; write it without")
+    if text.startswith(URI):
+        return Path(os.fsdecode(unquote_to_bytes(urlsplit(text).path)))
+    if not text.startswith("~"):
+        return Path(text)
+    user, _, rest = text.partition("/")
+    found = home() if user == "~" else Path(os.path.expanduser(user))
+    if found is None or not found.is_absolute():
+        what = "this user has no home folder" if user == "~" else f"there is no user {user[1:]}"
+        raise UserError(
+            f"{text}: {what}; write the whole path, or ./{text} for a file of that name"
+        )
+    return found / rest
+
+
+class _Refused(click.ClickException):
+    """A path on the command line that cannot be one: one line, exit code 2."""
+
+    exit_code = 2
+
+    def show(self, file: Any = None) -> None:
+        click.echo(f"error: {self.message}", err=True)
+
+
+class PathType(click.ParamType[Path]):
+    """The type of every option and argument that is a path: with `~` expanded, otherwise as written."""
+
+    name = "path"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, context: click.Context | None
+    ) -> Path:
+        try:
+            path = written_path(os.fspath(value))
+            return path.absolute() if path.parts[:1] and path.parts[0].startswith("~") else path
+        except UserError as error:
+            raise _Refused(str(error)) from None
+
+    def shell_complete(
+        self, context: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        return [CompletionItem(incomplete, type="file")]
+
+
+PATH = PathType()

@@ -1,0 +1,185 @@
+"""The ranks of a run before they have a process group, and beside it: what one cannot do, all say.
+
+torchrun ends the ranks of a machine as soon as one of them has ended, and those of other machines wait for
+minutes. So a rank that cannot go on leaves its sentence in torch's key-value store, which needs neither devices
+nor a process group; there the others find it, say it once a machine, and end too.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from engine.errors import UserError, printable
+from engine.host import env_local_rank, env_rank, env_world_size
+
+JOIN_TIMEOUT = timedelta(seconds=120)
+"""For all ranks to have come: machines do not start at the same moment, and one may pack the sample first."""
+LEAVE_TIMEOUT = timedelta(seconds=5)
+"""For all ranks to have read why they end."""
+REASON_S = 3.0
+"""How long a rank whose collective broke looks for another rank's reason."""
+T = TypeVar("T")
+
+
+class OtherRankFailed(UserError):
+    """Another rank failed and this one cannot go on; that one's reason is in the store."""
+
+
+@dataclass
+class Ranks:
+    """The processes of a run."""
+
+    rank: int
+    size: int
+    local_rank: int
+    store: Any = None
+    """torch's, with a prefix for each restart; None for a rank alone."""
+    _turn: int = 0
+
+    def agree(self, work: Callable[[], T]) -> T:
+        """Do `work` on every rank and wait for the others; where it fails on one, every rank ends. Collective.
+
+        Raises:
+            UserError: "rank N: ..." of the lowest rank that failed; without its number if all failed alike.
+        """
+        if self.size == 1:
+            return work()
+        failed: UserError | None = None
+        try:
+            result = work()
+        except UserError as error:
+            failed = error
+            self._leave_reason(error)
+        self._turn += 1
+        num_failed = self._meet(f"turn {self._turn}", failed is not None)
+        if num_failed:
+            _, text = self._reason() or (0, str(failed))
+            with suppress(RuntimeError):  # the store may end with the machine that holds it
+                self._meet("leaving", False, LEAVE_TIMEOUT)
+            raise _spoken(text, self.local_rank == 0)
+        return result
+
+    def agree_on(self, what: str, value: str) -> None:
+        """Refuse to go on where a rank has another `value` than rank 0. Collective.
+
+        Raises:
+            UserError: naming `what`, the rank and both values.
+        """
+
+        def compare() -> None:
+            if self.rank == 0:
+                self.store.set(f"value of {what}", value)
+            first = self.store.get(f"value of {what}").decode()
+            if first != value:
+                raise UserError(
+                    f"its {what} is {value}, that of rank 0 is {first}; give all ranks the same"
+                )
+
+        if self.size > 1:
+            self.agree(compare)
+
+    @contextmanager
+    def explaining(self) -> Iterator[None]:
+        """Where a rank fails inside, let it say so with its number; where its collective breaks because another
+        failed, let it say that one's reason."""
+        try:
+            yield
+        except Exception as error:  # of the process group's own, torch documents no common type
+            if self.size == 1 or (isinstance(error, UserError) and error.is_shared):
+                raise
+            if isinstance(error, UserError) and not isinstance(error, OtherRankFailed):
+                self._leave_reason(error)
+                raise _spoken(f"rank {self.rank}: {error}", True) from None
+            found = self._reason(REASON_S)
+            if not found:
+                raise
+            machine, text = found
+            elsewhere = machine != _machine()  # where it failed, that rank itself speaks
+            raise _spoken(text, self.local_rank == 0 and elsewhere) from None
+
+    def from_first(self, work: Callable[[], str]) -> str:
+        """Do `work` on rank 0; its text on every rank. Collective; errors as in `agree`."""
+        if self.size == 1:
+            return work()
+        key = f"text {self._turn}"
+
+        def share() -> None:
+            if self.rank == 0:
+                self.store.set(key, work())
+
+        self.agree(share)
+        return str(self.store.get(key).decode())
+
+    def _leave_reason(self, error: UserError) -> None:
+        with suppress(RuntimeError):
+            self.store.set(f"reason of {self.rank}", f"{_machine()} {printable(str(error))}")
+
+    def _reason(self, wait_s: float = 0.0) -> tuple[int, str] | None:
+        """(machine, "rank N: text") of the lowest rank that left one; the text alone if all left the same."""
+        end = time.monotonic() + wait_s
+        with suppress(RuntimeError):
+            while not (failed := [r for r in range(self.size) if self._has_reason(r)]):
+                if time.monotonic() >= end:
+                    return None
+                time.sleep(0.1)
+            left = [self.store.get(f"reason of {rank}").decode().split(" ", 1) for rank in failed]
+            texts = {text for _, text in left}
+            alike = len(failed) == self.size and len(texts) == 1
+            machine, text = left[0]
+            return int(machine), text if alike else f"rank {failed[0]}: {text}"
+        return None
+
+    def _has_reason(self, rank: int) -> bool:
+        return bool(self.store.check([f"reason of {rank}"]))
+
+    def _meet(self, place: str, has_failed: bool, timeout: timedelta = JOIN_TIMEOUT) -> int:
+        """Wait until all ranks have come to `place`; how many of them had failed."""
+        self.store.add(f"{place}: failed", int(has_failed))
+        if self.store.add(f"{place}: came", 1) == self.size:
+            self.store.set(f"{place}: all", b"")
+        try:
+            self.store.wait([f"{place}: all"], timeout)
+        except RuntimeError:
+            num_came = self.store.add(f"{place}: came", 0)
+            what = f"{num_came} of {self.size} ranks came within {timeout.total_seconds():.0f} s"
+            raise UserError(f"{what}; look at the other machines' output") from None
+        return int(self.store.add(f"{place}: failed", 0))
+
+
+def join_ranks() -> Ranks:
+    """Meet the other ranks that torchrun started; alone without torchrun.
+
+    Raises:
+        UserError: the machine that all ranks meet at cannot be reached.
+    """
+    ranks = Ranks(env_rank(), env_world_size(), env_local_rank())
+    if ranks.size == 1:
+        return ranks
+    from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+    from torch.distributed.rendezvous import rendezvous
+
+    try:
+        store, _, _ = next(iter(rendezvous("env://", timeout=JOIN_TIMEOUT)))
+    except (RuntimeError, ValueError) as error:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        why = f"cannot meet the others at {place} ({str(error).partition(chr(10))[0]})"
+        remedy = "check torchrun's address and port, and the network between the machines"
+        raise UserError(f"rank {ranks.rank}: {why}; {remedy}") from None
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # nothing of an earlier try is read
+    ranks.store = PrefixStore(f"restart {restart}", store)
+    return ranks
+
+
+def _machine() -> int:
+    return int(os.environ.get("GROUP_RANK", 0))
+
+
+def _spoken(text: str, speaks: bool) -> UserError:
+    """The error of one rank as another one raises it; it is printed where `speaks`."""
+    error = UserError(text)
+    error.is_shared, error.speaks = True, speaks
+    return error
