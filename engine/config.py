@@ -12,9 +12,14 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import tomli_w
+
 from engine.errors import UserError
+from engine.paths import full_path, path_text
 
 ENVIRONMENT = {"environment": True}
+PATH = {"environment": True, "path": True}
+"""Of fields that are paths: kept absolute, so that a run is resumed from any folder."""
 FeedName = Literal["auto", "resident", "dali", "stream", "loader", "loader_batched", "synthetic"]
 
 
@@ -38,7 +43,7 @@ class AugmentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    path: str = field(default="", metadata=ENVIRONMENT)
+    path: str = field(default="", metadata=PATH)
     """Record directory; empty: the packaged sample of 128 typefaces."""
     feed: FeedName = field(default="auto", metadata=ENVIRONMENT)
     """The road the batches take; for the same order every feed but synthetic hands out the same batches."""
@@ -174,7 +179,7 @@ def override(config: RunConfig, dotted: Mapping[str, Any], source: str) -> RunCo
     Raises:
         UserError: unknown field, wrong type, or a value out of bounds.
     """
-    for name, value in dotted.items():
+    for name, value in with_full_paths(dotted, None, source).items():
         config = _replace(config, name.split("."), value, f"{source}: {name}")
     _check_bounds(config, source)
     return config
@@ -182,7 +187,36 @@ def override(config: RunConfig, dotted: Mapping[str, Any], source: str) -> RunCo
 
 def load_toml(config: RunConfig, path: str | Path) -> RunConfig:
     """`config` overridden by a TOML file whose tables and keys are the fields of RunConfig."""
-    return override(config, flatten(read_toml(path)), str(path))
+    dotted = with_full_paths(flatten(read_toml(path)), Path(path).parent, str(path))
+    return override(config, dotted, str(path))
+
+
+def with_full_paths(dotted: Mapping[str, Any], folder: Path | None, source: str) -> dict[str, Any]:
+    """`dotted` with settings that are paths made absolute: relative ones from `folder`, None the current one.
+
+    Raises:
+        UserError: one cannot be a path.
+    """
+    full = dict(dotted)
+    for name in _path_settings(RunConfig):
+        value = full.get(name)
+        if isinstance(value, str) and value:
+            try:
+                full[name] = str(full_path(value, folder))
+            except UserError as error:
+                raise UserError(f"{source}: {name}: {error}") from None
+    return full
+
+
+def _path_settings(kind: Any, prefix: str = "") -> list[str]:
+    """The dotted names of all fields that are paths."""
+    names = []
+    for name, hint in get_type_hints(kind).items():
+        if is_dataclass(hint):
+            names += _path_settings(hint, f"{prefix}{name}.")
+        elif kind.__dataclass_fields__[name].metadata.get("path"):
+            names.append(prefix + name)
+    return names
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
@@ -192,8 +226,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         UserError: it cannot be read, or is no TOML.
     """
     try:
-        with open(path, "rb") as handle:
-            return tomllib.load(handle)
+        return tomllib.loads(Path(path).read_bytes().decode("utf-8-sig"))
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read ({error.strerror}); give --config an existing TOML file"
@@ -221,15 +254,8 @@ def parse_assignments(assignments: tuple[str, ...]) -> dict[str, Any]:
 def to_toml(config: RunConfig) -> str:
     """The whole config as TOML; `load_toml` gives it back."""
     tree = asdict(config)
-    lines = [f"{name} = {json.dumps(v)}" for name, v in tree.items() if not isinstance(v, dict)]
-    for table, values in tree.items():
-        if isinstance(values, dict):
-            lines += [
-                "",
-                f"[{table}]",
-                *(f"{name} = {json.dumps(v)}" for name, v in values.items()),
-            ]
-    return "\n".join(lines) + "\n"
+    tree["data"]["path"] = path_text(config.data.path)
+    return tomli_w.dumps(tree)
 
 
 def flatten(tree: dict[str, Any]) -> dict[str, Any]:
@@ -244,16 +270,15 @@ def flatten(tree: dict[str, Any]) -> dict[str, Any]:
     return dotted
 
 
-def _replace(config: Any, path: list[str], value: Any, where: str) -> Any:
+def _replace(config: Any, names: list[str], value: Any, where: str) -> Any:
     hints = get_type_hints(type(config))
-    name, rest = path[0], path[1:]
+    name, rest = names[0], names[1:]
     if name not in hints:
-        raise UserError(f"{where}: there is no such setting; here are {', '.join(hints)}")
+        raise UserError(f"{where}: unknown setting; choose from {', '.join(hints)}")
     if is_dataclass(hints[name]):
         if not rest:
-            raise UserError(
-                f"{where}: is a table, not a value; its settings are {', '.join(get_type_hints(hints[name]))}"
-            )
+            settings = ", ".join(get_type_hints(hints[name]))
+            raise UserError(f"{where}: is a table, not a value; its settings are {settings}")
         return replace(config, **{name: _replace(getattr(config, name), rest, value, where)})
     if rest:
         raise UserError(f"{where}: {name} is a value, not a table; write {name} = ...")
@@ -264,9 +289,8 @@ def _checked(value: Any, kind: Any, where: str) -> Any:
     if get_origin(kind) is Literal:
         if value in get_args(kind):
             return value
-        raise UserError(
-            f"{where}: is {value!r}; choose one of {', '.join(map(str, get_args(kind)))}"
-        )
+        choices = ", ".join(map(str, get_args(kind)))
+        raise UserError(f"{where}: is {value!r}; choose one of {choices}")
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:

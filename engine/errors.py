@@ -14,6 +14,11 @@ LINGER_S = 10.0
 class UserError(Exception):
     """A fault the user can mend; its text is one line: what is wrong, where, and what to do."""
 
+    is_shared = False
+    """Whether every rank of the run raises it."""
+    speaks = True
+    """False where another process prints it: of a shared one, a single rank of each machine."""
+
 
 def printable(text: str) -> str:
     """`text` with control characters shown as \\xNN, so that data can neither break the line nor steer a terminal."""
@@ -21,15 +26,16 @@ def printable(text: str) -> str:
 
 
 @contextmanager
-def exit_on_user_error(speak: bool = True) -> Iterator[None]:
+def exit_on_user_error() -> Iterator[None]:
     """Turn a UserError into one line on stderr and exit code 2.
 
-    A rank that does not `speak` lets rank 0 end first: torchrun kills the others as soon as one has ended.
+    A rank that does not speak lets the one that does end first: torchrun kills the others as soon as one has
+    ended.
     """
     try:
         yield
     except UserError as error:
-        if speak:
+        if error.speaks:
             print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
         else:
             signal.signal(signal.SIGTERM, lambda *_: os._exit(EXIT_USER_ERROR))

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from engine.errors import UserError
+from engine.host import num_cpus
 from engine.lexer import Fault, Layout, Rows, lex_plainly, read_header, read_row
 from engine.publish import MANIFEST, locked, publish_directory, remove_leftovers, writing
 from engine.record_file import Table
@@ -75,7 +76,7 @@ def pack(
         UserError: the source is refused, or `out` exists and may not be replaced; nothing was published.
     """
     _check_name(out)
-    out = Path(os.path.realpath(out.expanduser()))
+    out = Path(os.path.realpath(out))
     with writing(out), open_source(source) as opened, locked(out, wait=False):
         _check_target(out, force)
         remove_leftovers(out)
@@ -143,7 +144,7 @@ def _read(
     faults: list[str] | None = None,
 ) -> "_Collector":
     """The whole source: blocks are lexed by several threads, and collected in order."""
-    workers = workers or min(len(os.sched_getaffinity(0)), MAX_WORKERS)
+    workers = workers or min(num_cpus(), MAX_WORKERS)
     buffers = deque(bytearray(buffer_bytes(block_bytes)) for _ in range(workers + 2))
     images: deque[np.ndarray] = deque()
     pending: deque[tuple[bytearray, int, np.ndarray, Future[Rows]]] = deque()

@@ -174,7 +174,7 @@ def open_records(path: str | Path, *, in_memory: bool = True) -> Records:
     Raises:
         UserError: not a record directory, incomplete, damaged, or of another version.
     """
-    directory = Path(path).expanduser()
+    directory = Path(path)
     if not directory.is_dir():
         raise UserError(f"{path}: no such record directory; {REMEDY}")
     with _refusing(directory):
@@ -192,7 +192,7 @@ def verify_records(path: str | Path, fingerprint: str = "") -> dict[str, Any]:
         raise UserError(
             f"{path}: its fingerprint is {records.fingerprint}, not {fingerprint}; these are other records"
         )
-    directory = Path(path).expanduser()
+    directory = Path(path)
     with _refusing(directory):
         manifest = read_manifest(directory, FORMAT, VERSION)
         for file in (file for split in manifest["splits"].values() for file in split["files"]):

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -15,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import UserError
+from engine.host import ROOT, num_cpus
 
-ROOT = Path(__file__).resolve().parent.parent
 UNKNOWN = "unknown"
 
 
@@ -121,7 +122,7 @@ def environment(*, num_threads: int, allocator: str, gpu: dict[str, Any]) -> Env
     commit, dirty = git_state()
     return Environment(
         cpu_name=_cpu_name(),
-        num_cpus=os.cpu_count() or 0,
+        num_cpus=num_cpus(),
         num_threads=num_threads,
         allocator=allocator,
         gpu_name=gpu.get("name"),
@@ -143,22 +144,41 @@ def command_line() -> str:
     """This process's command, of absolute paths the last part only: reports carry no user's folders."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     program = f"python -m {spec.name}" if spec else Path(sys.argv[0]).name
-    return " ".join([program, *(re.sub(r"(^|=)/\S*/", r"\1", word) for word in sys.argv[1:])])
+    return shlex.join([program, *(re.sub(r"(^|=)~?/.*/", r"\1", word) for word in sys.argv[1:])])
+
+
+def without_folders(value: Any) -> Any:
+    """A text, or what a tree holds of texts, with of each absolute path the last part only."""
+    if isinstance(value, dict):
+        return {key: without_folders(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_folders(item) for item in value]
+    if isinstance(value, str):
+        return re.sub(r"(?<![\w.:/~-])~?/(?:[^/:;,\s]+/)+", "", value)
+    return value
 
 
 def git_state() -> tuple[str, bool | None]:
-    """The commit the code runs from, and whether tracked files differ from it."""
-    commit = _git("rev-parse", "HEAD")
+    """The commit the code runs from, and whether tracked files differ from it.
+
+    Only of this project's own repository: a wheel may be installed inside another's working tree.
+    """
+    top = _git("rev-parse", "--show-toplevel")
+    is_ours = (
+        top is not None and Path(top).resolve() == ROOT and _git("ls-files", "engine/report.py")
+    )
+    commit = _git("rev-parse", "HEAD") if is_ours else None
     if commit is None:
         return os.environ.get("ENGINE_COMMIT", UNKNOWN), None
     return commit, bool(_git("status", "--porcelain", "--untracked-files=no"))
 
 
 def _git(*arguments: str) -> str | None:
+    """What git prints of ROOT, whatever repository a hook's variables name; None if it fails."""
+    variables = {name: text for name, text in os.environ.items() if not name.startswith("GIT_")}
+    command = ["git", "-C", str(ROOT), *arguments]
     try:
-        done = subprocess.run(
-            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=10
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, env=variables)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None

@@ -3,10 +3,10 @@
 import hashlib
 from pathlib import Path
 
+from engine.host import user_cache
 from engine.pack import pack
 from engine.publish import MANIFEST, locked, writing
 from engine.records import FORMAT, VERSION
-from engine.world import World, user_cache
 
 CSV = Path(__file__).with_name("data") / "typefaces_sample.csv.gz"
 
@@ -17,15 +17,13 @@ def sample_path() -> Path:
     return user_cache() / f"sample-{name}-{FORMAT}-{VERSION}"
 
 
-def ensure_sample(world: World) -> Path:
-    """The sample's record directory; rank 0 packs it if it is not there, under a lock, while the others wait."""
+def ensure_sample() -> Path:
+    """The sample's record directory; packed if it is not there, under a lock that one process a machine gets."""
     path = sample_path()
-
-    def pack_once() -> None:
-        with writing(path), locked(path.with_suffix(".first")):
-            if not (path / MANIFEST).exists():
-                print(f"packing the sample of 128 typefaces into {path}, once", flush=True)
-                pack(CSV, path)
-
-    world.first(pack_once)
+    if (path / MANIFEST).exists():  # perhaps in a cache that this user may only read
+        return path
+    with writing(path), locked(path.with_suffix(".first")):
+        if not (path / MANIFEST).exists():
+            print(f"packing the sample of 128 typefaces into {path}, once", flush=True)
+            pack(CSV, path)
     return path

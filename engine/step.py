@@ -31,7 +31,7 @@ from engine.model import GlyphNet
 from engine.objective import Objective, set_fp32_precision
 from engine.optim import lr_table, make_optimizer
 from engine.order import PADDING_ID, Order, round_keys
-from engine.world import World, keep_compiled_code_private
+from engine.world import World
 
 WARMUP_STEPS = 3
 DDP_WARMUP_STEPS = 11
@@ -136,9 +136,7 @@ class TrainStep:
         )
         self.objective = Objective(self.model, self._config, device)
         self._net: torch.nn.Module | None = None  # the old DDP's hooks go with it
-        if (mode := self._config.step.compile) != "off" or self._config.kernels.fused:
-            keep_compiled_code_private()
-        if mode != "off":
+        if (mode := self._config.step.compile) != "off":
             self.objective.compile(
                 mode=None if mode == "default" else f"{mode}-no-cudagraphs", dynamic=False
             )

@@ -16,7 +16,7 @@ from engine.config import RunConfig, to_toml
 from engine.feeds import idlog
 from engine.publish import write_file, writing
 from engine.records import Records
-from engine.report import RunReport, write_json
+from engine.report import RunReport, without_folders, write_json
 from engine.session import Session, evaluate, open_session
 from engine.ui import progress_bar
 from engine.world import World
@@ -230,12 +230,12 @@ class _Fit:
         utilisation = sorted(self.utilisation_percent)
         return RunReport(
             environment=session.environment,
-            config=asdict(self.config),
+            config=without_folders(asdict(self.config)),
             config_digest=self.config.digest(),
             dataset_fingerprint=session.records.fingerprint,
             requested=session.requested,
             effective=session.effective,
-            notes=session.notes,
+            notes=without_folders(session.notes),
             clock_includes=CLOCK_INCLUDES,
             num_ranks=session.world.size,
             num_parameters=sum(p.numel() for p in session.step.model.parameters()),

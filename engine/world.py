@@ -1,18 +1,17 @@
-"""The process: its rank among others, its device, its threads and allocator. The only reader of RANK and friends.
+"""The process in its group: rank, device, sums over all ranks; and what this machine supports.
 
-Does not train; the trainer passes a World to everything that must know where it runs.
+Does not train; the trainer passes a World to everything that must know where it runs. What needs no torch
+(variables, home, memory) is host.py's.
 """
 
-import ctypes
 import os
-import platform
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
-from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,11 +19,17 @@ import torch.distributed as dist
 import kernels
 from engine.clock import Ledger
 from engine.errors import UserError
-from engine.publish import writing
+from engine.host import (
+    env_local_rank,
+    env_local_world_size,
+    env_world_size,
+    keep_large_blocks,
+    limit_threads,
+)
+from engine.ranks import OtherRankFailed, Ranks, join_ranks
 
 COLLECTIVE_TIMEOUT = timedelta(seconds=120)
-HEAP_THRESHOLD_BYTES = 32 * 2**20
-"""glibc's largest mmap threshold on 64 bit (HEAP_MAX_SIZE / 2); smaller blocks are kept, not returned after a step."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,77 +79,77 @@ class World:
         ]
         return next((f"rank {rank}: {text}" for rank, text in enumerate(texts) if text), "")
 
-    def first(self, work: Callable[[], None]) -> None:
-        """Let rank 0 do `work` while the others wait; where it fails, every rank ends.
+    def first(self, work: Callable[[], T]) -> T | None:
+        """What rank 0 gets from `work` while the others wait (they get None); where it fails, every rank ends.
 
         Raises:
             Exception: on rank 0 its own.
-            UserError: on the other ranks.
+            OtherRankFailed: on the other ranks.
         """
         failed: Exception | None = None
+        result: T | None = None
         if self.is_first:
             try:
-                work()
+                result = work()
             except Exception as error:  # handed on below, after the others were told
                 failed = error
         if self.sum(torch.tensor([float(failed is not None)])).item() > 0:
             if failed:
                 raise failed
-            raise UserError("rank 0 could not go on")
-
-
-def env_rank() -> int:
-    """This process's rank as torchrun gave it; 0 without torchrun."""
-    return int(os.environ.get("RANK", 0))
-
-
-def env_world_size() -> int:
-    """Number of processes as torchrun gave it; 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+            raise OtherRankFailed("rank 0 could not go on")
+        return result
 
 
 @contextmanager
-def start_world(device_name: str = "") -> Iterator[World]:
+def start_world(device_name: str = "", ranks: Ranks | None = None) -> Iterator[World]:
     """Join the process group and leave it at the end, also on errors.
 
     Args:
         device_name: "cpu" or "cuda"; empty: CUDA where there is a GPU.
+        ranks: those already met; None: meet them.
     Raises:
-        UserError: more ranks on this machine than GPUs.
+        UserError: more ranks on a machine than GPUs; or what another rank ended with.
     """
-    check_ranks(device_name)
+    ranks = ranks or join_ranks()
+    ranks.agree(lambda: check_ranks(device_name))
     allocator = "glibc, freed blocks up to 32 MiB kept" if keep_large_blocks() else "default"
+    limit_threads()
     on_gpu = torch.cuda.is_available() and device_name != "cpu"
-    device = (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        if on_gpu
-        else torch.device("cpu")
-    )
-    size, ledger = env_world_size(), Ledger(device)
+    device = torch.device("cuda", env_local_rank()) if on_gpu else torch.device("cpu")
+    ledger = Ledger(device)
     if on_gpu:
         torch.cuda.set_device(device)
         torch.zeros(1, device=device)  # makes the context
         ledger.mark("context")
-    if size > 1:
-        dist.init_process_group(
-            "nccl" if on_gpu else "gloo",
-            timeout=COLLECTIVE_TIMEOUT,
-            device_id=device if on_gpu else None,
-        )
-        ledger.mark("NCCL")
-    stream = torch.cuda.Stream(device) if on_gpu else None
-    try:
-        yield World(
-            rank=env_rank(),
-            size=size,
-            device=device,
-            stream=stream,
-            allocator=allocator,
-            ledger=ledger,
-        )
-    finally:
-        if size > 1:
-            dist.destroy_process_group()
+    with ranks.explaining():
+        try:
+            _join_group(ranks, device)
+            ledger.mark("NCCL")
+            yield World(
+                rank=ranks.rank,
+                size=ranks.size,
+                device=device,
+                stream=torch.cuda.Stream(device) if on_gpu else None,
+                allocator=allocator,
+                ledger=ledger,
+            )
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+
+def _join_group(ranks: Ranks, device: torch.device) -> None:
+    if ranks.size == 1:
+        return
+    on_gpu = device.type == "cuda"
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        store=ranks.store,
+        rank=ranks.rank,
+        world_size=ranks.size,
+        timeout=COLLECTIVE_TIMEOUT,
+        device_id=device if on_gpu else None,
+    )
 
 
 def end_rank() -> None:
@@ -165,58 +170,12 @@ def check_ranks(device_name: str = "") -> None:
         raise UserError(
             "--device cuda: torch sees no GPU; check the driver and torch.version.cuda, or use --device cpu"
         )
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if (
-        torch.cuda.is_available()
-        and device_name != "cpu"
-        and local_ranks > torch.cuda.device_count()
-    ):
+    local_ranks, on_gpu = env_local_world_size(), torch.cuda.is_available() and device_name != "cpu"
+    if on_gpu and local_ranks > torch.cuda.device_count():
         raise UserError(
             f"{local_ranks} ranks on a machine with {torch.cuda.device_count()} GPUs; "
             "start torchrun with --nproc-per-node of at most that number"
         )
-
-
-def keep_large_blocks() -> bool:
-    """Make glibc keep freed blocks of up to 32 MiB instead of unmapping them.
-
-    A CPU step at batch 512 frees some 200 MB of activations; by default each step maps and zeroes them anew, and page
-    faults cost a third of its time. As MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ would, without a restart.
-
-    Call it at the process's start: after records were read it is worth less (9.9k, 11.2k, 12.1k against 11.8k, 12.8k,
-    13.3k samples/s, medians of interleaved processes on two cores, 2026-11-22).
-
-    Returns:
-        Whether the setting took (false where the C library is not glibc).
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return False
-    mallopt = ctypes.CDLL(None).mallopt
-    m_mmap_threshold, m_trim_threshold, m_top_pad = -3, -1, -2  # malloc.h
-    settings = (
-        (m_mmap_threshold, HEAP_THRESHOLD_BYTES),
-        (m_trim_threshold, 2**31 - 1),
-        (m_top_pad, 64 * 2**20),
-    )
-    return all(mallopt(name, value) == 1 for name, value in settings)
-
-
-def user_cache() -> Path:
-    """The user's own folder for what may be made anew: $XDG_CACHE_HOME, or ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tmnist-engine"
-
-
-def keep_compiled_code_private() -> None:
-    """Let torch.compile and Triton keep their files in folders that are the user's alone; inductor's lies in /tmp."""
-    for name, folder_name in (
-        ("TORCHINDUCTOR_CACHE_DIR", "inductor"),
-        ("TRITON_CACHE_DIR", "triton"),
-    ):
-        if name not in os.environ:
-            folder = user_cache() / folder_name
-            with writing(folder):
-                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            os.environ[name] = str(folder)
 
 
 def cannot_compile(device: torch.device) -> str:

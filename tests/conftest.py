@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from engine.config import read_toml
+from engine.host import ROOT
 from engine.pack import pack
 from engine.records import Records, open_records
-from engine.report import ROOT
 from engine.world import World
 from tools.bench.matrix import is_matrix
 

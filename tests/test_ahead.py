@@ -11,7 +11,7 @@ import pytest
 
 from engine.feeds import ahead
 from engine.feeds.ahead import Ahead
-from engine.report import ROOT
+from engine.host import ROOT
 
 
 def counted(made: list[int], stop: int = 10**9) -> Iterator[int]:

@@ -27,10 +27,10 @@ from engine.feeds import choose_feed, dali, make_feed, open_for
 from engine.feeds.batch import Batch, Feed
 from engine.feeds.dali import DaliFeed
 from engine.feeds.resident import ResidentFeed
+from engine.host import ROOT
 from engine.order import PADDING_ID, Order
 from engine.pack import pack
 from engine.records import Records, open_records
-from engine.report import ROOT
 from engine.trainer import fit
 from engine.world import World
 
@@ -225,7 +225,7 @@ def test_auto_goes_by_size_and_never_changes_the_order(
         records = open_for(config, small_dir)
         name, why = choose_feed(config, records.split("train"), CPU)
         assert name == "resident" and "host memory" in why
-    monkeypatch.setattr(feeds, "host_free_bytes", lambda: 100_000)
+    monkeypatch.setattr(feeds, "free_memory_bytes", lambda: 100_000)
     train = open_for(blocked, small_dir).split("train")
     assert choose_feed(blocked, train, CPU)[0] == "stream"
     with pytest.raises(UserError, match="set data.order=blocked to stream"):

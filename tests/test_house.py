@@ -3,6 +3,7 @@
 import ast
 import re
 import signal
+import subprocess
 from dataclasses import fields
 from pathlib import Path
 
@@ -10,9 +11,11 @@ import pytest
 
 from engine import errors, report
 from engine.errors import UserError, exit_on_user_error, printable
-from engine.report import ROOT, Environment, RunReport
+from engine.host import ROOT
+from engine.report import Environment, RunReport
 
 LAYERS = {
+    "engine.host": 0, "engine.paths": 0, "engine.ranks": 0,
     "engine.errors": 0, "engine.config": 0, "engine.order": 0, "engine.report": 0, "engine.publish": 0,
     "engine.ui": 0, "engine.record_file": 0, "engine.records": 0, "engine.split": 1, "engine.lexer": 1,
     "engine.lexer_jit": 1, "engine.source": 1, "engine.pack": 1, "engine.world": 1, "engine.clock": 1,
@@ -92,14 +95,14 @@ def test_backward_stands_in_one_place() -> None:
     assert places == ["engine.step"]
 
 
-def test_only_the_world_reads_the_rank() -> None:
+def test_only_the_host_reads_the_rank() -> None:
     pattern = re.compile(r"""["'](LOCAL_|)(RANK|WORLD_SIZE)["']""")
     readers = [
         name
         for name, file in modules("engine", "kernels", "tools").items()
         if pattern.search(file.read_text())
     ]
-    assert readers == ["engine.world"]
+    assert readers == ["engine.host"]
 
 
 def test_nothing_unsafe_reads_a_strangers_file() -> None:
@@ -139,6 +142,27 @@ def test_the_commit_comes_from_git_or_the_environment(
     assert report.git_state() == ("abc", None)
 
 
+def test_the_commit_is_never_that_of_a_foreign_repository(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A wheel inside another repository's working tree, tracked there or not, or called by its hook."""
+    inside = tmp_path / "venv" / "site-packages"
+    (inside / "engine").mkdir(parents=True)
+    (inside / "engine" / "report.py").touch()
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@x"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "theirs"]):
+        subprocess.run([*git, *words], check=True)
+    monkeypatch.delenv("ENGINE_COMMIT", raising=False)
+    monkeypatch.setattr(report, "ROOT", inside)
+    assert report.git_state() == ("unknown", None)
+    monkeypatch.setattr(report, "ROOT", tmp_path)  # no project of ours at its top
+    assert report.git_state() == ("unknown", None)
+    monkeypatch.undo()
+    ours = report.git_state()
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))
+    assert report.git_state() == ours
+
+
 def test_a_users_error_is_one_printable_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -148,8 +172,10 @@ def test_a_users_error_is_one_printable_line(
     assert capsys.readouterr().err == "error: the label \\x1b[31m\\n is odd\n"
     monkeypatch.setattr(errors, "LINGER_S", 0.0)
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit), exit_on_user_error(speak=False):
-        raise UserError("silent")
+    silent = UserError("another rank says it")
+    silent.speaks = False
+    with pytest.raises(SystemExit), exit_on_user_error():
+        raise silent
     signal.signal(signal.SIGTERM, before)
     assert capsys.readouterr().err == ""
     assert printable("é, 字") == "é, 字"
@@ -160,6 +186,12 @@ def test_a_command_names_no_folders_of_the_user(monkeypatch: pytest.MonkeyPatch)
         "sys.argv", ["x.py", "--data=/home/me/full", "/tmp/out", "runs/demo/fast", "--lr=1e-3"]
     )
     assert report.command_line().endswith(" --data=full out runs/demo/fast --lr=1e-3")
+    monkeypatch.setattr("sys.argv", ["x.py", "/home/me/my data/full set", "--set=data.path=~/a b"])
+    assert report.command_line().endswith(" 'full set' '--set=data.path=a b'")
+    told = report.without_folders(
+        {"path": "/home/me/full", "notes": ["at /a/b/c: 3/4 of 1/2", "runs/x"]}
+    )
+    assert told == {"path": "full", "notes": ["at c: 3/4 of 1/2", "runs/x"]}
 
 
 def test_strict_json_only(tmp_path: Path) -> None:

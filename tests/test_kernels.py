@@ -18,11 +18,11 @@ from engine.feeds.augment import AugmentedFeed
 from engine.feeds.batch import Batch
 from engine.feeds.resident import ResidentFeed
 from engine.feeds.synthetic import random_batch
+from engine.host import ROOT
 from engine.model import make_model
 from engine.objective import Objective
 from engine.order import Order
 from engine.records import Records
-from engine.report import ROOT
 from engine.session import effective_config
 from engine.world import World
 from kernels import bias_pool_relu as second

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from engine.host import ROOT
 from engine.lexer import (
     SLACK_BYTES,
     Fault,
@@ -21,7 +22,6 @@ from engine.lexer import (
 )
 from engine.lexer_jit import lex
 from engine.pack import Lexer, find_lexer
-from engine.report import ROOT
 
 TMNIST = read_header(b"names,labels,1,2,3,4,5,6,7,8,9\n")
 MNIST = read_header(b"label,pixel0,pixel1,pixel2,pixel3\n")

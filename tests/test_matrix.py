@@ -1,7 +1,6 @@
 """Matrices are read strictly, run in turn, and survive cells that fail; the children are real."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from engine.errors import UserError
-from engine.report import ROOT
+from engine.host import ROOT, num_cpus
 from tests.conftest import run_configs
 from tools import profile
 from tools.bench.matrix import Cell, Run, in_turn, read_cells
@@ -108,7 +107,7 @@ def test_axes_are_a_full_product(tmp_path: Path) -> None:
         ("batch = 64", "batch = 0", "batch: is 0; give a whole number from 1"),
         ("repetitions = 3", "repetitions = true", "give a value of type int"),
         ("repetitions = 3", "repetitions = 0", "repetitions: is 0"),
-        ("epochs = 2", "epoch = 2", "there is no such setting"),
+        ("epochs = 2", "epoch = 2", "unknown setting"),
         ("epochs = 2", "global_batch = 2", "give batch, samples a rank"),
         ("false", "0", "give a value of type bool"),
         ('base = "a"', 'base = "d"', "base = 'd' is no rung before it"),
@@ -169,7 +168,7 @@ def test_cells_are_measured_in_turn(tmp_path: Path) -> None:
 def test_a_machine_has_its_limits() -> None:
     cell = Cell(name="", axes={"batch": 1, "ranks": 1000}, settings={})
     assert cell.not_measured(2) == "needs 1000 GPUs, there are 2"
-    num_cores = len(os.sched_getaffinity(0))
+    num_cores = num_cpus()
     assert cell.not_measured(0) == f"needs 1000 GPUs, there are 0, and {num_cores} CPU cores"
     assert not cell.not_measured(1000)
 

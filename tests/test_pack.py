@@ -17,10 +17,10 @@ import pytest
 from PIL import Image
 
 from engine.errors import UserError
+from engine.host import ROOT
 from engine.pack import pack
 from engine.publish import locked
 from engine.records import Records, open_records
-from engine.report import ROOT
 from engine.split import draw_splits, family
 from tests.conftest import CLASSES, NUM_FONTS, Command, assert_refused
 

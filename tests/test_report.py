@@ -20,8 +20,8 @@ from markdown_it import MarkdownIt
 
 from engine.config import RunConfig
 from engine.errors import UserError, printable
+from engine.host import ROOT
 from engine.records import Records
-from engine.report import ROOT
 from engine.session import evaluate, open_session
 from engine.world import World
 from tests.browser import CHROMIUM, Browser

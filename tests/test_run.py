@@ -235,7 +235,7 @@ def test_help_needs_no_torch(command: Command) -> None:
     ("flags", "texts"),
     [
         (["--data", "nowhere"], ["nowhere", "tools/pack_tmnist"]),
-        (["--set", "optim.lr=1"], ["optim.lr", "no such setting"]),
+        (["--set", "optim.lr=1"], ["optim.lr", "unknown setting"]),
         (["--config", "nowhere.toml"], ["nowhere.toml"]),
         (
             ["--data", "{small}", "--batch-size", 1000],

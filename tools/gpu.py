@@ -13,7 +13,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,11 @@ from engine import clock
 from engine.config import RunConfig, override
 from engine.errors import UserError, exit_on_user_error
 from engine.feeds.batch import Feed
+from engine.host import ROOT, prepare_process
+from engine.paths import PATH
+from engine.publish import take_folder
 from engine.records import Records, Split, open_records
-from engine.report import ROOT, Environment, RunReport, environment
+from engine.report import Environment, RunReport, environment
 from engine.sample import ensure_sample
 from engine.session import open_session
 from engine.split import draw_splits
@@ -73,10 +76,8 @@ class Round:
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option(
-    "--npz", type=click.Path(path_type=Path), help="typefaces.npz.  [default: the packaged sample]"
-)
-@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/gpu"), show_default=True)
+@click.option("--npz", type=PATH, help="typefaces.npz.  [default: the packaged sample]")
+@click.option("--out", type=PATH, default=Path("runs/gpu"), show_default=True)
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cuda", show_default=True)
 @click.option(
     "--quick", is_flag=True, help="Small batches, few steps, one repetition: proves the script."
@@ -94,9 +95,10 @@ def main(npz: Path | None, out: Path, device: str, quick: bool) -> None:
         failures.extend(f"{name}: {text}" for text in found)
         click.echo(f"{name}: {'FAILED' if found else 'ok'}, {time.perf_counter() - start:.0f} s\n")
 
-    with exit_on_user_error():
+    with exit_on_user_error(), ExitStack() as stack:
+        prepare_process()
         records = records_from_npz(npz) if npz else None
-        out.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(take_folder(out))
         (out / "summary.md").unlink(missing_ok=True)
         tests = ("-q", "-m", "gpu", "-rs", "tests/test_gpu.py")
         part("tests", lambda: _command(out / "tests.txt", TESTS_S, "pytest", *tests))
@@ -110,7 +112,7 @@ def main(npz: Path | None, out: Path, device: str, quick: bool) -> None:
         with start_world(device) as world, world.on_stream():
             threads, gpu = torch.get_num_threads(), clock.gpu_facts(world.device)
             facts = environment(num_threads=threads, allocator=world.allocator, gpu=gpu)
-            shared = Round(records or open_records(ensure_sample(world)), world, out, quick, facts)
+            shared = Round(records or open_records(ensure_sample()), world, out, quick, facts)
             part("ladder", lambda: _ladder(shared))
             part("kernels", lambda: _kernels(shared))
             part("training", lambda: _training(shared))

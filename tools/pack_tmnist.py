@@ -9,7 +9,9 @@ from typing import Any
 import click
 
 from engine.errors import EXIT_USER_ERROR, UserError, exit_on_user_error, printable
+from engine.host import prepare_process
 from engine.pack import check, pack
+from engine.paths import PATH
 from engine.records import verify_records
 from engine.ui import progress_bar
 from tools.describe import class_table, describe
@@ -23,8 +25,8 @@ tools/pack_tmnist --describe records                 classes, typefaces, statist
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]}, epilog=EPILOG)
-@click.argument("source", type=click.Path(path_type=Path, readable=False))
-@click.argument("out", type=click.Path(path_type=Path), required=False)
+@click.argument("source", type=PATH)
+@click.argument("out", type=PATH, required=False)
 @click.option("--split", type=click.Choice(["random", "font", "none"]), default="random", show_default=True,
               help="70/15/15 in each class, or by whole typeface families; none: all is train.")  # fmt: skip
 @click.option("--balance", is_flag=True, help="Cut every class to the smallest one's size.")
@@ -59,7 +61,7 @@ tools/pack_tmnist --describe records                 classes, typefaces, statist
 )
 @click.option(
     "--sheet",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="With --describe: the picture.  [default: SOURCE.png]",
 )
 def main(
@@ -75,6 +77,7 @@ def main(
         signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
     )  # so that temporary files go
     with exit_on_user_error():
+        prepare_process()
         if action and out:
             raise UserError(f"--{action} takes one path, got {source} and {out}")
         if action == "check":

@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 
 from engine.config import RunConfig, load_toml
 from engine.errors import UserError, exit_on_user_error
+from engine.host import prepare_process
 from engine.model import make_model
+from engine.paths import PATH
 from engine.records import Records, Split, open_records
 from engine.sample import sample_path
 from tools.sheet import BLACK, COLUMNS, RED, draw_sheet
@@ -22,13 +24,12 @@ BATCH = 2048
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("run", type=click.Path(path_type=Path))
-@click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("predictions.png"), show_default=True
-)
+@click.argument("run", type=PATH)
+@click.option("--out", type=PATH, default=Path("predictions.png"), show_default=True)
 def main(run: Path, out: Path) -> None:
     """Draw test glyphs with RUN's answers; a wrong one is red, the right one beside it."""
     with exit_on_user_error():
+        prepare_process()
         config = load_toml(RunConfig(), run / "config.toml")
         records = open_records(config.data.path or sample_path())
         if not (run / "model.safetensors").is_file():

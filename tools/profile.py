@@ -4,7 +4,7 @@ Every figure comes from the TrainStep and feeds of training, in processes of the
 """
 
 import os
-import time
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,9 @@ import click
 
 from engine.config import RunConfig, load_toml, override
 from engine.errors import UserError, exit_on_user_error, printable
-from engine.publish import writing
+from engine.host import env_world_size, prepare_process
+from engine.paths import PATH, full_path
+from engine.publish import is_empty, take_folder, writing
 
 os.environ.setdefault(
     "KINETO_LOG_LEVEL", "6"
@@ -29,8 +31,7 @@ SHOWN = {
 }  # fmt: skip
 
 
-PATH = click.Path(path_type=Path)
-DATA = click.option("--data", default="", help="Record directory.  [default: the sample]")
+DATA = click.option("--data", type=PATH, help="Record directory.  [default: the sample]")
 DEVICE = click.option("--device", type=click.Choice(["cpu", "cuda"]), callback=lambda _, __, value: value or "",
                       help="[default: cuda where there is a GPU]")  # fmt: skip
 
@@ -39,6 +40,8 @@ DEVICE = click.option("--device", type=click.Choice(["cpu", "cuda"]), callback=l
 @click.pass_context
 def main(context: click.Context) -> None:
     """Measure training: throughput, step times, waiting for data, memory, power."""
+    with exit_on_user_error():
+        prepare_process()
     if context.invoked_subcommand is None:
         context.invoke(run, device="")
 
@@ -58,8 +61,16 @@ def main(context: click.Context) -> None:
     "--resume", is_flag=True, help="Go on in --out: what was measured of the same cells stays."
 )
 @DEVICE
-def run(configs: tuple[Path, ...], data: str, steps: int | None, repetitions: int | None, batch_size: int | None,
-        out: Path | None, resume: bool, device: str) -> None:  # fmt: skip
+def run(
+    configs: tuple[Path, ...],
+    data: Path | None,
+    steps: int | None,
+    repetitions: int | None,
+    batch_size: int | None,
+    out: Path | None,
+    resume: bool,
+    device: str,
+) -> None:
     """Measure CONFIGS: matrices and run configs (bench_configs/*.toml); none: the default, fast settings on.
 
     Writes profile.json and .csv, and a file for each repetition of a cell. Exit code 1 if a cell failed.
@@ -73,12 +84,12 @@ def run(configs: tuple[Path, ...], data: str, steps: int | None, repetitions: in
             cells = [replace(cell, num_steps=steps, accuracy=False) for cell in cells]
         if repetitions:
             cells = [replace(cell, repetitions=repetitions) for cell in cells]
-        num_gpus, out = _num_gpus(device), _checked_out(out, resume)
-        measured = Run(
-            title=title, cells=cells, out=out, data=data, device=device, num_gpus=num_gpus
-        )
-        measured.measure(resume)
-        failed = _show(measured.profile(), out)
+        facts: dict[str, Any] = {"device": device, "num_gpus": _num_gpus(device)}
+        facts["data"] = str(full_path(data)) if data else ""
+        with _taken(out, resume) as folder:
+            measured = Run(title=title, cells=cells, out=folder, **facts)
+            measured.measure(resume)
+            failed = _show(measured.profile(), folder)
     raise SystemExit(1 if failed else 0)
 
 
@@ -122,15 +133,16 @@ def report(folder: Path, out: Path | None) -> None:
     "--seconds", default=5.0, show_default=True, type=click.FloatRange(0.1), help="For each feed."
 )
 @click.option("--json", "json_file", type=PATH, help="Write the figures there, too.")
-@click.option("--out", type=PATH, default=Path("runs/feeds"), show_default=True)
+@click.option("--out", type=PATH, help="Folder for the figures.  [default: runs/feeds-<time>]")
 def feeds(
-    data: Path | None, batch_size: int, seconds: float, json_file: Path | None, out: Path
+    data: Path | None, batch_size: int, seconds: float, json_file: Path | None, out: Path | None
 ) -> None:
     """Measure what every feed carries, and torch's TensorDataset, without a step; a table and a bar chart."""
     with exit_on_user_error():
         from tools.bench.feeds import profile_feeds
 
-        click.echo(profile_feeds(data, batch_size, seconds, json_file, out))
+        with take_folder(out, "feeds-") as folder:
+            click.echo(profile_feeds(data, batch_size, seconds, json_file, folder))
 
 
 @main.command()
@@ -140,25 +152,36 @@ def feeds(
     "--steps", type=click.IntRange(1), default=10, show_default=True, help="Traced steps."
 )
 @click.option("--batch-size", type=click.IntRange(1), help="Samples of one rank in a step.")
-@click.option("--out", type=PATH, default=Path("runs/trace"), show_default=True)
+@click.option("--out", type=PATH, help="Folder for the files.  [default: runs/trace-<time>]")
 @DEVICE
 def trace(
-    config_file: Path | None, data: str, steps: int, batch_size: int | None, out: Path, device: str
+    config_file: Path | None,
+    data: Path | None,
+    steps: int,
+    batch_size: int | None,
+    out: Path | None,
+    device: str,
 ) -> None:
     """Trace a few steps of CONFIG: stages, slowest operators and kernels, and a file for Perfetto."""
-    from engine.world import end_rank, env_rank, env_world_size
-
-    with exit_on_user_error(speak=env_rank() == 0):
+    with exit_on_user_error():
         from tools.bench.trace import trace_config
 
-        config = (
-            load_toml(RunConfig(), config_file)
-            if config_file
-            else override(RunConfig(), DEFAULT, "default")
-        )
-        given = {"data.path": data, "global_batch": batch_size and batch_size * env_world_size()}
-        config = override(config, {key: value for key, value in given.items() if value}, "flags")
-        click.echo(trace_config(config, steps, out, device), nl=False)
+        if config_file:
+            config = load_toml(RunConfig(), config_file)
+        else:
+            config = override(RunConfig(), DEFAULT, "default")
+        given: dict[str, Any] = {"data.path": os.fspath(data)} if data else {}
+        if batch_size:
+            given["global_batch"] = batch_size * env_world_size()
+        config = override(config, given, "flags")
+        with ExitStack() as stack:
+
+            def take() -> Path:
+                return stack.enter_context(take_folder(out, "trace-"))
+
+            click.echo(trace_config(config, steps, take, device), nl=False)
+    from engine.world import end_rank
+
     end_rank()
 
 
@@ -174,27 +197,34 @@ def trace(
 @click.option(
     "--epochs", default=4, show_default=True, type=click.IntRange(1), help="Of each network."
 )
-@click.option("--out", type=PATH, default=Path("runs/ensemble"), show_default=True)
+@click.option("--out", type=PATH, help="Folder for the figures.  [default: runs/ensemble-<time>]")
 def ensemble(
-    data: str, config_file: Path | None, networks: int, workers: int, epochs: int, out: Path
+    data: Path | None,
+    config_file: Path | None,
+    networks: int,
+    workers: int,
+    epochs: int,
+    out: Path | None,
 ) -> None:
     """Train networks in parallel on CPU cores, by one worker and by several, and let them vote."""
     with exit_on_user_error():
         from tools.bench.ensemble import profile_ensemble
 
-        config = (
-            load_toml(RunConfig.baseline(), config_file) if config_file else RunConfig.baseline()
-        )
-        config = override(
-            config, {"epochs": epochs} | ({"data.path": data} if data else {}), "flags"
-        )
-        click.echo(profile_ensemble(config, networks, workers, out))
+        config = RunConfig.baseline()
+        if config_file:
+            config = load_toml(config, config_file)
+        given: dict[str, Any] = {"epochs": epochs}
+        if data:
+            given["data.path"] = os.fspath(data)
+        config = override(config, given, "flags")
+        with take_folder(out, "ensemble-") as folder:
+            click.echo(profile_ensemble(config, networks, workers, folder))
 
 
 def _num_gpus(device: str) -> int:
     import torch
 
-    from engine.world import check_ranks, env_world_size
+    from engine.world import check_ranks
 
     if env_world_size() > 1:
         raise UserError(
@@ -204,14 +234,21 @@ def _num_gpus(device: str) -> int:
     return 0 if device == "cpu" else torch.cuda.device_count()
 
 
-def _checked_out(out: Path | None, resume: bool) -> Path:
-    if resume and not (out and (out / "cells").is_dir()):
-        raise UserError(
-            f"--resume: {out or 'no --out'} holds no cells to go on with; give --out an earlier profile"
-        )
-    if not resume and out and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: is not empty; name another --out, or add --resume")
-    return out or Path("runs") / time.strftime("profile-%Y%m%d-%H%M%S", time.gmtime())
+def _taken(out: Path | None, resume: bool) -> AbstractContextManager[Path]:
+    """The folder of a profile, this process's own while it measures."""
+
+    def check(folder: Path) -> None:
+        if resume and not (folder / "cells").is_dir():
+            raise UserError(
+                f"{folder}: holds no cells to go on with; give --out an earlier profile"
+            )
+        if not resume and not is_empty(folder):
+            also = ", or go on with it by --resume" if (folder / "cells").is_dir() else ""
+            raise UserError(f"{folder}: is not empty; name another --out{also}")
+
+    if resume and not out:
+        raise UserError("--resume: name the earlier profile's folder by --out")
+    return take_folder(out, "profile-", check)
 
 
 def _show(profile: dict[str, Any], out: Path) -> int:

@@ -16,6 +16,8 @@ from fontTools.ttLib import TTFont
 from PIL import Image, ImageFont
 
 from engine.errors import UserError, exit_on_user_error, printable
+from engine.host import prepare_process
+from engine.paths import PATH
 from engine.publish import writing, writing_file
 from engine.ui import progress_bar
 
@@ -24,12 +26,13 @@ SIDE, INK, DRAWN_PX = 28, 20, 96
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("fonts", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("fonts", nargs=-1, required=True, type=PATH)
+@click.argument("out", type=PATH)
 @click.option("--force", is_flag=True, help="Replace OUT.")
 def main(fonts: tuple[Path, ...], out: Path, force: bool) -> None:
     """Draw FONTS, .ttf and .otf files or folders of them, into the CSV OUT."""
     with exit_on_user_error():
+        prepare_process()
         if out.exists() and not force:
             raise UserError(f"{out}: exists; give --force to replace it, or another name")
         files = font_files(fonts)

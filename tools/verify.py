@@ -12,6 +12,8 @@ import numpy as np
 
 from engine.config import RunConfig, load_toml
 from engine.errors import UserError, exit_on_user_error, printable
+from engine.host import prepare_process
+from engine.paths import PATH
 from engine.records import open_records
 from engine.report import read_report
 from engine.sample import sample_path
@@ -26,6 +28,8 @@ DEVICE = click.option("--device", type=click.Choice(["cpu", "cuda"]), callback=l
 @click.pass_context
 def main(context: click.Context, device: str) -> None:
     """Check this machine and the engine on it: doctor, then parity. Exit 1 if something is bad."""
+    with exit_on_user_error():
+        prepare_process()
     if context.invoked_subcommand is None:
         with exit_on_user_error():
             good = run_doctor(device)
@@ -60,7 +64,7 @@ def run_doctor(device: str) -> bool:
 
     good = True
     with start_world(device) as world, world.on_stream():
-        for grade, name, text in examine(open_records(ensure_sample(world)), world):
+        for grade, name, text in examine(open_records(ensure_sample()), world):
             click.echo(printable(f"{grade:<5} {name:<20} {text}"))
             good &= grade != "BAD"
     return good
@@ -79,7 +83,7 @@ def run_parity(device: str, precisions: tuple[str, ...]) -> bool:
         click.echo(
             f"{'compared with the eager step':<36} {'':<5} {'  '.join(f'{g:>10}' for g in GROUPS)}  verdict"
         )
-        for verdict in compare(open_records(ensure_sample(world)), world, tried):
+        for verdict in compare(open_records(ensure_sample()), world, tried):
             if verdict.missing:
                 missing.append(
                     f"{verdict.variant} ({verdict.precision}): not tried, {verdict.missing}"
@@ -101,9 +105,9 @@ def run_parity(device: str, precisions: tuple[str, ...]) -> bool:
 
 
 @main.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=PATH)
 @click.option(
-    "--data", type=click.Path(), help="The records, if they are no longer where the run found them."
+    "--data", type=PATH, help="The records, if they are no longer where the run found them."
 )
 def order(run: Path, data: str | None) -> None:
     """Compare every id and image that RUN consumed with the order and the records. Exit 1 if one differs."""

@@ -11,6 +11,7 @@ from engine.feeds.augment import AugmentedFeed
 from engine.feeds.batch import Batch, Feed, Source
 from engine.feeds.resident import ResidentFeed
 from engine.feeds.synthetic import SyntheticFeed, random_batch
+from engine.host import free_memory_bytes
 from engine.order import Order
 from engine.records import Records, Split, StoredImages, open_records
 
@@ -27,19 +28,9 @@ def open_for(config: DataConfig, path: str | Path) -> Records:
         UserError: they cannot be opened.
     """
     if config.feed == "auto":
-        num_bytes = sum(file.stat().st_size for file in Path(path).expanduser().glob("*.arrow"))
-        return open_records(path, in_memory=num_bytes < MEMORY_SHARE * host_free_bytes())
+        num_bytes = sum(file.stat().st_size for file in Path(path).glob("*.arrow"))
+        return open_records(path, in_memory=num_bytes < MEMORY_SHARE * free_memory_bytes())
     return open_records(path, in_memory=config.feed != "stream")
-
-
-def host_free_bytes() -> int:
-    """Memory that processes can still have; the page cache counts, since it gives way."""
-    line = next(
-        line
-        for line in Path("/proc/meminfo").read_text().splitlines()
-        if line.startswith("MemAvailable:")
-    )
-    return int(line.split()[1]) * 1024
 
 
 def choose_feed(config: DataConfig, split: Split, device: torch.device) -> tuple[str, str]:

@@ -4,7 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from engine.config import flatten, read_toml
-from engine.report import ROOT, Environment
+from engine.host import ROOT
+from engine.report import Environment
 from tools.bench.matrix import Run, config_cell
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import click
 
+from engine.host import ROOT
 from engine.pack import pack
-from engine.report import ROOT, Environment
+from engine.report import Environment
 from tests.bench.pack import TMNIST_ROWS, repeated_sample
 from tools.bench.feeds import measure_all
 from tools.bench.results import claim, row, write_result

@@ -10,7 +10,8 @@ from typing import Any
 
 import click
 
-from engine.report import ROOT, Environment
+from engine.host import ROOT
+from engine.report import Environment
 from tools.bench.results import claim, row, write_result
 
 FAST = ("--amp", "--cuda-graphs")

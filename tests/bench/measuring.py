@@ -43,7 +43,7 @@ def _sides(rounds: int, num_steps: int) -> tuple[dict[str, list[float]], Environ
     """samples/s of each round, after one that does not count."""
     config = override(RunConfig(), DEFAULT | {"global_batch": BATCH}, "measuring")
     with start_world() as world, world.on_stream():
-        session = open_session(config, open_records(ensure_sample(world)), world)
+        session = open_session(config, open_records(ensure_sample()), world)
         nvml = Nvml(world.device)
         works = {
             "measured": lambda: measure(session, num_steps, nvml).samples_per_s,

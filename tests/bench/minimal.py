@@ -19,8 +19,8 @@ import torch
 from torch.nn import functional
 
 from engine.config import RunConfig, load_toml, override
+from engine.host import ROOT
 from engine.records import Records, open_records
-from engine.report import ROOT
 from engine.sample import ensure_sample
 from engine.session import Session, open_session
 from engine.world import start_world
@@ -60,7 +60,7 @@ def main(batch_size: int, rounds: int, num_steps: int) -> dict[str, list[float]]
     """Milliseconds of each round, after one that does not count."""
     config = load_toml(RunConfig(), ROOT / "bench_configs" / "rung_bf16.toml")
     with start_world("cpu") as world:
-        records = open_records(ensure_sample(world))
+        records = open_records(ensure_sample())
         session = open_session(
             override(config, {"global_batch": batch_size}, "minimal"), records, world
         )

@@ -12,7 +12,8 @@ from pathlib import Path
 import click
 
 from engine import sample
-from engine.report import ROOT, environment
+from engine.host import ROOT
+from engine.report import environment
 from tools.bench.results import claim, row, write_result
 
 TMNIST_ROWS = 274_093

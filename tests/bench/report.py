@@ -9,7 +9,8 @@ from pathlib import Path
 
 import click
 
-from engine.report import ROOT, environment
+from engine.host import ROOT
+from engine.report import environment
 from tests.profiles import make_profile
 from tools.bench.results import claim, row, write_result
 

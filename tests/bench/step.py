@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from engine.report import ROOT
+from engine.host import ROOT
 from tests.bench.child import samples_per_s
 from tools.bench.results import claim, row, write_result
 

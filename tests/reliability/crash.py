@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 
+from engine.host import ROOT
 from engine.records import open_records
-from engine.report import ROOT
 from tests.reliability.common import (
     Child,
     Tally,

@@ -20,12 +20,14 @@ from engine import clock
 from engine.config import RunConfig, override
 from engine.errors import UserError, exit_on_user_error
 from engine.feeds import open_for
+from engine.host import prepare_process
+from engine.paths import PATH
 from engine.publish import writing
 from engine.report import write_json
 from engine.sample import ensure_sample
 from engine.session import Session, open_session
 from engine.trainer import train
-from engine.world import World, end_rank, env_rank, start_world
+from engine.world import World, end_rank, start_world
 from tools.bench.confusion import confusion_of
 from tools.bench.measure import measure
 from tools.bench.roofline import copy_bandwidth, roofline_fraction
@@ -40,12 +42,13 @@ NOT_ASKED: dict[str, Any] = {
 
 
 @click.command()
-@click.argument("job_file", metavar="JOB", type=click.Path(path_type=Path))
-@click.argument("result", type=click.Path(path_type=Path))
+@click.argument("job_file", metavar="JOB", type=PATH)
+@click.argument("result", type=PATH)
 def main(job_file: Path, result: Path) -> None:
     """Measure as JOB says and write RESULT."""
     job = json.loads(job_file.read_bytes())
-    with exit_on_user_error(speak=env_rank() == 0):
+    with exit_on_user_error():
+        prepare_process()
         try:
             with start_world(job["device"]) as world, world.on_stream():
                 found = repetition(job, world)
@@ -64,7 +67,7 @@ def main(job_file: Path, result: Path) -> None:
 def repetition(job: dict[str, Any], world: World) -> dict[str, Any]:
     """Everything measured of a job; collective."""
     config = override(RunConfig(), job["settings"], "the cell")
-    records = open_for(config.data, config.data.path or job["data"] or ensure_sample(world))
+    records = open_for(config.data, config.data.path or job["data"] or ensure_sample())
     with closing(open_session(config, records, world)) as session:
         found = NOT_ASKED | (_trained(session, config) if job["accuracy"] else {})
         found |= {"confusion": _confusion(session) if job["accuracy"] and job["first"] else None}

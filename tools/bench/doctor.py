@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine import clock
 from engine.config import RunConfig, override
+from engine.host import num_cpus
 from engine.records import Records
 from engine.session import open_session
 from engine.world import World, cannot_compile, cannot_fuse, has_fast_bf16
@@ -136,7 +137,7 @@ def _variables(environ: Mapping[str, str]) -> Iterator[Finding]:
         if name in environ and re.fullmatch(value, environ[name])
     ]
     yield from harmful or [Finding("ok", "environment", "no variable that harms")]
-    threads, cores = torch.get_num_threads(), len(os.sched_getaffinity(0))
+    threads, cores = torch.get_num_threads(), num_cpus()
     few = threads <= cores
     yield _graded(
         few,

@@ -23,6 +23,7 @@ from joblib import Parallel, delayed
 
 from engine.config import RunConfig
 from engine.errors import UserError
+from engine.host import num_cpus
 from engine.publish import writing
 from engine.records import Records, open_records
 from engine.report import Environment
@@ -53,13 +54,12 @@ def profile_ensemble(config: RunConfig, num_networks: int, num_workers: int, out
     Raises:
         UserError: there are fewer cores than workers, or no test split.
     """
-    num_cores = len(os.sched_getaffinity(0))
+    num_cores = num_cpus()
     if num_workers > min(num_cores, num_networks):
         raise UserError(
             f"--workers {num_workers}: for {num_networks} networks on {num_cores} cores; give fewer"
         )
-    with start_world("cpu") as world:
-        path = Path(config.data.path or ensure_sample(world))
+    path = Path(config.data.path or ensure_sample())
     records = open_records(path)
     if "test" not in records.splits:
         raise UserError(f"{path}: has no test split to vote on; pack it with --split random")
@@ -91,7 +91,7 @@ def train_all(
 ) -> tuple[float, np.ndarray, Environment]:
     """Seconds from all workers ready to the last network's answers, probability_MNK, and the workers' circumstances."""
     networks = [replace(config, seed=config.seed + number) for number in range(num_networks)]
-    cores = sorted(os.sched_getaffinity(0))
+    cores = sorted(os.sched_getaffinity(0))[: num_cpus()]
     with (
         tempfile.TemporaryDirectory() as folder,
         Parallel(n_jobs=max(arm.num_workers, 2), batch_size=1) as run,

@@ -24,12 +24,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from engine.clock import host_peak_rss_gib
 from engine.config import AugmentConfig, RunConfig, override
 from engine.feeds import make_feed, open_for
+from engine.host import keep_large_blocks
 from engine.publish import write_file, writing
 from engine.records import open_records
-from engine.report import ROOT, environment, write_json
+from engine.report import environment, write_json
 from engine.sample import ensure_sample
 from engine.session import check_batch, make_order
-from engine.world import World, keep_large_blocks
 from tools.bench.results import number
 
 FEEDS = ("resident", "dali", "stream", "resident augmented", "dali augmented", "loader_batched", "loader",
@@ -55,7 +55,7 @@ def measure_all(records: Path, batch_size: int, seconds: float) -> list[dict[str
             str(batch_size),
             str(seconds),
         ]
-        done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         rows.append(json.loads(done.stdout.splitlines()[-1]))
     return rows
 
@@ -72,7 +72,7 @@ def profile_feeds(
 
     from tools.bench import charts
 
-    records = data or ensure_sample(World(rank=0, size=1, device=torch.device("cpu"), stream=None))
+    records = data or ensure_sample()
     check_batch(RunConfig(global_batch=batch_size), open_records(records, in_memory=False), 1)
     frame = pd.DataFrame(measure_all(records, batch_size, seconds))
     facts = asdict(

@@ -12,8 +12,8 @@ from typing import Any
 from engine import clock
 from engine.config import RunConfig, override, read_toml
 from engine.errors import UserError
+from engine.host import ROOT
 from engine.records import Records
-from engine.report import ROOT
 from engine.session import Session, open_session
 from engine.world import World
 from tools.bench.matrix import rungs

@@ -25,10 +25,11 @@ from typing import Any
 
 import click
 
-from engine.config import RunConfig, flatten, override, read_toml
+from engine.config import RunConfig, flatten, override, read_toml, with_full_paths
 from engine.errors import UserError, printable
+from engine.host import num_cpus
 from engine.publish import writing
-from engine.report import command_line, write_json
+from engine.report import command_line, without_folders, write_json
 from engine.ui import progress_bar
 from tools.bench.tables import FORMAT
 
@@ -75,7 +76,7 @@ class Cell:
 
     def not_measured(self, num_gpus: int) -> str:
         """Why this machine cannot measure it; empty where it can. Without GPUs a rank needs a core."""
-        num_cores = len(os.sched_getaffinity(0))
+        num_cores = num_cpus()
         if self.num_ranks <= (num_gpus or num_cores):
             return ""
         has = f"there are {num_gpus}" if num_gpus else f"there are 0, and {num_cores} CPU cores"
@@ -90,7 +91,7 @@ def read_cells(paths: list[Path], batch: int | None = None) -> tuple[str, list[C
     """
     titles, cells = [], list[Cell]()
     for path in paths:
-        tree = read_toml(path)
+        tree = _with_full_paths(read_toml(path), path)
         titles.append(tree.get("title", path.stem))
         cells += (
             _matrix(str(path), tree, batch)
@@ -100,6 +101,17 @@ def read_cells(paths: list[Path], batch: int | None = None) -> tuple[str, list[C
     return ", ".join(titles), [
         replace(cell, id=f"c{number:03}") for number, cell in enumerate(cells)
     ]
+
+
+def _with_full_paths(tree: dict[str, Any], file: Path) -> dict[str, Any]:
+    """A file's tables, with the paths among its settings absolute: relative ones are from its folder."""
+    if not is_matrix(tree):
+        return with_full_paths(flatten(tree), file.parent, str(file))
+    tables = [tree, *(rung for rung in tree.get("rung", []) if isinstance(rung, dict))]
+    for table in tables:
+        if isinstance(table.get("set"), dict):
+            table["set"] = with_full_paths(flatten(table["set"]), file.parent, str(file))
+    return tree
 
 
 def is_matrix(tree: dict[str, Any]) -> bool:
@@ -288,9 +300,9 @@ class Run:
         for cell in self.cells:
             found = [self._read(cell, number) for number in range(cell.repetitions)]
             kept = ("id", "name", "ladder", "axes", "settings", "published")
-            facts = {name: getattr(cell, name) for name in kept} | {
-                "not_measured": cell.not_measured(self.num_gpus)
-            }
+            facts = {name: getattr(cell, name) for name in kept}
+            facts["settings"] = without_folders(cell.settings)
+            facts |= {"not_measured": cell.not_measured(self.num_gpus)}
             cells.append(facts | {"repetitions": [r for r in found if r]})
         return {"format": FORMAT, "title": self.title, "command": command_line(), "cells": cells}
 
@@ -372,4 +384,8 @@ def _run_child(cell: Cell, files: list[str], log: Path, limit_s: float) -> str:
             child.wait()
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     said = next((line for line in lines if line.startswith("error: ")), lines[-1] if lines else "")
-    return printable(f"exit code {code}: {said.removeprefix('error: ')}") if code else ""
+    return (
+        printable(without_folders(f"exit code {code}: {said.removeprefix('error: ')}"))
+        if code
+        else ""
+    )

@@ -24,7 +24,6 @@ from engine.checkpoint import Position, load_checkpoint, save_checkpoint
 from engine.config import RunConfig, override
 from engine.errors import UserError
 from engine.records import Records, open_records
-from engine.report import ROOT
 from engine.sample import ensure_sample
 from engine.session import open_session
 from engine.step import TrainStep
@@ -205,9 +204,7 @@ def _run_ranks(num_ranks: int, folder: Path, device: str, precisions: list[str])
         "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // num_ranks))
     }
     command = module_on_ranks(num_ranks, "tools.bench.parity", str(folder), device, *precisions)
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-    )
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     if done.returncode:
         raise RuntimeError(f"{num_ranks} ranks failed:\n{done.stderr}")
 
@@ -215,7 +212,7 @@ def _run_ranks(num_ranks: int, folder: Path, device: str, precisions: list[str])
 def rank_main(folder: Path, device: str, precisions: list[str]) -> None:
     """What each rank does; rank 0 leaves the state, which is that of all."""
     with start_world(device) as world, world.on_stream():
-        records = few(open_records(ensure_sample(world)))
+        records = few(open_records(ensure_sample()))
         for precision in precisions:
             settings = RANKS[world.size][1] | {"step.cuda_graphs": world.device.type == "cuda"}
             state = trained(config_of(precision, settings), records, world)

@@ -7,7 +7,7 @@ stages, so graphs are set aside for the pass. The profiler slows the host; throu
 import gzip
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
 from itertools import islice, pairwise
@@ -224,21 +224,30 @@ def _input_mb(event: Any) -> float:
     )
 
 
-def trace_config(config: RunConfig, num_steps: int, out: Path, device: str) -> str:
-    """Trace steps of a configuration; the text to print, empty on ranks other than 0. See `write_trace`."""
+def trace_config(
+    config: RunConfig, num_steps: int, take_out: Callable[[], Path], device: str
+) -> str:
+    """Trace steps of a configuration; the text to print, empty on ranks other than 0. See `write_trace`.
+
+    Args:
+        take_out: takes the folder for the files; called on rank 0 only.
+    """
     with start_world(device) as world, world.on_stream():
-        records = open_for(config.data, config.data.path or ensure_sample(world))
+        records = open_for(config.data, config.data.path or ensure_sample())
+        out = world.first(take_out)
         with closing(open_session(config, records, world)) as session:
             return write_trace(session, num_steps, out)
 
 
-def write_trace(session: Session, num_steps: int, out: Path) -> str:
+def write_trace(session: Session, num_steps: int, out: Path | None) -> str:
     """Trace steps and write OUT/trace.json.gz (Perfetto, chrome://tracing), operators.csv, stages.csv, tables.json.
 
     On a GPU also memory.pickle, torch's memory snapshot for pytorch.org/memory_viz: written by torch, never read here.
 
+    Args:
+        out: None on ranks other than 0, which write nothing.
     Returns:
-        The tables as text; of rank 0, the others write nothing.
+        The tables as text.
     """
     device, history = session.world.device, session.world.device.type == "cuda"
     if history:
@@ -246,7 +255,7 @@ def write_trace(session: Session, num_steps: int, out: Path) -> str:
             context=None
         )  # no stacks: they hold the user's folders
     trace = traced(session, num_steps, detailed=True)
-    if not session.world.is_first:
+    if out is None:
         return ""
     ms = stages(trace, device)
     stage_frame = pd.DataFrame({"stage": ms.keys(), "ms": ms.values()})
