@@ -20,7 +20,7 @@ class Objective(torch.nn.Module):
         self.model = model
         self._channels_last = config.step.channels_last
         self._smoothing = config.optim.label_smoothing
-        self._fused_loss = "softmax_cross_entropy" in config.kernels.fused
+        self._fused_loss = "softmax_cross_entropy" in config.kernels
         self._device_type, self._dtype = device.type, _AUTOCAST.get(config.step.precision)
 
     def forward(

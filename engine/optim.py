@@ -39,4 +39,7 @@ def make_optimizer(
         {"params": [p for p in named if p.dim() <= 1], "weight_decay": 0.0},
     ]
     kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
-    return kind(groups, lr=rate, fused=config.fused, capturable=capturable)
+    fused = (
+        True if config.fused else None
+    )  # False would turn torch's foreach off, too: a loop of 100 launches
+    return kind(groups, lr=rate, fused=fused, capturable=capturable)

@@ -6,28 +6,24 @@ Shapes: B samples of one rank, H x W pixels.
 """
 
 import time
-from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from engine import clock
+from engine.available import effective_config
 from engine.config import DataConfig, RunConfig
 from engine.errors import UserError
-from engine.feeds import SOURCES, choose_feed, make_feed, make_source
+from engine.feeds import SOURCES, make_feed, make_source
 from engine.feeds.batch import Feed
-from engine.feeds.stream import NUM_WINDOWS
 from engine.feeds.synthetic import random_batch
 from engine.model import make_model
 from engine.order import Order
 from engine.records import Records
 from engine.report import Environment, environment
 from engine.step import TrainStep
-from engine.world import World, cannot_compile, cannot_fuse, has_fast_bf16
-
-AUTO_KERNELS = "no result file of a GPU shows kernels/ ahead of torch.compile yet"
-"""To be changed with the first result file that does, and bench_configs/ladder_h100.toml's rungs with it."""
+from engine.world import World
 
 
 @dataclass
@@ -44,6 +40,8 @@ class Session:
     feed: Feed
     environment: Environment
     warmup_s: float
+    evaluation_feeds: dict[str, Feed] = field(default_factory=dict)
+    """By split; made when first asked for, kept until the session is closed."""
 
     @property
     def effective(self) -> dict[str, Any]:
@@ -51,67 +49,19 @@ class Session:
 
     def close(self) -> None:
         self.step.close()
-        self.feed.close()
+        for feed in (self.feed, *self.evaluation_feeds.values()):
+            feed.close()
 
-
-def effective_config(
-    config: RunConfig, records: Records, world: World
-) -> tuple[RunConfig, list[str]]:
-    """What can be had of `config` here, and a sentence for each thing that cannot."""
-    notes = []
-    step, on_cpu = config.step, world.device.type == "cpu"
-    if step.precision == "tf32" and (
-        on_cpu or torch.cuda.get_device_capability(world.device) < (8, 0)
-    ):
-        step = replace(step, precision="fp32")
-        notes.append("TF32 is not used: this device has none; fp32 is computed as IEEE has it")
-    if step.precision == "bf16" and not has_fast_bf16(world.device):
-        step = replace(step, precision="fp32")
-        notes.append(
-            "bf16 is not used: this device has no bf16 instructions and would be slower than in fp32"
-        )
-    if step.precision == "fp16" and on_cpu:
-        step = replace(step, precision="fp32")
-        notes.append(
-            "fp16 is not used: CPUs compute it many times slower than fp32; --amp bf16 is the fast one"
-        )
-    if step.cuda_graphs and on_cpu:
-        step = replace(step, cuda_graphs=False)
-        notes.append("CUDA graphs are not used: there is no GPU; the same step runs eagerly")
-    if step.cuda_graphs and step.precision == "fp16" and not config.optim.fused:
-        step = replace(step, cuda_graphs=False)
-        notes.append(
-            "CUDA graphs are not used: fp16 with an optimiser that is not fused reads the host in each step"
-        )
-    kernels = config.kernels
-    if kernels.use == "auto":
-        kernels = replace(kernels, use="off" if on_cpu else "compile")
-        where = "on a CPU PyTorch's operations are the fastest" if on_cpu else AUTO_KERNELS
-        notes.append(f"the kernels are {kernels.use}: {where}")
-    if kernels.use == "triton" and (why := cannot_fuse(world.device)):
-        kernels = replace(kernels, use="off")
-        notes.append(f"Triton kernels are not used: {why}; PyTorch's operations compute the same")
-    if kernels.use == "compile" and step.compile == "off":
-        step = replace(step, compile="default")
-    if step.compile != "off" and (why := cannot_compile(world.device)):
-        step = replace(step, compile="off")
-        notes.append(f"torch.compile is not used: {why}")
-    steps_per_epoch = len(records.split("train")) // config.global_batch
-    if step.steps_per_graph > steps_per_epoch:
-        step = replace(step, steps_per_graph=steps_per_epoch)
-        notes.append(f"{steps_per_epoch} steps in a launch: an epoch has no more")
-    data = config.data
-    if data.feed == "auto":
-        feed, why = choose_feed(data, records.split("train"), world.device)
-        data = replace(data, feed=feed)  # type: ignore[arg-type]
-        notes.append(f"the feed is {feed}: {why}")
-    if data.feed == "stream":
-        window = min(data.block_samples * data.window_blocks, len(records.split("train")))
-        window_mb = window * records.height_width[0] * records.height_width[1] / 1e6
-        notes.append(
-            f"stream reads ahead in {NUM_WINDOWS} windows of {window_mb:,.0f} MB; evaluation does so, too"
-        )
-    return replace(config, step=step, data=data, kernels=kernels), notes
+    def evaluation_feed(self, split_name: str) -> Feed:
+        """A whole split in its own order, on the device."""
+        if split_name not in self.evaluation_feeds:
+            split = self.records.split(split_name)
+            world, config = self.world, self.config
+            order = make_order(config, len(split), world.rank, world.size, shuffle=False)
+            data = config.data if config.data.feed == "stream" else DataConfig()
+            feed = make_feed(data, split, order, len(self.records.classes), world.device)
+            self.evaluation_feeds[split_name] = feed
+        return self.evaluation_feeds[split_name]
 
 
 def make_order(
@@ -168,7 +118,7 @@ def open_session(config: RunConfig, records: Records, world: World) -> Session:
     train, device = records.split("train"), world.device
     order = make_order(config, len(train), world.rank, world.size)
     num_classes = len(records.classes)
-    fused = effective.kernels.fused
+    fused = frozenset(effective.kernels)
     start = time.perf_counter()
     model = make_model(config.model, *records.height_width, num_classes, config.seed, fused).to(
         device
@@ -178,7 +128,7 @@ def open_session(config: RunConfig, records: Records, world: World) -> Session:
         records.height_width,
         num_classes,
         device,
-        copies=effective.step.steps_per_graph,
+        copies=effective.step.steps_per_launch,
     )
     world.ledger.mark("model and optimiser")
     source = (
@@ -210,21 +160,17 @@ def open_session(config: RunConfig, records: Records, world: World) -> Session:
 
 def _gathers(config: RunConfig) -> bool:
     """Whether launches gather their batches themselves, on the device; distorted images are handed over."""
-    in_launches = config.step.cuda_graphs or config.step.steps_per_graph > 1
+    in_launches = config.step.cuda_graphs or config.step.steps_per_launch > 1
     return in_launches and config.data.feed in SOURCES and not config.augment.is_on
 
 
 def evaluate(session: Session, split_name: str) -> tuple[float, float]:
     """Loss and accuracy (0..1) over a whole split, exact over all ranks: nothing counted twice, nothing left out."""
-    world, config = session.world, session.config
-    split = session.records.split(split_name)
-    order = make_order(config, len(split), world.rank, world.size, shuffle=False)
-    data = config.data if config.data.feed == "stream" else DataConfig()
-    with closing(make_feed(data, split, order, len(session.records.classes), world.device)) as feed:
-        for batch in feed.batches(0):
-            session.step.evaluate(batch)
-        loss, accuracy, seen = session.step.read_evaluation()
-    assert seen == len(split), f"evaluated {seen} of {len(split)} samples"
+    for batch in session.evaluation_feed(split_name).batches(0):
+        session.step.evaluate(batch)
+    loss, accuracy, seen = session.step.read_evaluation()
+    num_samples = len(session.records.split(split_name))
+    assert seen == num_samples, f"evaluated {seen} of {num_samples} samples"
     return loss, accuracy
 
 
@@ -235,10 +181,8 @@ def _switches(config: RunConfig) -> dict[str, Any]:
         "compile": config.step.compile,
         "accumulate": config.step.accumulate,
         "cuda_graphs": config.step.cuda_graphs,
-        "steps_per_launch": config.step.steps_per_graph,
-        "kernels": config.kernels.use
-        if not config.kernels.fused
-        else ", ".join(sorted(config.kernels.fused)),
+        "steps_per_launch": config.step.steps_per_launch,
+        "kernels": ", ".join(config.kernels) or "off",
         "feed": config.data.feed,
         "order": config.data.order,
     }

@@ -80,7 +80,7 @@ class TrainStep:
         model: on the world's device.
         config: what is *effective*; `prepare` captures if config.step.cuda_graphs.
         order: of the training split; tells the batch size and the steps of an epoch.
-        static: B random samples on the device K = config.step.steps_per_graph times: warm-up trains on them, and their
+        static: B random samples on the device K = config.step.steps_per_launch times: warm-up trains on them, and their
             addresses are baked into the graphs.
         source: the feed whose batches a launch gathers itself; None: batches are handed over.
     """
@@ -105,7 +105,7 @@ class TrainStep:
         if config.step.channels_last:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.model = model
-        self.steps_per_launch = config.step.steps_per_graph
+        self.steps_per_launch = config.step.steps_per_launch
         self.capture_failure = ""
         """Why the step runs eagerly although a graph was asked for."""
         self.counter_21 = torch.zeros(2, 1, dtype=torch.int64, device=device)

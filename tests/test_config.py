@@ -1,17 +1,29 @@
 """One home for defaults: files and flags only override, and whatever is not a setting is an error."""
 
-from dataclasses import fields, is_dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from engine.config import RunConfig, load_toml, override, parse_assignments, to_toml
+from engine import run
+from engine.config import (
+    KERNELS,
+    RECIPES,
+    RunConfig,
+    load_toml,
+    override,
+    parse_assignments,
+    recipe_settings,
+    settings_of,
+    to_toml,
+)
 from engine.errors import UserError
+from engine.flags import flag_settings
 from engine.host import ROOT
 from tests.conftest import run_configs
 
 
-@pytest.mark.parametrize("config", [RunConfig(), RunConfig.baseline()])
+@pytest.mark.parametrize("config", [RunConfig(), RECIPES["study"]])
 def test_toml_gives_the_config_back(config: RunConfig, tmp_path: Path) -> None:
     file = tmp_path / "config.toml"
     file.write_text(to_toml(config))
@@ -19,7 +31,7 @@ def test_toml_gives_the_config_back(config: RunConfig, tmp_path: Path) -> None:
 
 
 def test_the_baseline_file_is_the_baseline() -> None:
-    assert load_toml(RunConfig(), ROOT / "bench_configs" / "baseline.toml") == RunConfig.baseline()
+    assert load_toml(RunConfig(), ROOT / "bench_configs" / "baseline.toml") == RECIPES["study"]
 
 
 @pytest.mark.parametrize("file", run_configs(), ids=lambda p: p.name)
@@ -90,27 +102,64 @@ def test_the_digest_knows_training_from_environment() -> None:
         assert override(RunConfig(), other, "").digest() != digest
 
 
-def test_every_setting_has_a_docstring() -> None:
-    source = (ROOT / "engine" / "config.py").read_text().splitlines()
-    for number, line in enumerate(source):
-        is_setting = (
-            line.startswith("    ")
-            and not line.startswith("     ")
-            and ": " in line
-            and " = " in line
-        )
-        if (
-            is_setting
-            and "Config()" not in line
-            and not line.strip().startswith(("hints", "return", "o ="))
-        ):
-            name = line.strip().split(":")[0]
-            if any(name in [f.name for f in fields(c)] for c in _tree(RunConfig())):
-                assert source[number + 1].strip().startswith('"""'), line
+def test_every_setting_says_what_it_is_and_every_number_has_bounds() -> None:
+    for name, each, kind, value in settings_of(RunConfig()):
+        facts = each.metadata
+        assert facts["help"].endswith((".", "]")) and len(facts["help"]) > 10, name
+        if kind in (int, float):
+            assert facts["low"] <= value <= facts["high"], name
+            for outside in (facts["low"] - 1, facts["high"] + 1):
+                with pytest.raises(UserError, match=f"{name} is .*; give a value from"):
+                    override(RunConfig(), {name: kind(outside)}, "test")
 
 
-def _tree(config: object) -> list[object]:
-    nested = [
-        getattr(config, f.name) for f in fields(config) if is_dataclass(getattr(config, f.name))
-    ]  # type: ignore[arg-type]
-    return [config, *nested]
+def test_flags_are_made_from_the_fields() -> None:
+    """Every flag sets its field, and refuses what the field refuses."""
+    options = {option.name: option for option in run.main.params}
+    for name, each, kind, _ in settings_of(RunConfig()):
+        if not each.metadata["flag"]:
+            continue
+        option = options.pop(name.replace(".", "__"))
+        assert each.metadata["flag"] in option.opts
+        if kind in (int, float):
+            assert (option.type.min, option.type.max) == (
+                each.metadata["low"],
+                each.metadata["high"],
+            )
+    given = {"amp": "fp16", "batch_size": 8, "step__cuda_graphs": True, "epochs": None}
+    wanted = {"step.precision": "fp16", "global_batch": 16, "step.cuda_graphs": True}
+    assert flag_settings(given, num_ranks=2) == wanted
+    others = {"amp", "batch_size", "recipe", "baseline", "config_file", "assignments", "out"}
+    assert set(options) == others | {"resume", "device"}
+
+
+def test_recipes_are_typed_once(tmp_path: Path) -> None:
+    assert recipe_settings("fast", "test") == {}
+    assert override(RunConfig(), recipe_settings("study", "test"), "test") == RECIPES["study"]
+    (tmp_path / "c.toml").write_text('recipe = "study"\nepochs = 3\n')
+    assert load_toml(RunConfig(), tmp_path / "c.toml") == replace(RECIPES["study"], epochs=3)
+    (tmp_path / "c.toml").write_text('recipe = "slow"\n')
+    with pytest.raises(UserError, match="there is no recipe 'slow'; choose from fast, study"):
+        load_toml(RunConfig(), tmp_path / "c.toml")
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ("all", KERNELS),
+        (["softmax_cross_entropy", "gather_warp"], ("gather_warp", "softmax_cross_entropy")),
+        ("gather_warp, conv_pool_relu", ("gather_warp", "conv_pool_relu")),
+        ("off", ()),
+        ([], ()),
+    ],
+)
+def test_kernels_are_a_list_of_names(given: object, wanted: tuple[str, ...]) -> None:
+    assert override(RunConfig(), {"kernels": given}, "test").kernels == wanted
+
+
+@pytest.mark.parametrize("given", ["gather", ["all", 3], 7])
+def test_other_kernels_are_refused(given: object) -> None:
+    with pytest.raises(
+        UserError, match="kernels: is .*; (choose from all, gather_warp|give a list)"
+    ):
+        override(RunConfig(), {"kernels": given}, "test")

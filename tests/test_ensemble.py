@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.config import RunConfig, override
+from engine.config import RECIPES, override
 from engine.records import Records
 from tests.conftest import Command, assert_refused
 from tools.bench.ensemble import Arm, train_all, vote_over_singles
@@ -46,7 +46,7 @@ def test_each_network_is_the_same_whichever_worker_trains_it(
     small: Records, small_dir: Path
 ) -> None:
     config = override(
-        RunConfig.baseline(), {"global_batch": 32, "epochs": 2, "data.path": str(small_dir)}, "test"
+        RECIPES["study"], {"global_batch": 32, "epochs": 2, "data.path": str(small_dir)}, "test"
     )
     config = replace(config, data=replace(config.data, feed="resident"))
     before = os.sched_getaffinity(0)

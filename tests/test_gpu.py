@@ -67,7 +67,7 @@ def test_the_graph_trains_as_the_eager_step(
     settings = {
         "step_precision": precision,
         "step_cuda_graphs": True,
-        "step_steps_per_graph": num_steps,
+        "step_steps_per_launch": num_steps,
     }
     graph = session(small, gpu_world, **settings, data_feed=feed)
     assert graph.effective["cuda_graphs"], graph.notes
@@ -90,7 +90,7 @@ def test_other_ways_of_stepping_are_captured_too(
     plain = session(small, gpu_world)
     wanted = losses(plain)
     plain.close()
-    graph = session(small, gpu_world, step_cuda_graphs=True, step_steps_per_graph=3, **settings)
+    graph = session(small, gpu_world, step_cuda_graphs=True, step_steps_per_launch=3, **settings)
     assert graph.effective["cuda_graphs"], graph.notes
     assert losses(graph) == pytest.approx(wanted, rel=5e-3)
     graph.close()
@@ -127,7 +127,7 @@ def test_the_all_reduce_of_ddp_is_captured(
         "nccl", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
     )
     try:
-        graph = session(small, gpu_world, step_cuda_graphs=True, step_steps_per_graph=3)
+        graph = session(small, gpu_world, step_cuda_graphs=True, step_steps_per_launch=3)
         assert graph.effective["cuda_graphs"], graph.notes
         assert losses(graph) == pytest.approx(wanted, rel=1e-3)
         graph.close()
@@ -189,12 +189,11 @@ def test_the_kernels_train_as_pytorchs_operations(
     settings = {
         "step_precision": precision,
         "step_cuda_graphs": graphs,
-        "step_steps_per_graph": 3 if graphs else 1,
+        "step_steps_per_launch": 3 if graphs else 1,
     }
-    fused = session(small, gpu_world, kernels_use="triton", **settings)
+    fused = session(small, gpu_world, kernels="all", **settings)
     assert (
-        fused.config.kernels.fused == set(kernels.NAMES)
-        and fused.effective["cuda_graphs"] == graphs
+        set(fused.config.kernels) == set(kernels.NAMES) and fused.effective["cuda_graphs"] == graphs
     ), fused.notes
     assert losses(fused) == pytest.approx(wanted, rel=1e-3 if precision == "fp32" else 3e-2)
     assert evaluate(fused, "val")[0] == pytest.approx(wanted_evaluation[0], rel=5e-2)

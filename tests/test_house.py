@@ -23,7 +23,7 @@ LAYERS = {
     "engine.feeds.stream": 2, "engine.feeds.idlog": 2, "engine.model": 2, "engine.optim": 2, "engine.capture": 2,
     "engine.feeds": 2, "engine.feeds.resident": 2, "engine.feeds.synthetic": 2, "engine.feeds.loader": 2,
     "engine.feeds.dali": 2, "engine.sample": 2, "engine.objective": 2, "engine.step": 3,
-    "engine.session": 4, "engine.trainer": 4, "engine.run": 5,
+    "engine.available": 4, "engine.flags": 5, "engine.session": 4, "engine.trainer": 4, "engine.run": 5,
 }  # fmt: skip
 
 

@@ -4,7 +4,6 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -13,7 +12,8 @@ from torch.nn import functional
 
 import kernels
 from engine import world
-from engine.config import AugmentConfig, KernelConfig, RunConfig, override
+from engine.available import effective_config
+from engine.config import KERNELS, AugmentConfig, RunConfig, override
 from engine.feeds.augment import AugmentedFeed
 from engine.feeds.batch import Batch
 from engine.feeds.resident import ResidentFeed
@@ -23,7 +23,6 @@ from engine.model import make_model
 from engine.objective import Objective
 from engine.order import Order
 from engine.records import Records
-from engine.session import effective_config
 from engine.world import World
 from kernels import bias_pool_relu as second
 from kernels import conv_pool_relu as first
@@ -34,7 +33,6 @@ from tests.conftest import Command
 from tools.bench import roofline
 
 CPU = torch.device("cpu")
-OFF = {f"kernels.{name}": False for name in kernels.NAMES}
 
 
 def float64(*shape: int) -> torch.Tensor:
@@ -107,8 +105,8 @@ def test_operators_keep_torchs_contract(number: int) -> None:
 
 
 def test_export_sees_every_operator() -> None:
-    config = override(RunConfig(), {"kernels.use": "triton"}, "test")
-    fused = config.kernels.fused
+    config = override(RunConfig(), {"kernels": "all"}, "test")
+    fused = frozenset(config.kernels)
     assert fused == set(kernels.NAMES)
     model = make_model(config.model, 28, 28, 8, seed=1, fused=fused)
     batch = random_batch(4, (28, 28), 8, CPU)
@@ -128,15 +126,10 @@ def test_export_sees_every_operator() -> None:
 def test_every_combination_of_kernels_is_the_same_objective() -> None:
     batch, results = random_batch(6, (28, 28), 8, CPU), []
     for chosen in ((), *[(name,) for name in kernels.NAMES], kernels.NAMES):
-        config = override(
-            RunConfig(),
-            OFF | {"kernels.use": "triton"} | {f"kernels.{n}": True for n in chosen},
-            "test",
-        )
-        assert config.kernels.fused == set(chosen)
-        objective = Objective(
-            make_model(config.model, 28, 28, 8, 1, config.kernels.fused), config, CPU
-        )
+        config = override(RunConfig(), {"kernels": list(chosen)}, "test")
+        fused = frozenset(config.kernels)
+        assert fused == set(chosen)
+        objective = Objective(make_model(config.model, 28, 28, 8, 1, fused), config, CPU)
         loss, correct = objective(batch.image_BHW, batch.label_B)
         results.append(
             [loss, correct.float(), *torch.autograd.grad(loss, list(objective.parameters()))]
@@ -182,7 +175,7 @@ def test_what_does_not_fit_is_refused_with_a_sentence(call: Any, sentence: str) 
 
 
 def test_the_config_names_the_kernels() -> None:
-    assert tuple(f.name for f in fields(KernelConfig))[1:] == kernels.NAMES
+    assert KERNELS == kernels.NAMES
     for name in kernels.NAMES:
         text = (ROOT / "kernels" / f"{name}.py").read_text()
         places = [
@@ -192,28 +185,25 @@ def test_the_config_names_the_kernels() -> None:
         assert f"def {name}(" in text and "Bytes a sample" in text and f"tmnist::{name}" in text
 
 
-def effective(use: str, records: Records, here: World) -> tuple[RunConfig, str]:
-    config, notes = effective_config(
-        override(RunConfig(), {"kernels.use": use}, "test"), records, here
-    )
+def effective(records: Records, here: World) -> tuple[RunConfig, str]:
+    """With all kernels asked for."""
+    config, notes = effective_config(override(RunConfig(), {"kernels": "all"}, ""), records, here)
     return config, " ".join(notes)
 
 
 def test_what_cannot_be_had_is_said(
     small: Records, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, notes = effective("triton", small, world)
-    assert config.kernels.use == "off" and "Triton kernels are not used: there is no GPU" in notes
-    assert effective("auto", small, world)[0].kernels.use == "off"
-    assert effective("compile", small, world)[0].step.compile == "default"
+    config, notes = effective(small, world)
+    assert config.kernels == () and "Triton kernels are not used: there is no GPU" in notes
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(kernels.sysconfig, "get_path", lambda name: "/nowhere")
-    assert "install python3-dev" in effective("triton", small, world)[1]
+    assert "install python3-dev" in effective(small, world)[1]
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(kernels.shutil, "which", lambda name: None)
-    assert "Triton needs a C compiler" in effective("triton", small, world)[1]
+    assert "Triton needs a C compiler" in effective(small, world)[1]
     monkeypatch.setattr(kernels, "find_spec", lambda name: None)
-    assert "Triton is not installed; pip install" in effective("triton", small, world)[1]
+    assert "Triton is not installed; pip install" in effective(small, world)[1]
 
 
 def test_old_gpus_are_refused_and_the_interpreter_is_let_in(
@@ -227,9 +217,7 @@ def test_old_gpus_are_refused_and_the_interpreter_is_let_in(
 
 
 def test_kernels_and_the_plain_step_share_checkpoints() -> None:
-    plain, fused = (
-        override(RunConfig(), {"kernels.use": use}, "test") for use in ("off", "triton")
-    )
+    plain, fused = (override(RunConfig(), {"kernels": names}, "test") for names in ("off", "all"))
     assert plain.digest() == fused.digest()
 
 
@@ -242,7 +230,7 @@ def test_a_run_without_a_gpu_says_so_once(command: Command, small_dir: Any, tmp_
         "--batch-size",
         64,
         "--kernels",
-        "triton",
+        "all",
         "--out",
         tmp_path / "run",
     )
@@ -291,13 +279,15 @@ def test_unknown_hardware_has_no_prediction() -> None:
     shape = (28, 28, 94)
     assert roofline.peak_flops("NVIDIA H100 80GB HBM3", "bf16") == 989e12
     assert roofline.peak_flops("NVIDIA H100 PCIe", "bf16") == 756e12
+    assert roofline.peak_flops("NVIDIA H100 NVL", "bf16") == 835e12
+    assert roofline.peak_flops("NVIDIA H100 MIG 1g.10gb", "bf16") is None
     assert (
         roofline.peak_flops("Some CPU", "bf16") is None
         and roofline.peak_flops(None, "bf16") is None
     )
     assert roofline.roofline_fraction(1e6, "Some GPU", "bf16", 3e12, shape) is None
-    assert roofline.roofline_fraction(1e6, "NVIDIA H100", "bf16", None, shape) is None
-    fraction = roofline.roofline_fraction(12e6, "NVIDIA H100", "bf16", 3e12, shape)
+    assert roofline.roofline_fraction(1e6, "NVIDIA H100 80GB HBM3", "bf16", None, shape) is None
+    fraction = roofline.roofline_fraction(12e6, "NVIDIA H100 80GB HBM3", "bf16", 3e12, shape)
     assert fraction is not None and 0.4 < fraction < 0.6
     assert roofline.copy_bandwidth(CPU) is None
 

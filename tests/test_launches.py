@@ -67,11 +67,11 @@ def assert_same(got: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> No
 @pytest.mark.parametrize(
     "settings",
     [
-        {"step.steps_per_graph": 3},  # two launches of 3 steps, one of the step that remains
-        {"step.steps_per_graph": 3, "step.precision": "bf16"},
-        {"step.steps_per_graph": 64},
-        {"step.steps_per_graph": 3, "data.feed": "dali"},
-        {"step.steps_per_graph": 3, "data.feed": "loader", "data.loader_workers": 0},
+        {"step.steps_per_launch": 3},  # two launches of 3 steps, one of the step that remains
+        {"step.steps_per_launch": 3, "step.precision": "bf16"},
+        {"step.steps_per_launch": 64},
+        {"step.steps_per_launch": 3, "data.feed": "dali"},
+        {"step.steps_per_launch": 3, "data.feed": "loader", "data.loader_workers": 0},
     ],
     ids=str,
 )
@@ -93,14 +93,16 @@ def test_launches_of_k_steps_change_no_bit(
 def test_so_do_those_of_distorted_and_of_synthetic_images(
     settings: dict[str, Any], small: Records, world: World
 ) -> None:
-    found = [trained(session(small, world, settings | {"step.steps_per_graph": k})) for k in (1, 3)]
+    found = [
+        trained(session(small, world, settings | {"step.steps_per_launch": k})) for k in (1, 3)
+    ]
     assert_same(*found)
 
 
 def test_an_epoch_can_be_entered_in_the_middle(small: Records, world: World) -> None:
     found = []
     for num_steps in (1, 3):
-        opened = session(small, world, {"step.steps_per_graph": num_steps})
+        opened = session(small, world, {"step.steps_per_launch": num_steps})
         sizes = [
             launch.num_steps for launch in opened.step.train_epoch(opened.feed, 1, first_step=2)
         ]
@@ -112,7 +114,7 @@ def test_an_epoch_can_be_entered_in_the_middle(small: Records, world: World) -> 
 
 def test_epochs_may_come_in_any_order(small: Records, world: World) -> None:
     """The ids that were drawn ahead for the next epoch are not those of another."""
-    opened = session(small, world, {"step.steps_per_graph": 7})
+    opened = session(small, world, {"step.steps_per_launch": 7})
     for epoch in (0, 3, 1, 2):
         (launch,) = opened.step.train_epoch(opened.feed, epoch)
         assert np.array_equal(
@@ -133,7 +135,7 @@ def test_a_feed_that_does_not_end_with_its_epoch_ends_the_run(small: Records, wo
 def test_too_many_steps_in_a_launch_are_cut_to_an_epoch_and_told(
     small: Records, world: World
 ) -> None:
-    opened = session(small, world, {"step.steps_per_graph": 64})
+    opened = session(small, world, {"step.steps_per_launch": 64})
     assert opened.effective["steps_per_launch"] == 7
     assert "7 steps in a launch: an epoch has no more" in opened.notes
     opened.close()

@@ -29,7 +29,7 @@ def build(world: World, config: RunConfig, num_steps: int = 20, num_classes: int
     """A step of batch 32 in a run of one epoch of `num_steps`."""
     model = make_model(config.model, 28, 28, num_classes, seed=1)
     order = Order(num_samples=num_steps * 32, global_batch=32)
-    static = random_batch(32 * config.step.steps_per_graph, (28, 28), num_classes, CPU)
+    static = random_batch(32 * config.step.steps_per_launch, (28, 28), num_classes, CPU)
     return TrainStep(model, replace(config, epochs=1), order, static, world)
 
 

@@ -36,7 +36,7 @@ def test_spans_are_free_unless_traced() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"data.feed": "resident", "step.steps_per_graph": 2, "step.accumulate": 2}]
+    "settings", [{}, {"data.feed": "resident", "step.steps_per_launch": 2, "step.accumulate": 2}]
 )
 def test_stages_make_up_the_wall(small: Records, world: World, settings: dict[str, Any]) -> None:
     config = override(RunConfig(), {"global_batch": 32} | settings, "test")

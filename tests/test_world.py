@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from engine import session
+from engine import available
+from engine.available import effective_config
 from engine.config import OptimConfig, RunConfig, StepConfig
 from engine.errors import UserError
 from engine.records import Records
-from engine.session import effective_config
 from engine.world import World, check_ranks
 
 
@@ -40,9 +40,9 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
 def test_bf16_needs_its_instructions(
     small: Records, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session, "has_fast_bf16", lambda device: True)
+    monkeypatch.setattr(available, "has_fast_bf16", lambda device: True)
     assert effective(small, world, precision="bf16") == (StepConfig(precision="bf16"), "")
-    monkeypatch.setattr(session, "has_fast_bf16", lambda device: False)
+    monkeypatch.setattr(available, "has_fast_bf16", lambda device: False)
     step, note = effective(small, world, precision="bf16")
     assert step.precision == "fp32" and "no bf16 instructions" in note
 
@@ -56,7 +56,7 @@ def test_fp16_and_graphs_need_a_gpu(small: Records, world: World) -> None:
 
 def test_graphs_on_a_gpu(small: Records, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        session, "choose_feed", lambda config, split, device: ("resident", "it fits")
+        available, "choose_feed", lambda config, split, device: ("resident", "it fits")
     )
     gpu = replace(world, device=torch.device("cuda", 0))
     assert effective(small, gpu, cuda_graphs=True)[0].cuda_graphs

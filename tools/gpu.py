@@ -48,7 +48,7 @@ FIRST_CHARACTER = 33
 FAST = {
     "step.precision": "bf16",
     "step.cuda_graphs": True,
-    "step.steps_per_graph": 16,
+    "step.steps_per_launch": 16,
     "data.feed": "resident",
 }
 LARGE = {"global_batch": 8192, "optim.learning_rate": 0.04, "epochs": 12}

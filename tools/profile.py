@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from engine.config import RunConfig, load_toml, override
+from engine.config import RECIPES, RunConfig, load_toml, override
 from engine.errors import UserError, exit_on_user_error, printable
 from engine.host import env_world_size, prepare_process
 from engine.paths import PATH, full_path
@@ -210,7 +210,7 @@ def ensemble(
     with exit_on_user_error():
         from tools.bench.ensemble import profile_ensemble
 
-        config = RunConfig.baseline()
+        config = RECIPES["study"]
         if config_file:
             config = load_toml(config, config_file)
         given: dict[str, Any] = {"epochs": epochs}

@@ -105,6 +105,8 @@ class ResidentFeed:
         self._out = Batch.empty(order.rank_batch, split.height_width, device)
         self._table_SB: torch.Tensor | None = None
         self._drawn: tuple[int, torch.Tensor] | None = None
+        self._loaded: int | None = None
+        """The epoch whose ids the table holds."""
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         for id_B in id_blocks(self.order, epoch, first_step, self._device):
@@ -112,6 +114,8 @@ class ResidentFeed:
             yield self._out
 
     def load_epoch(self, epoch: int) -> None:
+        if self._loaded == epoch:  # the first is loaded before the clock starts
+            return
         drawn_epoch, id_SB = self._drawn or (epoch, None)
         if id_SB is None or drawn_epoch != epoch:
             id_SB = self._draw(epoch)
@@ -119,6 +123,7 @@ class ResidentFeed:
         if self._table_SB is None:
             self._table_SB = torch.empty_like(id_SB, device=self._device)
         self._table_SB.copy_(id_SB, non_blocking=True)
+        self._loaded = epoch
 
     def draw_ahead(self, epoch: int) -> None:
         self._drawn = (epoch, self._draw(epoch))

@@ -25,12 +25,12 @@ class Trained:
     parameters: dict[str, torch.Tensor]
 
 
-def train(precision: str, use: str) -> Trained:
+def train(precision: str, names: str) -> Trained:
     """The same 20 steps, two in a launch, on drawn bars; fp32 or fp16 weights are the same in both."""
     settings = {
         "step.precision": precision,
-        "step.steps_per_graph": 2,
-        "kernels.use": use,
+        "step.steps_per_launch": 2,
+        "kernels": names,
         "global_batch": BATCH,
     }
     rate = {"optim.learning_rate": 2e-3, "optim.schedule": "constant", "epochs": 1}
@@ -43,7 +43,7 @@ def train(precision: str, use: str) -> Trained:
     split = Split(image_NHW=image_NHW, label_N=label_N, font_N=np.zeros(len(label_N), np.int32))
     order = Order(num_samples=len(label_N), global_batch=BATCH, seed=1)
     cpu = torch.device("cpu")
-    fused = config.kernels.fused
+    fused = frozenset(config.kernels)
     model = make_model(config.model, 28, 28, CLASSES, seed=1, fused=fused)
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     source = ResidentFeed(split, order, cpu, fused)

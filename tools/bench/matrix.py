@@ -25,7 +25,7 @@ from typing import Any
 
 import click
 
-from engine.config import RunConfig, flatten, override, read_toml, with_full_paths
+from engine.config import RunConfig, flatten, full_settings, override, read_toml, recipe_settings
 from engine.errors import UserError, printable
 from engine.host import num_cpus
 from engine.publish import writing
@@ -91,7 +91,7 @@ def read_cells(paths: list[Path], batch: int | None = None) -> tuple[str, list[C
     """
     titles, cells = [], list[Cell]()
     for path in paths:
-        tree = _with_full_paths(read_toml(path), path)
+        tree = _with_settings(read_toml(path), path)
         titles.append(tree.get("title", path.stem))
         cells += (
             _matrix(str(path), tree, batch)
@@ -103,14 +103,20 @@ def read_cells(paths: list[Path], batch: int | None = None) -> tuple[str, list[C
     ]
 
 
-def _with_full_paths(tree: dict[str, Any], file: Path) -> dict[str, Any]:
-    """A file's tables, with the paths among its settings absolute: relative ones are from its folder."""
+def _with_settings(tree: dict[str, Any], file: Path) -> dict[str, Any]:
+    """A file's tables, with the settings in them dotted, its recipe's among them, and paths absolute."""
     if not is_matrix(tree):
-        return with_full_paths(flatten(tree), file.parent, str(file))
-    tables = [tree, *(rung for rung in tree.get("rung", []) if isinstance(rung, dict))]
-    for table in tables:
-        if isinstance(table.get("set"), dict):
-            table["set"] = with_full_paths(flatten(table["set"]), file.parent, str(file))
+        return full_settings(tree, file)
+    tree = dict(tree)
+    if isinstance(tree.get("set", {}), dict):
+        tree["set"] = full_settings(tree.get("set", {}), file)
+        if "recipe" in tree:
+            recipe = recipe_settings(tree.pop("recipe"), str(file))
+            tree.setdefault("batch", recipe.pop("global_batch", RunConfig().global_batch))
+            tree["set"] = recipe | tree["set"]
+    for rung in tree.get("rung", []):
+        if isinstance(rung, dict) and isinstance(rung.get("set"), dict):
+            rung["set"] = full_settings(rung["set"], file)
     return tree
 
 

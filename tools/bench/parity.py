@@ -36,11 +36,11 @@ K = 4
 """Two launches of four steps an epoch, and one of one."""
 RANKS: dict[int, tuple[str, dict[str, Any]]] = {
     1: ("torchrun, 1 rank", {}),
-    2: (f"2 ranks, {K} steps a launch", {"step.steps_per_graph": K}),
+    2: (f"2 ranks, {K} steps a launch", {"step.steps_per_launch": K}),
     4: ("4 ranks, each batch in 2 parts", {"step.accumulate": 2}),
 }
 """Numbers of ranks, and what else is different there."""
-FUSED = {"kernels.use": "triton", "step.cuda_graphs": True, "step.steps_per_graph": K}
+FUSED = {"kernels": "all", "step.cuda_graphs": True, "step.steps_per_launch": K}
 GROUPS = ("loss", "parameters", "gradients", "optimiser", "scaler", "counters")
 TOLERANCE = {"fp32": (1e-3, 1e-2), "tf32": (1e-2, 1e-1), "bf16": (5e-2, 5e-1), "fp16": (5e-2, 5e-1)}
 """For what adds in another order (ranks, a GPU's kernels): of losses and parameters, of gradients and optimiser.
@@ -158,25 +158,25 @@ def parity(records: Records, world: World, precisions: list[str]) -> Iterator[Ve
     }
     plain: list[tuple[str, dict[str, Any], Callable[..., State]]] = [
         ("eager, again", {}, trained),
-        (f"{K} steps a launch, not captured", {"step.steps_per_graph": K}, trained),
+        (f"{K} steps a launch, not captured", {"step.steps_per_launch": K}, trained),
         ("one CUDA graph a step", {"step.cuda_graphs": True}, trained),
         (
             f"one CUDA graph of {K} steps",
-            {"step.cuda_graphs": True, "step.steps_per_graph": K},
+            {"step.cuda_graphs": True, "step.steps_per_launch": K},
             trained,
         ),
-        ("Triton kernels", {"kernels.use": "triton"}, trained),
+        ("Triton kernels", {"kernels": "all"}, trained),
         (f"Triton kernels, one CUDA graph of {K} steps", FUSED, trained),
         ("resumed at an epoch's end", {}, resumed),
         (
             f"resumed, {K} steps a launch",
-            {"step.steps_per_graph": K, "step.cuda_graphs": on_gpu},
+            {"step.steps_per_launch": K, "step.cuda_graphs": on_gpu},
             resumed,
         ),
     ]
     for precision, reference in references.items():
         for name, settings, work in plain:
-            why = cannot_fuse(world.device) if "kernels.use" in settings else ""
+            why = cannot_fuse(world.device) if "kernels" in settings else ""
             if settings.get("step.cuda_graphs") and not on_gpu:
                 why = "there is no GPU"
             found = (

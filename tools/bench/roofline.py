@@ -17,13 +17,22 @@ from engine.clock import Stopwatch
 from engine.model import CONV1_CHANNELS, CONV2_CHANNELS, HIDDEN
 from tools.bench.results import markdown_table
 
+_HOPPER_SXM = {"bf16": 989e12, "fp16": 989e12, "tf32": 494e12, "fp32": 67e12}
+_HOPPER_NVL = {"bf16": 835e12, "fp16": 835e12, "tf32": 417e12, "fp32": 60e12}
+_HOPPER_PCIE = {"bf16": 756e12, "fp16": 756e12, "tf32": 378e12, "fp32": 51e12}
+_AMPERE = {"bf16": 312e12, "fp16": 312e12, "tf32": 156e12, "fp32": 19.5e12}
 PEAK_FLOPS = {
-    "H100 PCIe": {"bf16": 756e12, "fp16": 756e12, "tf32": 378e12, "fp32": 51e12},
-    "H100": {"bf16": 989e12, "fp16": 989e12, "tf32": 494e12, "fp32": 67e12},
-    "H200": {"bf16": 989e12, "fp16": 989e12, "tf32": 494e12, "fp32": 67e12},
-    "A100": {"bf16": 312e12, "fp16": 312e12, "tf32": 156e12, "fp32": 19.5e12},
+    "NVIDIA H100 80GB HBM3": _HOPPER_SXM,
+    "NVIDIA H100 NVL": _HOPPER_NVL,
+    "NVIDIA H100 PCIe": _HOPPER_PCIE,
+    "NVIDIA H200": _HOPPER_SXM,
+    "NVIDIA H200 NVL": _HOPPER_NVL,
+    "NVIDIA A100-SXM4-40GB": _AMPERE,
+    "NVIDIA A100-SXM4-80GB": _AMPERE,
+    "NVIDIA A100-PCIE-40GB": _AMPERE,
+    "NVIDIA A100 80GB PCIe": _AMPERE,
 }
-"""Dense peaks by NVIDIA's datasheets, by a part of the device's name; the first that fits counts."""
+"""Dense peaks by NVIDIA's datasheets, by the device's whole name: cards of one family differ by a third."""
 FLOOR_BITS = 2
 """Of a pooled value, in the floor: which of four won."""
 
@@ -148,10 +157,7 @@ def predicted_s(works: Iterable[Work], bandwidth_bytes_per_s: float, flops_per_s
 
 def peak_flops(device_name: str | None, precision: str) -> float | None:
     """FLOP/s of the device in this precision; None for one that is not listed."""
-    return next(
-        (peaks[precision] for part, peaks in PEAK_FLOPS.items() if part in (device_name or "")),
-        None,
-    )
+    return PEAK_FLOPS.get(device_name or "", {}).get(precision)
 
 
 def roofline_fraction(samples_per_s: float, device_name: str | None, precision: str,
