@@ -79,8 +79,12 @@ _ENCODINGS = (
 )
 _IDX_TYPES = {8: "uint8", 9: "int8", 11: "int16", 12: "int32", 13: "float32", 14: "float64"}
 _PICKLES = re.compile(
-    rb"\x80[\x02-\x05][\x95}\](cKXMJGNUq\x8c\x88-\x8f]|\((?:lp|dp|i)[0-9]*\n|c[a-z_0-9.]+\n[A-Za-z_]+\n|"
-    rb"[\]}](?:q\0|\.)|\([\]}]"
+    rb"\x80[\x02-\x05]"  # protocols 2 to 5 say so; 0 and 1 begin with a value
+    rb"|\((?:[ld]p[0-9]+\n|I[0-9]+\n|K|V|X..\0\0|[\]}])"
+    rb"|[\]}](?:q|r|\.|\()"
+    rb"|X..\0\0|V[^\n]*\np[0-9]+\n"
+    rb"|c[a-z_0-9.]+\n[A-Za-z_0-9]+\n(?:p[0-9]+\n|q|\()",
+    re.DOTALL,
 )
 _PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm")
 _TABLES = (".csv", ".csv.gz", ".zip")
