@@ -105,6 +105,10 @@ def _kind(head: bytes, size: int | None) -> tuple[str, str]:
         return idx, CONVERT
     if head[257:262] == b"ustar" and b"\0" in head[:257]:
         return "a tar archive", "unpack it (tar xf {name}) and name the CSV"
+    if _is_safetensors(head):
+        return "a safetensors file", CONVERT
+    if _is_tfrecord(head, size):
+        return "a TFRecord file", CONVERT
     if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
         return "a WebP picture", PICTURE
     if head.startswith(b"BM") and head[6:10] == bytes(4):
@@ -120,10 +124,6 @@ def _kind(head: bytes, size: int | None) -> tuple[str, str]:
             return what, remedy
     if _PICKLES.match(head):
         return "a Python pickle, which could run code", CONVERT
-    if _is_safetensors(head):
-        return "a safetensors file", CONVERT
-    if _is_tfrecord(head, size):
-        return "a TFRecord file", CONVERT
     if head.startswith(b"\0"):
         return "NUL bytes", "copy or download it again"
     return "", ""

@@ -76,6 +76,7 @@ def files(folder: Path) -> dict[str, bytes]:
         "xz-compressed; unpack it (xz -d": lzma.compress(TABLE),
         "bzip2-compressed; unpack it": bz2.compress(TABLE),
         "zstd-compressed": b"\x28\xb5\x2f\xfd" + bytes(20),
+        "a safetensors file": struct.pack("<Q", 60) + b'{"x":{}}'.ljust(60),
         "a 7z archive": b"7z\xbc\xaf\x27\x1c" + bytes(20),
         "a RAR archive": b"Rar!\x1a\x07\x01\0",
         "a Feather file of version 1": b"FEA1" + bytes(20),
