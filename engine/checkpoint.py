@@ -18,6 +18,7 @@ from safetensors.torch import load, save
 from engine.errors import UserError
 from engine.publish import (
     Damaged,
+    open_regular,
     publish_directory,
     read_manifest,
     refuse_unknown_files,
@@ -145,7 +146,8 @@ def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensors]]:
     refuse_unknown_files(directory, set(FILES))
     files = {}
     for name in FILES:
-        data = (directory / name).read_bytes()
+        with open(open_regular(directory / name), "rb") as file:
+            data = file.read()
         if hashlib.sha256(data).hexdigest() != manifest["sha256"].get(name):
             raise Damaged(f"{name} does not match its SHA-256")
         try:

@@ -17,6 +17,8 @@ from math import isqrt
 
 import numpy as np
 
+from engine.headers import header_hint
+
 FIELD_LIMIT_BYTES = 4096
 LINE_LIMIT_BYTES = 2**20
 SLACK_BYTES = 64
@@ -27,19 +29,6 @@ _PIXEL_SPELLING = re.compile(r"(0|[1-9][0-9]{0,2})(\.0+)?", re.ASCII)
 _FIELDS = re.compile(r'(?:"(?:[^"]|"")*"|[^",]*)(?:,(?:"(?:[^"]|"")*"|[^",]*))*')
 _UNSEEN = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 """Controls but the tab, and what changes the direction or the lines of the text around it."""
-_HINTS = (  # how a file begins that is something else
-    (b"\xff\xfe", "UTF-16 or UTF-32 text; save it as UTF-8"),
-    (b"\xfe\xff", "UTF-16 text; save it as UTF-8"),
-    (b"\0\0\xfe\xff", "UTF-32 text; save it as UTF-8"),
-    (b"\0", "NUL bytes; copy or download it again"),
-    (b"\x89PNG", "a PNG picture; name the CSV"),
-    (b"PAR1", "a Parquet file; write it as CSV first"),
-    (b"ARROW1", "an Arrow file; name the CSV"),
-    (b"version https://git-lfs", "a pointer of git-lfs; run git lfs pull"),
-    (b"<", "an HTML page; log in and download again"),
-    (b"sep=", "an Excel separator line; delete the first line"),
-    (b"#", "a comment; delete it"),
-)
 
 
 class Fault(Exception):
@@ -93,9 +82,6 @@ class Rows:
 
 def read_header(line: bytes) -> Layout:
     """The layout that a first line declares; a Fault if it is no header of TMNIST or MNIST."""
-    for start, what in _HINTS:
-        if line.startswith(start):
-            raise Fault(f"this is {what}")
     columns = tuple(_fields(line.removeprefix(b"\xef\xbb\xbf")))
     for text, first, prefix in (
         (("names", "labels"), 1, ""),
@@ -107,19 +93,12 @@ def read_header(line: bytes) -> Layout:
         side = isqrt(max(num_pixels, 0))
         if 0 < num_pixels == side**2 and columns == text + pixels:
             return Layout(columns, len(text) == 2, len(text), num_pixels, side)
-    separators = [
-        name for name, byte in (("semicolons", b";"), ("tabs", b"\t")) if line.count(byte) > 2
-    ]
-    hint = (
-        f"; it is separated by {separators[0]}, write commas"
-        if separators and len(columns) < 3
-        else ""
-    )
     got = ",".join(columns)
     got = got if len(got) <= 60 else f"{got[:40]}...{got[-17:]}"
+    hint = header_hint(columns)
     raise Fault(
-        f"got the header {got!r} of {len(columns)} columns, want names,labels,1,2,... or label,pixel0,pixel1,... "
-        f"with as many pixels as a square has{hint}"
+        f"got the header {got!r} of {len(columns)} columns, want names,labels,1,2,... or "
+        f"label,pixel0,pixel1,... with as many pixels as a square has{hint and '; '}{hint}"
     )
 
 

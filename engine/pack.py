@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from engine.errors import UserError
+from engine.foreign import HEAD_BYTES
 from engine.host import num_cpus
 from engine.lexer import Fault, Layout, Rows, lex_plainly, read_header, read_row
 from engine.publish import MANIFEST, locked, publish_directory, remove_leftovers, writing
@@ -35,6 +36,8 @@ SPOOL_WINDOW_BYTES = 8 * 2**20
 NAME_LIMIT_BYTES = 200
 """Of the target's name: temporary names are some 20 bytes longer, and file systems end at 255."""
 MAX_FAULTS = 100
+LEAST_SIDE = 4
+"""Of images: two poolings, each of which halves them, leave a pixel. Smaller ones are packed with a warning."""
 MAX_WORKERS = 8
 
 Progress = Callable[[int, float], None]
@@ -163,6 +166,7 @@ def _read(
         for buffer, stop in blocks(source, lambda: buffers[0], block_bytes):
             start = 0
             if collector is None:
+                source.refuse_foreign(bytes(buffer[:HEAD_BYTES][:stop]))
                 start = buffer.index(b"\n") + 1
                 collector = _Collector(source.name, bytes(buffer[:start]), spool, faults)
                 images.extend(collector.layout.images(len(buffer)) for _ in buffers)
@@ -260,9 +264,12 @@ class _Collector:
             what = f"{label!r} looks like the label of row {other_row} but has other code points; write one of them"
             raise self._refusal(row, Fault(what, column))
         if self._labels[label] >= MAX_CLASSES:
-            raise self._refusal(
-                row, Fault(f"more than {MAX_CLASSES} labels; are names and labels swapped?", column)
+            hint = (
+                "are names and labels swapped?"
+                if self.layout.has_fonts
+                else "is the column an id, a row number, or a value to predict (regression)?"
             )
+            raise self._refusal(row, Fault(f"more than {MAX_CLASSES} labels; {hint}", column))
 
     def _refusal(self, row: int, fault: Fault) -> UserError:
         column = (
@@ -372,6 +379,12 @@ def _warnings(table: Table, counts: dict[str, int]) -> list[str]:
     texts = []
     if len(table.classes) == 1:
         texts.append("there is one class only")
+    if table.side < LEAST_SIDE:
+        size = f"{table.side} x {table.side}"
+        texts.append(
+            f"images of {size} pixels cannot be trained on: networks halve them twice; "
+            f"pad them to {LEAST_SIDE} x {LEAST_SIDE} or more"
+        )
     if edged := [label for label in table.classes if label != label.strip()]:
         texts.append(f"labels that begin or end with a space: {', '.join(map(repr, edged[:5]))}")
     odd = {

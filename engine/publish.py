@@ -30,11 +30,49 @@ FOLDER_LOCK = ".lock"
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 """What a file system without locks answers; there, nobody is kept out."""
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
+_LITTER = (
+    (
+        r"\.DS_Store|\._.*|\.AppleDouble|\.Spotlight-V100|\.Trashes|\.fseventsd|\.localized|Icon\r|"
+        r"__MACOSX|\.TemporaryItems|\.apdisk",
+        "macOS has left it there; delete it",
+    ),
+    (
+        r"(?i:(eh)?thumbs\.db|desktop\.ini|\$RECYCLE\.BIN|System Volume Information)|.*:Zone\.Identifier",
+        "Windows has left it there; delete it",
+    ),
+    (
+        r"\.nfs[0-9a-fA-F]+|\.fuse_hidden.*",
+        "a process holds a deleted file open; end that process, and it goes",
+    ),
+    (
+        r"\.ipynb_checkpoints|__pycache__|\.mypy_cache|\.pytest_cache",
+        "a tool has left it there; delete it",
+    ),
+    (r".*~|\..*\.sw[a-p]|#.*#|\.#.*", "an editor has left it there; delete it"),
+    (
+        r"\.gitkeep|\.keep|\.gitignore|\.gitattributes|\.git|\.dvcignore",
+        "it is git's; move it to the folder above",
+    ),
+    (r"\.cache", "a download by Hugging Face has left it there; delete it"),
+    (
+        r"\.directory|\.Trash-[0-9]+|@eaDir|#recycle|\.stfolder|\.stversions",
+        "a file manager or a storage has left it there; delete it",
+    ),
+    (
+        r".*\.(part|partial|crdownload|tmp)|\..*\.[A-Za-z0-9]{6}",
+        "a download or copy was cut short; copy again, then delete it",
+    ),
+)
+"""Names of what systems and tools put into folders, and what to do with it."""
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 class Damaged(Exception):
     """A published directory is incomplete or damaged; the text says which file and how."""
+
+
+class Disturbed(Damaged):
+    """It may be whole, but cannot be taken as it is; the text ends with what to do."""
 
 
 @contextmanager
@@ -140,21 +178,37 @@ def parse_json(data: bytes, name: str) -> Any:
 
 
 def open_regular(path: Path) -> int:
-    """A descriptor of a regular file, not through a link; Damaged if it is none, or cannot be opened."""
+    """A descriptor of a regular file, or of one that a link leads to; Damaged if there is none.
+
+    What is no regular file is not opened: opening a stranger's link to a device may already do something.
+    """
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise Damaged(f"{path.name} is not a regular file")
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        raise Damaged(f"{path.name} cannot be read ({error.strerror})") from None
+        raise _unopened(path, error) from None
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
         raise Damaged(f"{path.name} is not a regular file")
     return handle
 
 
+def _unopened(path: Path, error: OSError) -> Damaged:
+    if error.errno == errno.ELOOP:
+        return Disturbed(f"{path.name} is a link that leads in a circle; copy the file itself here")
+    if error.errno == errno.ENOENT and path.is_symlink():
+        remedy = "fetch the file (dvc pull, git annex get), or copy the folder with cp -rL"
+        return Disturbed(f"{path.name} is a link to {os.readlink(path)}, which is gone; {remedy}")
+    return Damaged(f"{path.name} cannot be read ({error.strerror})")
+
+
 def read_small(path: Path, limit_bytes: int = MANIFEST_LIMIT_BYTES) -> bytes:
     """The bytes of a file of at most `limit_bytes`, opened by `open_regular`."""
     with open(open_regular(path), "rb") as file:
         data = file.read(limit_bytes + 1)
+    if data.startswith(b"version https://git-lfs"):
+        raise Disturbed(f"{path.name} is a pointer of git-lfs; run git lfs pull")
     if len(data) > limit_bytes:
         raise Damaged(f"{path.name} is larger than {limit_bytes} bytes")
     return data
@@ -163,10 +217,20 @@ def read_small(path: Path, limit_bytes: int = MANIFEST_LIMIT_BYTES) -> bytes:
 def refuse_unknown_files(directory: Path, known: set[str]) -> None:
     """Raise Damaged unless the directory holds exactly `known` beside the manifest and its hash."""
     present = set(os.listdir(directory)) - {MANIFEST, MANIFEST_HASH}
-    for name in sorted(known ^ present):
-        raise Damaged(
-            f"{name} is missing" if name in known else f"{name} is not listed in {MANIFEST}"
-        )
+    for name in sorted(known - present):
+        raise Damaged(f"{name} is missing")
+    for name in sorted(present - known):
+        others = f" ({len(present - known) - 1:,} other files are not, either)"
+        more = others if len(present - known) > 1 else ""
+        raise Disturbed(f"{name} is not listed in {MANIFEST}{more}; {_remedy(name)}")
+
+
+def _remedy(name: str) -> str:
+    """What to do with a file that is no part of a published directory."""
+    for pattern, remedy in _LITTER:
+        if re.fullmatch(pattern, name):
+            return remedy
+    return "move it away: nobody but you can know what it is for"
 
 
 @contextmanager

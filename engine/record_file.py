@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.publish import Damaged, fsync, open_regular
+from engine.publish import Damaged, Disturbed, fsync, open_regular
 
 BLOCK_BYTES = 2**20
 
@@ -61,10 +61,13 @@ class FileEntry:
             raise Damaged(f"{self.name} has {len(self.crc32)} checksums, want one for each MiB")
 
     def open(self, directory: Path) -> int:
-        """A descriptor of the file, which is regular, no link, and of the right size."""
+        """A descriptor of the file, which is regular, perhaps behind a link, and of the right size."""
         handle = open_regular(directory / self.name)
         if (found := os.fstat(handle).st_size) != self.bytes:
+            is_pointer = os.pread(handle, 23, 0) == b"version https://git-lfs"
             os.close(handle)
+            if is_pointer:
+                raise Disturbed(f"{self.name} is a pointer of git-lfs; run git lfs pull")
             raise Damaged(f"{self.name} has {found} bytes, want {self.bytes}")
         return handle
 

@@ -29,6 +29,7 @@ from engine.errors import UserError
 from engine.publish import (
     MANIFEST,
     Damaged,
+    Disturbed,
     parse_json,
     read_manifest,
     read_small,
@@ -207,6 +208,8 @@ def verify_records(path: str | Path, fingerprint: str = "") -> dict[str, Any]:
 def _refusing(directory: Path) -> Iterator[None]:
     try:
         yield
+    except Disturbed as error:
+        raise UserError(f"{directory}: {error}") from None
     except Damaged as error:
         kind = (
             "damaged" if (directory / MANIFEST).exists() else "incomplete or not a record directory"

@@ -8,6 +8,7 @@ import io
 import os
 import re
 import stat
+import sys
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import UserError
+from engine.foreign import folder_contents, foreign, is_litter, listed, zip_contents
 from engine.lexer import LINE_LIMIT_BYTES, SLACK_BYTES
 
 BLOCK_BYTES = 2 * 2**20
@@ -31,6 +33,8 @@ class Source:
     def __init__(self, name: str, raw: io.BufferedReader, stack: ExitStack) -> None:
         """`stack` closes what unpacks the CSV."""
         self.name, self._raw = name, raw
+        self._inside = ""
+        """What the CSV is unpacked from, as the beginning of a sentence."""
         self._found = os.fstat(raw.fileno())
         self._is_file = stat.S_ISREG(self._found.st_mode)
         self._data, self.size = self._unpack(stack)
@@ -40,20 +44,42 @@ class Source:
         """(stream of the CSV, its size if known), told by the first bytes."""
         magic = self._raw.peek(4)[:4]
         if magic[:2] == b"\x1f\x8b":
+            self._inside = "is a gzip of"
             return stack.enter_context(gzip.open(self._raw)), None
-        if magic != b"PK\x03\x04":
+        if magic not in (b"PK\x03\x04", b"PK\x05\x06"):
             return self._raw, self._found.st_size if self._is_file else None
         if not self._is_file:
             raise UserError(
                 f"{self.name}: is a zip, which cannot be read from a pipe; name the file"
             )
         archive = stack.enter_context(zipfile.ZipFile(self._raw))
-        members = [info for info in archive.infolist() if info.filename.lower().endswith(".csv")]
-        if len(members) != 1:
+        member = self._member(archive)
+        self._inside = f"its member {member.filename} is"
+        return stack.enter_context(archive.open(member)), member.file_size
+
+    def _member(self, archive: zipfile.ZipFile) -> zipfile.ZipInfo:
+        """The one CSV of a zip, whatever the system that made the zip has put beside it."""
+        members = [
+            info
+            for info in archive.infolist()
+            if not info.is_dir() and not is_litter(info.filename)
+        ]
+        tables = [info for info in members if info.filename.lower().endswith(".csv")]
+        if not tables:
+            raise UserError(f"{self.name}: {zip_contents(archive, members)}")
+        if len(tables) > 1:
+            names = listed([info.filename for info in tables])
             raise UserError(
-                f"{self.name}: holds {len(members)} CSV files, want one; unpack it and name the CSV"
+                f"{self.name}: holds {len(tables)} CSV files ({names}), want one; "
+                f"unpack it and pack the one to train on"
             )
-        return stack.enter_context(archive.open(members[0])), members[0].file_size
+        return tables[0]
+
+    def refuse_foreign(self, head: bytes) -> None:
+        """UserError if what begins with `head` is of a kind that is known, and no CSV."""
+        what = foreign(head, self.name, self.size)
+        if what:
+            raise UserError(f"{self.name}: {self._inside or 'is'} {what}")
 
     @property
     def part(self) -> float:
@@ -93,20 +119,36 @@ def open_source(path: Path) -> Iterator[Source]:
     name = "standard input" if str(path) == "-" else str(path)
     with ExitStack() as stack:
         with reading(name):
-            piped = OPENED.fullmatch(str(path))
-            handle = (
-                os.dup(int(piped[1] or 0))
-                if piped
-                else os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-            )
-            mode = os.fstat(handle).st_mode
-            if not stat.S_ISREG(mode) and not (piped and stat.S_ISFIFO(mode)):
-                os.close(handle)
-                raise UserError(
-                    f"{name}: is not a regular file; give a .csv, .csv.gz or .zip, or - for a pipe"
-                )
-            source = Source(name, stack.enter_context(open(handle, "rb")), stack)
+            source = Source(name, stack.enter_context(open(_open(path, name), "rb")), stack)
         yield source
+
+
+def _open(path: Path, name: str) -> int:
+    """A descriptor of a file, or of a pipe that the caller has opened for us."""
+    piped = OPENED.fullmatch(str(path))
+    if piped:
+        number = int(piped[1] or 0)
+        if number == 0 and sys.__stdin__ is None:  # another file may have got its number since
+            raise UserError(f"{name}: is closed; pipe a CSV into it, or name a file")
+        handle = os.dup(number)
+    else:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    mode = os.fstat(handle).st_mode
+    if stat.S_ISREG(mode) or (piped and stat.S_ISFIFO(mode)):
+        return handle
+    what = _irregular(path, mode, os.isatty(handle))
+    os.close(handle)
+    raise UserError(f"{name}: {what}")
+
+
+def _irregular(path: Path, mode: int, is_terminal: bool) -> str:
+    """What is no regular file, and what to do."""
+    if stat.S_ISDIR(mode) and not OPENED.fullmatch(str(path)):
+        return folder_contents(path)
+    if is_terminal:
+        return "is a terminal; pipe a CSV into it, or name a file"
+    kind = "a FIFO" if stat.S_ISFIFO(mode) else "a device" if stat.S_ISCHR(mode) else "special"
+    return f"is not a regular file but {kind}; give a .csv, .csv.gz or .zip, or - for a pipe"
 
 
 @contextmanager

@@ -244,9 +244,9 @@ def test_37_archives(tmp_path: Path) -> None:
     assert len(packed(archive("../TMNIST.csv", "readme.txt"), tmp_path).split("train")) == 1
     os.rename(tmp_path / "out", tmp_path / "kept")
     for names, text in (
-        (("xl/workbook.xml",), "holds 0 CSV files"),
+        (("xl/workbook.xml",), r"is an Excel workbook \(.xlsx\); save it as CSV"),
         (("a.csv", "b.csv"), "holds 2 CSV files"),
-        (("inner.zip",), "holds 0 CSV files"),
+        (("inner.zip",), "holds 0 CSV files, but inner.zip; unpack"),
     ):
         with pytest.raises(UserError, match=text):
             packed(archive(*names), tmp_path)
@@ -357,8 +357,8 @@ def test_47_what_is_no_file_never_blocks(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "socket"))
         for name, text in (
-            ("", "not a regular file"),
-            ("fifo", "not a regular file"),
+            ("", "is a folder that holds no CSV, but dangling, fifo, loop"),
+            ("fifo", "not a regular file but a FIFO"),
             ("socket", "No such device or address"),
             ("dangling", "No such file"),
             ("loop", "Too many levels"),

@@ -17,7 +17,8 @@ from engine.report import Environment, RunReport
 LAYERS = {
     "engine.host": 0, "engine.paths": 0, "engine.ranks": 0,
     "engine.errors": 0, "engine.config": 0, "engine.order": 0, "engine.report": 0, "engine.publish": 0,
-    "engine.ui": 0, "engine.record_file": 0, "engine.records": 0, "engine.split": 1, "engine.lexer": 1,
+    "engine.ui": 0, "engine.record_file": 0, "engine.records": 0, "engine.split": 1, "engine.foreign": 0,
+    "engine.headers": 0, "engine.lexer": 1,
     "engine.lexer_jit": 1, "engine.source": 1, "engine.pack": 1, "engine.world": 1, "engine.clock": 1,
     "engine.checkpoint": 1, "engine.feeds.batch": 1, "engine.feeds.ahead": 1, "engine.feeds.augment": 2,
     "engine.feeds.stream": 2, "engine.feeds.idlog": 2, "engine.model": 2, "engine.optim": 2, "engine.capture": 2,

@@ -153,7 +153,7 @@ def test_every_flipped_bit_is_refused(small_dir: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "fault", ["cut", "longer", "gone", "extra", "swapped", "no manifest", "no hash", "link"]
+    "fault", ["cut", "longer", "gone", "extra", "swapped", "no manifest", "no hash"]
 )
 def test_other_damage_is_refused(fault: str, small_dir: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
@@ -175,11 +175,64 @@ def test_other_damage_is_refused(fault: str, small_dir: Path, tmp_path: Path) ->
         (copy / "manifest.json").unlink()
     if fault == "no hash":
         (copy / "manifest.sha256").unlink()
-    if fault == "link":
-        shutil.move(val, tmp_path / "elsewhere")
-        os.symlink(tmp_path / "elsewhere", val)
-    with pytest.raises(UserError, match="copy: (damaged|incomplete)"):
+    with pytest.raises(UserError, match="copy: (damaged|incomplete|notes.txt is not listed)"):
         open_records(copy)
+
+
+def test_what_others_put_there_is_refused_with_what_to_do(small_dir: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(small_dir, copy)
+    for name, text in {
+        ".DS_Store": "macOS has left it there; delete it",
+        "._val-00000.arrow": "macOS has left it there; delete it",
+        "Thumbs.db": "Windows has left it there; delete it",
+        "desktop.ini": "delete it",
+        ".nfs0000000001": "end that process",
+        ".ipynb_checkpoints": "delete it",
+        "notes~": "an editor has left it there; delete it",
+        ".gitkeep": "it is git's; move it to the folder above",
+        "notes.txt": "move it away",
+    }.items():
+        (copy / name).write_text("")
+        with pytest.raises(UserError) as refused:
+            open_records(copy)
+        assert f"copy: {name} is not listed in manifest.json; " in str(refused.value)
+        assert text in str(refused.value) and "pack" not in str(refused.value)
+        (copy / name).unlink()
+    open_records(copy)
+
+
+def test_links_to_the_right_bytes_are_followed(
+    small_dir: Path, small: Records, tmp_path: Path
+) -> None:
+    """As dvc, git-annex, nix and the cache of Hugging Face lay out a directory."""
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for file in small_dir.iterdir():
+        (linked / file.name).symlink_to(file)
+    assert open_records(linked).fingerprint == small.fingerprint
+    assert verify_records(linked)["fingerprint"] == small.fingerprint
+    os.mkfifo(tmp_path / "fifo")
+    for target, text in (
+        (tmp_path / "gone", "is a link to .*gone, which is gone; fetch the file"),
+        (linked / "fonts.json", "is a link that leads in a circle"),
+        (tmp_path / "fifo", "fonts.json is not a regular file"),
+        (Path("/dev/zero"), "fonts.json is not a regular file"),
+        (Path("/etc/passwd"), "fonts.json has not the SHA-256"),
+    ):
+        (linked / "fonts.json").unlink()
+        (linked / "fonts.json").symlink_to(target)
+        with pytest.raises(UserError, match=text):
+            open_records(linked)
+
+
+def test_a_pointer_of_git_lfs_is_named(small_dir: Path, tmp_path: Path) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    for name in ("manifest.json", "fonts.json", "val-00000.arrow"):
+        shutil.copytree(small_dir, tmp_path / name)
+        (tmp_path / name / name).write_text(pointer)
+        with pytest.raises(UserError, match=f"{name} is a pointer of git-lfs; run git lfs pull"):
+            open_records(tmp_path / name)
 
 
 def first_file(manifest: dict[str, Any]) -> dict[str, Any]:

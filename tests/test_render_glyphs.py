@@ -1,18 +1,20 @@
 """Typefaces -> CSV: every character in its place and size, unusable files counted, and the packer takes the result."""
 
+import io
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from fontTools import subset
-from fontTools.ttLib import TTFont
+from fontTools.ttLib import TTCollection, TTFont
 from PIL import ImageFont
 
+from engine.errors import UserError
 from engine.pack import pack
 from engine.records import open_records
 from tests.conftest import Command, assert_refused
-from tools.render_glyphs import CHARACTERS, draw_typeface
+from tools.render_glyphs import CHARACTERS, check_out, draw_typeface, font_files, render
 
 
 @pytest.fixture
@@ -76,7 +78,7 @@ def test_what_cannot_be_drawn_is_said(fonts: Path, tmp_path: Path, command: Comm
     )
     assert_refused(
         command("tools/render_glyphs", fonts / "NoTilde.ttf", out),
-        "none of 1 font files has all 94",
+        "none of 1 font files can be drawn (1 lacking characters)",
     )
     (tmp_path / "none").mkdir()
     assert_refused(
@@ -86,3 +88,37 @@ def test_what_cannot_be_drawn_is_said(fonts: Path, tmp_path: Path, command: Comm
         command("tools/render_glyphs", fonts, tmp_path / "no" / "folder.csv"), "cannot be written"
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fonts", "none"]
+
+
+def test_every_face_of_a_collection_is_drawn(fonts: Path) -> None:
+    collection = TTCollection()
+    collection.fonts = [TTFont(fonts / "Aileron-Regular.ttf") for _ in range(2)]
+    collection.save(fonts / "both.ttc")
+    text = io.StringIO()
+    assert render([fonts / "both.ttc"], text) == {"drawn": 2}
+    names = {line.split(",")[0] for line in text.getvalue().splitlines()[1:]}
+    assert names == {"both-0", "both-1"}
+
+
+def test_fonts_that_are_not_drawn_are_counted(fonts: Path) -> None:
+    (fonts / "web.woff2").write_bytes(b"wOF2" + bytes(99))
+    (fonts / "type1.pfb").write_bytes(b"\x80\x01" + bytes(99))
+    (fonts / "disguised.ttf").write_bytes(b"wOFF" + bytes(99))
+    files = [file for file in font_files([fonts]) if file.parent == fonts]
+    counts = render(files, io.StringIO())
+    assert counts["web fonts, which are not drawn (.woff, .woff2)"] == 2
+    assert counts["PostScript fonts, which are not drawn (.pfb, .pfa)"] == 1
+
+
+@pytest.mark.parametrize("force", [True, False])
+def test_a_font_is_not_overwritten_when_the_csv_is_forgotten(force: bool, fonts: Path) -> None:
+    font = fonts / "Aileron-Regular.ttf"
+    before = font.read_bytes()
+    (fonts / "other.csv").write_text("my,own,table\n")
+    for out in (font, fonts, fonts / "new.ttf", fonts / "other.csv"):
+        with pytest.raises(UserError, match="as the last word"):
+            check_out(out, force)
+    assert font.read_bytes() == before
+    check_out(fonts / "new.csv", force)
+    (fonts / "ours.csv").write_text("names,labels,1,2,3\n")
+    check_out(fonts / "ours.csv", True)

@@ -1,7 +1,7 @@
 """tools/render_glyphs FONTS... OUT.csv: the 94 characters of typefaces as a CSV in TMNIST's format.
 
 A glyph is drawn large, cut to its ink, scaled so that its longer side has 20 pixels, and centred in 28 x 28; white on
-black, anti-aliased. The name is the font file's, without its suffix.
+black, anti-aliased. The name is the font file's, without its suffix; of a collection (.ttc), with the face's number.
 """
 
 import csv
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 import numpy as np
-from fontTools.ttLib import TTFont
+from fontTools.ttLib import TTCollection, TTFont
 from PIL import Image, ImageFont
 
 from engine.errors import UserError, exit_on_user_error, printable
@@ -23,6 +23,10 @@ from engine.ui import progress_bar
 
 CHARACTERS = [chr(code) for code in range(33, 127)]
 SIDE, INK, DRAWN_PX = 28, 20, 96
+DRAWN = (".ttf", ".otf", ".ttc", ".otc")
+NOT_DRAWN = (".woff", ".woff2", ".pfb", ".pfa", ".eot", ".dfont", ".bdf", ".pcf", ".fon")
+"""Found in folders, too, so that they are counted among the skipped."""
+HEADER_START = b"names,labels,1,2,"
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -30,25 +34,41 @@ SIDE, INK, DRAWN_PX = 28, 20, 96
 @click.argument("out", type=PATH)
 @click.option("--force", is_flag=True, help="Replace OUT.")
 def main(fonts: tuple[Path, ...], out: Path, force: bool) -> None:
-    """Draw FONTS, .ttf and .otf files or folders of them, into the CSV OUT."""
+    """Draw FONTS, .ttf, .otf and .ttc files or folders of them, into the CSV OUT."""
     with exit_on_user_error():
         prepare_process()
-        if out.exists() and not force:
-            raise UserError(f"{out}: exists; give --force to replace it, or another name")
+        check_out(out, force)
         files = font_files(fonts)
         with writing(out), writing_file(out) as binary:
             text = io.TextIOWrapper(binary, encoding="utf-8", newline="", write_through=True)
             counts = render(files, text)
+            skipped = ", ".join(f"{num:,} {why}" for why, num in counts.items() if why != "drawn")
             if not counts["drawn"]:
                 raise UserError(
-                    f"none of {len(files)} font files has all {len(CHARACTERS)} characters; name others"
+                    f"none of {len(files)} font files can be drawn ({skipped}); name .ttf or .otf "
+                    f"files with all {len(CHARACTERS)} characters"
                 )
             text.detach()
-        skipped = ", ".join(f"{count:,} {why}" for why, count in counts.items() if why != "drawn")
         click.echo(
             f"{printable(str(out))}: {counts['drawn']:,} typefaces"
             + (f"; skipped: {skipped}" if skipped else "")
         )
+
+
+def check_out(out: Path, force: bool) -> None:
+    """UserError unless OUT may be written: a font must not be lost because OUT was forgotten."""
+    if out.is_dir():
+        raise UserError(f"{out}: is a folder; name the CSV to write as the last word")
+    if not out.exists():
+        if out.suffix.lower() != ".csv":
+            raise UserError(f"{out}: want a name that ends in .csv; name it as the last word")
+        return
+    with writing(out), open(out, "rb") as file:
+        head = file.read(len(HEADER_START)) if out.is_file() else b"-"
+    if head and head != HEADER_START:
+        raise UserError(f"{out}: exists and is no CSV of glyphs; name the CSV as the last word")
+    if not force:
+        raise UserError(f"{out}: exists; give --force to replace it, or another name")
 
 
 def font_files(paths: Sequence[Path]) -> list[Path]:
@@ -61,7 +81,7 @@ def font_files(paths: Sequence[Path]) -> list[Path]:
         file
         for path in paths
         for file in path.rglob("*")
-        if file.suffix.lower() in (".ttf", ".otf")
+        if file.suffix.lower() in (*DRAWN, *NOT_DRAWN)
     }
     found = {path for path in (*paths, *below) if path.is_file()}
     if not found:
@@ -78,28 +98,58 @@ def render(files: Sequence[Path], out: io.TextIOBase) -> Counter[str]:
     with progress_bar("drawing typefaces", len(files)) as show:
         for number, file in enumerate(files):
             show(number, printable(file.name))
-            if file.stem in names or not file.stem.isprintable():
-                counts[
-                    "with the name of another" if file.stem in names else "with an unprintable name"
-                ] += 1
-                continue
-            images, why = draw_typeface(file)
-            counts[why] += 1
-            if images:
-                names.add(file.stem)
-                writer.writerows(
-                    [file.stem, c, *image_HW.ravel()]
-                    for c, image_HW in zip(CHARACTERS, images, strict=True)
-                )
+            for name, face in faces(file):
+                if name in names or not name.isprintable():
+                    taken = name in names
+                    counts["with the name of another" if taken else "with an unprintable name"] += 1
+                    continue
+                images, why = draw_typeface(file, face)
+                counts[why] += 1
+                if images:
+                    names.add(name)
+                    writer.writerows(
+                        [name, c, *image_HW.ravel()]
+                        for c, image_HW in zip(CHARACTERS, images, strict=True)
+                    )
     return counts
 
 
-def draw_typeface(file: Path) -> tuple[list[np.ndarray], str]:
+def faces(file: Path) -> list[tuple[str, int]]:
+    """(name, number) of each typeface in a file: one, or those of a collection, called NAME-0, ...
+
+    A dash, so that a split by typefaces keeps those of one collection together.
+    """
+    try:
+        with open(file, "rb") as opened:
+            if opened.read(4) != b"ttcf":
+                return [(file.stem, 0)]
+        with TTCollection(file, lazy=True) as collection:
+            return [(f"{file.stem}-{number}", number) for number in range(len(collection))]
+    except Exception:  # broken: draw_typeface says so
+        return [(file.stem, 0)]
+
+
+def unsupported(file: Path) -> str:
+    """What a file of letters is that is not drawn, by its first bytes; "" if it may be drawn."""
+    with open(file, "rb") as opened:
+        head = opened.read(4)
+    if head in (b"wOFF", b"wOF2"):
+        return "web fonts, which are not drawn (.woff, .woff2)"
+    if head.startswith((b"%!", b"\x80\x01")):
+        return "PostScript fonts, which are not drawn (.pfb, .pfa)"
+    if file.suffix.lower() in NOT_DRAWN:
+        return f"of a format that is not drawn ({file.suffix.lower()})"
+    return ""
+
+
+def draw_typeface(file: Path, face: int = 0) -> tuple[list[np.ndarray], str]:
     """(28 x 28 uint8 images of CHARACTERS, "drawn"), or ([], why not)."""
     try:
-        with TTFont(file, lazy=True) as tables:
+        if why := unsupported(file):
+            return [], why
+        with TTFont(file, lazy=True, fontNumber=face) as tables:
             known = tables.getBestCmap() or {}
-        font = ImageFont.truetype(str(file), DRAWN_PX)
+        font = ImageFont.truetype(str(file), DRAWN_PX, index=face)
         images = [
             draw_glyph(font, character) for character in CHARACTERS if ord(character) in known
         ]

@@ -174,19 +174,14 @@ def _odd_files(canary: Path) -> dict[str, Callable[[Path], object]]:
             ),
         )
 
-    def linked(name: str) -> Callable[[Path], object]:
-        """The right bytes, but elsewhere."""
-        return lambda path: (
-            shutil.move(path / name, canary.with_name(name)),
-            (path / name).symlink_to(f"../{name}"),
-        )
-
     device = os.makedev(1, 5)
     return {
         "a link": instead("train-00000.arrow", lambda file: file.symlink_to("/etc/passwd")),
-        "a link to the right file": linked("train-00000.arrow"),
-        "a link to the right manifest": linked("manifest.json"),
-        "a link to the right fonts": linked("fonts.json"),
+        "a link to a FIFO": instead(
+            "train-00000.arrow",
+            lambda file: (os.mkfifo(file.parent.parent / "fifo"), file.symlink_to("../fifo")),
+        ),
+        "a link to itself as fonts": instead("fonts.json", lambda file: file.symlink_to(file.name)),
         "a hard link to another file": instead(
             "train-00000.arrow", lambda file: file.hardlink_to(canary)
         ),
