@@ -102,19 +102,17 @@ def choose(driver: bool) -> Torch:
 def describe(torch: Torch) -> str:
     """Which build of torch pip would install, and how large it is with what it brings along."""
     words = ["-qq", "install", "--dry-run", "--ignore-installed", "--report", "-"]
-    alone = ["--no-deps"] if torch.index else []
+    alone = ["--no-deps"] if "+cpu" in torch.requirement else []
     done = pip(*words, *alone, "--use-feature=fast-deps", torch.requirement, index=torch.index)
     if done.returncode:
         sys.stderr.write(done.stderr)
         raise SetUpError(f"{torch.requirement} cannot be had: pip's reason stands above")
     found = json.loads(done.stdout)["install"]
     version = next(i["metadata"]["version"] for i in found if i["metadata"]["name"] == "torch")
-    small = "+cpu" in version
-    wheels = [i for i in found if not small or i["metadata"]["name"] == "torch"]
     with ThreadPoolExecutor(8) as threads:
-        sizes = list(threads.map(num_bytes, [i["download_info"]["url"] for i in wheels]))
+        sizes = list(threads.map(num_bytes, [i["download_info"]["url"] for i in found]))
     known = "" if None in sizes else f", {readable(sum(size or 0 for size in sizes))}"
-    return f"torch {version}{known}" + ("" if small else " with its libraries")
+    return f"torch {version}{known}" + ("" if alone else " with its libraries")
 
 
 def num_bytes(url: str) -> int | None:
