@@ -52,13 +52,19 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def pip_report(case: Case, folder: str) -> subprocess.CompletedProcess[str]:
-    """What pip would install, as JSON on stdout; nothing but PyPI is asked."""
+    """Write what pip would install to report.json in the folder; nothing but PyPI is asked."""
     switched_off = ("PIP_", "TORCH_INDEX")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(switched_off)}
     kept = {k: os.environ[k] for k in ("PIP_CERT", "PIP_PROXY") if k in os.environ}
     environment |= kept | {"PIP_CONFIG_FILE": os.devnull}
-    command = [sys.executable, "-m", "pip", "-qq", "--disable-pip-version-check", "install"]
-    command += ["--dry-run", "--ignore-installed", "--report", "-", "--use-feature=fast-deps"]
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install"]
+    command += [
+        "--dry-run",
+        "--ignore-installed",
+        "--report",
+        folder + "/report.json",
+        "--use-feature=fast-deps",
+    ]
     command += ["--retries", "2", "--python-version", case.python, "--only-binary=:all:"]
     command += ["--target", folder, *case.requirements]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
@@ -67,7 +73,7 @@ def pip_report(case: Case, folder: str) -> subprocess.CompletedProcess[str]:
 def fault_of(case: Case, done: subprocess.CompletedProcess[str], found: dict[str, str]) -> str:
     """Why a case does not hold, in one line; empty where it does."""
     if done.returncode:
-        return conflict(done.stderr)
+        return conflict(done.stdout + done.stderr)
     if case.triton and found["triton"] != case.triton:
         return f"triton {found['triton']}, but pyproject.toml's [tool.engine] says {case.triton}"
     return ""
@@ -76,7 +82,9 @@ def fault_of(case: Case, done: subprocess.CompletedProcess[str], found: dict[str
 def conflict(words: str) -> str:
     """The lines of pip's message that name the conflict, as one."""
     lines = [line.removeprefix("ERROR: ").strip() for line in words.splitlines()]
-    named = [line for line in lines if re.search(r"depends on|requested|No matching", line)]
+    named = [
+        line for line in lines if re.search(r"^\S+ \S+ depends on|user requested|No matching", line)
+    ]
     return "; ".join(named or lines[-1:]) or "pip failed and said nothing"
 
 
@@ -88,10 +96,9 @@ def resolve(case: Case) -> bool:
         except subprocess.TimeoutExpired:
             print(f"Python {case.python}, {case.name}: FAILS: no answer in {LIMIT_S} s", flush=True)
             return False
-    found: dict[str, str] = {}
-    if not done.returncode:
-        installs = [item["metadata"] for item in json.loads(done.stdout)["install"]]
-        found = {item["name"].lower(): item["version"] for item in installs}
+        report = Path(folder) / "report.json"
+        installs = json.loads(report.read_text())["install"] if not done.returncode else []
+    found = {i["metadata"]["name"].lower(): i["metadata"]["version"] for i in installs}
     fault = fault_of(case, done, found)
     shown = ("torch", "triton", "nvidia-dali-cuda120", "numpy")
     fine = ", ".join(f"{name} {found.get(name, 'none')}" for name in shown)

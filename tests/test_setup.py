@@ -38,11 +38,12 @@ def pip_run(*words: str | Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def run(installed: Path, folder: Path, *words: object) -> subprocess.CompletedProcess[str]:
+def run(
+    installed: Path, folder: Path, *words: object, **variables: str
+) -> subprocess.CompletedProcess[str]:
     """Run a command in a folder; of the project only what is installed can be imported."""
-    environment = os.environ | {"PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"}
-    environment["XDG_CACHE_HOME"] = str(folder / "cache")
-    return subprocess.run(
+    environment = os.environ | {"PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"} | variables
+        return subprocess.run(
         [sys.executable, *map(str, words)], cwd=folder, env=environment,
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
@@ -64,14 +65,15 @@ def test_a_script_says_its_own_name(installed: Path, tmp_path: Path, script: str
 
 
 def test_a_pack_and_an_epoch_from_another_folder(
-    installed: Path, tmp_path: Path, small_csv: Path
+    installed: Path, tmp_path: Path, small_csv: Path, cache: Path
 ) -> None:
-    packed = run(installed, tmp_path, installed / "bin" / "tmnist-pack", small_csv, "records")
+    home = str(cache)
+    packed = run(installed, tmp_path, installed / "bin" / "tmnist-pack", small_csv, "records", XDG_CACHE_HOME=home)
     assert packed.returncode == 0, packed.stderr
     options = ("--data", "records", "--epochs", 1, "--batch-size", 32, "--device", "cpu")
     trained = run(
         installed, tmp_path, "-m", "torch.distributed.run", "-m", "engine.run",
-        *options, "--out", "run",
+        *options, "--out", "run", XDG_CACHE_HOME=home,
     )  # fmt: skip
     assert trained.returncode == 0, trained.stderr
     assert (tmp_path / "run" / "report.json").exists()
