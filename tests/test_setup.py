@@ -43,7 +43,7 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     """Run a command in a folder; of the project only what is installed can be imported."""
     environment = os.environ | {"PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"} | variables
-        return subprocess.run(
+    return subprocess.run(
         [sys.executable, *map(str, words)], cwd=folder, env=environment,
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
@@ -68,7 +68,14 @@ def test_a_pack_and_an_epoch_from_another_folder(
     installed: Path, tmp_path: Path, small_csv: Path, cache: Path
 ) -> None:
     home = str(cache)
-    packed = run(installed, tmp_path, installed / "bin" / "tmnist-pack", small_csv, "records", XDG_CACHE_HOME=home)
+    packed = run(
+        installed,
+        tmp_path,
+        installed / "bin" / "tmnist-pack",
+        small_csv,
+        "records",
+        XDG_CACHE_HOME=home,
+    )
     assert packed.returncode == 0, packed.stderr
     options = ("--data", "records", "--epochs", 1, "--batch-size", 32, "--device", "cpu")
     trained = run(
