@@ -157,7 +157,11 @@ def git_state() -> tuple[str, bool | None]:
 def _git(*arguments: str) -> str | None:
     try:
         done = subprocess.run(
-            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=10
+            ["git", "-C", str(ROOT), *arguments],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=10,
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
@@ -173,7 +177,7 @@ def _version(package: str) -> str | None:
 
 def _cpu_name() -> str:
     try:
-        with open("/proc/cpuinfo") as info:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as info:
             return next(
                 line.split(":", 1)[1].strip() for line in info if line.startswith("model name")
             )

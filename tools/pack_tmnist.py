@@ -11,7 +11,7 @@ import click
 from engine.errors import EXIT_USER_ERROR, UserError, exit_on_user_error, printable
 from engine.pack import check, pack
 from engine.records import verify_records
-from engine.ui import progress_bar
+from engine.ui import guard_outputs, progress_bar
 from tools.describe import class_table, describe
 
 EPILOG = """\b
@@ -120,4 +120,5 @@ def _check(source: Path) -> None:
 
 
 if __name__ == "__main__":
+    guard_outputs()
     main(prog_name="tools/pack_tmnist", complete_var="_PACK_TMNIST_COMPLETE")

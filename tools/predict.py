@@ -15,6 +15,7 @@ from engine.errors import UserError, exit_on_user_error
 from engine.model import make_model
 from engine.records import Records, Split, open_records
 from engine.sample import sample_path
+from engine.ui import guard_outputs
 from tools.sheet import BLACK, COLUMNS, RED, draw_sheet
 
 ROWS = 6
@@ -73,4 +74,5 @@ def draw(split: Split, answer_N: np.ndarray, classes: tuple[str, ...]) -> Image.
 
 
 if __name__ == "__main__":
+    guard_outputs()
     main()

@@ -14,6 +14,7 @@ import click
 from engine.config import RunConfig, load_toml, override
 from engine.errors import UserError, exit_on_user_error, printable
 from engine.publish import writing
+from engine.ui import guard_outputs
 
 os.environ.setdefault(
     "KINETO_LOG_LEVEL", "6"
@@ -256,4 +257,5 @@ def _show(profile: dict[str, Any], out: Path) -> int:
 
 
 if __name__ == "__main__":
+    guard_outputs()
     main(prog_name="tools/profile", complete_var="_PROFILE_COMPLETE")

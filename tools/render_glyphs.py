@@ -17,7 +17,7 @@ from PIL import Image, ImageFont
 
 from engine.errors import UserError, exit_on_user_error, printable
 from engine.publish import writing, writing_file
-from engine.ui import progress_bar
+from engine.ui import guard_outputs, progress_bar
 
 CHARACTERS = [chr(code) for code in range(33, 127)]
 SIDE, INK, DRAWN_PX = 28, 20, 96
@@ -124,4 +124,5 @@ def draw_glyph(font: ImageFont.FreeTypeFont, character: str) -> np.ndarray | Non
 
 
 if __name__ == "__main__":
+    guard_outputs()
     main()

@@ -36,7 +36,7 @@ def host_free_bytes() -> int:
     """Memory that processes can still have; the page cache counts, since it gives way."""
     line = next(
         line
-        for line in Path("/proc/meminfo").read_text().splitlines()
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         if line.startswith("MemAvailable:")
     )
     return int(line.split()[1]) * 1024

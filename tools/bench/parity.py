@@ -206,7 +206,13 @@ def _run_ranks(num_ranks: int, folder: Path, device: str, precisions: list[str])
     }
     command = module_on_ranks(num_ranks, "tools.bench.parity", str(folder), device, *precisions)
     done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+        command,
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        timeout=300,
     )
     if done.returncode:
         raise RuntimeError(f"{num_ranks} ranks failed:\n{done.stderr}")
