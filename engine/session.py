@@ -135,7 +135,8 @@ def check_batch(config: RunConfig, records: Records, world_size: int) -> None:
     """Refuse records too small to train on with this batch; needs no process group.
 
     Raises:
-        UserError: the images are smaller than the network's least, or the global batch cannot be divided by the ranks, or is larger than the train split.
+        UserError: the images are smaller than the network's least, or the global batch cannot be
+            divided by the ranks, or is larger than the train split.
     """
     check_image_size(*records.height_width)
     batch, num_samples = config.global_batch, len(records.split("train"))
