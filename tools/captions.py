@@ -22,10 +22,11 @@ Piece = tuple[str, Path | None]
 def pieces(text: str, own: frozenset[int]) -> list[Piece]:
     """`text` as it can be drawn, in parts of one font each; `own`: code points of the own font."""
     found: list[Piece] = []
-    for is_own, letters in groupby(printable(text), lambda letter: ord(letter) in own):
+    kinds = groupby(printable(text), lambda letter: (ord(letter) in own, _is_leftward(letter)))
+    for (is_own, _), letters in kinds:
         part = "".join(letters)
         font = None if is_own else font_with(part)
-        if not is_own and (font is None or not _can_be_drawn(part)):
+        if not _can_be_drawn(part) or not (is_own or font):
             part, font = code_points(part), None
         if found and found[-1][1] == font:
             part = found.pop()[0] + part
@@ -45,9 +46,13 @@ def code_points(text: str) -> str:
 
 
 def _can_be_drawn(part: str) -> bool:
-    """Not a mark without its letter, and at most one letter that is written from right to left."""
-    leftward = sum(unicodedata.bidirectional(letter) in ("R", "AL", "AN") for letter in part)
-    return leftward <= 1 and not unicodedata.category(part[0]).startswith("M")
+    """It begins with no mark, which needs a letter, and is no word written from right to left."""
+    is_word = len(part) > 1 and _is_leftward(part[0])
+    return not is_word and not unicodedata.category(part[0]).startswith("M")
+
+
+def _is_leftward(letter: str) -> bool:
+    return unicodedata.bidirectional(letter) in ("R", "AL", "AN")
 
 
 @cache

@@ -36,6 +36,7 @@ from engine.ui import guard_outputs
 from engine.world import World, start_world
 from tools.bench.ladder import Cell, climb, joules, make_cells, rows_of
 from tools.bench.results import row, to_markdown, write_result
+from tools.outputs import check_folder
 
 TESTS_S, VERIFY_S, LADDER_S = 90, 60, 300
 """Wall time each part should take at most; the first two are ended after three times that."""
@@ -96,6 +97,7 @@ def main(npz: Path | None, out: Path, device: str, quick: bool) -> None:
         click.echo(f"{name}: {'FAILED' if found else 'ok'}, {time.perf_counter() - start:.0f} s\n")
 
     with exit_on_user_error():
+        check_folder(out)
         records = records_from_npz(npz) if npz else None
         out.mkdir(parents=True, exist_ok=True)
         (out / "summary.md").unlink(missing_ok=True)

@@ -15,6 +15,7 @@ from engine.config import RunConfig, load_toml, override
 from engine.errors import UserError, exit_on_user_error, printable
 from engine.publish import writing
 from engine.ui import guard_outputs
+from tools.outputs import check_file, check_folder
 
 os.environ.setdefault(
     "KINETO_LOG_LEVEL", "6"
@@ -92,6 +93,8 @@ def compare(a: Path, b: Path, out: Path | None) -> None:
     with exit_on_user_error():
         from tools.bench.compare import compare_profiles, compare_runs
 
+        if out:
+            check_folder(out)
         click.echo((compare_profiles if (a / "profile.json").exists() else compare_runs)(a, b, out))
         if out:
             click.echo(f"report: {out / 'comparison.md'}")
@@ -105,6 +108,7 @@ def report(folder: Path, out: Path | None) -> None:
     with exit_on_user_error():
         from tools.bench.report import write_report
 
+        check_folder(out or folder)
         click.echo(f"report: {write_report(folder, out or folder)}")
 
 
@@ -131,6 +135,9 @@ def feeds(
     with exit_on_user_error():
         from tools.bench.feeds import profile_feeds
 
+        check_folder(out)
+        if json_file:
+            check_file(json_file)
         click.echo(profile_feeds(data, batch_size, seconds, json_file, out))
 
 
@@ -152,6 +159,7 @@ def trace(
     with exit_on_user_error(speak=env_rank() == 0):
         from tools.bench.trace import trace_config
 
+        check_folder(out)
         config = (
             load_toml(RunConfig(), config_file)
             if config_file
@@ -183,6 +191,7 @@ def ensemble(
     with exit_on_user_error():
         from tools.bench.ensemble import profile_ensemble
 
+        check_folder(out)
         config = (
             load_toml(RunConfig.baseline(), config_file) if config_file else RunConfig.baseline()
         )
@@ -212,7 +221,9 @@ def _checked_out(out: Path | None, resume: bool) -> Path:
         )
     if not resume and out and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: is not empty; name another --out, or add --resume")
-    return out or Path("runs") / time.strftime("profile-%Y%m%d-%H%M%S", time.gmtime())
+    out = out or Path("runs") / time.strftime("profile-%Y%m%d-%H%M%S", time.gmtime())
+    check_folder(out)
+    return out
 
 
 def _show(profile: dict[str, Any], out: Path) -> int:

@@ -20,9 +20,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
-from matplotlib.ticker import FixedFormatter, FuncFormatter, NullLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 
-from tools.captions import characters_of, distinct, pieces
+from tools.captions import characters_of, distinct, pieces, shown
 
 INK, MUTED, RULE, PAPER = "#1c2024", "#666d74", "#dfe2e6", "#fefefe"
 SERIES = ("#1f6fb4", "#c8500a", "#00805d", "#9a4fa0", "#8a6a00", "#2b93b8", "#c2457a", "#5f6671")
@@ -175,8 +175,12 @@ def matrix(share_TR: np.ndarray, names: Sequence[str]) -> Figure:
     axes.set_xlim(-0.5, len(names) - 0.5)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_aspect("equal")
+    cut = short_names(names, 6)
     for set_ticks in (axes.set_xticks, axes.set_yticks):
-        set_ticks(range(len(names)), short_names(names, 6), color=INK, fontfamily=MONO)
+        set_ticks(range(len(names)), cut, color=INK, fontfamily=MONO)
+    mono = characters_of(Path(font_manager.findfont(MONO)))
+    if max(len(shown(name, mono)) for name in cut) > 2:
+        axes.tick_params("x", labelrotation=90)  # side by side they would cover one another
     axes.set_xlabel("read as (% of the true class)")
     axes.set_ylabel("true class")
     return figure
@@ -204,9 +208,11 @@ def show_all_characters(figure: Figure) -> None:
     """Give each text of the figure fonts that have its characters, or code points in their place."""
     for axes in figure.axes:
         for axis in (axes.xaxis, axes.yaxis):
-            if isinstance(named := axis.get_major_formatter(), FixedFormatter):
-                labels = zip(axis.get_majorticklabels(), named.seq, strict=False)
-                named.seq = [_adapted(label, text) for label, text in labels]
+            labels = axis.get_majorticklabels()
+            names = [label.get_text() for label in labels]
+            adapted = [_adapted(label, name) for label, name in zip(labels, names, strict=True)]
+            if adapted != names:
+                axis.set_ticklabels(adapted)
     for text in figure.findobj(Text):
         assert isinstance(text, Text)
         text.set_text(_adapted(text, text.get_text()))
