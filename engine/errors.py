@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from engine.ui import guard_outputs
+
 EXIT_USER_ERROR = 2
 LINGER_S = 10.0
 
@@ -32,6 +34,7 @@ def exit_on_user_error() -> Iterator[None]:
     A rank that does not speak lets the one that does end first: torchrun kills the others as soon as one has
     ended.
     """
+    guard_outputs()
     try:
         yield
     except UserError as error:

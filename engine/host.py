@@ -192,7 +192,7 @@ def free_memory_bytes() -> int:
 
     The page cache counts as free, since it gives way.
     """
-    text = (PROC / "meminfo").read_text()
+    text = (PROC / "meminfo").read_text(encoding="ascii")
     found = re.search(r"^MemAvailable:\s+([0-9]+) kB", text, re.MULTILINE)
     machine_bytes = int(found[1]) * 1024 if found else UNLIMITED_BYTES
     left = [_memory_left(folder) for folder in _cgroups("memory")]
@@ -247,6 +247,6 @@ def _memory_left(folder: Path) -> int | None:
 
 def _text(file: Path) -> str:
     try:
-        return file.read_text(errors="replace")
+        return file.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""

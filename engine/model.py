@@ -10,8 +10,11 @@ from torch import nn
 from torch.nn import functional
 
 from engine.config import ModelConfig
+from engine.errors import UserError
 
 CONV1_CHANNELS, CONV2_CHANNELS, HIDDEN = 32, 64, 128
+MIN_SIDE = 4
+"""Two 2x2 max-pools leave a quarter of a side, and the linear layers need a pixel of it."""
 
 
 class GlyphNet(nn.Module):
@@ -72,6 +75,15 @@ class GlyphNet(nn.Module):
         return functional.max_pool2d(functional.relu(x_BCHW), 2)
 
 
+def check_image_size(height: int, width: int) -> None:
+    """UserError if the images are too small for the network: nothing would be left of them."""
+    if min(height, width) < MIN_SIDE:
+        raise UserError(
+            f"images of {height} x {width} pixels are too small for the network, which halves them "
+            f"twice; give records of images of at least {MIN_SIDE} x {MIN_SIDE}"
+        )
+
+
 def make_model(
     config: ModelConfig,
     height: int,
@@ -81,6 +93,7 @@ def make_model(
     fused: frozenset[str] = frozenset(),
 ) -> GlyphNet:
     """The network on the CPU, its weights a function of `seed` alone; the global random state is not touched."""
+    check_image_size(height, width)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return GlyphNet(

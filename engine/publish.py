@@ -150,7 +150,9 @@ def write_manifest(directory: Path, content: dict[str, Any]) -> None:
         raise UserError(
             f"a manifest of {len(data)} bytes is larger than {MANIFEST_LIMIT_BYTES}; write a smaller set"
         )
-    (directory / MANIFEST_HASH).write_text(hashlib.sha256(data).hexdigest() + "\n")
+    (directory / MANIFEST_HASH).write_text(
+        hashlib.sha256(data).hexdigest() + "\n", encoding="ascii"
+    )
     (directory / MANIFEST).write_bytes(data)
 
 

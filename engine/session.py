@@ -18,7 +18,7 @@ from engine.errors import UserError
 from engine.feeds import SOURCES, make_feed, make_source
 from engine.feeds.batch import Feed
 from engine.feeds.synthetic import random_batch
-from engine.model import make_model
+from engine.model import check_image_size, make_model
 from engine.order import Order
 from engine.records import Records
 from engine.report import Environment, environment
@@ -82,11 +82,13 @@ def make_order(
 
 
 def check_batch(config: RunConfig, records: Records, world_size: int) -> None:
-    """Refuse a global batch that no epoch of these records can serve; needs no process group.
+    """Refuse records too small to train on with this batch; needs no process group.
 
     Raises:
-        UserError: it cannot be divided by the ranks, or is larger than the train split.
+        UserError: the images are smaller than the network's least, or the global batch cannot be
+            divided by the ranks, or is larger than the train split.
     """
+    check_image_size(*records.height_width)
     batch, num_samples = config.global_batch, len(records.split("train"))
     if batch % world_size:
         raise UserError(

@@ -200,7 +200,7 @@ class _Fit:
                 time_to_target_s=self.time_to_target_s,
             )
             with writing(self.out):
-                with open(self.out / "metrics.jsonl", "a") as file:
+                with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as file:
                     file.write(json.dumps(metrics, allow_nan=False) + "\n")
                 if self.events:
                     for name, value in metrics.items():

@@ -205,7 +205,7 @@ def has_fast_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     try:
-        with open("/proc/cpuinfo") as info:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as info:
             flags = next(line for line in info if line.startswith(("flags", "Features"))).split()
     except (OSError, StopIteration):
         return False

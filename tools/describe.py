@@ -6,16 +6,16 @@ from pathlib import Path
 import numpy as np
 
 from engine.errors import printable
-from engine.publish import writing, writing_file
 from engine.records import Records, open_records
 from engine.split import family
-from tools.sheet import BLACK, draw_sheet
+from tools.sheet import BLACK, check_picture, class_captions, draw_sheet, save_picture
 
 SHEET_IMAGES = 192
 
 
 def describe(path: Path, sheet: Path) -> str:
-    """Text about the records at `path`; writes a PNG of examples of each class to `sheet`. UserError if it cannot."""
+    """Text about the records at `path`; draws examples of each class to `sheet`. UserError if it cannot."""
+    check_picture(sheet)
     records = open_records(path)
     splits = records.splits
     lines = [
@@ -31,17 +31,18 @@ def describe(path: Path, sheet: Path) -> str:
     }
     lines += class_table(records.classes, counts)
     image_MHW, captions = _examples(records)
-    with writing(sheet), writing_file(sheet) as file:
-        draw_sheet(image_MHW, captions, [BLACK] * len(captions)).save(file, "PNG")
+    save_picture(draw_sheet(image_MHW, captions, [BLACK] * len(captions)), sheet)
     return "\n".join([*lines, f"sheet of glyphs: {printable(str(sheet))}"])
 
 
 def class_table(classes: Sequence[str], counts: Mapping[str, Iterable[int]]) -> list[str]:
     """Lines that tell how many rows of each class each split has."""
-    lines = ["class " + "".join(f"{name:>9}" for name in counts)]
-    for label, row in zip(classes, zip(*counts.values(), strict=True), strict=True):
-        lines.append(f"{printable(label):<6}" + "".join(f"{count:>9,}" for count in row))
-    return [*lines, "all   " + "".join(f"{sum(split):>9,}" for split in counts.values())]
+    names = [printable(label) for label in classes]
+    width = max(6, *(len(name) + 1 for name in names))
+    lines = [f"{'class':<{width}}" + "".join(f"{name:>9}" for name in counts)]
+    for name, row in zip(names, zip(*counts.values(), strict=True), strict=True):
+        lines.append(f"{name:<{width}}" + "".join(f"{count:>9,}" for count in row))
+    return [*lines, f"{'all':<{width}}" + "".join(f"{sum(split):>9,}" for split in counts.values())]
 
 
 def _typefaces(records: Records) -> str:
@@ -74,4 +75,5 @@ def _examples(records: Records) -> tuple[np.ndarray, list[str]]:
         row_M = np.flatnonzero(train.label_N == label)
         rows.append(row_M[np.linspace(0, len(row_M) - 1, min(num, len(row_M))).astype(int)])
     shown = train.take(np.concatenate(rows))
-    return shown.image_NHW, [printable(records.classes[label]) for label in shown.label_N]
+    captions = class_captions(records.classes)
+    return shown.image_NHW, [captions[label] for label in shown.label_N]

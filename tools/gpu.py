@@ -35,6 +35,7 @@ from engine.sample import ensure_sample
 from engine.session import open_session
 from engine.split import draw_splits
 from engine.trainer import fit
+from engine.ui import guard_outputs
 from engine.world import World, start_world
 from tools.bench.ladder import Cell, climb, joules, make_cells, rows_of
 from tools.bench.results import row, to_markdown, write_result
@@ -71,7 +72,7 @@ class Round:
         result = write_result(path, title=title, environment=self.facts, rows=rows, claims=[])
         table = to_markdown(result, path.name)
         click.echo(table)
-        with open(self.out / "summary.md", "a") as file:
+        with open(self.out / "summary.md", "a", encoding="utf-8") as file:
             file.write(table + "\n")
 
 
@@ -117,7 +118,9 @@ def main(npz: Path | None, out: Path, device: str, quick: bool) -> None:
             part("kernels", lambda: _kernels(shared))
             part("training", lambda: _training(shared))
             part("feeds", lambda: _feeds(shared))
-        (out / "failures.txt").write_text("\n".join(failures) + "\n" * bool(failures))
+        (out / "failures.txt").write_text(
+            "\n".join(failures) + "\n" * bool(failures), encoding="utf-8"
+        )
         for failure in failures:
             click.echo(failure, err=True)
     raise SystemExit(1 if failures else 0)
@@ -128,11 +131,16 @@ def _command(log: Path, limit_s: float, module: str, *words: str) -> list[str]:
     try:
         command = [sys.executable, "-m", module, *words]
         done = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, timeout=3 * limit_s
+            command,
+            cwd=ROOT,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=3 * limit_s,
         )
     except subprocess.TimeoutExpired:
         return [f"did not end within {3 * limit_s:.0f} s"]
-    log.write_text(done.stdout + done.stderr)
+    log.write_text(done.stdout + done.stderr, encoding="utf-8")
     click.echo(done.stdout)
     return [] if done.returncode == 0 else [f"exit code {done.returncode}, see {log.name}"]
 
@@ -266,4 +274,5 @@ def records_from_npz(path: Path) -> Records:
 
 
 if __name__ == "__main__":
+    guard_outputs()
     main()

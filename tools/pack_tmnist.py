@@ -13,7 +13,7 @@ from engine.host import prepare_process
 from engine.pack import check, pack
 from engine.paths import PATH
 from engine.records import verify_records
-from engine.ui import progress_bar
+from engine.ui import guard_outputs, progress_bar
 from tools.describe import class_table, describe
 
 EPILOG = """\b
@@ -123,4 +123,5 @@ def _check(source: Path) -> None:
 
 
 if __name__ == "__main__":
+    guard_outputs()
     main(prog_name="tools/pack_tmnist", complete_var="_PACK_TMNIST_COMPLETE")

@@ -8,48 +8,113 @@ import click
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from engine.config import RunConfig, load_toml
-from engine.errors import UserError, exit_on_user_error
+from engine.errors import UserError, exit_on_user_error, printable
 from engine.host import prepare_process
 from engine.model import make_model
 from engine.paths import PATH
 from engine.records import Records, Split, open_records
-from engine.sample import sample_path
-from tools.sheet import BLACK, COLUMNS, RED, draw_sheet
+from engine.report import read_report
+from engine.sample import ensure_sample
+from engine.ui import guard_outputs
+from tools.sheet import (
+    BLACK,
+    COLUMNS,
+    RED,
+    check_picture,
+    class_captions,
+    draw_sheet,
+    save_picture,
+)
 
 ROWS = 6
 BATCH = 2048
+SHORT = 3
+"""Characters of a class's name up to which answer and truth stand in one line."""
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("run", type=PATH)
+@click.option(
+    "--data",
+    type=PATH,
+    help="The records, if they are no longer where the run found them.",
+)
 @click.option("--out", type=PATH, default=Path("predictions.png"), show_default=True)
-def main(run: Path, out: Path) -> None:
+def main(run: Path, data: Path | None, out: Path) -> None:
     """Draw test glyphs with RUN's answers; a wrong one is red, the right one beside it."""
     with exit_on_user_error():
         prepare_process()
+        check_picture(out)
+        fingerprint = read_report(run).get("dataset_fingerprint")
         config = load_toml(RunConfig(), run / "config.toml")
-        records = open_records(config.data.path or sample_path())
-        if not (run / "model.safetensors").is_file():
-            raise UserError(f"{run}: holds no model.safetensors; name the folder of a finished run")
-        split = records.split("test")
-        shown = split.take(np.linspace(0, len(split) - 1, COLUMNS * ROWS).astype(int))
+        records = open_run_records(config, data, fingerprint)
+        name, split = shown_split(records)
+        num = min(COLUMNS * ROWS, len(split))
+        shown = split.take(np.linspace(0, len(split) - 1, num).astype(int))
         answer_N = predict(config, run / "model.safetensors", records, shown)
-        draw(shown, answer_N, records.classes).save(out)
-        click.echo(f"{(answer_N == shown.label_N).sum()} of {len(answer_N)} glyphs right: {out}")
+        save_picture(draw(shown, answer_N, records.classes), out)
+        where = "" if name == "test" else f" of the {name} split, for want of a test split,"
+        right = (answer_N == shown.label_N).sum()
+        click.echo(printable(f"{right} of {num} glyphs{where} right: {out}"))
+
+
+def open_run_records(config: RunConfig, data: Path | None, fingerprint: object) -> Records:
+    """The records that a run was trained on, at `data` if they were moved.
+
+    Raises:
+        UserError: they are not there, or others are: an answer's number would mean another class.
+    """
+    path = data or config.data.path or ensure_sample()
+    if not data and not Path(path).is_dir():
+        raise UserError(f"{path}: the records of the run are no longer here; say where with --data")
+    records = open_records(path)
+    if records.fingerprint != fingerprint:
+        raise UserError(
+            f"{path}: holds other records than the run was trained on (fingerprint "
+            f"{records.fingerprint[:16]}, not {str(fingerprint)[:16]}); name the run's with --data"
+        )
+    return records
+
+
+def shown_split(records: Records) -> tuple[str, Split]:
+    """The test split and its name, or where there is none, or no image in it, the next best."""
+    for name in ("test", "val"):
+        if name in records.splits and len(records.splits[name]):
+            return name, records.splits[name]
+    return "train", records.split("train")
 
 
 def predict(config: RunConfig, weights: Path, records: Records, split: Split) -> np.ndarray:
     """answer_N: the class index the network gives each image of the split (fp32, on the CPU)."""
     model = make_model(config.model, *records.height_width, len(records.classes), seed=0)
-    model.load_state_dict(load_file(weights))
+    load_weights(model, weights)
     return answers(
         lambda image_BHW: model(image_BHW.unsqueeze(1).float() / 255),
         split.image_NHW,
         torch.device("cpu"),
     )
+
+
+def load_weights(model: torch.nn.Module, file: Path) -> None:
+    """Give the model the parameters in a safetensors file; UserError if they are not all its own."""
+    remedy = "name the folder of a finished run, or train it again"
+    if not file.is_file():
+        raise UserError(f"{file.parent}: holds no {file.name}; {remedy}")
+    try:
+        found = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file}: is damaged or no safetensors file ({error}); {remedy}") from None
+    if _forms(found) != _forms(model.state_dict()):
+        raise UserError(f"{file}: holds the weights of another network; {remedy}")
+    model.load_state_dict(found)
+
+
+def _forms(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
 
 
 @torch.no_grad()
@@ -64,14 +129,17 @@ def answers(
 
 
 def draw(split: Split, answer_N: np.ndarray, classes: tuple[str, ...]) -> Image.Image:
-    """The images in a grid, each with its answer below."""
+    """The images in a grid, each with its answer below; beside or below a wrong one the truth."""
     right_N = answer_N == split.label_N
+    names = class_captions(classes)
+    between = "  " if all(len(name) <= SHORT for name in names) else "\n"
     captions = [
-        classes[answer] if right else f"{classes[answer]}  ({classes[label]})"
+        names[answer] if right else f"{names[answer]}{between}({names[label]})"
         for answer, label, right in zip(answer_N, split.label_N, right_N, strict=True)
     ]
     return draw_sheet(split.image_NHW, captions, [BLACK if right else RED for right in right_N])
 
 
 if __name__ == "__main__":
+    guard_outputs()
     main()

@@ -16,6 +16,8 @@ from engine.errors import UserError, exit_on_user_error, printable
 from engine.host import env_world_size, prepare_process
 from engine.paths import PATH, full_path
 from engine.publish import is_empty, take_folder, writing
+from engine.ui import guard_outputs
+from tools.outputs import check_file, check_folder
 
 os.environ.setdefault(
     "KINETO_LOG_LEVEL", "6"
@@ -102,6 +104,8 @@ def compare(a: Path, b: Path, out: Path | None) -> None:
     with exit_on_user_error():
         from tools.bench.compare import compare_profiles, compare_runs
 
+        if out:
+            check_folder(out)
         click.echo((compare_profiles if (a / "profile.json").exists() else compare_runs)(a, b, out))
         if out:
             click.echo(f"report: {out / 'comparison.md'}")
@@ -115,6 +119,7 @@ def report(folder: Path, out: Path | None) -> None:
     with exit_on_user_error():
         from tools.bench.report import write_report
 
+        check_folder(out or folder)
         click.echo(f"report: {write_report(folder, out or folder)}")
 
 
@@ -141,6 +146,8 @@ def feeds(
     with exit_on_user_error():
         from tools.bench.feeds import profile_feeds
 
+        if json_file:
+            check_file(json_file)
         with take_folder(out, "feeds-") as folder:
             click.echo(profile_feeds(data, batch_size, seconds, json_file, folder))
 
@@ -293,4 +300,5 @@ def _show(profile: dict[str, Any], out: Path) -> int:
 
 
 if __name__ == "__main__":
+    guard_outputs()
     main(prog_name="tools/profile", complete_var="_PROFILE_COMPLETE")

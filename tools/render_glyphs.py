@@ -19,7 +19,7 @@ from engine.errors import UserError, exit_on_user_error, printable
 from engine.host import prepare_process
 from engine.paths import PATH
 from engine.publish import writing, writing_file
-from engine.ui import progress_bar
+from engine.ui import guard_outputs, progress_bar
 
 CHARACTERS = [chr(code) for code in range(33, 127)]
 SIDE, INK, DRAWN_PX = 28, 20, 96
@@ -177,4 +177,5 @@ def draw_glyph(font: ImageFont.FreeTypeFont, character: str) -> np.ndarray | Non
 
 
 if __name__ == "__main__":
+    guard_outputs()
     main()

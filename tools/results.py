@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from engine.config import read_toml
+from engine.ui import guard_outputs
 from tools.bench.ladder import LADDER
 from tools.bench.results import markdown_table, number, to_markdown
 
@@ -21,7 +22,7 @@ extremes, both sides of a comparison made in one run on one machine. What has no
 def render() -> str:
     """RESULTS.md's text."""
     sections = [
-        to_markdown(json.loads(f.read_text()), f"results/{f.name}")
+        to_markdown(json.loads(f.read_text(encoding="utf-8")), f"results/{f.name}")
         for f in sorted(RESULTS.glob("*.json"))
     ]
     return "\n".join([HEAD, expected(), *sections])
@@ -32,7 +33,7 @@ def expected() -> str:
     rows = []
     for line in read_toml(LADDER)["expected"]:
         file = RESULTS / line["file"]
-        measured = json.loads(file.read_text())["rows"] if file.exists() else []
+        measured = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
         found = next(
             (number(r["value"]) for r in measured if r["name"] == line["row"]), "not yet measured"
         )
@@ -54,10 +55,11 @@ def expected() -> str:
 def main(check: bool) -> None:
     """Generate bench_configs/RESULTS.md."""
     if not check:
-        TARGET.write_text(render())
-    elif not TARGET.exists() or TARGET.read_text() != render():
+        TARGET.write_text(render(), encoding="utf-8")
+    elif not TARGET.exists() or TARGET.read_text(encoding="utf-8") != render():
         raise SystemExit(f"{TARGET} is not what the result files say; run python -m tools.results")
 
 
 if __name__ == "__main__":
+    guard_outputs()
     main()

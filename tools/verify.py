@@ -17,6 +17,7 @@ from engine.paths import PATH
 from engine.records import open_records
 from engine.report import read_report
 from engine.sample import sample_path
+from engine.ui import guard_outputs
 
 ROWS_READ = 4096
 DEVICE = click.option("--device", type=click.Choice(["cpu", "cuda"]), callback=lambda _, __, value: value or "",
@@ -180,4 +181,5 @@ def check_order(run: Path, data: str | None) -> tuple[int, list[str]]:
 
 
 if __name__ == "__main__":
+    guard_outputs()
     main()

@@ -81,7 +81,11 @@ def _trained(session: Session, config: RunConfig) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
         report = train(session, config, out, resume=False, say=lambda line: None)
-        lines = (out / "metrics.jsonl").read_text().splitlines() if session.world.is_first else []
+        lines = (
+            (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+            if session.world.is_first
+            else []
+        )
     epochs = {"epochs": [json.loads(line) for line in lines]}
     return {name: getattr(report, name) for name in NOT_ASKED if name != "epochs"} | epochs
 

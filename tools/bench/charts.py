@@ -10,15 +10,19 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib import rc_context, rcdefaults, rcParams
+from matplotlib import font_manager, rc_context, rcdefaults, rcParams
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
+
+from tools.captions import characters_of, distinct, pieces, shown
 
 INK, MUTED, RULE, PAPER = "#1c2024", "#666d74", "#dfe2e6", "#fefefe"
 SERIES = ("#1f6fb4", "#c8500a", "#00805d", "#9a4fa0", "#8a6a00", "#2b93b8", "#c2457a", "#5f6671")
@@ -171,8 +175,12 @@ def matrix(share_TR: np.ndarray, names: Sequence[str]) -> Figure:
     axes.set_xlim(-0.5, len(names) - 0.5)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_aspect("equal")
+    cut = short_names(names, 6)
     for set_ticks in (axes.set_xticks, axes.set_yticks):
-        set_ticks(range(len(names)), [cut(name, 6) for name in names], color=INK, fontfamily=MONO)
+        set_ticks(range(len(names)), cut, color=INK, fontfamily=MONO)
+    mono = characters_of(Path(font_manager.findfont(MONO)))
+    if max(len(shown(name, mono)) for name in cut) > 2:
+        axes.tick_params("x", labelrotation=90)  # side by side they would cover one another
     axes.set_xlabel("read as (% of the true class)")
     axes.set_ylabel("true class")
     return figure
@@ -191,8 +199,37 @@ def draw(name: str, make: Callable[[], Figure]) -> Picture:
         figure.savefig(
             svg, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
         )
+        show_all_characters(figure)  # a page has fonts of its own, a picture has not
         figure.savefig(png, format="png", dpi=144, metadata={"Software": None})
     return Picture(svg.getvalue(), png.getvalue())
+
+
+def show_all_characters(figure: Figure) -> None:
+    """Give each text of the figure fonts that have its characters, or code points in their place."""
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            labels = axis.get_majorticklabels()
+            names = [label.get_text() for label in labels]
+            adapted = [_adapted(label, name) for label, name in zip(labels, names, strict=True)]
+            if adapted != names:
+                axis.set_ticklabels(adapted)
+    for text in figure.findobj(Text):
+        assert isinstance(text, Text)
+        text.set_text(_adapted(text, text.get_text()))
+
+
+def _adapted(drawn: Text, text: str) -> str:
+    """`text` as `drawn` can show it once the fonts it lacks are added to its own."""
+    families = drawn.get_fontfamily()
+    own = font_manager.findfont(font_manager.FontProperties(family=families[:1]))
+    parts = [pieces(line, characters_of(Path(own))) for line in text.split("\n")]
+    fonts = {font for line in parts for _, font in line if font}
+    for font in sorted(fonts):
+        font_manager.fontManager.addfont(font)
+    names = [font_manager.FontProperties(fname=font).get_name() for font in sorted(fonts)]
+    if names:
+        drawn.set_fontfamily(list(dict.fromkeys([*families, *names])))
+    return "\n".join("".join(part for part, _ in line) for line in parts)
 
 
 def short(value: float, _: int = 0) -> str:
@@ -207,9 +244,7 @@ def _figure(height_in: float, num: int = 1) -> tuple[Figure, Any]:
 
 
 def _name_rows(axes: Axes, names: Sequence[str], xlabel: str, font: Any = None) -> None:
-    axes.set_yticks(
-        range(len(names)), [cut(name, 34) for name in names], color=INK, fontfamily=font
-    )
+    axes.set_yticks(range(len(names)), short_names(names, 34), color=INK, fontfamily=font)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.xaxis.set_major_formatter(FuncFormatter(short))
     axes.locator_params(axis="x", nbins=5)
@@ -218,22 +253,25 @@ def _name_rows(axes: Axes, names: Sequence[str], xlabel: str, font: Any = None) 
     axes.set_axisbelow(True)
 
 
-def cut(text: str, length: int) -> str:
-    """At most `length` characters, the last an ellipsis where some are missing."""
-    return text if len(text) <= length else text[: length - 1] + "…"
+def short_names(names: Sequence[str], length: int) -> list[str]:
+    """The names in at most `length` characters, told apart."""
+    return distinct(list(names), lambda name: len(name) <= length)
 
 
 def _name_ends(axes: Axes, drawn: Sequence[Line]) -> None:
     """The lines' names to the right of their ends, pushed apart where they would cover one another."""
     low, high = axes.get_ylim()
-    ends = [(line.y[-1], line.name, colour) for line, colour in zip(drawn, SERIES, strict=False)]
+    names = short_names([line.name for line in drawn], 26)
+    ends = [
+        (line.y[-1], name, colour) for line, name, colour in zip(drawn, names, SERIES, strict=False)
+    ]
     top = np.inf
     for y, name, colour in sorted(ends, key=lambda end: -end[0]):
         top = min((y - low) / (high - low), top - 0.085)
         axes.text(
             1.02,
             top,
-            cut(name, 26),
+            name,
             color=colour,
             va="center",
             fontsize=9,

@@ -171,7 +171,10 @@ def compare_runs(folder_a: Path, folder_b: Path, out: Path | None) -> str:
 
 def _metrics(folder: Path) -> list[dict[str, Any]]:
     try:
-        return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return [
+            json.loads(line)
+            for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
     except (OSError, ValueError):
         raise UserError(
             f"{folder}: its metrics.jsonl cannot be read; name the folder of a finished run"

@@ -55,7 +55,7 @@ def measure_all(records: Path, batch_size: int, seconds: float) -> list[dict[str
             str(batch_size),
             str(seconds),
         ]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, encoding="utf-8")
         rows.append(json.loads(done.stdout.splitlines()[-1]))
     return rows
 

@@ -343,7 +343,7 @@ class Run:
         job = self._job(cell, number)
         with tempfile.TemporaryDirectory() as folder:
             job_file, result = Path(folder) / "job.json", Path(folder) / "repetition.json"
-            job_file.write_text(json.dumps(job))
+            job_file.write_text(json.dumps(job), encoding="utf-8")
             failed = _run_child(
                 cell, [str(job_file), str(result)], Path(folder) / "log.txt", self.limit_s
             )
@@ -388,7 +388,11 @@ def _run_child(cell: Cell, files: list[str], log: Path, limit_s: float) -> str:
         finally:
             child.terminate()  # torchrun kills ranks that have not ended within 30 s
             child.wait()
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    lines = [
+        line
+        for line in log.read_text(encoding="utf-8", errors="replace").splitlines()
+        if line.strip()
+    ]
     said = next((line for line in lines if line.startswith("error: ")), lines[-1] if lines else "")
     return (
         printable(without_folders(f"exit code {code}: {said.removeprefix('error: ')}"))

@@ -204,7 +204,14 @@ def _run_ranks(num_ranks: int, folder: Path, device: str, precisions: list[str])
         "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // num_ranks))
     }
     command = module_on_ranks(num_ranks, "tools.bench.parity", str(folder), device, *precisions)
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command,
+        env=environment,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        timeout=300,
+    )
     if done.returncode:
         raise RuntimeError(f"{num_ranks} ranks failed:\n{done.stderr}")
 

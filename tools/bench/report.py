@@ -373,7 +373,7 @@ def show(column: str, value: Any) -> str:
 def page(profile: dict[str, Any], sections: list[Section]) -> str:
     """The report as one HTML page that loads nothing and runs nothing."""
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
-        TEMPLATE.read_text()
+        TEMPLATE.read_text(encoding="utf-8")
     )
     return template.render(
         title=profile["title"], facts=_facts(cells_frame(profile)), sections=sections, charts=charts
