@@ -171,3 +171,10 @@ def test_names_of_rows_and_lines_are_told_apart() -> None:
     assert len(set(charts.short_names(["x" * 50 + end for end in "ab"], 34))) == 2
     assert charts.short_names(["a" * 40, "b"], 34) == ["a" * 33 + "…", "b"]
     assert _own_characters() >= ASCII
+
+
+def test_names_that_begin_alike_are_cut_in_the_middle() -> None:
+    names = [f"a name that is too long {end}" for end in ("ka", "kha")]
+    assert distinct(names, lambda name: len(name) <= 9) == ["a na…g ka", "a na… kha"]
+    alike = ["long" * 5 + middle + "long" * 5 for middle in "ab"]
+    assert distinct(alike, lambda name: len(name) <= 9) == ["longlo…#1", "longlo…#2"]

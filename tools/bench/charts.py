@@ -175,7 +175,7 @@ def matrix(share_TR: np.ndarray, names: Sequence[str]) -> Figure:
     axes.set_xlim(-0.5, len(names) - 0.5)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_aspect("equal")
-    cut = short_names(names, 6)
+    cut = short_names(names, 18)
     for set_ticks in (axes.set_xticks, axes.set_yticks):
         set_ticks(range(len(names)), cut, color=INK, fontfamily=MONO)
     mono = characters_of(Path(font_manager.findfont(MONO)))
