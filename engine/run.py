@@ -15,6 +15,7 @@ from engine.host import env_rank, prepare_process
 from engine.paths import PATH, path_text, written_path
 from engine.publish import is_empty, take_folder
 from engine.ranks import Ranks, join_ranks
+from engine.ui import guard_outputs
 
 if TYPE_CHECKING:
     from engine.records import Records
@@ -151,4 +152,5 @@ def _check_resumable(run: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    guard_outputs()
+    main(prog_name="engine.run")

@@ -308,10 +308,10 @@ def test_what_cannot_be_captured_runs_eagerly_and_says_why(
     """Here torch has no CUDA graphs, or there is no GPU: a real failure."""
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here, so capture works")
-    wanted = trained(session(small, world, {"step.precision": "bf16"}))
+    wanted = trained(session(small, world, {}))
     keep = sessions.effective_config
     monkeypatch.setattr(sessions, "effective_config", lambda *given: (given[0], keep(*given)[1]))
-    opened = session(small, world, {"step.precision": "bf16", "step.cuda_graphs": True})
+    opened = session(small, world, {"step.cuda_graphs": True})
     assert not opened.effective["cuda_graphs"]
     assert any(
         note.startswith("CUDA graphs are not used: ") and "runs eagerly" in note

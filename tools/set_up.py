@@ -168,7 +168,8 @@ def set_up() -> None:
     if not driver and "+cpu" not in line:
         line = f"no CPU build offered, so the CUDA build: {line}; TORCH_INDEX= names another index"
     print(f"installing {line}", flush=True)
-    install(torch.requirement, index=torch.index)
+    alone = ["--no-deps"] if torch.index else []  # the rest comes from pip's own index
+    install(*alone, torch.requirement, index=torch.index)
     install("--editable", str(ROOT), *triton_beside())
 
 
