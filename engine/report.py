@@ -91,7 +91,7 @@ class RunReport:
 
 def write_json(value: Any, path: Path) -> None:
     """Write a report dataclass or plain tree as strict JSON (no NaN), whole or not at all."""
-    from engine.publish import write_file
+    from engine.durable import write_file
 
     tree = value if isinstance(value, (dict, list)) else asdict(value)
     write_file(path, (json.dumps(tree, indent=1, allow_nan=False) + "\n").encode())

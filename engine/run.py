@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from engine.config import RECIPES, RunConfig, load_toml, override, parse_assignments
+from engine.durable import is_empty, take_folder
 from engine.errors import UserError, exit_on_user_error
 from engine.flags import flag_settings, setting_options
 from engine.host import env_rank, prepare_process
 from engine.paths import PATH, path_text, written_path
-from engine.publish import is_empty, take_folder
 from engine.ranks import Ranks, join_ranks
 from engine.ui import guard_outputs
 
 if TYPE_CHECKING:
-    from engine.records import Records
+    from engine.data.records import Records
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -90,7 +90,7 @@ def _first_config(
 def _run(
     config: RunConfig, ranks: Ranks, out: Path | None, resume: Path | None, device: str
 ) -> None:
-    from engine.trainer import fit
+    from engine.train.trainer import fit
     from engine.world import check_ranks, start_world
 
     if config.tensorboard and find_spec("tensorboard") is None:
@@ -121,9 +121,9 @@ def _say(line: str) -> None:
 
 
 def _open_records(config: RunConfig, num_ranks: int) -> "Records":
-    from engine.feeds import open_for
-    from engine.sample import ensure_sample
-    from engine.session import check_batch
+    from engine.data.sample import ensure_sample
+    from engine.feeds.build import open_for
+    from engine.train.session import check_batch
 
     records = open_for(config.data, config.data.path or ensure_sample())
     check_batch(config, records, num_ranks)

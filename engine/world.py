@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 
 import kernels
-from engine.clock import Ledger
 from engine.errors import UserError
 from engine.host import (
     env_local_rank,
@@ -26,6 +25,7 @@ from engine.host import (
     keep_large_blocks,
     limit_threads,
 )
+from engine.meters import Ledger
 from engine.ranks import OtherRankFailed, Ranks, join_ranks
 
 COLLECTIVE_TIMEOUT = timedelta(seconds=120)

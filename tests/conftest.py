@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from engine.config import read_toml
+from engine.data.pack import pack
+from engine.data.records import Records, open_records
 from engine.host import ROOT
-from engine.pack import pack
-from engine.records import Records, open_records
 from engine.world import World
-from tools.bench.matrix import is_matrix
+from tools.measure.matrix import is_matrix
 
 CLASSES = ("0", "00", "NA", ",", '"', "a", "é", "~")
 NUM_FONTS = 40

@@ -102,7 +102,7 @@ def test_a_consumer_that_dies_takes_the_thread_with_it(
     code = """
 import sys, torch
 from engine.config import DataConfig
-from engine.feeds import make_feed, open_for
+from engine.feeds.build import make_feed, open_for
 from engine.order import Order
 config = DataConfig(feed=sys.argv[1], order="blocked")
 split = open_for(config, sys.argv[2]).split("train")

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from engine.data.pack import check, pack
+from engine.data.records import Records, open_records
 from engine.errors import UserError
-from engine.pack import check, pack
-from engine.records import Records, open_records
 from tests.conftest import Command, assert_refused
 
 HEADER = "names,labels,1,2,3,4\n"
@@ -438,9 +438,7 @@ def test_55_56_60_neither_blocks_nor_workers_nor_surroundings_show(
     ):
         pack(source, tmp_path / f"{number}", workers=workers, block_bytes=block_bytes)
         assert content(tmp_path / f"{number}") == wanted
-    code = (
-        "import sys, pathlib; from engine.pack import pack; pack(*map(pathlib.Path, sys.argv[1:]))"
-    )
+    code = "import sys, pathlib; from engine.data.pack import pack; pack(*map(pathlib.Path, sys.argv[1:]))"
     os.utime(source, (0, 0))
     for number, variables in enumerate(
         [

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.bench import feeds, fullsize, measuring, pack, precision, ranks, report, step
-from tools.bench import feeds as measure_feeds
+from tools.measure import feeds as measure_feeds
 
 
 def checked(file: Path) -> list[str]:

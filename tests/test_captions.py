@@ -11,10 +11,16 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image, ImageDraw, ImageFont
 
-from tools import captions
-from tools.bench import charts
-from tools.captions import code_points, distinct, font_with, installed_fonts, pieces, shown
-from tools.sheet import BLACK, MAX_CAPTION, _own_characters, _width, class_captions, draw_sheet
+from tools.report import captions, charts
+from tools.report.captions import code_points, distinct, font_with, installed_fonts, pieces, shown
+from tools.report.sheet import (
+    BLACK,
+    MAX_CAPTION,
+    _own_characters,
+    _width,
+    class_captions,
+    draw_sheet,
+)
 
 ASCII = frozenset(range(32, 127))
 LABELS = ("೧", "ಕ", "字", "あ", "😀", "ب", "é", "Ж")

@@ -12,7 +12,7 @@ import pytest
 from engine.errors import UserError
 from tests.conftest import Command, assert_refused
 from tests.profiles import make_profile
-from tools.bench.compare import NO_DIFFERENCE, agreement, compare_profiles, losses, paired_ratio
+from tools.report.compare import NO_DIFFERENCE, agreement, compare_profiles, losses, paired_ratio
 
 
 def test_the_interval_of_a_known_case() -> None:

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from engine.config import RECIPES, override
-from engine.records import Records
+from engine.data.records import Records
 from tests.conftest import Command, assert_refused
-from tools.bench.ensemble import Arm, train_all, vote_over_singles
+from tools.measure.ensemble import Arm, train_all, vote_over_singles
 
 
 def test_the_vote_of_a_known_case() -> None:

@@ -20,18 +20,19 @@ import numpy as np
 import pytest
 import torch
 
-from engine import feeds
 from engine.config import AugmentConfig, DataConfig, RunConfig
+from engine.data.pack import pack
+from engine.data.records import Records, open_records
 from engine.errors import UserError
-from engine.feeds import choose_feed, dali, make_feed, open_for
+from engine.feeds import build as feeds
+from engine.feeds import dali
 from engine.feeds.batch import Batch, Feed
+from engine.feeds.build import choose_feed, make_feed, open_for
 from engine.feeds.dali import DaliFeed
 from engine.feeds.resident import ResidentFeed
 from engine.host import ROOT
 from engine.order import PADDING_ID, Order
-from engine.pack import pack
-from engine.records import Records, open_records
-from engine.trainer import fit
+from engine.train.trainer import fit
 from engine.world import World
 
 CPU = torch.device("cpu")
@@ -243,7 +244,7 @@ def test_stream_holds_what_it_says_and_no_more(tmp_path: Path) -> None:
     code = """
 import sys, torch
 from engine.config import DataConfig
-from engine.feeds import make_feed, open_for
+from engine.feeds.build import make_feed, open_for
 from engine.order import Order
 rss = lambda: int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
 config = DataConfig(feed="stream", order="blocked")

@@ -19,9 +19,9 @@ import pytest
 from PIL import Image
 from pyarrow import feather, parquet
 
+from engine.data.headers import header_hint
+from engine.data.pack import check, pack
 from engine.errors import UserError
-from engine.headers import header_hint
-from engine.pack import check, pack
 from engine.report import ROOT
 
 TABLE = b"label,pixel0,pixel1,pixel2,pixel3\n1,0,0,0,0\n"

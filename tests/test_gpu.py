@@ -11,18 +11,18 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import kernels
-from engine import step as step_module
 from engine.config import RunConfig, override
+from engine.data.records import Records
 from engine.feeds.synthetic import random_batch
-from engine.records import Records
-from engine.session import Session, evaluate, open_session
-from engine.step import TrainLog
+from engine.train import step as step_module
+from engine.train.session import Session, evaluate, open_session
+from engine.train.step import TrainLog
 from engine.world import World, start_world
 from kernels.bias_pool_relu import bias_pool_relu
 from kernels.conv_pool_relu import conv_pool_relu
 from kernels.gather_warp import gather_warp
 from kernels.softmax_cross_entropy import softmax_cross_entropy
-from tools.bench.doctor import host_reads
+from tools.checks.doctor import host_reads
 
 pytestmark = pytest.mark.gpu
 BATCH = 32

@@ -12,7 +12,7 @@ import pytest
 from engine import host
 from engine.config import DataConfig
 from engine.errors import UserError
-from engine.feeds import open_for
+from engine.feeds.build import open_for
 
 CHILDREN = (
     "PYTHONSAFEPATH",

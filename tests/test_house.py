@@ -14,18 +14,34 @@ from engine.errors import UserError, exit_on_user_error, printable
 from engine.host import ROOT
 from engine.report import Environment, RunReport
 
-LAYERS = {
-    "engine.host": 0, "engine.paths": 0, "engine.ranks": 0,
-    "engine.errors": 0, "engine.config": 0, "engine.order": 0, "engine.report": 0, "engine.publish": 0,
-    "engine.ui": 0, "engine.record_file": 0, "engine.records": 0, "engine.split": 1, "engine.foreign": 0,
-    "engine.headers": 0, "engine.lexer": 1,
-    "engine.lexer_jit": 1, "engine.source": 1, "engine.pack": 1, "engine.world": 1, "engine.clock": 1,
-    "engine.checkpoint": 1, "engine.feeds.batch": 1, "engine.feeds.ahead": 1, "engine.feeds.augment": 2,
-    "engine.feeds.stream": 2, "engine.feeds.idlog": 2, "engine.model": 2, "engine.optim": 2, "engine.capture": 2,
-    "engine.feeds": 2, "engine.feeds.resident": 2, "engine.feeds.synthetic": 2, "engine.feeds.loader": 2,
-    "engine.feeds.dali": 2, "engine.sample": 2, "engine.objective": 2, "engine.step": 3,
-    "engine.available": 4, "engine.flags": 5, "engine.session": 4, "engine.trainer": 4, "engine.run": 5,
-}  # fmt: skip
+FLOORS = (
+    ("errors", "ui", "host", "paths", "ranks", "config", "order", "report", "durable"),
+    ("data",),
+    ("world", "meters", "feeds", "models"),
+    ("train",),
+    ("flags", "run"),
+)
+"""What stands in engine/, packages and single files, from the ground up: imports run downward or stay."""
+TOOL_ROOMS = ("measure", "report", "checks")
+NO_TORCH = (
+    "errors",
+    "ui",
+    "host",
+    "paths",
+    "ranks",
+    "config",
+    "order",
+    "report",
+    "durable",
+    "data",
+    "run",
+)
+
+
+def floor(module: str) -> int:
+    """The floor of a module of engine/."""
+    room = module.split(".")[1]  # packages and files alike
+    return next(number for number, rooms in enumerate(FLOORS) if room in rooms)
 
 
 def modules(*folders: str) -> dict[str, Path]:
@@ -50,14 +66,20 @@ def imports(file: Path, top_level_only: bool = False) -> set[str]:
 
 def test_imports_run_downward() -> None:
     engine = modules("engine")
-    assert set(engine) == set(LAYERS), "name the layer of each engine module here"
+    rooms = {name.split(".")[1] for name in engine}
+    assert rooms == {room for rooms in FLOORS for room in rooms}, "a room without a floor"
     for name, file in engine.items():
-        for imported in imports(file) & set(LAYERS):
-            if imported == "engine.feeds" and name.startswith("engine.feeds."):
-                continue  # the package name of a sibling import
-            assert LAYERS[imported] <= LAYERS[name], (
-                f"{name} imports {imported}, which stands above it"
-            )
+        for imported in imports(file) & set(engine):
+            assert floor(imported) <= floor(name), f"{name} imports {imported}, which stands above"
+
+
+def test_the_rooms_of_the_tools_import_no_command() -> None:
+    tools = modules("tools")
+    alone = {name for name, file in tools.items() if file.parent == ROOT / "tools"}
+    commands = alone - {"tools", "tools.results"}
+    for name, file in tools.items():
+        if name.count(".") == 2 and name.split(".")[1] in TOOL_ROOMS:
+            assert not imports(file) & commands, name
 
 
 def test_nothing_imports_the_commands_and_kernels_know_no_engine() -> None:
@@ -67,13 +89,11 @@ def test_nothing_imports_the_commands_and_kernels_know_no_engine() -> None:
         assert not (name.startswith("kernels") and "engine" in tops), name
 
 
-def test_layer_zero_and_the_command_import_no_torch() -> None:
-    for name, layer in LAYERS.items():
-        if layer == 0 or name in ("engine.run", "engine.lexer", "engine.pack"):
-            path = modules("engine")[name]
-            assert not {
-                i for i in imports(path, top_level_only=True) if i.split(".")[0] == "torch"
-            }, name
+def test_what_needs_no_torch_imports_none() -> None:
+    for name, file in modules("engine").items():
+        if name.split(".")[1] in NO_TORCH:
+            found = {imported.split(".")[0] for imported in imports(file, top_level_only=True)}
+            assert "torch" not in found, name
 
 
 def test_dali_and_triton_are_imported_where_they_belong() -> None:
@@ -93,7 +113,7 @@ def test_backward_stands_in_one_place() -> None:
         for name, file in modules("engine", "kernels", "tools").items()
         if ".backward(" in file.read_text()
     ]
-    assert places == ["engine.step"]
+    assert places == ["engine.train.step"]
 
 
 def test_only_the_host_reads_the_rank() -> None:

@@ -13,17 +13,17 @@ from torch.nn import functional
 
 import kernels
 from engine import world
-from engine.available import effective_config
 from engine.config import KERNELS, AugmentConfig, RunConfig, override
+from engine.data.records import Records
 from engine.feeds.augment import AugmentedFeed
 from engine.feeds.batch import Batch
 from engine.feeds.resident import ResidentFeed
 from engine.feeds.synthetic import random_batch
 from engine.host import ROOT
-from engine.model import make_model
-from engine.objective import Objective
+from engine.models.baseline import make_model
 from engine.order import Order
-from engine.records import Records
+from engine.train.available import effective_config
+from engine.train.objective import Objective
 from engine.world import World
 from kernels import bias_pool_relu as second
 from kernels import conv_pool_relu as first
@@ -32,7 +32,7 @@ from kernels import launch
 from kernels import softmax_cross_entropy as loss_file
 from tests.conftest import Command
 from tests.kernels.__main__ import triton_versions
-from tools.bench import roofline
+from tools.measure import roofline
 
 CPU = torch.device("cpu")
 

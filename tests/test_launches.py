@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-from engine import session as sessions
-from engine import step as step_module
-from engine import trainer
-from engine.capture import Graph
 from engine.config import DataConfig, OptimConfig, RunConfig, StepConfig, override
+from engine.data.records import Records
 from engine.errors import UserError
 from engine.feeds.resident import ResidentFeed
-from engine.records import Records
-from engine.session import Session, open_session
-from engine.step import MAX_SKIPPED, TrainStep
-from engine.trainer import fit
+from engine.train import session as sessions
+from engine.train import step as step_module
+from engine.train import trainer
+from engine.train.capture import Graph
+from engine.train.session import Session, open_session
+from engine.train.step import MAX_SKIPPED, TrainStep
+from engine.train.trainer import fit
 from engine.world import World
 from tests.conftest import Command
 from tests.test_step import build, losses, make_step
@@ -354,11 +354,11 @@ def spoil_backward(step: TrainStep, error: Exception) -> None:
 
 TWO_RANKS = """
 import sys, torch
-from engine import step
+from engine.train import step
 from engine.config import RunConfig, override
 from engine.errors import exit_on_user_error
-from engine.records import open_records
-from engine import session as sessions
+from engine.data.records import open_records
+from engine.train import session as sessions
 from engine.world import end_rank, start_world
 from tests.test_launches import spoil_backward
 

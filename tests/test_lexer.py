@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.host import ROOT
-from engine.lexer import (
+from engine.data.lexer import (
     SLACK_BYTES,
     Fault,
     Layout,
@@ -20,8 +19,9 @@ from engine.lexer import (
     read_header,
     read_row,
 )
-from engine.lexer_jit import lex
-from engine.pack import Lexer, find_lexer
+from engine.data.lexer_jit import lex
+from engine.data.pack import Lexer, find_lexer
+from engine.host import ROOT
 
 TMNIST = read_header(b"names,labels,1,2,3,4,5,6,7,8,9\n")
 MNIST = read_header(b"label,pixel0,pixel1,pixel2,pixel3\n")
@@ -188,7 +188,7 @@ def test_without_numba_the_plain_lexer_packs_the_same(
     small_csv: Path, small_dir: Path, tmp_path: Path
 ) -> None:
     code = (
-        "import sys, pathlib; sys.modules['numba'] = None; from engine.pack import pack;"
+        "import sys, pathlib; sys.modules['numba'] = None; from engine.data.pack import pack;"
         "pack(*map(pathlib.Path, sys.argv[1:])); print(sys.modules['numba'])"
     )
     command = [sys.executable, "-c", code, small_csv, tmp_path / "out"]

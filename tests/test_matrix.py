@@ -11,8 +11,8 @@ from engine.errors import UserError
 from engine.host import ROOT, num_cpus
 from tests.conftest import run_configs
 from tools import profile
-from tools.bench.matrix import Cell, Run, in_turn, read_cells
-from tools.bench.tables import cells_frame, read_profile
+from tools.measure.matrix import Cell, Run, in_turn, read_cells
+from tools.report.tables import cells_frame, read_profile
 
 LADDER = """
 title = "T"

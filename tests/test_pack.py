@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from engine.data.pack import pack
+from engine.data.records import Records, open_records
+from engine.data.split import draw_splits, family
+from engine.durable import locked
 from engine.errors import UserError
 from engine.host import ROOT
-from engine.pack import pack
-from engine.publish import locked
-from engine.records import Records, open_records
-from engine.split import draw_splits, family
 from tests.conftest import CLASSES, NUM_FONTS, Command, assert_refused
 
 

@@ -15,7 +15,7 @@ from engine.errors import UserError
 from engine.host import ROOT
 from engine.paths import full_path, path_text, written_path
 from engine.report import write_json
-from tools.bench.matrix import read_cells
+from tools.measure.matrix import read_cells
 
 NAMES = st.binary(min_size=1, max_size=40).filter(lambda name: b"\0" not in name)
 

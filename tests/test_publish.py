@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from engine.durable import is_empty, take_folder
 from engine.errors import UserError
-from engine.publish import is_empty, take_folder
 
 
 def test_a_taken_folder_is_refused_with_its_holder(tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ import pytest
 from torch import distributed
 
 from engine import ranks as ranks_module
+from engine.data.pack import pack
 from engine.errors import UserError
 from engine.host import ROOT
-from engine.pack import pack
 from engine.ranks import OtherRankFailed, Ranks, join_ranks
 
 

@@ -18,12 +18,13 @@ import polars
 import pyarrow as pa
 import pytest
 
-from engine import publish, record_file
-from engine import records as records_module
+from engine import durable
+from engine.data import record_file
+from engine.data import records as records_module
+from engine.data.pack import pack
+from engine.data.records import Records, Split, open_records, verify_records
+from engine.durable import write_manifest
 from engine.errors import UserError
-from engine.pack import pack
-from engine.publish import write_manifest
-from engine.records import Records, Split, open_records, verify_records
 from tests.conftest import write_csv
 
 
@@ -360,7 +361,7 @@ def test_a_failed_exchange_keeps_the_old(
         ctypes.set_errno(number)
         return -1
 
-    monkeypatch.setattr(publish, "_LIBC", SimpleNamespace(renameat2=refuses))
+    monkeypatch.setattr(durable, "_LIBC", SimpleNamespace(renameat2=refuses))
     with pytest.raises(UserError, match=text):
         pack(small_csv, tmp_path / "out", seed=1, force=True)
     assert open_records(tmp_path / "out").fingerprint == small.fingerprint
@@ -376,8 +377,8 @@ def test_publishing_leaves_the_umask_of_the_process_alone(
         monkeypatch.setattr(
             os, "umask", lambda mask: pytest.fail("the umask belongs to the whole process")
         )
-        publish.write_file(tmp_path / "file", b"x")
-        with publish.publish_directory(tmp_path / "folder") as folder:
+        durable.write_file(tmp_path / "file", b"x")
+        with durable.publish_directory(tmp_path / "folder") as folder:
             (folder / "file").write_bytes(b"x")
     finally:
         monkeypatch.undo()

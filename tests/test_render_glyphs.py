@@ -10,9 +10,9 @@ from fontTools import subset
 from fontTools.ttLib import TTCollection, TTFont
 from PIL import ImageFont
 
+from engine.data.pack import pack
+from engine.data.records import open_records
 from engine.errors import UserError
-from engine.pack import pack
-from engine.records import open_records
 from tests.conftest import Command, assert_refused
 from tools.render_glyphs import CHARACTERS, check_out, draw_typeface, font_files, render
 

@@ -19,19 +19,19 @@ import pytest
 from markdown_it import MarkdownIt
 
 from engine.config import RunConfig
+from engine.data.records import Records
 from engine.errors import UserError, printable
 from engine.host import ROOT
-from engine.records import Records
-from engine.session import evaluate, open_session
+from engine.train.session import evaluate, open_session
 from engine.world import World
 from tests.browser import CHROMIUM, Browser
 from tests.conftest import Command
 from tests.profiles import LABELS, make_profile
-from tools.bench.charts import bars, draw
-from tools.bench.confusion import confusion_of
-from tools.bench.report import write_report
-from tools.bench.tables import cells_frame, interval95
 from tools.predict import answers
+from tools.report.charts import bars, draw
+from tools.report.confusion import confusion_of
+from tools.report.page import write_report
+from tools.report.tables import cells_frame, interval95
 
 HOSTILE = (
     "<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "</svg><script>x</script>", "--><b>", "]]><b>",

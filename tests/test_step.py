@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from engine.capture import check_like
 from engine.config import ModelConfig, OptimConfig, RunConfig, StepConfig
+from engine.data.records import Records
 from engine.feeds.batch import Batch
 from engine.feeds.resident import ResidentFeed
 from engine.feeds.synthetic import random_batch
-from engine.model import flops_per_image, make_model
-from engine.optim import lr_table, make_optimizer
+from engine.models.baseline import flops_per_image, make_model
 from engine.order import PADDING_ID, Order
-from engine.records import Records
-from engine.step import TrainStep
+from engine.train.capture import check_like
+from engine.train.optim import lr_table, make_optimizer
+from engine.train.step import TrainStep
 from engine.world import World
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")

@@ -13,10 +13,10 @@ from PIL import Image
 from engine.config import RunConfig, read_toml
 from tests.conftest import Command, assert_refused, run_configs
 from tools import gpu
-from tools.bench import ladder
-from tools.bench.feeds import FEEDS
-from tools.bench.ladder import LADDER
-from tools.bench.results import claim, row, to_markdown
+from tools.measure import ladder
+from tools.measure.feeds import FEEDS
+from tools.measure.ladder import LADDER
+from tools.report.rows import claim, row, to_markdown
 from tools.results import TARGET, render
 
 

@@ -10,15 +10,15 @@ import pandas as pd
 import pytest
 import torch
 
-from engine.clock import span, tracing
 from engine.config import RunConfig, override
-from engine.model import flops_per_image
-from engine.records import Records
-from engine.session import Session, open_session
+from engine.data.records import Records
+from engine.meters import span, tracing
+from engine.models.baseline import flops_per_image
+from engine.train.session import Session, open_session
 from engine.world import World
 from tests.conftest import Command, assert_refused
-from tools.bench import trace
-from tools.bench.measure import endless
+from tools.measure import trace
+from tools.measure.steps import endless
 
 
 @pytest.fixture

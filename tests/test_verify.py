@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 import torch
 
-from engine.records import Records
+from engine.data.records import Records
 from engine.world import World
 from tests.conftest import Command, assert_refused
 from tests.test_launches import session
-from tools.bench import doctor as examined
-from tools.bench.doctor import doctor, host_reads
-from tools.bench.parity import GROUPS, Verdict, differences
+from tools.checks import doctor as examined
+from tools.checks.doctor import doctor, host_reads
+from tools.checks.parity import GROUPS, Verdict, differences
 
 CPU = torch.device("cpu")
 

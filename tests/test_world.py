@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from engine import available
-from engine.available import effective_config
 from engine.config import OptimConfig, RunConfig, StepConfig
+from engine.data.records import Records
 from engine.errors import UserError
-from engine.records import Records
+from engine.train import available
+from engine.train.available import effective_config
 from engine.world import World, check_ranks
 
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
+from engine.data.records import Records, open_records
+from engine.data.split import family
 from engine.errors import printable
-from engine.records import Records, open_records
-from engine.split import family
-from tools.sheet import BLACK, check_picture, class_captions, draw_sheet, save_picture
+from tools.report.sheet import BLACK, check_picture, class_captions, draw_sheet, save_picture
 
 SHEET_IMAGES = 192
 

@@ -22,23 +22,23 @@ import click
 import numpy as np
 import torch
 
-from engine import clock
+from engine import meters
 from engine.config import RunConfig, override
+from engine.data.records import Records, Split, open_records
+from engine.data.sample import ensure_sample
+from engine.data.split import draw_splits
+from engine.durable import take_folder
 from engine.errors import UserError, exit_on_user_error
 from engine.feeds.batch import Feed
 from engine.host import ROOT, prepare_process
 from engine.paths import PATH
-from engine.publish import take_folder
-from engine.records import Records, Split, open_records
 from engine.report import Environment, RunReport, environment
-from engine.sample import ensure_sample
-from engine.session import open_session
-from engine.split import draw_splits
-from engine.trainer import fit
+from engine.train.session import open_session
+from engine.train.trainer import fit
 from engine.ui import guard_outputs
 from engine.world import World, start_world
-from tools.bench.ladder import Cell, climb, joules, make_cells, rows_of
-from tools.bench.results import row, to_markdown, write_result
+from tools.measure.ladder import Cell, climb, joules, make_cells, rows_of
+from tools.report.rows import row, to_markdown, write_result
 
 TESTS_S, VERIFY_S, LADDER_S = 90, 60, 300
 """Wall time each part should take at most; the first two are ended after three times that."""
@@ -111,7 +111,7 @@ def main(npz: Path | None, out: Path, device: str, quick: bool) -> None:
             ),
         )
         with start_world(device) as world, world.on_stream():
-            threads, gpu = torch.get_num_threads(), clock.gpu_facts(world.device)
+            threads, gpu = torch.get_num_threads(), meters.gpu_facts(world.device)
             facts = environment(num_threads=threads, allocator=world.allocator, gpu=gpu)
             shared = Round(records or open_records(ensure_sample()), world, out, quick, facts)
             part("ladder", lambda: _ladder(shared))
@@ -162,7 +162,7 @@ def _ladder(shared: Round) -> list[str]:
 
 
 def _kernels(shared: Round) -> None:
-    from tools.bench.kernels import kernel_rows
+    from tools.measure.kernels import kernel_rows
 
     batch, repetitions = (64, 1) if shared.quick else (8192, 20)
     rows = kernel_rows(shared.world, batch, repetitions, compiled=not shared.quick)
@@ -230,7 +230,7 @@ def _feeds(shared: Round) -> list[str]:
 
 def _carried(feed: Feed, device: torch.device) -> float:
     """samples/s of an epoch's batches, ready on the device."""
-    watch = clock.Stopwatch(device)
+    watch = meters.Stopwatch(device)
     watch.start()
     seen = sum(len(batch.id_B) for batch in feed.batches(0))
     return seen / watch.stop()

@@ -1,4 +1,4 @@
-"""tools/pack_tmnist CSV OUT: pack a CSV of glyphs into checksummed record files. The work is engine/pack.py's."""
+"""tools/pack_tmnist CSV OUT: pack a CSV of glyphs into checksummed record files. The work is engine/data/pack.py's."""
 
 import signal
 import sys
@@ -8,11 +8,11 @@ from typing import Any
 
 import click
 
+from engine.data.pack import check, pack
+from engine.data.records import verify_records
 from engine.errors import EXIT_USER_ERROR, UserError, exit_on_user_error, printable
 from engine.host import prepare_process
-from engine.pack import check, pack
 from engine.paths import PATH
-from engine.records import verify_records
 from engine.ui import guard_outputs, progress_bar
 from tools.describe import class_table, describe
 

@@ -12,15 +12,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from engine.config import RunConfig, load_toml
+from engine.data.records import Records, Split, open_records
+from engine.data.sample import ensure_sample
 from engine.errors import UserError, exit_on_user_error, printable
 from engine.host import prepare_process
-from engine.model import make_model
+from engine.models.baseline import make_model
 from engine.paths import PATH
-from engine.records import Records, Split, open_records
 from engine.report import read_report
-from engine.sample import ensure_sample
 from engine.ui import guard_outputs
-from tools.sheet import (
+from tools.report.sheet import (
     BLACK,
     COLUMNS,
     RED,

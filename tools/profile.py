@@ -1,6 +1,7 @@
 """tools/profile: what a configuration does to throughput and memory. Bare: the default configuration, fast settings on.
 
-Every figure comes from the TrainStep and feeds of training, in processes of their own (tools/bench/matrix.py, cell.py).
+Every figure comes from the TrainStep and feeds of training, in processes of their own
+(tools/measure/matrix.py, cell.py).
 """
 
 import os
@@ -12,12 +13,12 @@ from typing import Any
 import click
 
 from engine.config import RECIPES, RunConfig, load_toml, override
+from engine.durable import is_empty, take_folder, writing
 from engine.errors import UserError, exit_on_user_error, printable
 from engine.host import env_world_size, prepare_process
 from engine.paths import PATH, full_path
-from engine.publish import is_empty, take_folder, writing
 from engine.ui import guard_outputs
-from tools.outputs import check_file, check_folder
+from tools.report.outputs import check_file, check_folder
 
 os.environ.setdefault(
     "KINETO_LOG_LEVEL", "6"
@@ -78,7 +79,7 @@ def run(
     Writes profile.json and .csv, and a file for each repetition of a cell. Exit code 1 if a cell failed.
     """
     with exit_on_user_error():
-        from tools.bench.matrix import Run, config_cell, read_cells
+        from tools.measure.matrix import Run, config_cell, read_cells
 
         default = "default", [config_cell("default", DEFAULT, batch_size)]
         title, cells = read_cells(list(configs), batch_size) if configs else default
@@ -102,7 +103,7 @@ def run(
 def compare(a: Path, b: Path, out: Path | None) -> None:
     """Put two runs, or two folders of `tools/profile run`, A and B, side by side."""
     with exit_on_user_error():
-        from tools.bench.compare import compare_profiles, compare_runs
+        from tools.report.compare import compare_profiles, compare_runs
 
         if out:
             check_folder(out)
@@ -117,7 +118,7 @@ def compare(a: Path, b: Path, out: Path | None) -> None:
 def report(folder: Path, out: Path | None) -> None:
     """Write what DIR's profile.json holds as a page with charts, as pictures, and as tables."""
     with exit_on_user_error():
-        from tools.bench.report import write_report
+        from tools.report.page import write_report
 
         check_folder(out or folder)
         click.echo(f"report: {write_report(folder, out or folder)}")
@@ -144,7 +145,7 @@ def feeds(
 ) -> None:
     """Measure what every feed carries, and torch's TensorDataset, without a step; a table and a bar chart."""
     with exit_on_user_error():
-        from tools.bench.feeds import profile_feeds
+        from tools.measure.feeds import profile_feeds
 
         if json_file:
             check_file(json_file)
@@ -171,7 +172,7 @@ def trace(
 ) -> None:
     """Trace a few steps of CONFIG: stages, slowest operators and kernels, and a file for Perfetto."""
     with exit_on_user_error():
-        from tools.bench.trace import trace_config
+        from tools.measure.trace import trace_config
 
         if config_file:
             config = load_toml(RunConfig(), config_file)
@@ -215,7 +216,7 @@ def ensemble(
 ) -> None:
     """Train networks in parallel on CPU cores, by one worker and by several, and let them vote."""
     with exit_on_user_error():
-        from tools.bench.ensemble import profile_ensemble
+        from tools.measure.ensemble import profile_ensemble
 
         config = RECIPES["study"]
         if config_file:
@@ -260,7 +261,7 @@ def _taken(out: Path | None, resume: bool) -> AbstractContextManager[Path]:
 
 def _show(profile: dict[str, Any], out: Path) -> int:
     """Print the table of the cells and write it; returns the number of repetitions that failed."""
-    from tools.bench.tables import cells_frame
+    from tools.report.tables import cells_frame
 
     frame = cells_frame(profile)
     shown = frame[list(SHOWN)].copy()

@@ -15,10 +15,10 @@ import numpy as np
 from fontTools.ttLib import TTCollection, TTFont
 from PIL import Image, ImageFont
 
+from engine.durable import writing, writing_file
 from engine.errors import UserError, exit_on_user_error, printable
 from engine.host import prepare_process
 from engine.paths import PATH
-from engine.publish import writing, writing_file
 from engine.ui import guard_outputs, progress_bar
 
 CHARACTERS = [chr(code) for code in range(33, 127)]

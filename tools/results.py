@@ -7,8 +7,8 @@ import click
 
 from engine.config import read_toml
 from engine.ui import guard_outputs
-from tools.bench.ladder import LADDER
-from tools.bench.results import markdown_table, number, to_markdown
+from tools.measure.ladder import LADDER
+from tools.report.rows import markdown_table, number, to_markdown
 
 RESULTS = Path(__file__).resolve().parent.parent / "bench_configs" / "results"
 TARGET = RESULTS.parent / "RESULTS.md"

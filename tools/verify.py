@@ -1,7 +1,7 @@
 """tools/verify: is this machine fit for training (doctor), and is fast training the same training (parity)? Bare: both.
 
 `tools/verify order RUN`: did a run see the samples it should have, in the order it should have, with the right pixels?
-The evidence is what the run wrote with `--set log_ids=true` (engine/feeds/idlog.py).
+The evidence is what the run wrote with `--set log_ids=true` (engine/train/idlog.py).
 """
 
 import zlib
@@ -11,12 +11,12 @@ import click
 import numpy as np
 
 from engine.config import RunConfig, load_toml
+from engine.data.records import open_records
+from engine.data.sample import sample_path
 from engine.errors import UserError, exit_on_user_error, printable
 from engine.host import prepare_process
 from engine.paths import PATH
-from engine.records import open_records
 from engine.report import read_report
-from engine.sample import sample_path
 from engine.ui import guard_outputs
 
 ROWS_READ = 4096
@@ -59,9 +59,9 @@ def parity(device: str, precisions: tuple[str, ...]) -> None:
 
 def run_doctor(device: str) -> bool:
     """Print the findings; whether none is bad."""
-    from engine.sample import ensure_sample
+    from engine.data.sample import ensure_sample
     from engine.world import start_world
-    from tools.bench.doctor import doctor as examine
+    from tools.checks.doctor import doctor as examine
 
     good = True
     with start_world(device) as world, world.on_stream():
@@ -73,10 +73,10 @@ def run_doctor(device: str) -> bool:
 
 def run_parity(device: str, precisions: tuple[str, ...]) -> bool:
     """Print the table; whether every variant is the same training."""
-    from engine.sample import ensure_sample
+    from engine.data.sample import ensure_sample
     from engine.world import has_fast_bf16, start_world
-    from tools.bench.parity import GROUPS
-    from tools.bench.parity import parity as compare
+    from tools.checks.parity import GROUPS
+    from tools.checks.parity import parity as compare
 
     good, missing = True, []
     with start_world(device) as world, world.on_stream():
@@ -126,8 +126,8 @@ def check_order(run: Path, data: str | None) -> tuple[int, list[str]]:
     Raises:
         UserError: RUN has no ids, or its records are others now.
     """
-    from engine.feeds import idlog
-    from engine.session import make_order
+    from engine.train import idlog
+    from engine.train.session import make_order
 
     report = read_report(run)
     config = load_toml(RunConfig(), run / "config.toml")

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 
 from engine.config import AugmentConfig
+from engine.data.records import Split
 from engine.errors import UserError
 from engine.feeds.ahead import Ahead
 from engine.feeds.augment import matrices
 from engine.feeds.batch import Batch
 from engine.feeds.resident import Gather, id_blocks
 from engine.order import Order
-from engine.records import Split
 
 PREFETCH = 2
 """DALI's own queue depth."""

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from engine.data.records import Split
 from engine.feeds.batch import Batch
 from engine.feeds.resident import id_blocks
 from engine.order import Order
-from engine.records import Split
 
 
 class _Samples(Dataset[tuple[torch.Tensor, torch.Tensor, int]]):

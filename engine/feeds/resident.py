@@ -11,9 +11,9 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from engine.data.records import Split
 from engine.feeds.batch import Batch
 from engine.order import Order
-from engine.records import Split
 
 IDS_PER_BLOCK = 65_536
 """Ids are drawn in blocks: each of the bijection's array operations costs microseconds to start."""

@@ -13,10 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
+from engine.data.records import Split
 from engine.feeds.ahead import DEADLINE_S, Ahead
 from engine.feeds.batch import Batch, Upload
 from engine.order import PADDING_ID, Order
-from engine.records import Split
 
 NUM_WINDOWS, NUM_READERS = 2, 2
 SLOWEST_BYTES_PER_S = 20e6

@@ -6,7 +6,7 @@ from pathlib import Path
 from engine.config import flatten, read_toml
 from engine.host import ROOT
 from engine.report import Environment
-from tools.bench.matrix import Run, config_cell
+from tools.measure.matrix import Run, config_cell
 
 
 def samples_per_s(

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import click
 
+from engine.data.pack import pack
 from engine.host import ROOT
-from engine.pack import pack
 from engine.report import Environment
 from tests.bench.pack import TMNIST_ROWS, repeated_sample
-from tools.bench.feeds import measure_all
-from tools.bench.results import claim, row, write_result
+from tools.measure.feeds import measure_all
+from tools.report.rows import claim, row, write_result
 
 WANTED = {"resident": 12e6, "dali": 5e6, "stream": 3e6}
 AUGMENT = ("shift_pixels=2", "rotate_degrees=10", "shear_degrees=5", "scale_fraction=0.1")

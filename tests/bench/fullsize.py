@@ -12,7 +12,7 @@ import click
 
 from engine.host import ROOT
 from engine.report import Environment
-from tools.bench.results import claim, row, write_result
+from tools.report.rows import claim, row, write_result
 
 FAST = ("--amp", "--cuda-graphs")
 BASELINE = ("--baseline",)

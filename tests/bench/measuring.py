@@ -1,4 +1,4 @@
-"""What measuring costs: steps with tools/bench/measure.py's marks and readings, and the same steps bare, in turn.
+"""What measuring costs: steps with tools/measure/steps.py's marks and readings, and the same steps bare, in turn.
 
 Both sides are of one session in one process, so that weights and heap are the same.
 """
@@ -9,15 +9,15 @@ from pathlib import Path
 
 import click
 
-from engine.clock import Nvml
 from engine.config import RunConfig, override
-from engine.records import open_records
+from engine.data.records import open_records
+from engine.data.sample import ensure_sample
+from engine.meters import Nvml
 from engine.report import Environment
-from engine.sample import ensure_sample
-from engine.session import Session, open_session
+from engine.train.session import Session, open_session
 from engine.world import start_world
-from tools.bench.measure import NUM_UNTIMED, endless, measure
-from tools.bench.results import claim, row, write_result
+from tools.measure.steps import NUM_UNTIMED, endless, measure
+from tools.report.rows import claim, row, write_result
 
 BATCH = 512
 DEFAULT = {"step.precision": "bf16", "step.cuda_graphs": True}

@@ -19,12 +19,12 @@ import torch
 from torch.nn import functional
 
 from engine.config import RunConfig, load_toml, override
+from engine.data.records import Records, open_records
+from engine.data.sample import ensure_sample
 from engine.host import ROOT
-from engine.records import Records, open_records
-from engine.sample import ensure_sample
-from engine.session import Session, open_session
+from engine.train.session import Session, open_session
 from engine.world import start_world
-from tools.bench.measure import endless
+from tools.measure.steps import endless
 
 
 def bare(session: Session, records: Records, batch_size: int) -> Iterator[object]:

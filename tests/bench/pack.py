@@ -11,10 +11,10 @@ from pathlib import Path
 
 import click
 
-from engine import sample
+from engine.data import sample
 from engine.host import ROOT
 from engine.report import environment
-from tools.bench.results import claim, row, write_result
+from tools.report.rows import claim, row, write_result
 
 TMNIST_ROWS = 274_093
 TIMED = """
@@ -26,11 +26,11 @@ print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 
 """
 POLARS = TIMED.format(work="import polars; polars.read_csv(sys.argv[1])")
 PACK = TIMED.format(
-    work="from pathlib import Path; from engine.pack import pack; pack(*map(Path, sys.argv[1:3]))"
+    work="from pathlib import Path; from engine.data.pack import pack; pack(*map(Path, sys.argv[1:3]))"
 )
 OPEN = TIMED.format(
-    work="from engine.records import open_records; open_records(sys.argv[2])"
-).replace("start =", "import engine.records\nstart =")
+    work="from engine.data.records import open_records; open_records(sys.argv[2])"
+).replace("start =", "import engine.data.records\nstart =")
 
 
 def measure(code: str, *arguments: Path) -> tuple[float, float]:

@@ -10,7 +10,7 @@ import click
 
 from engine.report import Environment
 from tests.bench.fullsize import train
-from tools.bench.results import claim, row, write_result
+from tools.report.rows import claim, row, write_result
 
 SIDES = {"fp32": (), "bf16": ("--amp",)}
 STUDENT_T = {

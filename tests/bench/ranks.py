@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from tests.bench.child import samples_per_s
-from tools.bench.results import claim, row, write_result
+from tools.report.rows import claim, row, write_result
 
 BATCH = 512
 

@@ -12,7 +12,7 @@ import click
 from engine.host import ROOT
 from engine.report import environment
 from tests.profiles import make_profile
-from tools.bench.results import claim, row, write_result
+from tools.report.rows import claim, row, write_result
 
 
 def bench(out: Path, rounds: int) -> None:

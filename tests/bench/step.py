@@ -10,7 +10,7 @@ import click
 
 from engine.host import ROOT
 from tests.bench.child import samples_per_s
-from tools.bench.results import claim, row, write_result
+from tools.report.rows import claim, row, write_result
 
 SIDES = ("rung_eager_fp32", "rung_bf16")
 BATCH = 512

@@ -6,12 +6,12 @@ import numpy as np
 import torch
 
 from engine.config import RunConfig, override
+from engine.data.records import Split
 from engine.feeds.resident import ResidentFeed
 from engine.feeds.synthetic import random_batch
-from engine.model import make_model
+from engine.models.baseline import make_model
 from engine.order import Order
-from engine.records import Split
-from engine.step import TrainStep
+from engine.train.step import TrainStep
 from engine.world import World
 
 BATCH, STEPS, CLASSES = 6, 20, 5

@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engine.data.pack import pack
+from engine.data.records import open_records
 from engine.errors import UserError
-from engine.pack import pack
-from engine.records import open_records
 from tools.pack_tmnist import main
 
 SEED = 20260801

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 
+from engine.data.records import open_records
 from engine.host import ROOT
-from engine.records import open_records
 from tests.reliability.common import (
     Child,
     Tally,

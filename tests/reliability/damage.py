@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from engine.data.pack import pack
+from engine.data.records import open_records
 from engine.errors import UserError
-from engine.pack import pack
-from engine.records import open_records
 from tests.reliability.common import Tally, fork, glyph_csv, verdict
 
 READER_S = 10.0

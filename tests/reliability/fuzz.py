@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from engine.data.pack import _read, _Spool, check, pack
+from engine.data.records import Records, _fingerprint, open_records
+from engine.data.source import open_source
 from engine.errors import UserError
-from engine.pack import _read, _Spool, check, pack
-from engine.records import Records, _fingerprint, open_records
-from engine.source import open_source
 from tests.reliability.common import Tally, glyph_csv, warm
 from tests.reliability.oracle import judge
 

@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
+from engine.data.pack import pack
+from engine.data.records import _fingerprint, open_records
 from engine.host import ROOT
-from engine.pack import pack
-from engine.records import _fingerprint, open_records
 from tests.reliability.common import Tally, beside, glyph_csv, run, warm
 
 MEMORY_BYTES = 4 * 2**30

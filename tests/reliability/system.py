@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from engine.data.records import open_records
 from engine.host import ROOT
-from engine.records import open_records
 from tests.reliability.common import LIBC, Child, Done, Tally, beside, digest, run, why_no_strace
 from tests.reliability.crash import Packing
 

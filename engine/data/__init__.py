@@ -1,0 +1,1 @@
+"""From a CSV to records: nothing here knows torch."""

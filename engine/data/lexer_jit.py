@@ -1,0 +1,298 @@
+"""lexer.py's language, compiled by numba: blocks of lines -> Rows, at 1.8 GB/s a core (EPYC, 2026-11-23).
+
+Safe on any bytes: a block ends with a line feed, which ends every field, and SLACK_BYTES lie readable behind it; so no
+loop passes the block's end and no wide comparison passes the slack. Text (names, labels) is looked up as bytes
+here; Python looks at each block's different ones. A line that is not in the language is only found here; lexer.py says
+what is wrong with it.
+
+Shapes: R rows of a block, P pixels of a row, E different texts in A bytes.
+"""
+
+import secrets
+from collections.abc import Callable
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+from engine.data.lexer import (
+    FIELD_LIMIT_BYTES,
+    LINE_LIMIT_BYTES,
+    SLACK_BYTES,
+    Fault,
+    Layout,
+    Rows,
+    check_text,
+)
+
+assert SLACK_BYTES >= 40, "a wide comparison reads 40 bytes from the start of a field"
+U = np.uint64
+QUOTE, COMMA, DOT, ZERO, NINE, LF, CR = (np.uint8(ord(c)) for c in '",.09\n\r')
+TWO_ZEROS = U(int.from_bytes(b"0.0,0.0,", "little"))
+DOT_ZERO_COMMA = U(int.from_bytes(b".0,", "little"))
+FACTOR = U(0x9E3779B97F4A7C15)  # 2**64 / golden ratio (Knuth, TAOCP 6.4)
+SEED = U(secrets.randbits(64))
+"""Of this process, so that nobody writes a file whose names collide; no output depends on it. An argument of what is
+compiled, since numba would keep a global's value in its cache."""
+
+
+def _jit(function: Callable[..., Any]) -> Any:
+    """Compiled at the first call and kept beside the source or in the user's cache, if one of them can be written."""
+    try:
+        return njit(nogil=True, cache=True)(function)
+    except RuntimeError:
+        return njit(nogil=True)(function)
+
+
+def _load8_intrinsic(context: Any, array: Any, start: Any) -> Any:
+    """Eight bytes of a uint8 array from `start` as one little-endian uint64, at any alignment."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        address = builder.bitcast(builder.gep(data, [arguments[1]]), ir.IntType(64).as_pointer())
+        return builder.load(address, align=1)
+
+    return types.uint64(array, types.int64), codegen
+
+
+_load8: Any = intrinsic(_load8_intrinsic)
+
+
+@_jit
+def _mix(code, word):  # type: ignore[no-untyped-def]
+    code = (code ^ word) * FACTOR
+    return code ^ (code >> U(29))
+
+
+@_jit
+def _text(buffer, i, seed, arena_A, end_E, slots, count):  # type: ignore[no-untyped-def]
+    """Look up the field at `i`, unquoted. Returns (offset behind its comma, index of its text), or (-1, 0).
+
+    Text e is arena_A[end_E[e] : end_E[e + 1]]; one that is new is kept.
+    """
+    tail, length, code = end_E[count[0]], 0, seed
+    quoted = buffer[i] == QUOTE
+    i += int(quoted)
+    while buffer[i] != LF and length < FIELD_LIMIT_BYTES + 1:
+        byte = buffer[i]
+        if quoted and byte == QUOTE and buffer[i + 1] != QUOTE:
+            i += 1
+            break
+        if not quoted and byte == COMMA:
+            break
+        if byte == QUOTE:
+            if not quoted:
+                return -1, np.int32(0)
+            i += 1  # the first of two
+        arena_A[tail + length] = byte
+        code = _mix(code, U(byte))
+        length += 1
+        i += 1
+    if buffer[i] != COMMA or length == 0 or length > FIELD_LIMIT_BYTES:
+        return -1, np.int32(0)
+    slot = np.int64(code & U(len(slots) - 1))
+    while slots[slot] >= 0:
+        entry = slots[slot]
+        start = end_E[entry]
+        if end_E[entry + 1] - start == length:
+            k = 0
+            while k < length and arena_A[start + k] == arena_A[tail + k]:
+                k += 1
+            if k == length:
+                return i + 1, entry
+        slot = (slot + 1) & (len(slots) - 1)
+    entry = np.int32(count[0])
+    slots[slot] = entry
+    end_E[entry + 1] = tail + length
+    count[0] += 1
+    return i + 1, entry
+
+
+@_jit
+def _pixel(buffer, i, last):  # type: ignore[no-untyped-def]
+    """Any accepted pixel at `i`. Returns (offset behind its comma or line end, value), or (-1, 0)."""
+    quoted = buffer[i] == QUOTE
+    i += int(quoted)
+    start, value = i, 0
+    while i < start + 3 and ZERO <= buffer[i] <= NINE:
+        value = 10 * value + int(buffer[i]) - int(ZERO)
+        i += 1
+    if i == start or value > 255 or (buffer[start] == ZERO and i > start + 1):
+        return -1, 0
+    if buffer[i] == DOT:
+        i += 1
+        zeros = i
+        while buffer[i] == ZERO:
+            i += 1
+        if i == zeros or i - start > FIELD_LIMIT_BYTES:
+            return -1, 0
+    if quoted:
+        if buffer[i] != QUOTE:
+            return -1, 0
+        i += 1
+    if last and buffer[i] == CR:
+        i += 1
+    if buffer[i] != (LF if last else COMMA):
+        return -1, 0
+    return i + 1, value
+
+
+@_jit
+def _pixels(buffer, i, image_P):  # type: ignore[no-untyped-def]
+    """A row's pixels from `i` on. Returns the next line's offset, or -1."""
+    num = len(image_P)
+    p = 0
+    while p < num:
+        word = _load8(buffer, i)
+        if word == TWO_ZEROS and p + 2 < num:  # most of a glyph is background
+            image_P[p] = 0
+            image_P[p + 1] = 0
+            p += 2
+            i += 8
+            while p + 8 < num and (
+                (_load8(buffer, i) ^ TWO_ZEROS)
+                | (_load8(buffer, i + 8) ^ TWO_ZEROS)
+                | (_load8(buffer, i + 16) ^ TWO_ZEROS)
+                | (_load8(buffer, i + 24) ^ TWO_ZEROS)
+            ) == U(0):
+                for k in range(8):
+                    image_P[p + k] = 0
+                p += 8
+                i += 32
+            continue
+        # One to three digits and ".0," without a branch: nothing predicts how many digits a pixel has.
+        two = U((word >> U(8)) & U(255) != U(DOT))
+        three = two & U((word >> U(16)) & U(255) != U(DOT))
+        num_digits = U(1) + two + three
+        digits = word << (U(32) - U(8) * num_digits)  # the last digit in bits 24 to 31
+        ones = ((digits >> U(24)) & U(255)) - U(ZERO)  # what is below "0" wraps to a huge number
+        tens = (((digits >> U(16)) & U(255)) - U(ZERO)) * two
+        hundreds = (((digits >> U(8)) & U(255)) - U(ZERO)) * three
+        value = ones + U(10) * tens + U(100) * hundreds
+        plain = (
+            ((word >> (U(8) * num_digits)) & U(0xFFFFFF) == DOT_ZERO_COMMA)
+            & (ones < U(10))
+            & (tens < U(10))
+            & (hundreds < U(10))
+            & (value < U(256))
+            & ((two == U(0)) | (word & U(255) != U(ZERO)))
+        )
+        if plain and p + 1 < num:
+            image_P[p] = value
+            i += np.int64(num_digits) + 3
+        else:
+            i, any_value = _pixel(buffer, i, p + 1 == num)
+            if i < 0:
+                return -1
+            image_P[p] = any_value
+        p += 1
+    return i
+
+
+@_jit
+def _lex(buffer, start, stop, seed, tables, has_fonts, text_2R, image_RP, number_R3, hash_R):  # type: ignore[no-untyped-def]
+    """Rows of buffer[start:stop] up to the first line that is none. Returns (number of rows, that line's offset or -1).
+
+    `tables` are the last arguments of `_text`, stacked, and `text_2R` the indices, first of fonts, then of labels;
+    `number_R3` takes each row's offset, sum, and sum of squares.
+    """
+    arena_2A, end_2E, slots_2, count_2 = tables
+    num_pixels = image_RP.shape[1]
+    row = 0
+    while start < stop:
+        i = start
+        for k in range(0 if has_fonts else 1, 2):
+            i, text_2R[k, row] = _text(
+                buffer, i, seed, arena_2A[k], end_2E[k], slots_2[k], count_2[k : k + 1]
+            )
+            if i < 0:
+                return row, start
+        image_P = image_RP[row]
+        i = _pixels(buffer, i, image_P)
+        if i < 0 or i - start > LINE_LIMIT_BYTES:
+            return row, start
+        total, squares, code = np.int64(0), np.int64(0), seed
+        for p in range(num_pixels):
+            value = np.int64(image_P[p])
+            total += value
+            squares += value * value
+        for p in range(0, num_pixels - 7, 8):
+            code = _mix(code, _load8(image_P, p))
+        for p in range(num_pixels - num_pixels % 8, num_pixels):
+            code = _mix(code, U(image_P[p]))
+        number_R3[row, 0], number_R3[row, 1], number_R3[row, 2], hash_R[row] = (
+            start,
+            total,
+            squares,
+            code,
+        )
+        row += 1
+        start = i
+    return row, -1
+
+
+def lex(layout: Layout, block: np.ndarray, start: int, stop: int, image_RP: np.ndarray) -> Rows:
+    """lexer.lex_plainly, compiled."""
+    most, num_bytes = layout.most_rows(stop - start), stop - start
+    assert start == stop or block[stop - 1] == LF
+    assert len(block) >= stop + SLACK_BYTES
+    assert len(image_RP) >= most and image_RP.shape[1] == layout.num_pixels
+    arena_2A, end_2E = np.empty((2, num_bytes), np.uint8), np.zeros((2, most + 1), np.int64)
+    tables = (
+        arena_2A,
+        end_2E,
+        np.full((2, 1 << (2 * most).bit_length()), -1, np.int32),
+        np.zeros(2, np.int64),
+    )
+    text_2R, number_R3, hash_R = (
+        np.zeros((2, most), np.int32),
+        np.empty((most, 3), np.int64),
+        np.empty(most, U),
+    )
+    rows, fault = _lex(
+        block, start, stop, SEED, tables, layout.has_fonts, text_2R, image_RP, number_R3, hash_R
+    )
+    font_R, label_R = text_2R[:, :rows]
+    labels, seen = _texts(arena_2A[1], end_2E[1], label_R, layout.num_text)
+    fonts, good = _texts(arena_2A[0], end_2E[0], font_R, 1) if layout.has_fonts else ([""], rows)
+    seen = min(seen, good)
+    header_R = np.array([label == layout.columns[layout.num_text - 1] for label in labels], bool)[
+        label_R[:seen]
+    ]
+    if layout.has_fonts:
+        header_R &= np.array([font == layout.columns[0] for font in fonts], bool)[font_R[:seen]]
+    seen = int(header_R.argmax()) if header_R.any() else seen
+    return Rows(  # of what is kept until the last block, copies: the arrays have room for more than twice the rows
+        image_RP=image_RP[:seen],
+        labels=labels,
+        label_R=label_R[:seen],
+        fonts=fonts,
+        font_R=font_R[:seen],
+        sum_R=number_R3[:seen, 1].copy(),
+        squares_R=number_R3[:seen, 2].copy(),
+        hash_R=hash_R[:seen].copy(),
+        fault=int(number_R3[seen, 0]) if seen < rows else fault,
+    )
+
+
+def _texts(
+    arena_A: np.ndarray, end_E: np.ndarray, index_R: np.ndarray, column: int
+) -> tuple[list[str], int]:
+    """The texts of a block's rows, and how many rows stand before the first with one that may not be."""
+    ends = end_E[: index_R.max(initial=-1) + 2].tolist()
+    data, texts = arena_A[: ends[-1]].tobytes(), list[str]()
+    for start, stop in pairwise(ends):
+        try:
+            texts.append(_checked(data[start:stop], column))
+        except (UnicodeDecodeError, Fault):
+            return texts, int((index_R == len(texts)).argmax())
+    return texts, len(index_R)
+
+
+@lru_cache(2**10)
+def _checked(data: bytes, column: int) -> str:
+    return check_text(data.decode(), column)

@@ -1,0 +1,385 @@
+"""The record files: Arrow IPC files of uint8 images per split, under a manifest that covers every byte.
+
+A record directory holds `<split>-00000.arrow` ..., `fonts.json` (typeface names), `manifest.json` (written last) and
+`manifest.sha256`. Each Arrow file is one record batch with the columns image (fixed-size list of H*W uint8), label
+(dictionary of class names) and font (dictionary of typeface names), so pandas, polars and DuckDB open it as it is.
+
+Opening verifies every byte against the manifest before it means anything (record_file.py).
+
+Does not: split, shuffle or augment (pack.py, order.py, feeds/), nor touch torch.
+
+Shapes: N images of a split, M of them, H x W pixels, P = H * W.
+"""
+
+import hashlib
+import json
+import os
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate, count, pairwise, repeat
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine.data.record_file import FileEntry, Table, are_counts, write_file
+from engine.durable import (
+    MANIFEST,
+    Damaged,
+    Disturbed,
+    parse_json,
+    read_manifest,
+    read_small,
+    refuse_unknown_files,
+    write_manifest,
+)
+from engine.errors import UserError
+
+FORMAT = "glyph-records"
+VERSION = 2
+SPLITS = ("train", "val", "test")
+MAX_CLASSES = 256
+MAX_PIXELS = 2**24
+FILE_LIMIT_BYTES = 64 * 2**20
+FONTS = "fonts.json"
+FONTS_LIMIT_BYTES = 16 * 2**20
+"""Each Arrow file repeats the typefaces' names, so they must leave room for images."""
+ROW_OVERHEAD_BYTES = 5  # label index 1, font index 4
+ARROW_OVERHEAD_BYTES = 2**16  # schema, messages, the classes, paddings
+WRITERS = 2
+READERS = 4
+REMEDY = "pack the CSV again with tools/pack_tmnist"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """One split in memory: contiguous arrays of equal length N."""
+
+    image_NHW: np.ndarray
+    """uint8; or StoredImages, which are indexed alike."""
+    label_N: np.ndarray
+    """uint8, index into Records.classes."""
+    font_N: np.ndarray
+    """int32, index into Records.fonts."""
+
+    def __post_init__(self) -> None:
+        n = len(self.image_NHW)
+        assert self.image_NHW.dtype == np.uint8 and self.image_NHW.ndim == 3
+        assert isinstance(self.image_NHW, StoredImages) or self.image_NHW.flags.c_contiguous
+        assert self.label_N.dtype == np.uint8 and self.label_N.shape == (n,)
+        assert self.font_N.dtype == np.int32 and self.font_N.shape == (n,)
+
+    def __len__(self) -> int:
+        return len(self.image_NHW)
+
+    @property
+    def height_width(self) -> tuple[int, int]:
+        _, height, width = self.image_NHW.shape
+        return height, width
+
+    def take(self, rows: np.ndarray) -> "Split":
+        return Split(
+            image_NHW=self.image_NHW[rows], label_N=self.label_N[rows], font_N=self.font_N[rows]
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Records:
+    """A data set: its splits, the names behind the indices, and the fingerprint that checkpoints carry."""
+
+    splits: dict[str, Split]
+    classes: tuple[str, ...]
+    fonts: tuple[str, ...]
+    fingerprint: str
+    pixel_mean: float
+    """Mean of the train split's pixels, 0..255."""
+    pixel_std: float
+    path: str = ""
+
+    @property
+    def height_width(self) -> tuple[int, int]:
+        return self.splits["train"].height_width
+
+    def split(self, name: str) -> Split:
+        """The split called `name`; UserError if the records were packed without it."""
+        if name not in self.splits:
+            raise UserError(f"{self.path}: has no {name} split; pack it again with --split random")
+        return self.splits[name]
+
+
+def write_records(
+    directory: Path,
+    table: Table,
+    take: Callable[[np.ndarray], np.ndarray],
+    rows: dict[str, np.ndarray],
+    facts: dict[str, Any],
+) -> dict[str, Any]:
+    """Write a record directory's files into the empty `directory`; returns its manifest.
+
+    The same arguments give the same bytes. Memory: WRITERS files of at most 64 MiB at a time.
+
+    Args:
+        take: row numbers (M,), ascending -> their pixels (M, P) uint8; called from several threads.
+        rows: each split's row numbers, ascending.
+        facts: what else the manifest says.
+    Raises:
+        OSError: the disk refused.
+    """
+    fonts_json = json.dumps(table.fonts, ensure_ascii=False).encode()
+    room = FILE_LIMIT_BYTES - ARROW_OVERHEAD_BYTES - 2 * len(fonts_json)
+    rows_per_file = max(room // (table.side**2 + ROW_OVERHEAD_BYTES), 1)
+    (directory / FONTS).write_bytes(fonts_json)
+
+    def write(name: str, number: int, row_M: np.ndarray) -> dict[str, Any]:
+        return write_file(directory / f"{name}-{number:05}.arrow", table, row_M, take(row_M))
+
+    with ThreadPoolExecutor(WRITERS) as pool:
+        files = {}
+        for name, row_M in rows.items():
+            parts = np.split(row_M, range(rows_per_file, len(row_M), rows_per_file))
+            files[name] = pool.map(write, repeat(name), count(), parts)
+        splits = {
+            name: {
+                "rows": len(row_M),
+                "rows_per_class": np.bincount(
+                    table.label_N[row_M], minlength=len(table.classes)
+                ).tolist(),
+                "files": list(files[name]),
+            }
+            for name, row_M in rows.items()
+        }
+    manifest = facts | {
+        "format": FORMAT,
+        "version": VERSION,
+        "height": table.side,
+        "width": table.side,
+        "classes": list(table.classes),
+        "fonts": {"bytes": len(fonts_json), "sha256": hashlib.sha256(fonts_json).hexdigest()},
+        "train_pixels": table.pixels(rows["train"]),
+        "splits": splits,
+    }
+    manifest["fingerprint"] = _fingerprint(manifest)
+    write_manifest(directory, manifest)
+    return manifest
+
+
+def open_records(path: str | Path, *, in_memory: bool = True) -> Records:
+    """Open a record directory, verified to the last byte.
+
+    Args:
+        in_memory: read all pixels into one array per split. Otherwise they stay on disk, and a block is read and
+            verified when it is indexed; labels and fonts (5 bytes an image) are read in any case.
+    Raises:
+        UserError: not a record directory, incomplete, damaged, or of another version.
+    """
+    directory = Path(path)
+    if not directory.is_dir():
+        raise UserError(f"{path}: no such record directory; {REMEDY}")
+    with _refusing(directory):
+        return _open(directory, in_memory)
+
+
+def verify_records(path: str | Path, fingerprint: str = "") -> dict[str, Any]:
+    """Check the SHA-256 of every file besides all that `open_records` checks; returns the manifest.
+
+    Raises:
+        UserError: damaged in any way, or not the records of `fingerprint` (its beginning, in hexadecimal).
+    """
+    records = open_records(path, in_memory=False)
+    if not records.fingerprint.startswith(fingerprint.lower()):
+        raise UserError(
+            f"{path}: its fingerprint is {records.fingerprint}, not {fingerprint}; these are other records"
+        )
+    directory = Path(path)
+    with _refusing(directory):
+        manifest = read_manifest(directory, FORMAT, VERSION)
+        for file in (file for split in manifest["splits"].values() for file in split["files"]):
+            with open(directory / file["name"], "rb") as opened:
+                found = hashlib.file_digest(opened, "sha256").hexdigest()
+            if found != file["sha256"]:
+                raise Damaged(f"{file['name']} has SHA-256 {found}, want {file['sha256']}")
+    return manifest
+
+
+@contextmanager
+def _refusing(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except Disturbed as error:
+        raise UserError(f"{directory}: {error}") from None
+    except Damaged as error:
+        kind = (
+            "damaged" if (directory / MANIFEST).exists() else "incomplete or not a record directory"
+        )
+        raise UserError(f"{directory}: {kind}: {error}; {REMEDY}") from None
+    except OSError as error:
+        raise UserError(
+            f"{directory}: cannot be read ({error.strerror or error}); {REMEDY}"
+        ) from None
+
+
+class StoredImages:
+    """The images of a split on disk, (N, H, W) uint8; indexing reads verified blocks and gives an array of its own.
+
+    Ascending runs of rows are read as wholes, and of each block they touch, all. The files stay open, so a directory
+    that is replaced meanwhile is read as it was. May be used from several threads.
+
+    Raises:
+        UserError: from indexing, when a block is damaged or its file was cut.
+    """
+
+    dtype = np.dtype(np.uint8)
+    ndim = 3
+
+    def __init__(
+        self, directory: Path, files: list[FileEntry], height_width: tuple[int, int]
+    ) -> None:
+        self._directory, self.files = directory, files
+        self.handles: list[int] = []
+        for file in files:
+            self.handles.append(file.open(directory))
+        self.edges = [0, *accumulate(file.rows for file in files)]
+        """The first row of each file, and N."""
+        self.shape = (self.edges[-1], *height_width)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def read_into(self, row: int, out_MP: np.ndarray) -> None:
+        """Fill `out_MP` (M, P) with the pixels of the rows from `row` on."""
+        with _refusing(self._directory):
+            while len(out_MP):
+                number = bisect_right(self.edges, row) - 1
+                file, first = self.files[number], row - self.edges[number]
+                out, out_MP = out_MP[: file.rows - first], out_MP[file.rows - first :]
+                file.read(
+                    self.handles[number],
+                    file.image_offset + first * out.shape[1],
+                    out.reshape(-1).data,
+                )
+                row += len(out)
+
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        if isinstance(rows, (int, np.integer)):
+            return self[np.array([rows])][0]
+        row_M = np.arange(*rows.indices(len(self))) if isinstance(rows, slice) else np.asarray(rows)
+        if len(row_M) and not 0 <= row_M.min() <= row_M.max() < len(self):
+            raise IndexError(f"rows {row_M.min()} to {row_M.max()} of {len(self)}")
+        out_MP = np.empty((len(row_M), self.shape[1] * self.shape[2]), np.uint8)
+        for start, stop in pairwise(
+            [0, *(np.flatnonzero(np.diff(row_M) != 1) + 1).tolist(), len(row_M)]
+        ):
+            if start < stop:
+                self.read_into(int(row_M[start]), out_MP[start:stop])
+        return out_MP.reshape(len(row_M), *self.shape[1:])
+
+    def __del__(self) -> None:
+        for handle in self.handles:
+            os.close(handle)
+
+
+def _open(directory: Path, in_memory: bool) -> Records:
+    manifest = read_manifest(directory, FORMAT, VERSION)
+    try:
+        height_width = manifest["height"], manifest["width"]
+        classes, splits = manifest["classes"], manifest["splits"]
+        if not are_counts(*height_width) or not 0 < height_width[0] * height_width[1] <= MAX_PIXELS:
+            raise Damaged(f"images of {height_width} pixels cannot be")
+        if not _are_texts(classes) or not 0 < len(classes) <= MAX_CLASSES:
+            raise Damaged(f"the classes are not 1 to {MAX_CLASSES} different texts")
+        if "train" not in splits or not set(splits) <= set(SPLITS):
+            raise Damaged(f"the splits are {sorted(splits)}, want train, or {', '.join(SPLITS)}")
+        files = {
+            name: [FileEntry(**file) for file in splits[name]["files"]]
+            for name in SPLITS
+            if name in splits
+        }
+        for name, entries in files.items():
+            for file in entries:
+                file.check(name, height_width[0] * height_width[1])
+            if sum(file.rows for file in entries) != splits[name]["rows"]:
+                raise Damaged(f"the files of split {name} do not add up to its rows")
+        if manifest["fingerprint"] != _fingerprint(manifest):
+            raise Damaged("the fingerprint does not belong to the files listed")
+        mean, std = (float(manifest["train_pixels"][key]) for key in ("mean", "std"))
+        if not (0 <= mean <= 255 and 0 <= std <= 127.5):  # also of NaN
+            raise Damaged(
+                f"a mean of {mean} and a standard deviation of {std} cannot be those of pixels"
+            )
+        names = [file.name for split in files.values() for file in split]
+        if len(set(names)) < len(names):
+            raise Damaged("a file is listed twice")
+        refuse_unknown_files(directory, {FONTS, *names})
+        fonts = _read_fonts(directory, manifest["fonts"])
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+        raise Damaged(f"{MANIFEST} is malformed ({error!r})") from None
+    opened = {
+        name: _read_split(directory, split, height_width, in_memory)
+        for name, split in files.items()
+    }
+    for name, split in opened.items():
+        label_N, font_N = split.label_N, split.font_N
+        if len(split) and not (
+            label_N.max() < len(classes) and 0 <= font_N.min() <= font_N.max() < len(fonts)
+        ):
+            raise Damaged(f"split {name}: a label or font index lies outside its table")
+    return Records(
+        splits=opened,
+        classes=tuple(classes),
+        fonts=fonts,
+        fingerprint=manifest["fingerprint"],
+        pixel_mean=mean,
+        pixel_std=std,
+        path=str(directory),
+    )
+
+
+def _read_split(
+    directory: Path, files: list[FileEntry], height_width: tuple[int, int], in_memory: bool
+) -> Split:
+    stored = StoredImages(
+        directory, files, height_width
+    )  # every size is compared before anything is allocated
+    num_pixels = height_width[0] * height_width[1]
+    image_NHW: Any = np.empty(stored.shape, np.uint8) if in_memory else stored
+    label_N, font_N = np.empty(len(stored), np.uint8), np.empty(len(stored), np.int32)
+
+    def read(number: int) -> None:
+        rows = slice(*stored.edges[number : number + 2])
+        label_N[rows], font_N[rows] = files[number].read_columns(stored.handles[number], num_pixels)
+        if in_memory:
+            stored.read_into(rows.start, image_NHW[rows].reshape(-1, num_pixels))
+
+    with ThreadPoolExecutor(READERS) as pool:
+        list(pool.map(read, range(len(files))))
+    return Split(image_NHW=image_NHW, label_N=label_N, font_N=font_N)
+
+
+def _read_fonts(directory: Path, entry: dict[str, Any]) -> tuple[str, ...]:
+    data = read_small(directory / FONTS, FONTS_LIMIT_BYTES)
+    if (len(data), hashlib.sha256(data).hexdigest()) != (entry["bytes"], entry["sha256"]):
+        raise Damaged(f"{FONTS} has not the SHA-256 that {MANIFEST} gives")
+    fonts = parse_json(data, FONTS)
+    if not _are_texts(fonts):
+        raise Damaged(f"{FONTS} is not a list of different texts")
+    return tuple(fonts)
+
+
+def _are_texts(values: Any) -> bool:
+    """A list of different strings; ValueError if one cannot be written as UTF-8."""
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        return False
+    return len({value.encode() for value in values}) == len(values)
+
+
+def _fingerprint(manifest: dict[str, Any]) -> str:
+    """SHA-256 over everything that decides what is trained on: size, classes, and each file's own SHA-256."""
+    files = {
+        name: [file["sha256"] for file in split["files"]]
+        for name, split in manifest["splits"].items()
+    }
+    content = [manifest["height"], manifest["width"], manifest["classes"], files]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

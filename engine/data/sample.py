@@ -1,0 +1,29 @@
+"""The packaged sample: 128 typefaces, packed once into the user's cache folder."""
+
+import hashlib
+from pathlib import Path
+
+from engine.data.pack import pack
+from engine.data.records import FORMAT, VERSION
+from engine.durable import MANIFEST, locked, writing
+from engine.host import user_cache
+
+CSV = Path(__file__).with_name("typefaces_sample.csv.gz")
+
+
+def sample_path() -> Path:
+    """Where the sample's records are, or will be: $XDG_CACHE_HOME (or ~/.cache), named by the CSV's content."""
+    name = hashlib.sha256(CSV.read_bytes()).hexdigest()[:12]
+    return user_cache() / f"sample-{name}-{FORMAT}-{VERSION}"
+
+
+def ensure_sample() -> Path:
+    """The sample's record directory; packed if it is not there, under a lock that one process a machine gets."""
+    path = sample_path()
+    if (path / MANIFEST).exists():  # perhaps in a cache that this user may only read
+        return path
+    with writing(path), locked(path.with_suffix(".first")):
+        if not (path / MANIFEST).exists():
+            print(f"packing the sample of 128 typefaces into {path}, once", flush=True)
+            pack(CSV, path)
+    return path

@@ -1,0 +1,116 @@
+"""The roads batches take from records to the step. To add one: a module with a Feed, and a line in `make_feed`."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from engine.config import AugmentConfig, DataConfig
+from engine.data.records import Records, Split, StoredImages, open_records
+from engine.errors import UserError
+from engine.feeds.augment import AugmentedFeed
+from engine.feeds.batch import Batch, Feed, Source
+from engine.feeds.resident import ResidentFeed
+from engine.feeds.synthetic import SyntheticFeed, random_batch
+from engine.host import free_memory_bytes
+from engine.order import Order
+
+SOURCES = ("resident", "synthetic")
+"""Feeds whose batches the step can gather itself, inside a launch."""
+MEMORY_SHARE = 0.5
+"""Part of the free memory, the GPU's or the host's, that pixels may take under --feed auto."""
+
+
+def open_for(config: DataConfig, path: str | Path) -> Records:
+    """The records of a run: in memory, or left on disk where the stream feed is asked for or nothing else is possible.
+
+    Raises:
+        UserError: they cannot be opened.
+    """
+    if config.feed == "auto":
+        num_bytes = sum(file.stat().st_size for file in Path(path).glob("*.arrow"))
+        return open_records(path, in_memory=num_bytes < MEMORY_SHARE * free_memory_bytes())
+    return open_records(path, in_memory=config.feed != "stream")
+
+
+def choose_feed(config: DataConfig, split: Split, device: torch.device) -> tuple[str, str]:
+    """(the feed that --feed auto means, why); it never changes the order.
+
+    Raises:
+        UserError: the images do not fit into memory, and the order is exact.
+    """
+    gib = len(split) * float(np.prod(split.height_width)) / 2**30
+    if isinstance(split.image_NHW, StoredImages):
+        if config.order == "exact":
+            what = f"the images take {gib:.2f} GiB, more than {MEMORY_SHARE:.0%} of the host's free memory"
+            raise UserError(f"{what}; set data.order=blocked to stream them from disk")
+        return "stream", f"the images take {gib:.2f} GiB and stay on disk"
+    if device.type == "cpu":
+        return "resident", f"the images take {gib:.2f} GiB of host memory"
+    free_gib = torch.cuda.mem_get_info(device)[0] / 2**30
+    if gib < MEMORY_SHARE * free_gib:
+        return "resident", f"the images take {gib:.2f} of {free_gib:.1f} GiB free on the GPU"
+    return "dali", f"the images take {gib:.2f} GiB, too much for {free_gib:.1f} GiB free on the GPU"
+
+
+def make_source(
+    config: DataConfig,
+    split: Split,
+    order: Order,
+    static: Batch,
+    fused: frozenset[str] = frozenset(),
+) -> Source:
+    """The feed that `config.feed` names, one of SOURCES; `static` is the step's own batch, `fused` names kernels."""
+    if config.feed == "synthetic":
+        return SyntheticFeed(static.rows(0, order.rank_batch), order)
+    return ResidentFeed(split, order, static.id_B.device, fused)
+
+
+def make_feed(
+    config: DataConfig,
+    split: Split,
+    order: Order,
+    num_classes: int,
+    device: torch.device,
+    augment: AugmentConfig | None = None,
+    fused: frozenset[str] = frozenset(),
+) -> Feed:
+    """The feed that `config.feed` names; `fused` names kernels.
+
+    Raises:
+        UserError: what the feed needs is not installed, or (auto) none is possible.
+    """
+    name = choose_feed(config, split, device)[0] if config.feed == "auto" else config.feed
+    augment = augment if augment and augment.is_on else None
+    if name == "dali":
+        from engine.feeds.dali import DaliFeed
+
+        return DaliFeed(split, order, device, augment)
+    feed = _plain_feed(name, config, split, order, num_classes, device, fused)
+    return AugmentedFeed(feed, augment, fused) if augment else feed
+
+
+def _plain_feed(
+    name: str,
+    config: DataConfig,
+    split: Split,
+    order: Order,
+    num_classes: int,
+    device: torch.device,
+    fused: frozenset[str],
+) -> Feed:
+    if name in ("loader", "loader_batched"):
+        from engine.feeds.loader import LoaderFeed
+
+        return LoaderFeed(
+            split, order, device, config.loader_workers, batched=name == "loader_batched"
+        )
+    if name == "stream":
+        from engine.feeds.stream import StreamFeed
+
+        return StreamFeed(split, order, device)
+    if name == "synthetic":
+        return SyntheticFeed(
+            random_batch(order.rank_batch, split.height_width, num_classes, device), order
+        )
+    return ResidentFeed(split, order, device, fused)

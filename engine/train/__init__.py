@@ -1,0 +1,1 @@
+"""The step, its session, and the loop around them."""

@@ -1,0 +1,118 @@
+"""What this machine supports of a config: a table of rules, each of which may take one thing back and say why."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from engine.config import RunConfig
+from engine.data.records import Records
+from engine.feeds.build import choose_feed
+from engine.feeds.stream import NUM_WINDOWS
+from engine.world import World, cannot_compile, cannot_fuse, has_fast_bf16
+
+
+def effective_config(
+    config: RunConfig, records: Records, world: World
+) -> tuple[RunConfig, list[str]]:
+    """The config that this machine supports, and a sentence for each thing that differs from `config`."""
+    notes = []
+    for rule in RULES:
+        for change, note in rule(config, records, world):
+            config = change
+            notes.append(note)
+    return config, notes
+
+
+Changes = Iterator[tuple[RunConfig, str]]
+"""The config as it is to be instead, and why; nothing where it may stay."""
+
+
+def _tf32(config: RunConfig, records: Records, world: World) -> Changes:
+    if config.step.precision == "tf32" and not _is_ampere(world):
+        why = "this device has none; fp32 is computed as IEEE has it"
+        yield _step(config, precision="fp32"), f"TF32 is not used: {why}"
+
+
+def _bf16(config: RunConfig, records: Records, world: World) -> Changes:
+    if config.step.precision == "bf16" and not has_fast_bf16(world.device):
+        why = "this device has no bf16 instructions and would be slower than in fp32"
+        yield _step(config, precision="fp32"), f"bf16 is not used: {why}"
+
+
+def _fp16(config: RunConfig, records: Records, world: World) -> Changes:
+    if config.step.precision == "fp16" and world.device.type == "cpu":
+        why = "CPUs compute it many times slower than fp32; --amp bf16 is the fast one"
+        yield _step(config, precision="fp32"), f"fp16 is not used: {why}"
+
+
+def _graphs(config: RunConfig, records: Records, world: World) -> Changes:
+    if not config.step.cuda_graphs:
+        return
+    if world.device.type == "cpu":
+        why = "there is no GPU; the same step runs eagerly"
+        yield _step(config, cuda_graphs=False), f"CUDA graphs are not used: {why}"
+    elif config.step.precision == "fp16" and not config.optim.fused:
+        why = "fp16 with an optimiser that is not fused reads the host in each step"
+        yield _step(config, cuda_graphs=False), f"CUDA graphs are not used: {why}"
+
+
+def _kernels(config: RunConfig, records: Records, world: World) -> Changes:
+    if config.kernels and (why := cannot_fuse(world.device)):
+        why = f"{why}; PyTorch's operations compute the same"
+        yield replace(config, kernels=()), f"Triton kernels are not used: {why}"
+
+
+def _compile(config: RunConfig, records: Records, world: World) -> Changes:
+    if config.step.compile != "off" and (why := cannot_compile(world.device)):
+        yield _step(config, compile="off"), f"torch.compile is not used: {why}"
+
+
+def _launches(config: RunConfig, records: Records, world: World) -> Changes:
+    most = len(records.split("train")) // config.global_batch
+    if config.step.steps_per_launch > most:
+        yield (
+            _step(config, steps_per_launch=most),
+            f"{most} steps in a launch: an epoch has no more",
+        )
+
+
+def _feed(config: RunConfig, records: Records, world: World) -> Changes:
+    if config.data.feed == "auto":
+        feed, why = choose_feed(config.data, records.split("train"), world.device)
+        data: Any = replace(config.data, feed=feed)  # type: ignore[arg-type]
+        yield replace(config, data=data), f"the feed is {feed}: {why}"
+
+
+def _stream(config: RunConfig, records: Records, world: World) -> Changes:
+    if config.data.feed == "stream":
+        window = min(
+            config.data.block_samples * config.data.window_blocks, len(records.split("train"))
+        )
+        height, width = records.height_width
+        size = f"{NUM_WINDOWS} windows of {window * height * width / 1e6:,.0f} MB"
+        yield config, f"stream reads ahead in {size}; evaluation does so, too"
+
+
+RULES: tuple[Callable[[RunConfig, Records, World], Changes], ...] = (
+    _tf32,
+    _bf16,
+    _fp16,
+    _graphs,
+    _kernels,
+    _compile,
+    _launches,
+    _feed,
+    _stream,
+)
+"""In this order: a later rule sees what earlier ones left."""
+
+
+def _step(config: RunConfig, **changed: Any) -> RunConfig:
+    return replace(config, step=replace(config.step, **changed))
+
+
+def _is_ampere(world: World) -> bool:
+    device = world.device
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)

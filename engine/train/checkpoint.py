@@ -1,0 +1,176 @@
+"""Checkpoints: a directory of safetensors under a manifest with hashes, published whole; no pickle anywhere.
+
+RUN/checkpoints/epoch-0003/ holds model.safetensors, optim.safetensors (the optimiser's state) and manifest.json with
+its hash: position in the order, loss scale, the config's digest and the data's fingerprint. Loading takes the newest
+directory that verifies, in place (`copy_`), so that a captured graph keeps its addresses.
+"""
+
+import hashlib
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from engine.durable import (
+    Damaged,
+    open_regular,
+    publish_directory,
+    read_manifest,
+    refuse_unknown_files,
+    write_file,
+    write_manifest,
+)
+from engine.errors import UserError
+
+FORMAT = "glyph-checkpoint"
+VERSION = 1
+NUM_KEPT = 2
+FILES = ("model.safetensors", "optim.safetensors")
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Position:
+    """Where a run stands after an epoch."""
+
+    num_epochs: int
+    num_steps: int
+    train_s: float
+    best_val_accuracy_fraction: float | None
+    time_to_target_s: float | None
+
+
+def save_checkpoint(
+    run: Path,
+    position: Position,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    *,
+    digest: str,
+    fingerprint: str,
+) -> None:
+    """Publish a checkpoint and delete all but the newest two.
+
+    Raises:
+        UserError: a number is not finite; nothing is written.
+        OSError: the disk refused; earlier checkpoints are untouched.
+    """
+    live = _live(model, optimizer)
+    for name, tensor in [item for tensors in live.values() for item in tensors.items()]:
+        if not torch.isfinite(tensor).all():
+            raise UserError(
+                f"{name} is not finite after epoch {position.num_epochs}; lower optim.learning_rate"
+            )
+    files = {name: _packed(tensors) for name, tensors in live.items()}
+    manifest = {
+        "format": FORMAT,
+        "version": VERSION,
+        "config_digest": digest,
+        "dataset_fingerprint": fingerprint,
+        "position": asdict(position),
+        "scaler": scaler.state_dict(),
+        "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
+    }
+    with publish_directory(run / "checkpoints" / f"epoch-{position.num_epochs:04}") as directory:
+        for name, data in files.items():
+            (directory / name).write_bytes(data)
+        write_manifest(directory, manifest)
+    for old in _checkpoints(run)[NUM_KEPT:]:
+        shutil.rmtree(old)
+
+
+def load_checkpoint(
+    run: Path,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    *,
+    digest: str,
+    fingerprint: str,
+) -> tuple[Position, list[str]]:
+    """Copy the newest checkpoint that verifies into the live tensors (the optimiser's state must exist: warm up first).
+
+    Returns:
+        The position, and a sentence for each newer checkpoint that was skipped.
+    Raises:
+        UserError: none verifies, or the run is another config's, another data set's or another model's.
+    """
+    skipped = []
+    for directory in _checkpoints(run):
+        try:
+            manifest, files = _read(directory)
+        except (Damaged, OSError) as error:
+            skipped.append(f"{directory.name} was skipped: {error}")
+            continue
+        if manifest["config_digest"] != digest:
+            remedy = "resume with the flags the run was started with"
+            raise UserError(f"{directory}: was made by another configuration; {remedy}")
+        if manifest["dataset_fingerprint"] != fingerprint:
+            raise UserError(
+                f"{directory}: was trained on other records; give the --data the run was started with"
+            )
+        for name, tensors in _live(model, optimizer).items():
+            if {n: t.shape for n, t in tensors.items()} != {
+                n: t.shape for n, t in files[name].items()
+            }:
+                raise UserError(
+                    f"{directory}: holds tensors of another model; resume with the model it was made by"
+                )
+            with torch.no_grad():
+                for key, tensor in tensors.items():
+                    tensor.copy_(files[name][key])
+        if scaler.is_enabled():
+            scaler.load_state_dict(manifest["scaler"])
+        return Position(**manifest["position"]), skipped
+    raise UserError(
+        f"{run}: holds no checkpoint that verifies; {'; '.join(skipped) or 'start anew without --resume'}"
+    )
+
+
+def save_model(path: Path, model: torch.nn.Module) -> None:
+    """Write the parameters alone as one safetensors file."""
+    write_file(path, _packed(model.state_dict()))
+
+
+def _checkpoints(run: Path) -> list[Path]:
+    return sorted((run / "checkpoints").glob("epoch-*"), reverse=True)
+
+
+def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensors]]:
+    manifest = read_manifest(directory, FORMAT, VERSION)
+    refuse_unknown_files(directory, set(FILES))
+    files = {}
+    for name in FILES:
+        with open(open_regular(directory / name), "rb") as file:
+            data = file.read()
+        if hashlib.sha256(data).hexdigest() != manifest["sha256"].get(name):
+            raise Damaged(f"{name} does not match its SHA-256")
+        try:
+            files[name] = load(data)
+        except SafetensorError as error:
+            raise Damaged(f"{name} is not safetensors ({error})") from None
+    return manifest, files
+
+
+def _packed(tensors: Tensors) -> bytes:
+    """As safetensors, which keeps no strides: channels-last weights are written in plain order."""
+    return save({name: tensor.contiguous() for name, tensor in tensors.items()})
+
+
+def _live(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensors]:
+    """The tensors in use, by the file that keeps them."""
+    names: dict[torch.Tensor, str] = {
+        parameter: name for name, parameter in model.named_parameters()
+    }
+    state = {
+        f"{names[parameter]}/{key}": value
+        for parameter, values in optimizer.state.items()
+        for key, value in values.items()
+        if isinstance(value, torch.Tensor)
+    }
+    return dict(zip(FILES, (model.state_dict(), state), strict=True))

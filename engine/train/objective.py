@@ -1,0 +1,64 @@
+"""From uint8 images and labels to the loss: what DDP wraps, torch.compile compiles, and kernels/ shorten.
+
+Shapes: B samples, H x W pixels, C classes.
+"""
+
+import torch
+from torch.nn import functional
+
+from engine.config import RunConfig
+from engine.models.baseline import GlyphNet
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Objective(torch.nn.Module):
+    """From uint8 images and labels to (mean loss, right answers): what DDP wraps and torch.compile compiles."""
+
+    def __init__(self, model: GlyphNet, config: RunConfig, device: torch.device) -> None:
+        super().__init__()
+        self.model = model
+        self._channels_last = config.step.channels_last
+        self._smoothing = config.optim.label_smoothing
+        self._fused_loss = "softmax_cross_entropy" in config.kernels
+        self._device_type, self._dtype = device.type, _AUTOCAST.get(config.step.precision)
+
+    def forward(
+        self, image_BHW: torch.Tensor, label_B: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._fused_loss:
+            from kernels.softmax_cross_entropy import softmax_cross_entropy
+
+            return softmax_cross_entropy(self._raw_logits(image_BHW), label_B, self._smoothing)
+        logits_BC, target_B = self.logits(image_BHW), label_B.long()
+        loss = functional.cross_entropy(logits_BC, target_B, label_smoothing=self._smoothing)
+        return loss, (logits_BC.detach().argmax(1) == target_B).sum()
+
+    def logits(self, image_BHW: torch.Tensor) -> torch.Tensor:
+        """fp32 logits_BC."""
+        return self._raw_logits(image_BHW).float()
+
+    def _raw_logits(self, image_BHW: torch.Tensor) -> torch.Tensor:
+        """Of the type of the arithmetic; cast, scaling to 0..1 and layout are the first operations."""
+        image_B1HW = image_BHW.unsqueeze(1)
+        if "conv_pool_relu" not in self.model.fused:
+            image_B1HW = image_B1HW.to(torch.float32).mul_(1 / 255)
+            if self._channels_last:
+                image_B1HW = image_B1HW.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(
+            self._device_type, self._dtype or torch.bfloat16, enabled=self._dtype is not None
+        ):
+            logits_BC: torch.Tensor = self.model(image_B1HW)
+        return logits_BC
+
+
+def set_fp32_precision(precision: str, device: torch.device) -> None:
+    """fp32 on a GPU: IEEE's, or TF32 in convolutions and products (torch's default: in convolutions only).
+
+    By the older switches, since they set the `fp32_precision` ones too; those alone leave the older ones behind, and
+    inductor, which reads them, then raises (torch 2.13).
+    """
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = (
+            precision == "tf32"
+        )

@@ -1,0 +1,190 @@
+"""The session: model, step and feed of a run, built once from what can be had here; and evaluation of whole splits.
+
+The trainer, the profiler and the benchmarks start from here.
+
+Shapes: B samples of one rank, H x W pixels.
+"""
+
+import time
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from engine import meters
+from engine.config import DataConfig, RunConfig
+from engine.data.records import Records
+from engine.errors import UserError
+from engine.feeds.batch import Feed
+from engine.feeds.build import SOURCES, make_feed, make_source
+from engine.feeds.synthetic import random_batch
+from engine.models.baseline import check_image_size, make_model
+from engine.order import Order
+from engine.report import Environment, environment
+from engine.train.available import effective_config
+from engine.train.step import TrainStep
+from engine.world import World
+
+
+@dataclass
+class Session:
+    """Everything a run needs, built once; the profiler and the benchmarks start from here as the trainer does."""
+
+    world: World
+    records: Records
+    config: RunConfig
+    """As effective."""
+    requested: dict[str, Any]
+    notes: list[str]
+    step: TrainStep
+    feed: Feed
+    environment: Environment
+    warmup_s: float
+    evaluation_feeds: dict[str, Feed] = field(default_factory=dict)
+    """By split; made when first asked for, kept until the session is closed."""
+
+    @property
+    def effective(self) -> dict[str, Any]:
+        return _switches(self.config)
+
+    def close(self) -> None:
+        self.step.close()
+        for feed in (self.feed, *self.evaluation_feeds.values()):
+            feed.close()
+
+    def evaluation_feed(self, split_name: str) -> Feed:
+        """A whole split in its own order, on the device."""
+        if split_name not in self.evaluation_feeds:
+            split = self.records.split(split_name)
+            world, config = self.world, self.config
+            order = make_order(config, len(split), world.rank, world.size, shuffle=False)
+            data = config.data if config.data.feed == "stream" else DataConfig()
+            feed = make_feed(data, split, order, len(self.records.classes), world.device)
+            self.evaluation_feeds[split_name] = feed
+        return self.evaluation_feeds[split_name]
+
+
+def make_order(
+    config: RunConfig, num_samples: int, rank: int, world_size: int, shuffle: bool = True
+) -> Order:
+    """The order of a split's samples; sequential for evaluation."""
+    in_blocks = config.data.order == "blocked"
+    return Order(
+        num_samples=num_samples,
+        global_batch=config.global_batch,
+        rank=rank,
+        world_size=world_size,
+        seed=config.seed,
+        shuffle=shuffle,
+        block_samples=config.data.block_samples if in_blocks else 0,
+        window_blocks=config.data.window_blocks if in_blocks else 0,
+    )
+
+
+def check_batch(config: RunConfig, records: Records, world_size: int) -> None:
+    """Refuse records too small to train on with this batch; needs no process group.
+
+    Raises:
+        UserError: the images are smaller than the network's least, or the global batch cannot be
+            divided by the ranks, or is larger than the train split.
+    """
+    check_image_size(*records.height_width)
+    batch, num_samples = config.global_batch, len(records.split("train"))
+    if batch % world_size:
+        raise UserError(
+            f"a global batch of {batch} cannot be divided by {world_size} ranks; give --batch-size (samples a rank)"
+        )
+    if batch // world_size % config.step.accumulate:
+        raise UserError(
+            f"a rank's batch of {batch // world_size} cannot be divided into {config.step.accumulate} parts; "
+            "give an --accumulate that divides it"
+        )
+    if batch > num_samples:
+        raise UserError(
+            f"a global batch of {batch} is larger than the train split of {num_samples} samples; "
+            f"give a --batch-size of at most {num_samples // world_size}"
+        )
+
+
+def open_session(config: RunConfig, records: Records, world: World) -> Session:
+    """Build model, step and feed, warm up (and capture), and only then start a feed that has threads.
+
+    The caller runs inside world.on_stream() and closes the session.
+
+    Raises:
+        UserError: the batch cannot be divided or is larger than the split.
+    """
+    check_batch(config, records, world.size)
+    meters.reset_torch_peak(world.device)
+    effective, notes = effective_config(config, records, world)
+    train, device = records.split("train"), world.device
+    order = make_order(config, len(train), world.rank, world.size)
+    num_classes = len(records.classes)
+    fused = frozenset(effective.kernels)
+    start = time.perf_counter()
+    model = make_model(config.model, *records.height_width, num_classes, config.seed, fused).to(
+        device
+    )
+    static = random_batch(
+        order.rank_batch,
+        records.height_width,
+        num_classes,
+        device,
+        copies=effective.step.steps_per_launch,
+    )
+    world.ledger.mark("model and optimiser")
+    source = (
+        make_source(effective.data, train, order, static, fused) if _gathers(effective) else None
+    )
+    world.ledger.mark("feed")
+    step = TrainStep(model, effective, order, static, world, source)
+    try:
+        step.prepare()
+        world.ledger.mark("graph pool" if effective.step.cuda_graphs else "model and optimiser")
+        warmup_s = time.perf_counter() - start
+        if step.capture_failure:
+            notes.append(
+                f"CUDA graphs are not used: {step.capture_failure}; the same step runs eagerly"
+            )
+            effective = replace(effective, step=replace(effective.step, cuda_graphs=False))
+        feed = source or make_feed(
+            effective.data, train, order, num_classes, device, config.augment, fused
+        )
+        world.ledger.mark("feed")
+    except BaseException:
+        step.close()
+        raise
+    facts = environment(
+        num_threads=torch.get_num_threads(), allocator=world.allocator, gpu=meters.gpu_facts(device)
+    )
+    return Session(world, records, effective, _switches(config), notes, step, feed, facts, warmup_s)
+
+
+def _gathers(config: RunConfig) -> bool:
+    """Whether launches gather their batches themselves, on the device; distorted images are handed over."""
+    in_launches = config.step.cuda_graphs or config.step.steps_per_launch > 1
+    return in_launches and config.data.feed in SOURCES and not config.augment.is_on
+
+
+def evaluate(session: Session, split_name: str) -> tuple[float, float]:
+    """Loss and accuracy (0..1) over a whole split, exact over all ranks: nothing counted twice, nothing left out."""
+    for batch in session.evaluation_feed(split_name).batches(0):
+        session.step.evaluate(batch)
+    loss, accuracy, seen = session.step.read_evaluation()
+    num_samples = len(session.records.split(split_name))
+    assert seen == num_samples, f"evaluated {seen} of {num_samples} samples"
+    return loss, accuracy
+
+
+def _switches(config: RunConfig) -> dict[str, Any]:
+    return {
+        "precision": config.step.precision,
+        "channels_last": config.step.channels_last,
+        "compile": config.step.compile,
+        "accumulate": config.step.accumulate,
+        "cuda_graphs": config.step.cuda_graphs,
+        "steps_per_launch": config.step.steps_per_launch,
+        "kernels": ", ".join(config.kernels) or "off",
+        "feed": config.data.feed,
+        "order": config.data.order,
+    }

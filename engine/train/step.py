@@ -1,0 +1,392 @@
+"""TrainStep: the one place that trains. Forward, loss, backward, update; eager, or in graphs of 1 and K steps.
+
+The trainer, the profiler, the benchmarks and the tests call this; nobody types the loop again. Everything that changes
+lives on the device: counters, learning rate, loss scale, random state, the log. A launch runs K steps without the host,
+whether it is captured (GPU) or not (CPU): its batches are gathered from the resident table or copied in before, and the
+step counters index the tables of learning rates and ids.
+
+It does not evaluate whole splits, measure time, or touch files.
+
+Shapes: K steps of a launch, S of an epoch, B samples of one rank in a step, H x W pixels, C classes.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
+
+from engine.config import RunConfig
+from engine.errors import UserError
+from engine.feeds.batch import Batch, Feed, Source
+from engine.meters import span
+from engine.models.baseline import GlyphNet
+from engine.order import PADDING_ID, Order, round_keys
+from engine.train.capture import Graph, check_like, state_kept
+from engine.train.objective import Objective, set_fp32_precision
+from engine.train.optim import lr_table, make_optimizer
+from engine.world import World
+
+WARMUP_STEPS = 3
+DDP_WARMUP_STEPS = 11
+"""DDP's reducer rebuilds its buckets after iteration 1 and takes timings in iterations 1 to 10."""
+NEVER = 2**31 - 1
+BUCKET_CAP_MIB = 32
+"""More than the baseline's 1.7 MB of gradients: one all-reduce a step."""
+MAX_SKIPPED = 20
+"""Steps in a row that fp16 may skip because gradients overflowed, each halving the loss scale, before the run ends."""
+LOSS, CORRECT, BAD = range(3)
+"""Rows of the log: a step's mean loss, its right answers, and 1 where a gradient was not finite."""
+
+
+class Launch(NamedTuple):
+    """What one launch trained on."""
+
+    batch: Batch
+    """The samples of its steps, one step after the other; valid until the next launch."""
+    num_steps: int
+    wait_s: float
+    """Seconds the host waited for the feed before it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainLog:
+    """Results of the steps since the last reading, over all ranks."""
+
+    loss_S: np.ndarray
+    """Mean loss of each step, float64; a skipped step's may be infinite."""
+    accuracy: float
+    """0..1."""
+    num_samples: int
+    num_skipped: int
+    """Steps whose fp16 gradients overflowed; the optimiser left the parameters as they were."""
+
+    @property
+    def loss(self) -> float:
+        """Mean over the steps where it is finite."""
+        return float(self.loss_S[np.isfinite(self.loss_S)].mean())
+
+
+class TrainStep:
+    """Training and evaluation steps of a fixed batch size.
+
+    Args:
+        model: on the world's device.
+        config: what is *effective*; `prepare` captures if config.step.cuda_graphs.
+        order: of the training split; tells the batch size and the steps of an epoch.
+        static: B random samples on the device K = config.step.steps_per_launch times: warm-up trains on them, and their
+            addresses are baked into the graphs.
+        source: the feed whose batches a launch gathers itself; None: batches are handed over.
+    """
+
+    def __init__(
+        self,
+        model: GlyphNet,
+        config: RunConfig,
+        order: Order,
+        static: Batch,
+        world: World,
+        source: Source | None = None,
+    ) -> None:
+        self._config, self._order, self._static, self._world, self._source = (
+            config,
+            order,
+            static,
+            world,
+            source,
+        )
+        device, num_steps = world.device, config.epochs * order.steps_per_epoch
+        if config.step.channels_last:
+            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model = model
+        self.steps_per_launch = config.step.steps_per_launch
+        self.capture_failure = ""
+        """Why the step runs eagerly although a graph was asked for."""
+        self.counter_21 = torch.zeros(2, 1, dtype=torch.int64, device=device)
+        """Steps done in the run, and in the epoch."""
+        self._host_step = self._in_epoch = self._read_from = self._skipped_in_a_row = 0
+        self._rate_host = lr_table(config.optim, num_steps)
+        self._rate_table = torch.from_numpy(self._rate_host).to(device)
+        self._rate_K = self._rate_table.new_zeros(self.steps_per_launch)
+        self._last_21 = torch.tensor([[num_steps], [order.steps_per_epoch - 1]], device=device)
+        self._offset_K = torch.arange(self.steps_per_launch, device=device)
+        self._log_3K = torch.zeros(3, self.steps_per_launch, device=device)
+        self._log_3S = torch.zeros(3, order.steps_per_epoch, device=device)
+        self._one = torch.ones((), device=device)
+        self._eval_sums = torch.zeros(3, dtype=torch.float64, device=device)
+        self._graphs: dict[int | str, Graph] = {}
+        self._rate_on_device = config.optim.fused or config.step.cuda_graphs
+        rate = self._rate_K[0] if self._rate_on_device else config.optim.learning_rate
+        self.optimizer = make_optimizer(
+            config.optim, model, rate, capturable=config.step.cuda_graphs
+        )
+        self._wrap()
+
+    def _wrap(self) -> None:
+        """The parts that a failed capture leaves in the middle of an iteration, made anew."""
+        device = self._world.device
+        self.scaler = torch.amp.GradScaler(
+            device.type, enabled=self._config.step.precision == "fp16"
+        )
+        self.objective = Objective(self.model, self._config, device)
+        self._net: torch.nn.Module | None = None  # the old DDP's hooks go with it
+        if (mode := self._config.step.compile) != "off":
+            self.objective.compile(
+                mode=None if mode == "default" else f"{mode}-no-cudagraphs", dynamic=False
+            )
+        self._net = self.objective
+        if self._world.size > 1:
+            self._net = ddp = DistributedDataParallel(
+                self.objective,
+                device_ids=[device.index] if device.type == "cuda" else None,
+                bucket_cap_mb=BUCKET_CAP_MIB,
+                gradient_as_bucket_view=True,
+            )
+            ddp._set_ddp_runtime_logging_sample_rate(NEVER)
+
+    def prepare(self) -> None:
+        """Warm up on the static batch and, where asked for, capture; every state is put back in place.
+
+        Where a rank cannot capture, all run eagerly, and `capture_failure` says why.
+        """
+        if self._source:
+            self._source.load_epoch(0)
+        counters = [self.counter_21, self._eval_sums]
+        with state_kept(self.model, self.optimizer, self.scaler, counters):
+            for _ in range(DDP_WARMUP_STEPS if self._world.size > 1 else WARMUP_STEPS):
+                self._run(self._slots(1), 1)
+                self._evaluate(self._slots(1))
+            if self.steps_per_launch > 1:
+                self._run(self._static, self.steps_per_launch)
+            if self._config.step.cuda_graphs:
+                self._world.ledger.mark("model and optimiser")
+                self._capture()
+            self._world.synchronize()
+        if self.capture_failure:
+            self.close()
+            self._wrap()
+
+    def _capture(self) -> None:
+        failure, pool = "", None
+        works: dict[int | str, Callable[[], None]] = {
+            num_steps: partial(self._run, self._slots(num_steps), num_steps)
+            for num_steps in (self.steps_per_launch, 1)
+        }
+        try:
+            for name, work in (
+                works | {"evaluation": partial(self._evaluate, self._slots(1))}
+            ).items():
+                self._graphs[name] = Graph(work, pool)
+                pool = self._graphs[name].pool
+        except (
+            Exception
+        ) as error:  # whatever it is, the run can go on without graphs, and must do so on all ranks
+            failure = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        self.capture_failure = self._world.first_reason(failure)
+
+    def train_epoch(self, feed: Feed, epoch: int, first_step: int = 0) -> Iterator[Launch]:
+        """Train an epoch from `first_step` on, a launch at each iteration; nothing waits for the device.
+
+        Raises:
+            RuntimeError: the feed hands out fewer or more batches than its order has.
+        """
+        torch.manual_seed(round_keys(self._config.seed, epoch, "random", self._world.rank)[0])
+        self.counter_21[1] = first_step
+        self._in_epoch = self._read_from = first_step
+        start = time.perf_counter()
+        missing = self._order.steps_per_epoch - first_step
+        batches = iter(()) if self._source else feed.batches(epoch, first_step)
+        if self._source:
+            self._source.load_epoch(epoch)
+        while missing:
+            num_steps = self.steps_per_launch if missing >= self.steps_per_launch else 1
+            missing -= num_steps
+            batch = self._slots(num_steps) if self._source else self._filled(batches, num_steps)
+            wait_s = time.perf_counter() - start
+            self._launch(batch, num_steps)
+            yield Launch(batch, num_steps, wait_s)
+            start = time.perf_counter()
+        if next(batches, None) is not None:
+            raise RuntimeError("the feed goes on after the epoch's last step")
+        if self._source:
+            self._source.draw_ahead(epoch + 1)
+
+    def train(self, batch: Batch) -> None:
+        """One optimiser step on a batch that is handed over."""
+        assert self._source is None, "this step gathers its batches itself; use train_epoch"
+        if self._in_epoch == self._order.steps_per_epoch:
+            self.counter_21[1] = self._in_epoch = self._read_from = 0
+        self._launch(self._filled(iter([batch]), 1), 1)
+
+    def evaluate(self, batch: Batch) -> None:
+        """Add the batch's loss and correct answers to the evaluation sums; padding rows count nothing."""
+        if graph := self._graphs.get("evaluation"):
+            check_like(batch, self._slots(1))
+            self._slots(1).copy_(batch)
+            graph()
+        else:
+            self._evaluate(batch)
+
+    def read_training(self) -> TrainLog:
+        """What the epoch's steps since the last reading did, on all ranks. Collective; synchronises.
+
+        Raises:
+            UserError: a loss or gradient was not finite; names the step. With fp16: 20 steps in a row were skipped.
+        """
+        log_3S = (
+            self._world.sum(self._log_3S[:, self._read_from : self._in_epoch])
+            .double()
+            .cpu()
+            .numpy()
+        )
+        first_step = self._host_step - log_3S.shape[1]
+        self._read_from = self._in_epoch
+        num_samples = log_3S.shape[1] * self._order.global_batch
+        self._refuse_nonfinite(log_3S, first_step)
+        return TrainLog(
+            loss_S=log_3S[LOSS] / self._world.size,
+            accuracy=float(log_3S[CORRECT].sum()) / max(num_samples, 1),
+            num_samples=num_samples,
+            num_skipped=int((log_3S[BAD] > 0).sum()),
+        )
+
+    def _refuse_nonfinite(self, log_3S: np.ndarray, first_step: int) -> None:
+        for step, (loss, _, bad) in enumerate(log_3S.T.tolist(), start=first_step + 1):
+            if not self.scaler.is_enabled() and (bad or not np.isfinite(loss)):
+                what = "a gradient" if np.isfinite(loss) else "the loss"
+                raise UserError(
+                    f"{what} was not finite in step {step}; lower optim.learning_rate or use --amp bf16"
+                )
+            self._skipped_in_a_row = self._skipped_in_a_row + 1 if bad else 0
+            if self._skipped_in_a_row >= MAX_SKIPPED:
+                raise UserError(
+                    f"fp16 gradients overflowed in {MAX_SKIPPED} steps in a row, the last of them step {step}; "
+                    "use --amp bf16 or lower optim.learning_rate"
+                )
+
+        if (
+            len(log_3S.T) and not np.isfinite(log_3S[LOSS]).any()
+        ):  # fp16, in an epoch of fewer steps than that
+            raise UserError(f"the loss was not finite in any step up to {step}; use --amp bf16")
+
+    def read_evaluation(self) -> tuple[float, float, int]:
+        """Mean loss, accuracy (0..1) and samples seen over all ranks since the last call. Collective; synchronises."""
+        loss, correct, seen = self._world.sum(self._eval_sums).tolist()
+        self._eval_sums.zero_()
+        return loss / max(seen, 1), correct / max(seen, 1), int(seen)
+
+    def resume_at(self, step: int) -> None:
+        """Go on at global step `step`."""
+        self._host_step = step
+        self.counter_21[0] = step
+
+    def close(self) -> None:
+        """Destroy the graphs; call before the process group ends, also on errors."""
+        for graph in self._graphs.values():
+            graph.reset()
+        self._graphs.clear()
+
+    def _slots(self, num_steps: int) -> Batch:
+        return self._static.rows(0, num_steps * self._order.rank_batch)
+
+    def _filled(self, batches: Iterator[Batch], num_steps: int) -> Batch:
+        """The next batches, where the launch reads them: in the static slots, or where they are."""
+        size = self._order.rank_batch
+        for number in range(num_steps):
+            batch = next(batches, None)
+            if batch is None:
+                done = self._in_epoch + number
+                raise RuntimeError(
+                    f"the feed ended after {done} of {self._order.steps_per_epoch} steps"
+                )
+            slot = self._static.rows(number * size, (number + 1) * size)
+            check_like(batch, slot)
+            if num_steps == 1 and not self._graphs:
+                return batch
+            slot.copy_(batch)
+        return self._slots(num_steps)
+
+    def _launch(self, batch: Batch, num_steps: int) -> None:
+        if graph := self._graphs.get(num_steps):
+            graph()
+        else:
+            self._run(batch, num_steps)
+        self._host_step += num_steps
+        self._in_epoch += num_steps
+
+    def _run(self, batch: Batch, num_steps: int) -> None:
+        """`num_steps` optimiser steps: device work only, so that it may be captured."""
+        set_fp32_precision(self._config.step.precision, self._world.device)
+        index_2K = torch.minimum(self.counter_21 + self._offset_K[:num_steps], self._last_21)
+        torch.index_select(self._rate_table, 0, index_2K[0], out=self._rate_K[:num_steps])
+        if self._source:
+            with span("copy"):
+                self._source.gather(index_2K[1], batch)
+        self._log_3K.zero_()
+        size = self._order.rank_batch
+        for k in range(num_steps):
+            self._step(batch.rows(k * size, (k + 1) * size), k)
+        self._log_3S.index_copy_(1, index_2K[1], self._log_3K[:, :num_steps])
+        self.counter_21 += num_steps
+
+    def _step(self, batch: Batch, k: int) -> None:
+        assert self._net is not None
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._rate_K[k] if self._rate_on_device else self._host_rate(k)
+        self.optimizer.zero_grad(set_to_none=True)
+        num_parts = self._config.step.accumulate
+        size = self._order.rank_batch // num_parts
+        for number in range(num_parts):
+            part = batch.rows(number * size, (number + 1) * size)
+            with self._local(number < num_parts - 1):
+                with span("forward"):
+                    loss, correct = self._net(part.image_BHW, part.label_B)
+                with span("backward"):
+                    self.scaler.scale(loss / num_parts if num_parts > 1 else loss).backward()
+            self._log_3K[LOSS, k].add_(loss.detach(), alpha=1 / num_parts)
+            self._log_3K[CORRECT, k].add_(correct)
+        with span("optimiser"):
+            self._update(self._log_3K[BAD, k])
+
+    def _update(self, bad: torch.Tensor) -> None:
+        """The optimiser's step; where a gradient is not finite, `bad` is set, and only a plain optimiser steps."""
+        if self.scaler.is_enabled():
+            self.scaler.unscale_(self.optimizer)
+            (found,) = self.scaler._found_inf_per_device(self.optimizer).values()
+            bad.copy_(found)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            return
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        torch._amp_foreach_non_finite_check_and_unscale_(
+            gradients, bad, self._one
+        )  # GradScaler's check: one kernel
+        if self._config.optim.fused:
+            self.optimizer.found_inf = bad  # type: ignore[attr-defined]  # as GradScaler hands it to fused optimisers
+        self.optimizer.step()
+
+    def _local(self, yes: bool) -> AbstractContextManager[object]:
+        """No all-reduce after the backward of all but the last part."""
+        return (
+            self._net.no_sync()
+            if yes and isinstance(self._net, DistributedDataParallel)
+            else nullcontext()
+        )
+
+    def _host_rate(self, k: int) -> float:
+        return float(self._rate_host[min(self._host_step + k, len(self._rate_host) - 1)])
+
+    @torch.no_grad()
+    def _evaluate(self, batch: Batch) -> None:
+        set_fp32_precision(self._config.step.precision, self._world.device)
+        logits_BC = self.objective.logits(batch.image_BHW)
+        real_B, label_B = batch.id_B != PADDING_ID, batch.label_B.long()
+        loss_B = functional.cross_entropy(logits_BC, label_B, reduction="none").where(real_B, 0.0)
+        correct = ((logits_BC.argmax(1) == label_B) & real_B).sum()
+        self._eval_sums += torch.stack((loss_B.sum(dtype=torch.float64), correct, real_B.sum()))

@@ -1,0 +1,231 @@
+"""tools/verify parity: that every fast way of training is the same training as the eager step on one rank.
+
+A variant trains two epochs of 9 steps on the same samples and leaves its *state*: the loss of each step, the gradients
+of the last, parameters, optimiser, loss scale, counters. Each is compared with the reference's. Ranks are processes of
+`torchrun -m tools.checks.parity FOLDER DEVICE PRECISION...`, which leave their state as FOLDER/<precision>.safetensors.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from engine.config import RunConfig, override
+from engine.data.records import Records, open_records
+from engine.data.sample import ensure_sample
+from engine.errors import UserError
+from engine.train.checkpoint import Position, load_checkpoint, save_checkpoint
+from engine.train.session import open_session
+from engine.train.step import TrainStep
+from engine.world import World, cannot_fuse, end_rank, start_world
+from tools.measure.matrix import module_on_ranks
+from tools.measure.steps import train_epochs
+
+BATCH, STEPS, EPOCHS = 128, 9, 2
+K = 4
+"""Two launches of four steps an epoch, and one of one."""
+RANKS: dict[int, tuple[str, dict[str, Any]]] = {
+    1: ("torchrun, 1 rank", {}),
+    2: (f"2 ranks, {K} steps a launch", {"step.steps_per_launch": K}),
+    4: ("4 ranks, each batch in 2 parts", {"step.accumulate": 2}),
+}
+"""Numbers of ranks, and what else is different there."""
+FUSED = {"kernels": "all", "step.cuda_graphs": True, "step.steps_per_launch": K}
+GROUPS = ("loss", "parameters", "gradients", "optimiser", "scaler", "counters")
+TOLERANCE = {"fp32": (1e-3, 1e-2), "tf32": (1e-2, 1e-1), "bf16": (5e-2, 5e-1), "fp16": (5e-2, 5e-1)}
+"""For what adds in another order (ranks, a GPU's kernels): of losses and parameters, of gradients and optimiser.
+
+The largest norm of a difference over the norm, over the tensors of a group; scaler and counters must be equal. Measured
+with 4 ranks on two cores: 1e-5 and 6e-4 in fp32, 8e-3 and 0.3 in bf16, where each rank rounds its sums to 8 bits.
+"""
+State = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    precision: str
+    variant: str
+    difference: dict[str, float]
+    """Of each group; 0 is equal to the bit."""
+    inexact: bool
+    """Whether it may differ by TOLERANCE; otherwise only equal to the bit will do."""
+    missing: str = ""
+    """Why this could not be tried here."""
+
+    @property
+    def ok(self) -> bool:
+        close, wide = TOLERANCE[self.precision] if self.inexact else (0.0, 0.0)
+        allowed = dict(zip(GROUPS, (close, close, wide, wide, 0.0, 0.0), strict=True))
+        return all(value <= allowed[group] for group, value in self.difference.items())
+
+
+def config_of(precision: str, settings: dict[str, Any] | None = None) -> RunConfig:
+    common = {
+        "global_batch": BATCH,
+        "epochs": EPOCHS,
+        "optim.learning_rate": 5e-4,
+        "data.feed": "resident",
+    }
+    return override(
+        RunConfig(), common | {"step.precision": precision} | (settings or {}), "parity"
+    )
+
+
+def few(records: Records) -> Records:
+    """So many training samples that an epoch has 9 steps, and some are left out."""
+    train = records.split("train").take(np.arange(BATCH * STEPS + 5))
+    return replace(records, splits=records.splits | {"train": train})
+
+
+def state_of(step: TrainStep, losses: list[np.ndarray]) -> State:
+    """What training left, copied to the CPU; names begin with their group."""
+    state = {"loss": torch.from_numpy(np.concatenate(losses)), "counters": step.counter_21}
+    scaler = step.scaler.state_dict()
+    state["scaler"] = torch.tensor(
+        [float(scaler[key]) for key in ("scale", "_growth_tracker") if key in scaler]
+    )
+    for name, parameter in step.model.named_parameters():
+        assert parameter.grad is not None
+        state |= {f"parameters {name}": parameter, f"gradients {name}": parameter.grad}
+        for key, value in step.optimizer.state[parameter].items():
+            state[f"optimiser {name} {key}"] = value
+    state |= {f"parameters {name}": buffer for name, buffer in step.model.named_buffers()}
+    return {
+        name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()
+    }
+
+
+def trained(config: RunConfig, records: Records, world: World) -> State:
+    with closing(open_session(config, records, world)) as session:
+        if (session.config.step, session.config.kernels) != (config.step, config.kernels):
+            raise UserError(
+                f"parity cannot be shown here: {session.notes[0]}; name another --precision or --device"
+            )
+        return state_of(session.step, train_epochs(session, range(EPOCHS)))
+
+
+def resumed(config: RunConfig, records: Records, world: World) -> State:
+    """Trained, saved after the first epoch, and gone on with by another session, which read it back."""
+    marks: dict[str, Any] = {"digest": config.digest(), "fingerprint": records.fingerprint}
+    unknown: dict[str, Any] = {
+        "train_s": 0.0,
+        "best_val_accuracy_fraction": None,
+        "time_to_target_s": None,
+    }
+    position = Position(num_epochs=1, num_steps=STEPS, **unknown)
+    with tempfile.TemporaryDirectory() as folder:
+        with closing(open_session(config, records, world)) as session:
+            losses, step = train_epochs(session, range(1)), session.step
+            save_checkpoint(
+                Path(folder), position, step.model, step.optimizer, step.scaler, **marks
+            )
+        with closing(open_session(config, records, world)) as session:
+            step = session.step
+            load_checkpoint(Path(folder), step.model, step.optimizer, step.scaler, **marks)
+            step.resume_at(STEPS)
+            return state_of(step, losses + train_epochs(session, range(1, EPOCHS)))
+
+
+def differences(got: State, wanted: State) -> dict[str, float]:
+    """For each group the largest relative difference; infinite where names, shapes or infinities differ."""
+    worst = dict.fromkeys(GROUPS, 0.0)
+    for name in got.keys() | wanted.keys():
+        group = name.split()[0]
+        a, b = got.get(name), wanted.get(name)
+        if a is None or b is None or a.shape != b.shape:
+            worst[group] = float("inf")
+        elif not torch.equal(a, b):
+            apart = float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30))
+            worst[group] = max(worst[group], apart if np.isfinite(apart) else float("inf"))
+    return worst
+
+
+def parity(records: Records, world: World, precisions: list[str]) -> Iterator[Verdict]:
+    """A verdict for each precision and variant; what needs a GPU, or more of them, is said to be missing."""
+    records, on_gpu = few(records), world.device.type == "cuda"
+    references = {
+        precision: trained(config_of(precision), records, world) for precision in precisions
+    }
+    plain: list[tuple[str, dict[str, Any], Callable[..., State]]] = [
+        ("eager, again", {}, trained),
+        (f"{K} steps a launch, not captured", {"step.steps_per_launch": K}, trained),
+        ("one CUDA graph a step", {"step.cuda_graphs": True}, trained),
+        (
+            f"one CUDA graph of {K} steps",
+            {"step.cuda_graphs": True, "step.steps_per_launch": K},
+            trained,
+        ),
+        ("Triton kernels", {"kernels": "all"}, trained),
+        (f"Triton kernels, one CUDA graph of {K} steps", FUSED, trained),
+        ("resumed at an epoch's end", {}, resumed),
+        (
+            f"resumed, {K} steps a launch",
+            {"step.steps_per_launch": K, "step.cuda_graphs": on_gpu},
+            resumed,
+        ),
+    ]
+    for precision, reference in references.items():
+        for name, settings, work in plain:
+            why = cannot_fuse(world.device) if "kernels" in settings else ""
+            if settings.get("step.cuda_graphs") and not on_gpu:
+                why = "there is no GPU"
+            found = (
+                {}
+                if why
+                else differences(work(config_of(precision, settings), records, world), reference)
+            )
+            yield Verdict(precision, name, found, on_gpu, why)
+    num_gpus = torch.cuda.device_count()
+    for num_ranks, (name, _) in RANKS.items():
+        if on_gpu and num_gpus < num_ranks:
+            yield from (
+                Verdict(p, name, {}, True, f"there are {num_gpus} GPUs") for p in precisions
+            )
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            _run_ranks(num_ranks, Path(folder), world.device.type, precisions)
+            for precision, reference in references.items():
+                found = differences(load_file(Path(folder) / f"{precision}.safetensors"), reference)
+                yield Verdict(precision, name, found, on_gpu or num_ranks > 1)
+
+
+def _run_ranks(num_ranks: int, folder: Path, device: str, precisions: list[str]) -> None:
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // num_ranks))
+    }
+    command = module_on_ranks(num_ranks, "tools.checks.parity", str(folder), device, *precisions)
+    done = subprocess.run(
+        command,
+        env=environment,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        timeout=300,
+    )
+    if done.returncode:
+        raise RuntimeError(f"{num_ranks} ranks failed:\n{done.stderr}")
+
+
+def rank_main(folder: Path, device: str, precisions: list[str]) -> None:
+    """What each rank does; rank 0 leaves the state, which is that of all."""
+    with start_world(device) as world, world.on_stream():
+        records = few(open_records(ensure_sample()))
+        for precision in precisions:
+            settings = RANKS[world.size][1] | {"step.cuda_graphs": world.device.type == "cuda"}
+            state = trained(config_of(precision, settings), records, world)
+            world.first(partial(save_file, state, folder / f"{precision}.safetensors"))
+    end_rank()
+
+
+if __name__ == "__main__":
+    rank_main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])

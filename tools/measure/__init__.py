@@ -1,0 +1,1 @@
+"""What is measured: cells, matrices, single feeds and kernels."""

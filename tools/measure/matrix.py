@@ -1,0 +1,403 @@
+"""Matrices: TOML files as cells, and repetitions of the cells in turn, each in processes of its own.
+
+A file with `[[rung]]` (each adds its `set` to that of the rung before, or of the one that `base` names) or `[axes]`
+(the full product of its lists) is a matrix; any other is a run config and one cell. `batch` is samples a rank.
+
+Repetitions run A B C A B C, so that drift favours no cell, and their seeds differ. A cell that fails is told, the rest
+go on. Nothing is measured here: tools/measure/cell.py is the child that does.
+
+Threads: torchrun gives each of several ranks one thread, but a process alone takes all cores, and beside that 2 ranks
+on two cores would gain nothing. So where a rung, or the axes, have a cell of several ranks, each of their cells has one
+thread a rank, those of 1 rank too; all others have what torch takes. The loader's workers come on top of both.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import click
+
+from engine.config import RunConfig, flatten, full_settings, override, read_toml, recipe_settings
+from engine.durable import writing
+from engine.errors import UserError, printable
+from engine.host import num_cpus
+from engine.report import command_line, without_folders, write_json
+from engine.ui import progress_bar
+from tools.report.tables import FORMAT
+
+NUM_STEPS = 100
+LIMIT_S = 2 * 3600.0
+"""No repetition may take longer: the study's baseline trains 12 epochs in less on two cores."""
+MATRIX_KEYS: dict[str, type] = {
+    "title": str, "repetitions": int, "steps": int, "accuracy": bool, "batch": int, "set": dict, "rung": list,
+    "axes": dict, "published": list, "expected": list,
+}  # fmt: skip
+RUNG_KEYS: dict[str, type] = {
+    "name": str, "set": dict, "base": str, "batches": list, "ranks": list, "accuracy": bool, "repetitions": int
+}  # fmt: skip
+PUBLISHED_KEYS: dict[str, type] = {
+    "axes": dict, "samples_per_s": float, "train_s": float, "test_accuracy_fraction": float, "gpu": str, "source": str
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One configuration to be measured."""
+
+    id: str = ""
+    name: str
+    ladder: bool = False
+    """A rung that is compared with the one before; not those of several ranks or with accuracy."""
+    axes: dict[str, Any]
+    """`batch`, `ranks`, and the settings that vary."""
+    settings: dict[str, Any]
+    """Dotted; all that is not RunConfig's default, global_batch included."""
+    published: dict[str, Any] | None = None
+    """Someone's figures; they are shown beside, and enter no ratio."""
+    accuracy: bool = False
+    """Whether to train whole epochs and evaluate, too."""
+    num_steps: int = NUM_STEPS
+    """On the clock."""
+    repetitions: int = 1
+    num_threads: int = 0
+    """Of a rank; 0: as many as torch takes."""
+
+    @property
+    def num_ranks(self) -> int:
+        return int(self.axes["ranks"])
+
+    def not_measured(self, num_gpus: int) -> str:
+        """Why this machine cannot measure it; empty where it can. Without GPUs a rank needs a core."""
+        num_cores = num_cpus()
+        if self.num_ranks <= (num_gpus or num_cores):
+            return ""
+        has = f"there are {num_gpus}" if num_gpus else f"there are 0, and {num_cores} CPU cores"
+        return f"needs {self.num_ranks} GPUs, {has}"
+
+
+def read_cells(paths: list[Path], batch: int | None = None) -> tuple[str, list[Cell]]:
+    """A title and the cells of matrices and run configs, these with `batch` instead of their own.
+
+    Raises:
+        UserError: a file cannot be read, or says what is no matrix and no configuration.
+    """
+    titles, cells = [], list[Cell]()
+    for path in paths:
+        tree = _with_settings(read_toml(path), path)
+        titles.append(tree.get("title", path.stem))
+        cells += (
+            _matrix(str(path), tree, batch)
+            if is_matrix(tree)
+            else [config_cell(str(path), flatten(tree), batch)]
+        )
+    return ", ".join(titles), [
+        replace(cell, id=f"c{number:03}") for number, cell in enumerate(cells)
+    ]
+
+
+def _with_settings(tree: dict[str, Any], file: Path) -> dict[str, Any]:
+    """A file's tables, with the settings in them dotted, its recipe's among them, and paths absolute."""
+    if not is_matrix(tree):
+        return full_settings(tree, file)
+    tree = dict(tree)
+    if isinstance(tree.get("set", {}), dict):
+        tree["set"] = full_settings(tree.get("set", {}), file)
+        if "recipe" in tree:
+            recipe = recipe_settings(tree.pop("recipe"), str(file))
+            tree.setdefault("batch", recipe.pop("global_batch", RunConfig().global_batch))
+            tree["set"] = recipe | tree["set"]
+    for rung in tree.get("rung", []):
+        if isinstance(rung, dict) and isinstance(rung.get("set"), dict):
+            rung["set"] = full_settings(rung["set"], file)
+    return tree
+
+
+def is_matrix(tree: dict[str, Any]) -> bool:
+    return "rung" in tree or "axes" in tree
+
+
+def config_cell(name: str, settings: dict[str, Any], batch: int | None = None) -> Cell:
+    """A configuration as a cell of one rank, with `batch` instead of its own."""
+    global_batch = batch or override(RunConfig(), settings, name).global_batch
+    axes = {"batch": global_batch, "ranks": 1}
+    return Cell(
+        id="c000",
+        name=Path(name).stem,
+        axes=axes,
+        settings=settings | {"global_batch": global_batch},
+    )
+
+
+def rungs(tree: dict[str, Any], where: str) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Each rung of a ladder with its settings in sum.
+
+    Raises:
+        UserError: it is no rung, or its base is none before it.
+    """
+    known, before = {"": flatten(tree.get("set", {}))}, ""
+    for rung in tree["rung"]:
+        _check_keys(rung, RUNG_KEYS, {"name", "set"}, f"{where}: a rung")
+        base = rung.get("base", before)
+        if base not in known or rung["name"] in known:
+            fault = (
+                f"base = {base!r} is no rung before it" if base not in known else "is there twice"
+            )
+            raise UserError(
+                f"{where}: rung {rung['name']!r}: {fault}; name each rung once, before it is a base"
+            )
+        before = rung["name"]
+        known[before] = known[base] | flatten(rung["set"])
+        yield rung, known[before]
+
+
+def _matrix(where: str, tree: dict[str, Any], batch: int | None) -> list[Cell]:
+    _check_keys(tree, MATRIX_KEYS, set(), where)
+    if batch:
+        raise UserError(f"{where}: names its batches itself; leave out --batch-size")
+    if not tree.get("rung", tree.get("axes")) or ("rung" in tree and "axes" in tree):
+        raise UserError(
+            f"{where}: wants either rungs or axes, at least one; give a [[rung]], or [axes] with a list"
+        )
+    groups = rungs(tree, where) if "rung" in tree else [({}, flatten(tree.get("set", {})))]
+    cells = [cell for rung, settings in groups for cell in _group(tree | rung, settings, where)]
+    for figures in tree.get("published", []):
+        _publish(cells, figures, f"{where}: published")
+    return cells
+
+
+def _group(table: dict[str, Any], settings: dict[str, Any], where: str) -> Iterator[Cell]:
+    """Cells of the axes, or of a rung with the matrix's values where it has none: the product of its lists.
+
+    What it has of several ranks makes all of it one thread a rank.
+    """
+    of_rung = {
+        axis: table[key] for axis, key in (("batch", "batches"), ("ranks", "ranks")) if key in table
+    }
+    axes = {"batch": [table.get("batch", RunConfig().global_batch)], "ranks": [1]} | table.get(
+        "axes", of_rung
+    )
+    name, accuracy = table.get("name", ""), table.get("accuracy", False)
+    num_steps = _number(table.get("steps", NUM_STEPS), f"{where}: steps")
+    repetitions = _number(table.get("repetitions", 1), f"{where}: repetitions")
+    for axis, values in axes.items():
+        if type(values) is not list or not values:
+            raise UserError(
+                f"{where}: {name or 'axes'}: {axis} is {values!r}; give a list of values"
+            )
+        if axis in ("batch", "ranks"):
+            [_number(value, f"{where}: {name or 'axes'}: {axis}") for value in values]
+    for values in product(*axes.values()):
+        chosen = dict(zip(axes, values, strict=True))
+        dotted = settings | {
+            axis: value for axis, value in chosen.items() if axis not in ("batch", "ranks")
+        }
+        if "global_batch" in dotted:
+            raise UserError(
+                f"{where}: sets global_batch, which is batch times ranks here; give batch, samples a rank"
+            )
+        dotted["global_batch"] = chosen["batch"] * chosen["ranks"]
+        override(RunConfig(), dotted, where)
+        varied = [f"{axis} {value}" for axis, value in chosen.items() if len(axes[axis]) > 1]
+        yield Cell(
+            name=", ".join([name] * bool(name) + varied) or Path(where).stem,
+            ladder="rung" in table and "ranks" not in of_rung and not accuracy,
+            axes=chosen,
+            settings=dotted,
+            accuracy=accuracy,
+            num_steps=num_steps,
+            repetitions=repetitions,
+            num_threads=int(max(axes["ranks"]) > 1),
+        )
+
+
+def _publish(cells: list[Cell], figures: dict[str, Any], where: str) -> None:
+    _check_keys(figures, PUBLISHED_KEYS, {"axes", "gpu", "source"}, where)
+    given = {name: value for name, value in figures.items() if name != "axes"}
+    fit = [number for number, cell in enumerate(cells) if cell.axes | figures["axes"] == cell.axes]
+    if len(fit) != 1 or cells[fit[0]].published:
+        raise UserError(
+            f"{where}: axes {figures['axes']} fit {len(fit)} cells; name one that has no figures yet"
+        )
+    cells[fit[0]] = replace(cells[fit[0]], published=given)
+
+
+def _check_keys(table: Any, kinds: dict[str, type], needed: set[str], where: str) -> None:
+    if type(table) is not dict:
+        raise UserError(f"{where}: is {table!r}; give a table")
+    for name, value in table.items():
+        if name not in kinds:
+            raise UserError(f"{where}: there is no key {name}; here are {', '.join(kinds)}")
+        if type(value) is not kinds[name] and not (kinds[name] is float and type(value) is int):
+            raise UserError(
+                f"{where}: {name} is {value!r}; give a value of type {kinds[name].__name__}"
+            )
+    if missing := sorted(needed - table.keys()):
+        raise UserError(f"{where}: lacks {', '.join(missing)}; add it")
+
+
+def _number(value: Any, where: str) -> int:
+    if type(value) is not int or value < 1:
+        raise UserError(f"{where}: is {value!r}; give a whole number from 1")
+    return value
+
+
+def in_turn(cells: list[Cell]) -> Iterator[tuple[Cell, int]]:
+    """Cells with the number of their repetition: A B C A B C."""
+    for number in range(max(cell.repetitions for cell in cells)):
+        yield from ((cell, number) for cell in cells if number < cell.repetitions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Cells measured on this machine, and the folder where they leave their figures."""
+
+    title: str
+    cells: list[Cell]
+    out: Path
+    data: str = ""
+    """Record directory of all cells that name none; empty: the sample."""
+    device: str = ""
+    num_gpus: int = 0
+    limit_s: float = LIMIT_S
+
+    def measure(self, resume: bool) -> None:
+        """Measure what is missing and write OUT/profile.json, also when interrupted."""
+        with writing(self.out):
+            (self.out / "cells").mkdir(parents=True, exist_ok=True)
+        todo = self.missing(resume)
+        try:
+            with progress_bar("measuring", len(todo)) as show:
+                for done, (cell, number) in enumerate(todo):
+                    show(done, cell.name)
+                    found = self.repeat(cell, number)
+                    with writing(self.out):
+                        write_json(found, self._file(cell, number))
+                    if not sys.stderr.isatty():
+                        told = found["failed"] or f"{found['samples_per_s']:,.0f} samples/s"
+                        click.echo(
+                            printable(f"{done + 1}/{len(todo)} {cell.id} {cell.name}: {told}")
+                        )
+        finally:
+            with writing(self.out):
+                write_json(self.profile(), self.out / "profile.json")
+
+    def missing(self, resume: bool) -> list[tuple[Cell, int]]:
+        """What this machine can measure, in turn; to resume: what failed, or was not measured as it would be now."""
+        todo = [
+            (cell, number)
+            for cell, number in in_turn(self.cells)
+            if not cell.not_measured(self.num_gpus)
+        ]
+        return [
+            job for job in todo if not resume or (self._read(*job) or {"failed": "no"})["failed"]
+        ]
+
+    def profile(self) -> dict[str, Any]:
+        """What there is of this run, as tools/report/tables.py reads it."""
+        cells = []
+        for cell in self.cells:
+            found = [self._read(cell, number) for number in range(cell.repetitions)]
+            kept = ("id", "name", "ladder", "axes", "settings", "published")
+            facts = {name: getattr(cell, name) for name in kept}
+            facts["settings"] = without_folders(cell.settings)
+            facts |= {"not_measured": cell.not_measured(self.num_gpus)}
+            cells.append(facts | {"repetitions": [r for r in found if r]})
+        return {"format": FORMAT, "title": self.title, "command": command_line(), "cells": cells}
+
+    def _file(self, cell: Cell, number: int) -> Path:
+        return self.out / "cells" / f"{cell.id}-{number}.json"
+
+    def _job(self, cell: Cell, number: int) -> dict[str, Any]:
+        """What the child is told."""
+        seed = override(RunConfig(), cell.settings, cell.name).seed + number
+        wanted = {"accuracy": cell.accuracy, "num_steps": cell.num_steps, "first": not number}
+        where = {
+            "data": self.data,
+            "device": self.device,
+            "ranks": cell.num_ranks,
+            "num_threads": cell.num_threads,
+        }
+        job = {"settings": cell.settings | {"seed": seed}} | wanted | where
+        return job | {
+            "digest": hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:16]
+        }
+
+    def _read(self, cell: Cell, number: int) -> dict[str, Any] | None:
+        """A repetition that was measured as it would be now."""
+        try:
+            found: dict[str, Any] = json.loads(self._file(cell, number).read_bytes())
+            return found if found["digest"] == self._job(cell, number)["digest"] else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def repeat(self, cell: Cell, number: int) -> dict[str, Any]:
+        """Let a child measure one repetition."""
+        job = self._job(cell, number)
+        with tempfile.TemporaryDirectory() as folder:
+            job_file, result = Path(folder) / "job.json", Path(folder) / "repetition.json"
+            job_file.write_text(json.dumps(job), encoding="utf-8")
+            failed = _run_child(
+                cell, [str(job_file), str(result)], Path(folder) / "log.txt", self.limit_s
+            )
+            found = (
+                {"environment": {}, "effective": {}, "notes": []}
+                if failed
+                else json.loads(result.read_bytes())
+            )
+        return {"seed": job["settings"]["seed"], "digest": job["digest"], "failed": failed} | found
+
+
+def module_on_ranks(num_ranks: int, module: str, *words: str) -> list[str]:
+    """The command that starts a module under torchrun, on this machine."""
+    ranks = f"--nproc-per-node={num_ranks}"
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        ranks,
+        "-m",
+        module,
+        *words,
+    ]
+
+
+def _run_child(cell: Cell, files: list[str], log: Path, limit_s: float) -> str:
+    """Run tools.measure.cell in as many processes as the cell has ranks; one line if that failed, else nothing."""
+    alone = [sys.executable, "-m", "tools.measure.cell", *files]
+    command = (
+        module_on_ranks(cell.num_ranks, "tools.measure.cell", *files)
+        if cell.num_ranks > 1
+        else alone
+    )
+    threads = {"OMP_NUM_THREADS": str(cell.num_threads)} if cell.num_threads else {}
+    with open(log, "wb") as file:
+        child = subprocess.Popen(
+            command, env=os.environ | threads, stdout=subprocess.DEVNULL, stderr=file
+        )
+        try:
+            code = child.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            return f"did not end within {limit_s:g} s"
+        finally:
+            child.terminate()  # torchrun kills ranks that have not ended within 30 s
+            child.wait()
+    lines = [
+        line
+        for line in log.read_text(encoding="utf-8", errors="replace").splitlines()
+        if line.strip()
+    ]
+    said = next((line for line in lines if line.startswith("error: ")), lines[-1] if lines else "")
+    return (
+        printable(without_folders(f"exit code {code}: {said.removeprefix('error: ')}"))
+        if code
+        else ""
+    )
