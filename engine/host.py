@@ -65,10 +65,15 @@ def _move_home() -> None:
     cache = user_cache()
     os.environ[ORIGINAL_HOME] = str(found or "")
     os.environ["HOME"] = str(cache)
-    if env_rank() == 0 and not os.environ.get("XDG_CACHE_HOME"):
-        what = f"{found} cannot be written" if found else "this user has no home folder"
-        where = f"caches go to {cache}; set XDG_CACHE_HOME for another place"
-        print(f"note: {what}: {where}", file=sys.stderr, flush=True)
+
+
+def cache_notes() -> list[str]:
+    """A sentence if caches are not where users expect them; for what a command prints in the end."""
+    if ORIGINAL_HOME not in os.environ or os.environ.get("XDG_CACHE_HOME"):
+        return []
+    found = os.environ[ORIGINAL_HOME]
+    what = f"{found} cannot be written" if found else "this user has no home folder"
+    return [f"{what}: caches go to {user_cache()}; set XDG_CACHE_HOME for another place"]
 
 
 def home() -> Path | None:

@@ -12,7 +12,7 @@ from engine.config import RECIPES, RunConfig, load_toml, override, parse_assignm
 from engine.durable import is_empty, take_folder
 from engine.errors import UserError, exit_on_user_error
 from engine.flags import flag_settings, setting_options
-from engine.host import env_rank, prepare_process
+from engine.host import cache_notes, env_rank, prepare_process
 from engine.paths import PATH, path_text, written_path
 from engine.ranks import Ranks, join_ranks
 from engine.ui import guard_outputs
@@ -97,6 +97,8 @@ def _run(
         raise UserError(
             "--tensorboard: the package is not installed; pip install tensorboard, or leave it out"
         )
+    for note in cache_notes():
+        _say(f"note: {note}")
     ranks.agree(lambda: check_ranks(device))
     records = ranks.agree(lambda: _open_records(config, ranks.size))
     ranks.agree_on("records' fingerprint", records.fingerprint)

@@ -14,9 +14,11 @@ import torch
 from engine.config import read_toml
 from engine.data.pack import pack
 from engine.data.records import Records, open_records
-from engine.host import ROOT
+from engine.host import ROOT, prepare_process
 from engine.world import World
 from tools.measure.matrix import is_matrix
+
+prepare_process()  # as every command does
 
 CLASSES = ("0", "00", "NA", ",", '"', "a", "é", "~")
 NUM_FONTS = 40

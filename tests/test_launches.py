@@ -1,6 +1,5 @@
 """Launches of several steps, accumulation, the numerics guard, and the way back to eager: the same training, always."""
 
-import os
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -151,18 +150,11 @@ def test_accumulation_is_the_whole_batch(small: Records, world: World) -> None:
         session(small, world, {"step.accumulate": 5})
 
 
-def test_a_compiled_step_is_the_same_training(
-    small: Records, world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
-    del os.environ["TORCHINDUCTOR_CACHE_DIR"]
+def test_a_compiled_step_is_the_same_training(small: Records, world: World) -> None:
     wanted, got = (
         trained(session(small, world, {"step.compile": mode})) for mode in ("off", "default")
     )
     assert got["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
-    code = tmp_path / "tmnist-engine" / "inductor"
-    assert list(code.rglob("*.so")) and code.stat().st_mode & 0o777 == 0o700
 
 
 def test_compile_needs_a_compiler(

@@ -11,7 +11,7 @@ import click
 from engine.data.pack import check, pack
 from engine.data.records import verify_records
 from engine.errors import EXIT_USER_ERROR, UserError, exit_on_user_error, printable
-from engine.host import prepare_process
+from engine.host import cache_notes, prepare_process
 from engine.paths import PATH
 from engine.ui import guard_outputs, progress_bar
 from tools.describe import class_table, describe
@@ -107,7 +107,7 @@ def _pack(source: Path, out: Path, classes: int | None, **options: Any) -> None:
             manifest["classes"], {n: s["rows_per_class"] for n, s in manifest["splits"].items()}
         ),
         f"train pixels: mean {pixels['mean']:.3f}, standard deviation {pixels['std']:.3f} (0..255)",
-        *(f"note: {printable(warning)}" for warning in report.warnings),
+        *(f"note: {printable(note)}" for note in (*report.warnings, *cache_notes())),
         f"{printable(str(out))}: {time.perf_counter() - start:.2f} s, fingerprint {manifest['fingerprint'][:16]}",
     ]
     click.echo("\n".join(lines))

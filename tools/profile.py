@@ -15,7 +15,7 @@ import click
 from engine.config import RECIPES, RunConfig, load_toml, override
 from engine.durable import is_empty, take_folder, writing
 from engine.errors import UserError, exit_on_user_error, printable
-from engine.host import env_world_size, prepare_process
+from engine.host import cache_notes, env_world_size, prepare_process
 from engine.paths import PATH, full_path
 from engine.ui import guard_outputs
 from tools.report.outputs import check_file, check_folder
@@ -45,6 +45,8 @@ def main(context: click.Context) -> None:
     """Measure training: throughput, step times, waiting for data, memory, power."""
     with exit_on_user_error():
         prepare_process()
+        for note in cache_notes():
+            click.echo(f"note: {printable(note)}")
     if context.invoked_subcommand is None:
         context.invoke(run, device="")
 

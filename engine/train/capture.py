@@ -1,4 +1,4 @@
-"""Device work as a CUDA graph, and the state that warm-up must not change.
+"""Device work as a CUDA graph.
 
 The contract (PyTorch's CUDA notes, "CUDA Graphs"; NVIDIA's guide to CUDA graphs for PyTorch):
 - everything runs on one side stream: building the model and DDP, warm-up, capture and replay;
@@ -9,8 +9,7 @@ The contract (PyTorch's CUDA notes, "CUDA Graphs"; NVIDIA's guide to CUDA graphs
 - graphs die before the process group (NCCL waits for them, pytorch#115388): call reset(), on errors too.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 
@@ -55,46 +54,3 @@ def check_like(batch: Batch, static: Batch) -> None:
             raise ValueError(
                 f"{name} has strides {got.stride()}, the step wants {want.stride()}; make it contiguous"
             )
-
-
-@contextmanager
-def state_kept(
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    counters: list[torch.Tensor],
-) -> Iterator[None]:
-    """Let warm-up train, then put parameters, buffers, optimiser, scaler, counters and random state back *in place*.
-
-    Optimiser state that warm-up created (Adam's moments and step) is set to zero, which is where it starts.
-    """
-    tensors = [*model.parameters(), *model.buffers(), *counters]
-    known = {id(t) for t in optimizer_tensors(optimizer)}
-    tensors += optimizer_tensors(optimizer)
-    saved = [t.detach().clone() for t in tensors]
-    scaler_state = scaler.state_dict()
-    cpu_rng = torch.get_rng_state()
-    cuda_rng = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for tensor, value in zip(tensors, saved, strict=True):
-                tensor.copy_(value)
-            for tensor in optimizer_tensors(optimizer):
-                if id(tensor) not in known:
-                    tensor.zero_()
-        scaler.load_state_dict(scaler_state)
-        torch.set_rng_state(cpu_rng)
-        if cuda_rng is not None:
-            torch.cuda.set_rng_state(cuda_rng)
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    """Every tensor of the optimiser's state."""
-    return [
-        t
-        for values in optimizer.state.values()
-        for t in values.values()
-        if isinstance(t, torch.Tensor)
-    ]

@@ -25,12 +25,12 @@ from engine.durable import (
     write_manifest,
 )
 from engine.errors import UserError
+from engine.train.state import Tensors, TrainState
 
 FORMAT = "glyph-checkpoint"
 VERSION = 1
 NUM_KEPT = 2
 FILES = ("model.safetensors", "optim.safetensors")
-Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +47,7 @@ class Position:
 def save_checkpoint(
     run: Path,
     position: Position,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
+    state: TrainState,
     *,
     digest: str,
     fingerprint: str,
@@ -60,7 +58,7 @@ def save_checkpoint(
         UserError: a number is not finite; nothing is written.
         OSError: the disk refused; earlier checkpoints are untouched.
     """
-    live = _live(model, optimizer)
+    live = _files(state)
     for name, tensor in [item for tensors in live.values() for item in tensors.items()]:
         if not torch.isfinite(tensor).all():
             raise UserError(
@@ -73,7 +71,7 @@ def save_checkpoint(
         "config_digest": digest,
         "dataset_fingerprint": fingerprint,
         "position": asdict(position),
-        "scaler": scaler.state_dict(),
+        "scaler": state.scaler.state_dict(),
         "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
     }
     with publish_directory(run / "checkpoints" / f"epoch-{position.num_epochs:04}") as directory:
@@ -86,9 +84,7 @@ def save_checkpoint(
 
 def load_checkpoint(
     run: Path,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
+    state: TrainState,
     *,
     digest: str,
     fingerprint: str,
@@ -114,7 +110,7 @@ def load_checkpoint(
             raise UserError(
                 f"{directory}: was trained on other records; give the --data the run was started with"
             )
-        for name, tensors in _live(model, optimizer).items():
+        for name, tensors in _files(state).items():
             if {n: t.shape for n, t in tensors.items()} != {
                 n: t.shape for n, t in files[name].items()
             }:
@@ -124,8 +120,8 @@ def load_checkpoint(
             with torch.no_grad():
                 for key, tensor in tensors.items():
                     tensor.copy_(files[name][key])
-        if scaler.is_enabled():
-            scaler.load_state_dict(manifest["scaler"])
+        if state.scaler.is_enabled():
+            state.scaler.load_state_dict(manifest["scaler"])
         return Position(**manifest["position"]), skipped
     raise UserError(
         f"{run}: holds no checkpoint that verifies; {'; '.join(skipped) or 'start anew without --resume'}"
@@ -162,15 +158,6 @@ def _packed(tensors: Tensors) -> bytes:
     return save({name: tensor.contiguous() for name, tensor in tensors.items()})
 
 
-def _live(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensors]:
-    """The tensors in use, by the file that keeps them."""
-    names: dict[torch.Tensor, str] = {
-        parameter: name for name, parameter in model.named_parameters()
-    }
-    state = {
-        f"{names[parameter]}/{key}": value
-        for parameter, values in optimizer.state.items()
-        for key, value in values.items()
-        if isinstance(value, torch.Tensor)
-    }
-    return dict(zip(FILES, (model.state_dict(), state), strict=True))
+def _files(state: TrainState) -> dict[str, Tensors]:
+    """The live tensors, by the file that keeps them."""
+    return dict(zip(FILES, (state.model_tensors(), state.optimizer_tensors()), strict=True))

@@ -32,9 +32,10 @@ class Session:
 
     world: World
     records: Records
+    requested: RunConfig
+    """As asked for."""
     config: RunConfig
-    """As effective."""
-    requested: dict[str, Any]
+    """As effective: what this machine supports of it."""
     notes: list[str]
     step: TrainStep
     feed: Feed
@@ -45,7 +46,7 @@ class Session:
 
     @property
     def effective(self) -> dict[str, Any]:
-        return _switches(self.config)
+        return switches(self.config)
 
     def close(self) -> None:
         self.step.close()
@@ -157,7 +158,7 @@ def open_session(config: RunConfig, records: Records, world: World) -> Session:
     facts = environment(
         num_threads=torch.get_num_threads(), allocator=world.allocator, gpu=meters.gpu_facts(device)
     )
-    return Session(world, records, effective, _switches(config), notes, step, feed, facts, warmup_s)
+    return Session(world, records, config, effective, notes, step, feed, facts, warmup_s)
 
 
 def _gathers(config: RunConfig) -> bool:
@@ -176,7 +177,8 @@ def evaluate(session: Session, split_name: str) -> tuple[float, float]:
     return loss, accuracy
 
 
-def _switches(config: RunConfig) -> dict[str, Any]:
+def switches(config: RunConfig) -> dict[str, Any]:
+    """What makes a step fast, as reports show it."""
     return {
         "precision": config.step.precision,
         "channels_last": config.step.channels_last,

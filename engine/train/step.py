@@ -12,7 +12,7 @@ Shapes: K steps of a launch, S of an epoch, B samples of one rank in a step, H x
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -28,9 +28,10 @@ from engine.feeds.batch import Batch, Feed, Source
 from engine.meters import span
 from engine.models.baseline import GlyphNet
 from engine.order import PADDING_ID, Order, round_keys
-from engine.train.capture import Graph, check_like, state_kept
+from engine.train.capture import Graph, check_like
 from engine.train.objective import Objective, set_fp32_precision
 from engine.train.optim import lr_table, make_optimizer
+from engine.train.state import TrainState
 from engine.world import World
 
 WARMUP_STEPS = 3
@@ -94,13 +95,11 @@ class TrainStep:
         world: World,
         source: Source | None = None,
     ) -> None:
-        self._config, self._order, self._static, self._world, self._source = (
-            config,
-            order,
-            static,
-            world,
-            source,
-        )
+        self._config = config
+        self._order = order
+        self._static = static
+        self._world = world
+        self._source = source
         device, num_steps = world.device, config.epochs * order.steps_per_epoch
         if config.step.channels_last:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -150,6 +149,21 @@ class TrainStep:
             )
             ddp._set_ddp_runtime_logging_sample_rate(NEVER)
 
+    @property
+    def state(self) -> TrainState:
+        """Every tensor that the run keeps."""
+        counters = {"counters": self.counter_21, "evaluation sums": self._eval_sums}
+        return TrainState(self.model, self.optimizer, self.scaler, counters)
+
+    @contextmanager
+    def eagerly(self) -> Iterator[None]:
+        """Without the graphs while this is entered, so that a profiler sees each operation."""
+        graphs, self._graphs = self._graphs, {}
+        try:
+            yield
+        finally:
+            self._graphs = graphs
+
     def prepare(self) -> None:
         """Warm up on the static batch and, where asked for, capture; every state is put back in place.
 
@@ -157,8 +171,7 @@ class TrainStep:
         """
         if self._source:
             self._source.load_epoch(0)
-        counters = [self.counter_21, self._eval_sums]
-        with state_kept(self.model, self.optimizer, self.scaler, counters):
+        with self.state.kept():
             for _ in range(DDP_WARMUP_STEPS if self._world.size > 1 else WARMUP_STEPS):
                 self._run(self._slots(1), 1)
                 self._evaluate(self._slots(1))

@@ -1,4 +1,4 @@
-"""fit(): the one loop and its clock. Everything slow or fragile (disk, sums, evaluation) is off the clock.
+"""The trainer: the one loop and its clock. Everything slow or fragile (disk, sums, evaluation) is off the clock.
 
 Shapes: B samples of one rank, H x W pixels.
 """
@@ -6,6 +6,7 @@ Shapes: B samples of one rank, H x W pixels.
 import json
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from engine.durable import write_file, writing
 from engine.report import RunReport, without_folders, write_json
 from engine.train import idlog
 from engine.train.checkpoint import Position, load_checkpoint, save_checkpoint, save_model
-from engine.train.session import Session, evaluate, open_session
+from engine.train.session import Session, evaluate, open_session, switches
 from engine.ui import progress_bar
 from engine.world import World
 
@@ -28,37 +29,20 @@ Say = Callable[[str], None]
 def fit(
     config: RunConfig, records: Records, world: World, out: Path, *, resume: bool, say: Say
 ) -> RunReport:
-    """Train as `config` says and write OUT: report.json, metrics.jsonl, model.safetensors, config.toml, checkpoints/.
-
-    Args:
-        resume: go on from OUT's newest checkpoint.
-        say: prints a line on rank 0.
-    Raises:
-        UserError: a checkpoint is missing or foreign, the loss is not finite, or the disk is full.
-    """
-    with world.on_stream():
-        session = open_session(config, records, world)
-        try:
-            return train(session, config, out, resume=resume, say=say)
-        finally:
-            session.close()
-
-
-def train(session: Session, config: RunConfig, out: Path, *, resume: bool, say: Say) -> RunReport:
-    """fit() in a session that is open, and stays open; `config` is what was requested."""
-    for note in session.notes:
-        say(f"note: {note}")
-    return _Fit(session, config, out, say).run(resume)
+    """Open a session of `config`, train it as `Trainer.fit` does, and close it."""
+    with world.on_stream(), closing(open_session(config, records, world)) as session:
+        return Trainer(session, out, say).fit(resume)
 
 
 @dataclass
-class _Fit:
-    """The state of one fit() while it runs."""
+class Trainer:
+    """Trains an open session, which stays open."""
 
     session: Session
-    config: RunConfig
     out: Path
+    """The folder for report.json, metrics.jsonl, model.safetensors, config.toml, checkpoints/."""
     say: Say
+    """Prints a line on rank 0."""
     wait_s: float = 0.0
     eval_s: float = 0.0
     num_skipped: int = 0
@@ -69,12 +53,22 @@ class _Fit:
     """TensorBoard's writer, on rank 0 and where asked for."""
 
     def __post_init__(self) -> None:
+        self.config = self.session.requested
         self.watch = meters.Stopwatch(self.session.world.device)
         self.nvml = meters.Nvml(self.session.world.device)
         self.steps_per_epoch = self.session.feed.order.steps_per_epoch
         self.has_val = "val" in self.session.records.splits
 
-    def run(self, resume: bool) -> RunReport:
+    def fit(self, resume: bool) -> RunReport:
+        """Train all epochs that are left, evaluate, and write OUT.
+
+        Args:
+            resume: go on from OUT's newest checkpoint.
+        Raises:
+            UserError: a checkpoint is missing or foreign, the loss is not finite, or the disk is full.
+        """
+        for note in self.session.notes:
+            self.say(f"note: {note}")
         first_epoch = self._resume() if resume else 0
         resumed_s = self.watch.total_s
         self.session.world.first(lambda: self._start_files(first_epoch))
@@ -149,9 +143,7 @@ class _Fit:
         step = self.session.step
         position, skipped = load_checkpoint(
             self.out,
-            step.model,
-            step.optimizer,
-            step.scaler,
+            step.state,
             digest=self.config.digest(),
             fingerprint=self.session.records.fingerprint,
         )
@@ -209,9 +201,7 @@ class _Fit:
                 save_checkpoint(
                     self.out,
                     position,
-                    step.model,
-                    step.optimizer,
-                    step.scaler,
+                    step.state,
                     digest=self.config.digest(),
                     fingerprint=self.session.records.fingerprint,
                 )
@@ -233,8 +223,8 @@ class _Fit:
             config=without_folders(asdict(self.config)),
             config_digest=self.config.digest(),
             dataset_fingerprint=session.records.fingerprint,
-            requested=session.requested,
-            effective=session.effective,
+            requested=switches(session.requested),
+            effective=switches(session.config),
             notes=without_folders(session.notes),
             clock_includes=CLOCK_INCLUDES,
             num_ranks=session.world.size,

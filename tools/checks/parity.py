@@ -89,17 +89,14 @@ def few(records: Records) -> Records:
 
 def state_of(step: TrainStep, losses: list[np.ndarray]) -> State:
     """What training left, copied to the CPU; names begin with their group."""
+    left = step.state
     state = {"loss": torch.from_numpy(np.concatenate(losses)), "counters": step.counter_21}
-    scaler = step.scaler.state_dict()
-    state["scaler"] = torch.tensor(
-        [float(scaler[key]) for key in ("scale", "_growth_tracker") if key in scaler]
-    )
+    state["scaler"] = torch.tensor(list(left.scaler_numbers().values()))
+    state |= {f"parameters {name}": tensor for name, tensor in left.model_tensors().items()}
+    state |= {f"optimiser {name}": tensor for name, tensor in left.optimizer_tensors().items()}
     for name, parameter in step.model.named_parameters():
         assert parameter.grad is not None
-        state |= {f"parameters {name}": parameter, f"gradients {name}": parameter.grad}
-        for key, value in step.optimizer.state[parameter].items():
-            state[f"optimiser {name} {key}"] = value
-    state |= {f"parameters {name}": buffer for name, buffer in step.model.named_buffers()}
+        state[f"gradients {name}"] = parameter.grad
     return {
         name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()
     }
@@ -126,12 +123,10 @@ def resumed(config: RunConfig, records: Records, world: World) -> State:
     with tempfile.TemporaryDirectory() as folder:
         with closing(open_session(config, records, world)) as session:
             losses, step = train_epochs(session, range(1)), session.step
-            save_checkpoint(
-                Path(folder), position, step.model, step.optimizer, step.scaler, **marks
-            )
+            save_checkpoint(Path(folder), position, step.state, **marks)
         with closing(open_session(config, records, world)) as session:
             step = session.step
-            load_checkpoint(Path(folder), step.model, step.optimizer, step.scaler, **marks)
+            load_checkpoint(Path(folder), step.state, **marks)
             step.resume_at(STEPS)
             return state_of(step, losses + train_epochs(session, range(1, EPOCHS)))
 

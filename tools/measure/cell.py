@@ -26,7 +26,7 @@ from engine.host import prepare_process
 from engine.paths import PATH
 from engine.report import write_json
 from engine.train.session import Session, open_session
-from engine.train.trainer import train
+from engine.train.trainer import Trainer
 from engine.world import World, end_rank, start_world
 from tools.measure.roofline import copy_bandwidth, roofline_fraction
 from tools.measure.steps import measure
@@ -69,18 +69,18 @@ def repetition(job: dict[str, Any], world: World) -> dict[str, Any]:
     config = override(RunConfig(), job["settings"], "the cell")
     records = open_for(config.data, config.data.path or job["data"] or ensure_sample())
     with closing(open_session(config, records, world)) as session:
-        found = NOT_ASKED | (_trained(session, config) if job["accuracy"] else {})
+        found = NOT_ASKED | (_trained(session) if job["accuracy"] else {})
         found |= {"confusion": _confusion(session) if job["accuracy"] and job["first"] else None}
         found |= _timed(session, job["num_steps"])
         trace = traced(session, min(job["num_steps"], NUM_TRACED)) if job["first"] else None
         return found | {"stage_ms": trace and stages(trace, world.device)}
 
 
-def _trained(session: Session, config: RunConfig) -> dict[str, Any]:
+def _trained(session: Session) -> dict[str, Any]:
     """Whole epochs as engine.run trains them."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
-        report = train(session, config, out, resume=False, say=lambda line: None)
+        report = Trainer(session, out, lambda line: None).fit(resume=False)
         lines = (
             (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
             if session.world.is_first

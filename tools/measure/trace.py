@@ -70,8 +70,7 @@ def traced(session: Session, num_steps: int, *, detailed: bool = False) -> Trace
     device, done, wait_s = session.world.device, 0, 0.0
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
     with meters.tracing(), ExitStack() as after:
-        after.callback(setattr, session.step, "_graphs", session.step._graphs)
-        session.step._graphs = {}
+        after.enter_context(session.step.eagerly())
         launches = endless(session)
         for _ in islice(launches, NUM_UNTRACED):
             pass
