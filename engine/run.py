@@ -2,23 +2,20 @@
 
 from contextlib import ExitStack
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from engine.config import RECIPES, RunConfig, load_toml, override, parse_assignments
-from engine.durable import is_empty, take_folder
+from engine.durable import take_folder
 from engine.errors import UserError, exit_on_user_error
 from engine.flags import flag_settings, setting_options
 from engine.host import cache_notes, env_rank, prepare_process
 from engine.paths import PATH, path_text, written_path
 from engine.ranks import Ranks, join_ranks
+from engine.train.folder import check_new, check_resumable
 from engine.ui import guard_outputs
-
-if TYPE_CHECKING:
-    from engine.data.records import Records
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -79,7 +76,7 @@ def _first_config(
         if out and out != resume:
             remedy = "a resumed run goes on in its own, leave out --out"
             raise UserError(f"--out and --resume name two folders; {remedy}")
-        _check_resumable(resume)
+        check_resumable(resume)
         return load_toml(RunConfig(), resume / "config.toml")
     config = RECIPES[recipe or "fast"]
     if recipe == "study":  # its batch is a rank's
@@ -90,22 +87,19 @@ def _first_config(
 def _run(
     config: RunConfig, ranks: Ranks, out: Path | None, resume: Path | None, device: str
 ) -> None:
-    from engine.train.trainer import fit
-    from engine.world import check_ranks, start_world
+    from engine.train.session import open_run_records
+    from engine.train.trainer import check_run, fit
+    from engine.world import start_world
 
-    if config.tensorboard and find_spec("tensorboard") is None:
-        raise UserError(
-            "--tensorboard: the package is not installed; pip install tensorboard, or leave it out"
-        )
     for note in cache_notes():
         _say(f"note: {note}")
-    ranks.agree(lambda: check_ranks(device))
-    records = ranks.agree(lambda: _open_records(config, ranks.size))
+    ranks.agree(lambda: check_run(config, device))
+    records = ranks.agree(lambda: open_run_records(config, ranks.size))
     ranks.agree_on("records' fingerprint", records.fingerprint)
     with ExitStack() as stack:
 
         def take() -> str:
-            check = _check_resumable if resume else _check_new
+            check = check_resumable if resume else check_new
             return path_text(stack.enter_context(take_folder(resume or out, check=check)))
 
         out = written_path(ranks.from_first(take))
@@ -120,37 +114,6 @@ def _run(
 def _say(line: str) -> None:
     if env_rank() == 0:
         click.echo(line)
-
-
-def _open_records(config: RunConfig, num_ranks: int) -> "Records":
-    from engine.data.sample import ensure_sample
-    from engine.feeds.build import open_for
-    from engine.train.session import check_batch
-
-    records = open_for(config.data, config.data.path or ensure_sample())
-    check_batch(config, records, num_ranks)
-    return records
-
-
-def _check_new(out: Path) -> None:
-    if is_empty(out):
-        return
-    if any(out.glob("checkpoints/epoch-*")):
-        raise UserError(
-            f"{out}: holds a run already; name another --out, or go on with --resume {out}"
-        )
-    raise UserError(f"{out}: is not empty, and holds no run to resume; name another --out")
-
-
-def _check_resumable(run: Path) -> None:
-    remedy = "give --resume the folder of an earlier run"
-    if not run.is_dir():
-        raise UserError(f"{run}: no such folder; {remedy}")
-    if not (run / "config.toml").is_file():
-        raise UserError(f"{run}: holds no config.toml, so it is no run's folder; {remedy}")
-    if not any(run.glob("checkpoints/epoch-*")):
-        anew = f"start anew with another --out (and --config {run / 'config.toml'})"
-        raise UserError(f"{run}: holds no checkpoint to resume from; {anew}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from safetensors.numpy import load_file
 
 from engine import run
+from engine.train import trainer
 from tests.conftest import Command, assert_refused
 
 SHORT = ("--epochs", 3, "--batch-size", 32, "--device", "cpu")
@@ -352,7 +353,7 @@ def test_tensorboard_shows_the_epochs_of_a_resumed_run_once(
 def test_a_missing_tensorboard_is_said_before_training(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(run, "find_spec", lambda name: None)
+    monkeypatch.setattr(trainer, "find_spec", lambda name: None)
     done = CliRunner().invoke(run.main, ["--tensorboard", "--out", str(tmp_path / "out")])
     assert done.exit_code == 2 and "pip install tensorboard" in done.stderr
     assert list(tmp_path.iterdir()) == []

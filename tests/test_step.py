@@ -74,7 +74,7 @@ def test_relu_after_the_pool_changes_no_bit() -> None:
     results = []
     for name in ("baseline", "fast"):
         model = make_model(ModelConfig(name=name), 28, 28, 94, seed=0)  # type: ignore[arg-type]
-        image = torch.rand(64, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+        image = random_batch(64, (28, 28), 94, CPU).image_BHW
         logits = model(image)
         logits.square().sum().backward()
         results.append([logits, *(p.grad for p in model.parameters())])
@@ -182,7 +182,7 @@ def test_sums_are_the_batches_own(world: World, small: Records) -> None:
     assert padded > 0
     loss, accuracy, seen = step.read_evaluation()
     with torch.no_grad():
-        logits = step.model(torch.from_numpy(split.image_NHW).unsqueeze(1) / 255)
+        logits = step.model(torch.from_numpy(split.image_NHW))
     label = torch.from_numpy(split.label_N).long()
     assert seen == len(split)
     assert loss == pytest.approx(float(torch.nn.functional.cross_entropy(logits, label)), rel=1e-5)

@@ -92,11 +92,7 @@ def predict(config: RunConfig, weights: Path, records: Records, split: Split) ->
     """answer_N: the class index the network gives each image of the split (fp32, on the CPU)."""
     model = make_model(config.model, *records.height_width, len(records.classes), seed=0)
     load_weights(model, weights)
-    return answers(
-        lambda image_BHW: model(image_BHW.unsqueeze(1).float() / 255),
-        split.image_NHW,
-        torch.device("cpu"),
-    )
+    return answers(model, split.image_NHW, torch.device("cpu"))
 
 
 def load_weights(model: torch.nn.Module, file: Path) -> None:

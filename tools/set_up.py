@@ -56,7 +56,7 @@ def pip(*words: str, index: str = "") -> subprocess.CompletedProcess[str]:
     if index:
         command += ["--index-url", index]
         environment |= {"PIP_EXTRA_INDEX_URL": "", "PIP_FIND_LINKS": ""}
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
+    return subprocess.run(command, env=environment, capture_output=True, encoding="utf-8")
 
 
 def install(*words: str, index: str = "") -> None:
@@ -143,7 +143,7 @@ def make_venv() -> None:
     if here and PYTHON.exists() and not pip("--version").returncode:
         return
     done = subprocess.run(
-        [sys.executable, "-m", "venv", "--clear", str(VENV)], capture_output=True, text=True
+        [sys.executable, "-m", "venv", "--clear", str(VENV)], capture_output=True, encoding="utf-8"
     )
     if done.returncode:
         shutil.rmtree(VENV, ignore_errors=True)

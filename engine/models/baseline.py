@@ -33,8 +33,10 @@ class GlyphNet(nn.Module):
         relu_after_pool: bool,
         fused: frozenset[str] = frozenset(),
     ) -> None:
-        """`fused`: those of kernels.NAMES that compute layers; with conv_pool_relu images are uint8, unscaled."""
+        """`fused`: those of kernels.NAMES that compute layers."""
         super().__init__()
+        self.channels_last = False
+        """Whether activations are NHWC; set together with the weights' memory format."""
         self.relu_after_pool = relu_after_pool
         self.fused = fused
         self.conv1 = nn.Conv2d(1, CONV1_CHANNELS, 3, padding=1)
@@ -42,24 +44,29 @@ class GlyphNet(nn.Module):
         self.fc1 = nn.Linear(CONV2_CHANNELS * (height // 4) * (width // 4), HIDDEN)
         self.fc2 = nn.Linear(HIDDEN, num_classes)
 
-    def forward(self, image_B1HW: torch.Tensor) -> torch.Tensor:
-        """Logits [B, K] of images scaled to 0..1 (or of pixels: see `fused`)."""
-        x_BCHW = self._second(self._first(image_B1HW))
+    def forward(self, image_BHW: torch.Tensor) -> torch.Tensor:
+        """Logits [B, K] of uint8 pixels, of the type of the arithmetic."""
+        x_BCHW = self._second(self._first(image_BHW))
         logits_BK: torch.Tensor = self.fc2(functional.relu(self.fc1(x_BCHW.flatten(1))))
         return logits_BK
 
-    def _first(self, image_B1HW: torch.Tensor) -> torch.Tensor:
+    def _first(self, image_BHW: torch.Tensor) -> torch.Tensor:
         if "conv_pool_relu" not in self.fused:
-            return self._relu_pool(self.conv1(image_B1HW))
+            return self._relu_pool(self.conv1(self._scaled(image_BHW)))
         from kernels.conv_pool_relu import conv_pool_relu
 
-        device = image_B1HW.device.type
-        dtype = (
-            torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
-        )
-        return conv_pool_relu(
-            image_B1HW[:, 0], self.conv1.weight, cast(torch.Tensor, self.conv1.bias), dtype
-        )
+        device, dtype = image_BHW.device.type, torch.float32
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        bias = cast(torch.Tensor, self.conv1.bias)
+        return conv_pool_relu(image_BHW, self.conv1.weight, bias, dtype)
+
+    def _scaled(self, image_BHW: torch.Tensor) -> torch.Tensor:
+        """image_B1HW, fp32 in 0..1."""
+        image_B1HW = image_BHW.unsqueeze(1).to(torch.float32).mul_(1 / 255)
+        if self.channels_last:
+            image_B1HW = image_B1HW.contiguous(memory_format=torch.channels_last)
+        return image_B1HW
 
     def _second(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         if "bias_pool_relu" not in self.fused:

@@ -18,7 +18,6 @@ class Objective(torch.nn.Module):
     def __init__(self, model: GlyphNet, config: RunConfig, device: torch.device) -> None:
         super().__init__()
         self.model = model
-        self._channels_last = config.step.channels_last
         self._smoothing = config.optim.label_smoothing
         self._fused_loss = "softmax_cross_entropy" in config.kernels
         self._device_type, self._dtype = device.type, _AUTOCAST.get(config.step.precision)
@@ -39,16 +38,10 @@ class Objective(torch.nn.Module):
         return self._raw_logits(image_BHW).float()
 
     def _raw_logits(self, image_BHW: torch.Tensor) -> torch.Tensor:
-        """Of the type of the arithmetic; cast, scaling to 0..1 and layout are the first operations."""
-        image_B1HW = image_BHW.unsqueeze(1)
-        if "conv_pool_relu" not in self.model.fused:
-            image_B1HW = image_B1HW.to(torch.float32).mul_(1 / 255)
-            if self._channels_last:
-                image_B1HW = image_B1HW.contiguous(memory_format=torch.channels_last)
         with torch.autocast(
             self._device_type, self._dtype or torch.bfloat16, enabled=self._dtype is not None
         ):
-            logits_BC: torch.Tensor = self.model(image_B1HW)
+            logits_BC: torch.Tensor = self.model(image_BHW)
         return logits_BC
 
 

@@ -14,9 +14,10 @@ import torch
 from engine import meters
 from engine.config import DataConfig, RunConfig
 from engine.data.records import Records
+from engine.data.sample import ensure_sample
 from engine.errors import UserError
 from engine.feeds.batch import Feed
-from engine.feeds.build import SOURCES, make_feed, make_source
+from engine.feeds.build import SOURCES, make_feed, make_source, open_for
 from engine.feeds.synthetic import random_batch
 from engine.models.baseline import check_image_size, make_model
 from engine.order import Order
@@ -80,6 +81,17 @@ def make_order(
         block_samples=config.data.block_samples if in_blocks else 0,
         window_blocks=config.data.window_blocks if in_blocks else 0,
     )
+
+
+def open_run_records(config: RunConfig, num_ranks: int) -> Records:
+    """The records that `config` names, or the packaged sample; they can serve its batch.
+
+    Raises:
+        UserError: they cannot be opened, or the batch does not fit them.
+    """
+    records = open_for(config.data, config.data.path or ensure_sample())
+    check_batch(config, records, num_ranks)
+    return records
 
 
 def check_batch(config: RunConfig, records: Records, world_size: int) -> None:

@@ -103,6 +103,7 @@ class TrainStep:
         device, num_steps = world.device, config.epochs * order.steps_per_epoch
         if config.step.channels_last:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            model.channels_last = True
         self.model = model
         self.steps_per_launch = config.step.steps_per_launch
         self.capture_failure = ""

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,24 @@ from engine import meters
 from engine.config import RunConfig, to_toml
 from engine.data.records import Records
 from engine.durable import write_file, writing
+from engine.errors import UserError
 from engine.report import RunReport, without_folders, write_json
 from engine.train import idlog
 from engine.train.checkpoint import Position, load_checkpoint, save_checkpoint, save_model
 from engine.train.session import Session, evaluate, open_session, switches
 from engine.ui import progress_bar
-from engine.world import World
+from engine.world import World, check_ranks
 
 CLOCK_INCLUDES = "every training step with its data; not: start-up, warm-up, capture, evaluation, checkpoints, reports"
 Say = Callable[[str], None]
+
+
+def check_run(config: RunConfig, device_name: str) -> None:
+    """UserError if something that a run needs is not here; asked before anything is opened or written."""
+    check_ranks(device_name)
+    if config.tensorboard and find_spec("tensorboard") is None:
+        remedy = "pip install tensorboard, or leave it out"
+        raise UserError(f"--tensorboard: the package is not installed; {remedy}")
 
 
 def fit(
