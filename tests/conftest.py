@@ -15,13 +15,15 @@ from engine.config import read_toml
 from engine.data.pack import pack
 from engine.data.records import Records, open_records
 from engine.host import ROOT, prepare_process
-from engine.world import World
+from engine.world import World, has_fast_bf16
 from tools.measure.matrix import is_matrix
 
 prepare_process()  # as every command does
 
 CLASSES = ("0", "00", "NA", ",", '"', "a", "é", "~")
 NUM_FONTS = 40
+FAST_PRECISION = "bf16" if has_fast_bf16(torch.device("cpu")) else "fp32"
+"""What this machine makes of --amp on a CPU."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

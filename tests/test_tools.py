@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from engine.config import RunConfig, read_toml
-from tests.conftest import Command, assert_refused, run_configs
+from tests.conftest import FAST_PRECISION, Command, assert_refused, run_configs
 from tools import gpu
 from tools.measure import ladder
 from tools.measure.feeds import FEEDS
@@ -38,7 +38,7 @@ def test_profile_bare_profiles_the_default(command: Command, tmp_path: Path) -> 
     (line,) = cell["repetitions"]
     assert (
         cell["name"] == "default"
-        and line["effective"]["precision"] == "bf16"
+        and line["effective"]["precision"] == FAST_PRECISION
         and line["global_batch"] == 64
     )
     assert line["step_p10_ms"] <= line["step_ms"] <= line["step_p90_ms"] and line["num_steps"] == 4

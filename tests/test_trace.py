@@ -16,7 +16,7 @@ from engine.meters import span, tracing
 from engine.models.baseline import flops_per_image
 from engine.train.session import Session, open_session
 from engine.world import World
-from tests.conftest import Command, assert_refused
+from tests.conftest import FAST_PRECISION, Command, assert_refused
 from tools.measure import trace
 from tools.measure.steps import endless
 
@@ -112,7 +112,7 @@ def test_the_command_leaves_a_trace_and_tables_of_two_ranks(
     }
     assert "traceName" not in tree
     tables = json.loads((tmp_path / "tables.json").read_text())
-    assert tables["effective"]["precision"] == "bf16" and tables["launch_gaps"] is None
+    assert tables["effective"]["precision"] == FAST_PRECISION and tables["launch_gaps"] is None
     assert tables["stage_ms"]["all_reduce"] > 0 and tables["stage_ms"]["backward"] > 0
     assert list(pd.read_csv(tmp_path / "operators.csv")["operator"]) == [
         row["operator"] for row in tables["operators"]
