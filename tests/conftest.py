@@ -1,15 +1,19 @@
 """Shared fixtures: a small CSV of drawn shapes, its records, and engine.run in a child process."""
 
 import csv
+import importlib
 import os
+import signal
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
 from engine.config import read_toml
 from engine.data.pack import pack
@@ -85,25 +89,53 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture(scope="session")
 def command(cache: Path) -> Command:
-    """Run a command line from the repository root; "python" and "torchrun" are this environment's."""
+    """Run a command line from the repository root; "python" and "torchrun" are this environment's.
+
+    A command of ours runs in this process, as its main does (importing torch costs a child seconds); torchrun,
+    python -c and what is not ours run in children. tests/test_host.py and test_setup.py start the real scripts.
+    """
 
     def run(*words: object, **environment: str) -> subprocess.CompletedProcess[str]:
         line = [str(word) for word in words]
-        tools = {
-            "python": [sys.executable],
-            "torchrun": [sys.executable, "-m", "torch.distributed.run"],
-        }
-        line = tools.get(line[0], [line[0]]) + line[1:]
-        variables = os.environ | {
-            "XDG_CACHE_HOME": str(cache),
-            "OMP_NUM_THREADS": "1",
-            **environment,
-        }
-        return subprocess.run(
-            line, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=240
-        )
+        variables = {"XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1", **environment}
+        if line[:2] == ["python", "-m"]:
+            return in_process(line[2], line[3:], variables)
+        if line[0].startswith("tools/"):
+            return in_process(line[0].replace("/", "."), line[1:], variables)
+        return child(line, variables)
 
     return run
+
+
+def child(line: list[str], variables: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run a command line in a process of its own."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run"]
+    names = {"python": [sys.executable], "torchrun": torchrun}
+    line = names.get(line[0], [line[0]]) + line[1:]
+    variables = os.environ | variables
+    return subprocess.run(
+        line, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=240
+    )
+
+
+def in_process(
+    module: str, words: list[str], variables: dict[str, str]
+) -> subprocess.CompletedProcess[str]:
+    """Call a command's main with one thread, as a child with OMP_NUM_THREADS=1 would run it."""
+    main = importlib.import_module(module).main
+    folder, threads, on_term = Path.cwd(), torch.get_num_threads(), signal.getsignal(signal.SIGTERM)
+    os.chdir(ROOT)
+    torch.set_num_threads(1)
+    try:
+        done = CliRunner().invoke(main, words, env=variables, prog_name=module)
+    finally:
+        os.chdir(folder)
+        torch.set_num_threads(threads)
+        signal.signal(signal.SIGTERM, on_term)
+    errors = done.stderr
+    if done.exception and not isinstance(done.exception, SystemExit):
+        errors += "".join(traceback.format_exception(done.exception))
+    return subprocess.CompletedProcess(words, done.exit_code, done.stdout, errors)
 
 
 def run_configs() -> list[Path]:

@@ -1,20 +1,14 @@
-"""What one rank cannot do, all ranks say: by a real store in threads, and by two machines' torchruns."""
+"""What one rank cannot do, all ranks say: by a real store in threads (tests/reliability/ranks.py: by torchrun)."""
 
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 from torch import distributed
 
 from engine import ranks as ranks_module
-from engine.data.pack import pack
 from engine.errors import UserError
-from engine.host import ROOT
 from engine.ranks import OtherRankFailed, Ranks, join_ranks
 
 
@@ -119,43 +113,3 @@ def test_a_meeting_place_that_cannot_be_reached_is_named(monkeypatch: pytest.Mon
         UserError, match="rank 1: cannot meet the others at .*check torchrun's address"
     ):
         join_ranks()
-
-
-def two_machines(folders: list[Path], port: int, *words: object) -> list[str]:
-    """What torchrun prints on each of two machines (this one twice); both must end within a minute."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
-    place = ["--master-addr=127.0.0.1", f"--master-port={port}"]
-    variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    children = []
-    for number, folder in enumerate(folders):
-        line = [*torchrun, f"--node-rank={number}", *place, "-m", "engine.run", *map(str, words)]
-        child = subprocess.Popen(
-            line, cwd=folder, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-        )
-        children.append(child)
-    printed = [child.communicate(timeout=60)[1].decode() for child in children]
-    assert all(child.returncode == 1 for child in children), printed  # torchrun's own
-    assert all("exitcode  : 2" in text for text in printed), printed
-    return printed
-
-
-def test_what_one_machine_lacks_is_one_sentence_on_both(small_csv: Path, tmp_path: Path) -> None:
-    """Records missing on a machine, and a block that is damaged there and read in the middle of training."""
-    folders = [tmp_path / "0", tmp_path / "1"]
-    for folder in folders:
-        pack(small_csv, folder / "whole")
-    pack(small_csv, folders[0] / "missing")
-    train = folders[1] / "whole" / "train-00000.arrow"
-    data = bytearray(train.read_bytes())
-    data[5000] ^= 1
-    train.write_bytes(data)
-    flags = ("--batch-size=8", "--epochs=1", "--device=cpu", "--out=o")
-    lacking = two_machines(folders, 29713, "--data=missing", *flags)
-    stream = ("--feed=stream", "--order=blocked")
-    damaged = two_machines(folders, 29714, "--data=whole", *stream, *flags)
-    for printed, sentence in ((lacking, "no such record directory"), (damaged, "has CRC32")):
-        for text in printed:
-            said = [line for line in text.splitlines() if line.startswith("error: ")]
-            assert len(said) == 1 and said[0].startswith("error: rank 1: "), text
-            assert sentence in said[0] and "gloo" not in text, text
-    assert not (folders[0] / "o").exists() or not list((folders[0] / "o").glob("*.safetensors"))

@@ -11,7 +11,11 @@ from click.testing import CliRunner
 from safetensors.numpy import load_file
 
 from engine import run
+from engine.config import RunConfig
+from engine.data.records import Records
+from engine.errors import UserError
 from engine.train import trainer
+from engine.train.session import check_batch
 from tests.conftest import Command, assert_refused
 
 SHORT = ("--epochs", 3, "--batch-size", 32, "--device", "cpu")
@@ -296,15 +300,9 @@ def test_under_torchrun_one_rank_speaks_and_all_exit_2(command: Command, tmp_pat
     assert "exitcode  : 2" in done.stderr and list(tmp_path.iterdir()) == []
 
 
-def test_ranks_that_do_not_divide_the_batch_are_refused(
-    small_dir: Path, command: Command, tmp_path: Path
-) -> None:
-    (tmp_path / "c.toml").write_text("global_batch = 33\n")
-    flags = ("--config", tmp_path / "c.toml", "--data", small_dir, "--out", tmp_path / "out")
-    done = command("torchrun", "--standalone", "--nproc-per-node=2", "-m", "engine.run", *flags)
-    assert (
-        done.stderr.count("cannot be divided by 2 ranks") == 1 and not (tmp_path / "out").exists()
-    )
+def test_ranks_that_do_not_divide_the_batch_are_refused(small: Records) -> None:
+    with pytest.raises(UserError, match="33 cannot be divided by 2 ranks; give --batch-size"):
+        check_batch(RunConfig(global_batch=33), small, 2)
 
 
 def test_places_that_cannot_be_written_are_named(

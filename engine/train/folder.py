@@ -15,7 +15,7 @@ def check_new(out: Path) -> None:
         return
     if _has_checkpoints(out):
         remedy = f"name another --out, or go on with --resume {out}"
-        raise UserError(f"{out}: holds a run already; {remedy}")
+        raise UserError(f"{out}: is not empty, it holds a run; {remedy}")
     raise UserError(f"{out}: is not empty, and holds no run to resume; name another --out")
 
 
