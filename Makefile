@@ -24,7 +24,7 @@ proofs: .venv/.installed-test
 	@python -m tests.reliability $(RELIABILITY_ARGS)
 	@python -m tests.kernels
 
-resolve: .venv/.installed
+resolve: .venv/.installed-test
 	@python -m tests.resolve
 
 alone: .venv/.installed-test

@@ -92,22 +92,19 @@ def test_every_torch_of_the_range_has_its_triton() -> None:
     assert set_up.torch_range() == f"torch>=2.{minors[0]},<2.{minors[-1] + 1}"
 
 
-def test_a_conflict_is_named_and_no_answer_is_no_success(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """An old constraints file beside a CUDA build: pip's own words, shortened."""
-    words = """ERROR: Cannot install torch==2.13.0 and triton==3.6.0 because these conflict.
-The conflict is caused by:
-    The user requested triton==3.6.0
-    torch 2.13.0 depends on triton==3.7.1; platform_system == "Linux"
-ERROR: ResolutionImpossible: for help visit https://pip.pypa.io"""
-    told = resolve.conflict(words)
+def test_a_conflict_is_named_and_no_answer_is_no_success() -> None:
+    """A pin that a CUDA build contradicts: the resolver's own words, as one line."""
+    words = """error: No solution found when resolving dependencies
+  ╰─▶ Because torch==2.13.0 depends on triton==3.7.1 and you require
+      triton==3.6.0, we can conclude that your requirements are unsatisfiable.
+"""
+    case = resolve.Case("3.12", "torch 2.13", ())
+    failed = subprocess.CompletedProcess((), 1, "", words)
+    told = resolve.fault_of(case, failed, {})
     assert "\n" not in told
-    assert "triton==3.6.0; torch 2.13.0 depends on triton==3.7.1" in told
-    assert resolve.conflict("") == "pip failed and said nothing"
-    case = resolve.Case("3.12", "torch 2.14", ())
-    failed = subprocess.CompletedProcess((), 1, "", "ERROR: No matching distribution for torch")
-    assert resolve.fault_of(case, failed, {}) == "No matching distribution for torch"
+    assert "torch==2.13.0 depends on triton==3.7.1 and you require triton==3.6.0" in told
+    silent = subprocess.CompletedProcess((), 1, "", "")
+    assert resolve.fault_of(case, silent, {}) == "uv failed and said nothing"
 
 
 def test_a_triton_that_the_table_does_not_name_fails() -> None:
