@@ -69,20 +69,6 @@ def _tap(image_ptr, row, y, x, weight, HEIGHT: tl.constexpr, WIDTH: tl.constexpr
 
 
 @triton.jit
-def _bilinear(image_ptr, row, v, u, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
-    """The image at row v, column u, pixels' centres being whole numbers; rounded to nearest."""
-    left = tl.floor(tl.minimum(tl.maximum(u, -2.0), WIDTH))
-    top = tl.floor(tl.minimum(tl.maximum(v, -2.0), HEIGHT))
-    right = u - left
-    below = v - top
-    value = _tap(image_ptr, row, top, left, (1 - below) * (1 - right), HEIGHT, WIDTH)
-    value += _tap(image_ptr, row, top, left + 1, (1 - below) * right, HEIGHT, WIDTH)
-    value += _tap(image_ptr, row, top + 1, left, below * (1 - right), HEIGHT, WIDTH)
-    value += _tap(image_ptr, row, top + 1, left + 1, below * right, HEIGHT, WIDTH)
-    return (value + ROUND) - ROUND
-
-
-@triton.jit
 def gather_warp_forward(
     image_ptr,
     label_ptr,
@@ -113,10 +99,20 @@ def gather_warp_forward(
         m = matrix_ptr + sample * 6
         u = tl.load(m) * x + tl.load(m + 1) * y + tl.load(m + 2) - 0.5
         v = tl.load(m + 3) * x + tl.load(m + 4) * y + tl.load(m + 5) - 0.5
-        value = _bilinear(image_ptr, row, v, u, HEIGHT, WIDTH).to(tl.uint8)
+        left = tl.floor(tl.minimum(tl.maximum(u, -2.0), WIDTH))
+        top = tl.floor(tl.minimum(tl.maximum(v, -2.0), HEIGHT))
+        right = u - left
+        below = v - top
+        value = _tap(image_ptr, row, top, left, (1 - below) * (1 - right), HEIGHT, WIDTH)
+        value += _tap(image_ptr, row, top, left + 1, (1 - below) * right, HEIGHT, WIDTH)
+        value += _tap(image_ptr, row, top + 1, left, below * (1 - right), HEIGHT, WIDTH)
+        value += _tap(image_ptr, row, top + 1, left + 1, below * right, HEIGHT, WIDTH)
+        value = (value + ROUND) - ROUND
     else:
         value = tl.load(image_ptr + row * (HEIGHT * WIDTH) + place, mask=mask, other=0)
-    tl.store(out_ptr + sample.to(tl.int64) * (HEIGHT * WIDTH) + place, value, mask=mask)
+    tl.store(
+        out_ptr + sample.to(tl.int64) * (HEIGHT * WIDTH) + place, value.to(tl.uint8), mask=mask
+    )
 
 
 @torch.library.custom_op("tmnist::gather_warp", mutates_args=("out_MHW", "label_M", "id_M"))
