@@ -1,7 +1,8 @@
 """Fused Triton kernels for small grey images: torch and Triton only, nothing of engine.
 
-A kernel's file holds, in this order: reference (PyTorch, what CPU tensors get), jit, launcher, autograd. This package's
-own module needs no Triton, so that what is missing can be said; the files themselves do.
+A kernel's file holds, in this order: reference (PyTorch, what CPU tensors get), jit, launcher,
+autograd. README.md here says what each does. This module needs no Triton, so that what is missing
+can be said; the files themselves do.
 """
 
 import os
@@ -15,7 +16,7 @@ NAMES = ("gather_warp", "conv_pool_relu", "bias_pool_relu", "softmax_cross_entro
 
 
 def missing() -> str:
-    """Why no kernel can be had here; empty where Triton has what it needs to build a launcher."""
+    """Why no kernel is supported here; empty where Triton has what it needs to build one."""
     if find_spec("triton") is None:
         return "Triton is not installed; pip install 'triton>=3.6'"
     if not ("CC" in os.environ or shutil.which("gcc") or shutil.which("clang")):

@@ -1,11 +1,14 @@
-"""Second layer around the library's convolution: y = relu(max_pool2d(x, 2) + bias), in one kernel each way.
+"""Second layer, after the library's convolution: y = relu(max_pool2d(x, 2) + bias).
 
-The convolution runs without its bias; adding it after the pool is the same function, to a quarter of the values.
-Backward writes every gradient of x: the pooled one at the winner's place where the ReLU let it pass, 0 elsewhere.
+One kernel each way. The convolution runs without its bias; adding it after the pool is the same
+function, to a quarter of the values. Backward writes every gradient of x: the pooled one at the
+winner's place where the ReLU let it pass, 0 elsewhere.
 
-Bytes a sample (14x14, C = 64, bf16): forward reads 25,088 and writes 6,272 + 1,176 of code; backward the reverse.
+Bytes a sample (14x14, C = 64, bf16): forward reads 25,088 and writes 6,272 + 1,176 of code;
+backward the reverse.
 
-Shapes: B samples, H x W values, P = B (H // 2) (W // 2) pooled positions, C channels, G = C / 32 groups.
+Shapes: B samples, H x W values, P = B (H // 2) (W // 2) pooled positions, C channels, G = C / 32
+groups.
 """
 
 from typing import Any
@@ -52,15 +55,23 @@ def bias_pool_relu_backward_reference(
 def _corner(position, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
     """Index of the first value of each pooled position's window, in values of one channel."""
     per_image: tl.constexpr = (HEIGHT // 2) * (WIDTH // 2)
-    sample, rest = position // per_image, position % per_image
+    sample = position // per_image
+    rest = position % per_image
     return (sample * HEIGHT + rest // (WIDTH // 2) * 2) * WIDTH + rest % (WIDTH // 2) * 2
 
 
 @triton.jit
-def _forward(
-    x_ptr, bias_ptr, y_ptr, code_ptr, num_positions,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+def bias_pool_relu_forward(
+    x_ptr,
+    bias_ptr,
+    y_ptr,
+    code_ptr,
+    num_positions,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     group = tl.program_id(1)
     channel = group * LANES + tl.arange(0, LANES)[None, :]
     position = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -71,35 +82,40 @@ def _forward(
     winner = tl.zeros([BLOCK, LANES], tl.int32)
     for number in tl.static_range(1, 4):
         at = x_ptr + place + (number // 2 * WIDTH + number % 2) * CHANNELS
-        best, winner = better(
-            best, winner, tl.load(at, mask=mask, other=0.0).to(tl.float32), number
-        )
+        value = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        best, winner = better(best, winner, value, number)
     y = best + tl.load(bias_ptr + channel).to(tl.float32)
     passes = ~(y <= 0)
     tl.store(y_ptr + position[:, None] * CHANNELS + channel, tl.where(passes, y, 0.0), mask=mask)
-    num_words = num_positions * (CHANNELS // LANES)
-    store_code(code_ptr, winner, passes, position * (CHANNELS // LANES) + group, num_words, real)
+    groups: tl.constexpr = CHANNELS // LANES
+    store_code(code_ptr, winner, passes, position * groups + group, num_positions * groups, real)
 
 
 @triton.jit
-def _backward(
-    grad_ptr, code_ptr, grad_x_ptr, partial_ptr, num_positions,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, TURNS: tl.constexpr,
-):  # fmt: skip
+def bias_pool_relu_backward(
+    grad_ptr,
+    code_ptr,
+    grad_x_ptr,
+    partial_ptr,
+    num_positions,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TURNS: tl.constexpr,
+):
     """partial [programs, C] fp32: sums for the bias."""
     group = tl.program_id(1)
     channel = group * LANES + tl.arange(0, LANES)[None, :]
+    groups: tl.constexpr = CHANNELS // LANES
     bias_sum = tl.zeros([BLOCK, LANES], tl.float32)
     for turn in range(TURNS):
         position = (tl.program_id(0) + turn * tl.num_programs(0)) * BLOCK + tl.arange(0, BLOCK)
         real = position < num_positions
-        num_words = num_positions * (CHANNELS // LANES)
-        winner, passes = load_code(
-            code_ptr, position * (CHANNELS // LANES) + group, num_words, real
-        )
-        grad = tl.load(
-            grad_ptr + position[:, None] * CHANNELS + channel, mask=real[:, None], other=0.0
-        )
+        word = position * groups + group
+        winner, passes = load_code(code_ptr, word, num_positions * groups, real)
+        at = grad_ptr + position[:, None] * CHANNELS + channel
+        grad = tl.load(at, mask=real[:, None], other=0.0)
         grad = tl.where(passes, grad.to(tl.float32), 0.0)
         bias_sum += grad
         place = _corner(position, HEIGHT, WIDTH)[:, None] * CHANNELS + channel
@@ -121,7 +137,8 @@ def _op(x_BCHW: torch.Tensor, bias_C: torch.Tensor) -> tuple[torch.Tensor, torch
     num_positions, groups = code_3PG.shape[1:]
     tensors = (x_BCHW.contiguous(memory_format=torch.channels_last), bias_C, y_BCYX, code_3PG)
     sizes = {"HEIGHT": height, "WIDTH": width, "CHANNELS": channels, "BLOCK": BLOCK}
-    start(_forward, (triton.cdiv(num_positions, BLOCK), groups), *tensors, num_positions, **sizes)
+    grid = (triton.cdiv(num_positions, BLOCK), groups)
+    start(bias_pool_relu_forward, grid, *tensors, num_positions, **sizes)
     return y_BCYX, code_3PG
 
 
@@ -147,7 +164,8 @@ def _backward_op(
     partial = grad_BCYX.new_empty((programs, channels), dtype=torch.float32)
     tensors = (grad_BCYX.contiguous(memory_format=torch.channels_last), code_3PG, grad_x, partial)
     sizes = {"HEIGHT": height, "WIDTH": width, "CHANNELS": channels, "BLOCK": BLOCK, "TURNS": turns}
-    start(_backward, (programs, groups), *tensors, num_positions, **sizes)
+    grid = (programs, groups)
+    start(bias_pool_relu_backward, grid, *tensors, num_positions, **sizes)
     return grad_x, partial.sum(0)
 
 
@@ -162,7 +180,8 @@ def _backward_fake(
 
 def _save(ctx: Any, inputs: tuple[torch.Tensor, ...], output: tuple[torch.Tensor, ...]) -> None:
     ctx.save_for_backward(output[1])
-    ctx.height_width, ctx.dtype = inputs[0].shape[2:], inputs[1].dtype
+    ctx.height_width = inputs[0].shape[2:]
+    ctx.dtype = inputs[1].dtype
 
 
 def _differentiate(ctx: Any, grad_BCYX: torch.Tensor, _: None) -> object:

@@ -1,15 +1,21 @@
-"""First layer in one kernel: y = relu(max_pool2d(conv2d(image / 255, weight, padding=1) + bias, 2)), one input channel.
+"""First layer in one kernel, from uint8 pixels of one channel.
 
-A pooled position sees 4x4 pixels, which are 16, the smallest depth of a tensor-core product: its four candidates are
-four products of those pixels with the 3x3 weights, put where each candidate's window lies in the 4x4. Pixels enter as
-the integers 0..255, exact in bf16 and fp16, and the sum is scaled by 1/255, so it is rounded less than PyTorch's.
+    y = relu(max_pool2d(conv2d(image / 255, weight, padding=1) + bias, 2))
 
-Backward has the image, the pooled gradient and the code, and no input gradient: for each place in the window the
-gradient of the positions won there, times their 4x4 pixels; the four 16 x C sums fold into 9 x C weight gradients.
+A pooled position sees 4x4 pixels, which are 16, the smallest depth of a tensor-core product: its
+four candidates are four products of those pixels with the 3x3 weights, put where each candidate's
+window lies in the 4x4. Pixels enter as the integers 0..255, exact in bf16 and fp16, and the sum is
+scaled by 1/255, so it is rounded less than PyTorch's.
 
-Bytes a sample (28x28, C = 32, bf16): forward reads 784 and writes 12,544 + 2,352 of code; backward reads all three.
+Backward has the image, the pooled gradient and the code, and no input gradient: for each place in
+the window the gradient of the positions won there, times their 4x4 pixels; the four 16 x C sums
+fold into 9 x C weight gradients.
 
-Shapes: B samples, H x W pixels, P = B (H // 2) (W // 2) pooled positions, C channels, G = C / 32 groups.
+Bytes a sample (28x28, C = 32, bf16): forward reads 784 and writes 12,544 + 2,352 of code; backward
+reads all three.
+
+Shapes: B samples, H x W pixels, P = B (H // 2) (W // 2) pooled positions, C channels, G = C / 32
+groups.
 """
 
 from typing import Any
@@ -33,9 +39,13 @@ from kernels.launch import (
 )
 from kernels.pool import LANES, better, load_code, store_code
 
-BLOCK, BACKWARD_BLOCK = 64, 32
-"""Pooled positions a program takes at once: the most that leave registers for four programs a multiprocessor."""
+BLOCK = 64
+BACKWARD_BLOCK = 32
+"""Pooled positions a program takes at once: the most that leave registers for four programs a
+multiprocessor."""
 SCALE = tl.constexpr(1 / 255)
+PRECISION = tl.constexpr("tf32x3")
+"""Of products of fp32 values: three products in TF32, which together are as good as one in fp32."""
 
 
 def conv_pool_relu_reference(
@@ -61,113 +71,126 @@ def conv_pool_relu_backward_reference(
 def _patches(image_ptr, position, real, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
     """[BLOCK, 16]: the 4x4 pixels of each pooled position, 0 outside the image."""
     per_image: tl.constexpr = (HEIGHT // 2) * (WIDTH // 2)
-    sample, rest = position // per_image, position % per_image
+    sample = position // per_image
+    rest = position % per_image
     tap = tl.arange(0, 16)[None, :]
     row = (rest // (WIDTH // 2) * 2 - 1)[:, None] + tap // 4
     column = (rest % (WIDTH // 2) * 2 - 1)[:, None] + tap % 4
     inside = real[:, None] & (row >= 0) & (row < HEIGHT) & (column >= 0) & (column < WIDTH)
-    return tl.load(
-        image_ptr + sample[:, None] * (HEIGHT * WIDTH) + row * WIDTH + column, mask=inside, other=0
-    )
+    at = image_ptr + sample[:, None] * (HEIGHT * WIDTH) + row * WIDTH + column
+    return tl.load(at, mask=inside, other=0)
 
 
 @triton.jit
 def _placed(weight_ptr, channel, PLACE: tl.constexpr):
-    """[16, 32]: the 3x3 weights where they lie in the 4x4 pixels for the candidate at PLACE = 2 y + x, 0 elsewhere."""
+    """[16, 32]: the 3x3 weights where the candidate at PLACE = 2 y + x has them in the 4x4 pixels.
+
+    0 elsewhere.
+    """
     tap = tl.arange(0, 16)[:, None]
-    row, column = tap // 4 - PLACE // 2, tap % 4 - PLACE % 2
+    row = tap // 4 - PLACE // 2
+    column = tap % 4 - PLACE % 2
     inside = (row >= 0) & (row < 3) & (column >= 0) & (column < 3)
     return tl.load(weight_ptr + channel[None, :] * 9 + row * 3 + column, mask=inside, other=0.0)
 
 
 @triton.jit
-def _forward(
-    image_ptr, weight_ptr, bias_ptr, y_ptr, code_ptr, num_positions,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, TURNS: tl.constexpr,
-):  # fmt: skip
+def conv_pool_relu_forward(
+    image_ptr,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    code_ptr,
+    num_positions,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TURNS: tl.constexpr,
+):
     dtype = y_ptr.dtype.element_ty
     group = tl.program_id(1)
     channel = group * LANES + tl.arange(0, LANES)
     bias = tl.load(bias_ptr + channel).to(tl.float32)[None, :]
-    weight_0, weight_1 = (
-        _placed(weight_ptr, channel, 0).to(dtype),
-        _placed(weight_ptr, channel, 1).to(dtype),
-    )
-    weight_2, weight_3 = (
-        _placed(weight_ptr, channel, 2).to(dtype),
-        _placed(weight_ptr, channel, 3).to(dtype),
-    )
-    for number in range(TURNS):
-        position = (tl.program_id(0) + number * tl.num_programs(0)) * BLOCK + tl.arange(0, BLOCK)
+    weight_0 = _placed(weight_ptr, channel, 0).to(dtype)
+    weight_1 = _placed(weight_ptr, channel, 1).to(dtype)
+    weight_2 = _placed(weight_ptr, channel, 2).to(dtype)
+    weight_3 = _placed(weight_ptr, channel, 3).to(dtype)
+    groups: tl.constexpr = CHANNELS // LANES
+    for turn in range(TURNS):
+        position = (tl.program_id(0) + turn * tl.num_programs(0)) * BLOCK + tl.arange(0, BLOCK)
         real = position < num_positions
         pixels = _patches(image_ptr, position, real, HEIGHT, WIDTH).to(dtype)
-        best = tl.dot(pixels, weight_0, input_precision="tf32x3")
+        best = tl.dot(pixels, weight_0, input_precision=PRECISION)
         winner = tl.zeros([BLOCK, LANES], tl.int32)
-        best, winner = better(best, winner, tl.dot(pixels, weight_1, input_precision="tf32x3"), 1)
-        best, winner = better(best, winner, tl.dot(pixels, weight_2, input_precision="tf32x3"), 2)
-        best, winner = better(best, winner, tl.dot(pixels, weight_3, input_precision="tf32x3"), 3)
+        best, winner = better(best, winner, tl.dot(pixels, weight_1, input_precision=PRECISION), 1)
+        best, winner = better(best, winner, tl.dot(pixels, weight_2, input_precision=PRECISION), 2)
+        best, winner = better(best, winner, tl.dot(pixels, weight_3, input_precision=PRECISION), 3)
         y = best * SCALE + bias
         passes = ~(y <= 0)
-        tl.store(
-            y_ptr + position[:, None] * CHANNELS + channel[None, :],
-            tl.where(passes, y, 0.0),
-            mask=real[:, None],
-        )
-        num_words = num_positions * (CHANNELS // LANES)
-        store_code(
-            code_ptr, winner, passes, position * (CHANNELS // LANES) + group, num_words, real
-        )
+        at = y_ptr + position[:, None] * CHANNELS + channel[None, :]
+        tl.store(at, tl.where(passes, y, 0.0), mask=real[:, None])
+        word = position * groups + group
+        store_code(code_ptr, winner, passes, word, num_positions * groups, real)
 
 
 @triton.jit
 def _fold(sum_16C, PLACE: tl.constexpr):
-    """[16, 32] sums over 4x4 pixels -> the 9 weights' rows, for the candidates at PLACE; rows 9 to 15 are 0."""
-    weight, tap = tl.arange(0, 16)[:, None], tl.arange(0, 16)[None, :]
+    """[16, 32] sums over 4x4 pixels -> the 9 weights' rows, for the candidates at PLACE.
+
+    Rows 9 to 15 are 0.
+    """
+    weight = tl.arange(0, 16)[:, None]
+    tap = tl.arange(0, 16)[None, :]
     lies_at = (weight // 3 + PLACE // 2) * 4 + weight % 3 + PLACE % 2
-    return tl.dot(
-        ((tap == lies_at) & (weight < 9)).to(tl.float32), sum_16C, input_precision="tf32x3"
-    )
+    chosen = ((tap == lies_at) & (weight < 9)).to(tl.float32)
+    return tl.dot(chosen, sum_16C, input_precision=PRECISION)
 
 
 @triton.jit
-def _backward(
-    grad_ptr, code_ptr, image_ptr, partial_ptr, num_positions,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, TURNS: tl.constexpr,
-):  # fmt: skip
+def _add_won(sum_16C, pixels, grad, winner, PLACE: tl.constexpr):
+    """The [16, 32] sums for the candidates at PLACE, and those of the positions they won."""
+    won = tl.where(winner == PLACE, grad, 0.0).to(pixels.dtype)
+    return tl.dot(pixels, won, sum_16C, input_precision=PRECISION)
+
+
+@triton.jit
+def conv_pool_relu_backward(
+    grad_ptr,
+    code_ptr,
+    image_ptr,
+    partial_ptr,
+    num_positions,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TURNS: tl.constexpr,
+):
     """partial [programs, 16, C] fp32: rows 0 to 8 the weights' gradients, row 9 the bias's."""
     dtype = grad_ptr.dtype.element_ty
     group = tl.program_id(1)
     channel = group * LANES + tl.arange(0, LANES)
-    sum_0, sum_1 = tl.zeros([16, LANES], tl.float32), tl.zeros([16, LANES], tl.float32)
-    sum_2, sum_3 = tl.zeros([16, LANES], tl.float32), tl.zeros([16, LANES], tl.float32)
+    sum_0 = tl.zeros([16, LANES], tl.float32)
+    sum_1 = tl.zeros([16, LANES], tl.float32)
+    sum_2 = tl.zeros([16, LANES], tl.float32)
+    sum_3 = tl.zeros([16, LANES], tl.float32)
     bias_sum = tl.zeros([LANES], tl.float32)
-    for number in range(TURNS):
-        position = (tl.program_id(0) + number * tl.num_programs(0)) * BLOCK + tl.arange(0, BLOCK)
+    groups: tl.constexpr = CHANNELS // LANES
+    for turn in range(TURNS):
+        position = (tl.program_id(0) + turn * tl.num_programs(0)) * BLOCK + tl.arange(0, BLOCK)
         real = position < num_positions
         pixels = tl.trans(_patches(image_ptr, position, real, HEIGHT, WIDTH).to(dtype))
-        num_words = num_positions * (CHANNELS // LANES)
-        winner, passes = load_code(
-            code_ptr, position * (CHANNELS // LANES) + group, num_words, real
-        )
-        grad = tl.load(
-            grad_ptr + position[:, None] * CHANNELS + channel[None, :],
-            mask=real[:, None],
-            other=0.0,
-        )
+        word = position * groups + group
+        winner, passes = load_code(code_ptr, word, num_positions * groups, real)
+        at = grad_ptr + position[:, None] * CHANNELS + channel[None, :]
+        grad = tl.load(at, mask=real[:, None], other=0.0)
         grad = tl.where(passes, grad.to(tl.float32), 0.0)
         bias_sum += tl.sum(grad, 0)
-        sum_0 = tl.dot(
-            pixels, tl.where(winner == 0, grad, 0.0).to(dtype), sum_0, input_precision="tf32x3"
-        )
-        sum_1 = tl.dot(
-            pixels, tl.where(winner == 1, grad, 0.0).to(dtype), sum_1, input_precision="tf32x3"
-        )
-        sum_2 = tl.dot(
-            pixels, tl.where(winner == 2, grad, 0.0).to(dtype), sum_2, input_precision="tf32x3"
-        )
-        sum_3 = tl.dot(
-            pixels, tl.where(winner == 3, grad, 0.0).to(dtype), sum_3, input_precision="tf32x3"
-        )
+        sum_0 = _add_won(sum_0, pixels, grad, winner, 0)
+        sum_1 = _add_won(sum_1, pixels, grad, winner, 1)
+        sum_2 = _add_won(sum_2, pixels, grad, winner, 2)
+        sum_3 = _add_won(sum_3, pixels, grad, winner, 3)
     total = (_fold(sum_0, 0) + _fold(sum_1, 1) + _fold(sum_2, 2) + _fold(sum_3, 3)) * SCALE
     tap = tl.arange(0, 16)[:, None]
     total = tl.where(tap == 9, bias_sum[None, :], total)
@@ -175,7 +198,7 @@ def _backward(
 
 
 @triton.jit
-def _add_partials(
+def conv_pool_relu_backward_sum(
     partial_ptr,
     grad_weight_ptr,
     grad_bias_ptr,
@@ -183,7 +206,7 @@ def _add_partials(
     BLOCK: tl.constexpr,
     PARTIALS: tl.constexpr,
 ):
-    """A program for each of the rows 0 to 9; always in the same order, so that the sum is the same to the bit."""
+    """A program for each of the rows 0 to 9, in a fixed order: the sum is the same to the bit."""
     row = tl.program_id(0)
     channel = tl.program_id(1) * LANES + tl.arange(0, LANES)
     total = tl.zeros([BLOCK, LANES], tl.float32)
@@ -202,7 +225,8 @@ def _op(
     image_BHW: torch.Tensor, weight_C133: torch.Tensor, bias_C: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     check("image", image_BHW, (torch.uint8,), (None, None, None), image_BHW)
-    (_, height, width), channels = image_BHW.shape, len(bias_C)
+    _, height, width = image_BHW.shape
+    channels = len(bias_C)
     check("weight", weight_C133, (torch.float32, torch.float64), (channels, 1, 3, 3), image_BHW)
     check("bias", bias_C, (weight_C133.dtype,), (channels,), image_BHW)
     check_channels(channels)
@@ -214,7 +238,7 @@ def _op(
     programs, turns = share(image_BHW, num_positions, BLOCK, 8)
     tensors = (image_BHW.contiguous(), weight_C133.contiguous(), bias_C, y_BCYX, code_3PG)
     sizes = {"HEIGHT": height, "WIDTH": width, "CHANNELS": channels, "BLOCK": BLOCK, "TURNS": turns}
-    start(_forward, (programs, groups), *tensors, num_positions, **sizes)
+    start(conv_pool_relu_forward, (programs, groups), *tensors, num_positions, **sizes)
     return y_BCYX, code_3PG
 
 
@@ -233,22 +257,19 @@ def _backward_op(
     if not on_triton(image_BHW):
         return conv_pool_relu_backward_reference(grad_BCYX, code_3PG, image_BHW, dtype)
     grad_weight, grad_bias = _backward_fake(grad_BCYX, code_3PG, image_BHW, dtype)
-    (_, channels, _, _), (_, height, width) = grad_BCYX.shape, image_BHW.shape
+    channels = grad_BCYX.shape[1]
+    _, height, width = image_BHW.shape
     num_positions, groups = code_3PG.shape[1:]
-    programs, turns = share(image_BHW, num_positions, BACKWARD_BLOCK, 4)
+    block = BACKWARD_BLOCK
+    programs, turns = share(image_BHW, num_positions, block, 4)
     partial = image_BHW.new_empty((programs, 16, channels), dtype=torch.float32)
     grad_BCYX = grad_BCYX.contiguous(memory_format=torch.channels_last)
     tensors = (grad_BCYX, code_3PG, image_BHW.contiguous(), partial)
-    sizes = {
-        "HEIGHT": height,
-        "WIDTH": width,
-        "CHANNELS": channels,
-        "BLOCK": BACKWARD_BLOCK,
-        "TURNS": turns,
-    }
-    start(_backward, (programs, groups), *tensors, num_positions, **sizes)
+    sizes = {"HEIGHT": height, "WIDTH": width, "CHANNELS": channels, "BLOCK": block, "TURNS": turns}
+    start(conv_pool_relu_backward, (programs, groups), *tensors, num_positions, **sizes)
+    sums = (partial, grad_weight, grad_bias)
     sizes = {"CHANNELS": channels, "BLOCK": 64, "PARTIALS": programs}
-    start(_add_partials, (10, groups), partial, grad_weight, grad_bias, **sizes)
+    start(conv_pool_relu_backward_sum, (10, groups), *sums, **sizes)
     return grad_weight, grad_bias
 
 
@@ -257,9 +278,8 @@ def _backward_fake(
     grad_BCYX: torch.Tensor, code_3PG: torch.Tensor, image_BHW: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     channels = grad_BCYX.shape[1]
-    return grad_BCYX.new_empty((channels, 1, 3, 3), dtype=dtype), grad_BCYX.new_empty(
-        (channels,), dtype=dtype
-    )
+    grad_weight = grad_BCYX.new_empty((channels, 1, 3, 3), dtype=dtype)
+    return grad_weight, grad_BCYX.new_empty((channels,), dtype=dtype)
 
 
 def _save(ctx: Any, inputs: tuple[torch.Tensor, ...], output: tuple[torch.Tensor, ...]) -> None:

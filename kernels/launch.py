@@ -1,11 +1,12 @@
-"""What the kernels share: where they run, checks that are sentences, and the one place that starts them.
+"""What the kernels share: where they run, checks that are sentences, what starts them.
 
-On CUDA tensors a kernel runs, on CPU tensors its reference does, unless Triton's interpreter is on (TRITON_INTERPRET=1
-before the import): then the kernel runs everywhere, slowly, for proofs.
+On CUDA tensors a kernel runs, on CPU tensors its reference does, unless Triton's interpreter is on
+(TRITON_INTERPRET=1 before the import): then the kernel runs everywhere, slowly, for proofs.
 
-A *code* is what a pool keeps for its backward: for each pooled position and channel two bits that name the winner of
-four, 2 y + x in its window, and one that says whether the ReLU let it pass. 32 channels are a word: int32
-[3, positions, channels / 32], the planes being the winner's low bits, its high bits, and the passing bits.
+A *code* is what a pool keeps for its backward: for each pooled position and channel two bits that
+name the winner of four, 2 y + x in its window, and one that says whether the ReLU let it pass.
+32 channels are a word: int32 [3, positions, channels / 32], the planes being the winner's low bits,
+its high bits, and the passing bits.
 
 Shapes: B samples, H x W pixels, P pooled positions of all samples, C channels, G = C / 32 groups.
 """
@@ -35,17 +36,16 @@ def start(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> N
 
 def num_processors(tensor: torch.Tensor) -> int:
     """Multiprocessors of the tensor's GPU; 1 elsewhere."""
-    return (
-        torch.cuda.get_device_properties(tensor.device).multi_processor_count
-        if tensor.is_cuda
-        else 1
-    )
+    if not tensor.is_cuda:
+        return 1
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count
 
 
 def share(tensor: torch.Tensor, num_items: int, block: int, per_processor: int) -> tuple[int, int]:
-    """(programs, turns of each) that walk over items in blocks: at most so many programs a multiprocessor.
+    """(programs, turns of each) that walk over items in blocks.
 
-    Turns are a constant of the kernel: with numpy 2.4 the interpreter cannot loop to a number it reads.
+    There are at most `per_processor` programs a multiprocessor. Turns are a constant of the kernel:
+    with numpy 2.4 the interpreter cannot loop to a number it reads.
     """
     num_blocks = -(-num_items // block)
     programs = min(num_blocks, per_processor * num_processors(tensor))
@@ -60,10 +60,10 @@ def check(
     like: torch.Tensor,
     any_size: bool = False,
 ) -> None:
-    """Raise ValueError with a sentence unless the tensor has one of the types, the shape (None: any size), and like's
-    device.
+    """Raise ValueError with a sentence unless the tensor fits.
 
-    It must also be reached by 32-bit offsets, but for `any_size`.
+    It must have one of the types, the shape (None: any size), and like's device. It must also be
+    reached by 32-bit offsets, but for `any_size`.
     """
     fits = len(shape) == tensor.dim() and all(
         want in (None, got) for want, got in zip(shape, tensor.shape, strict=True)
@@ -81,6 +81,11 @@ def check(
         )
 
 
+def check_contiguous(name: str, tensor: torch.Tensor) -> None:
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} is not contiguous; give .contiguous()")
+
+
 def check_channels(num_channels: int) -> None:
     if num_channels % LANES:
         raise ValueError(
@@ -91,22 +96,23 @@ def check_channels(num_channels: int) -> None:
 def empty_pooled(
     like: torch.Tensor, dtype: torch.dtype, shape_BCHW: tuple[int, ...]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(y_BCYX in channels-last memory, code_3PG) of pooled [B, C, H, W], uninitialised, where `like` is."""
+    """(y_BCYX in channels-last memory, code_3PG) of a pooled [B, C, H, W].
+
+    Both are uninitialised, on the device of `like`.
+    """
     batch_size, channels, height, width = shape_BCHW
     y_BYXC = like.new_empty((batch_size, height // 2, width // 2, channels), dtype=dtype)
     num_positions = batch_size * (height // 2) * (width // 2)
-    return y_BYXC.permute(0, 3, 1, 2), like.new_empty(
-        (3, num_positions, channels // LANES), dtype=torch.int32
-    )
+    code_3PG = like.new_empty((3, num_positions, channels // LANES), dtype=torch.int32)
+    return y_BYXC.permute(0, 3, 1, 2), code_3PG
 
 
 def pack_code(winner_PC: torch.Tensor, passes_PC: torch.Tensor) -> torch.Tensor:
     """The code of winners 0..3 and passing bits, in PyTorch."""
     lane = torch.arange(LANES, device=winner_PC.device)
-    planes = torch.stack([winner_PC & 1, winner_PC >> 1, passes_PC.long()]).view(
-        3, len(winner_PC), -1, LANES
-    )
-    return (planes << lane).sum(3).to(torch.int32)  # bit 31 wraps into the sign
+    planes_3PC = torch.stack([winner_PC & 1, winner_PC >> 1, passes_PC.long()])
+    planes_3PGL = planes_3PC.view(3, len(winner_PC), -1, LANES)
+    return (planes_3PGL << lane).sum(3).to(torch.int32)  # bit 31 wraps into the sign
 
 
 def unpack_code(code_3PG: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -117,17 +123,17 @@ def unpack_code(code_3PG: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def pool_reference(x_BCHW: torch.Tensor, bias_C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(relu(max_pool2d(x, 2) + bias) as [B, C, H / 2, W / 2], its code); of equal values the first wins, NaN always."""
+    """(relu(max_pool2d(x, 2) + bias), its code); of equal values the first wins, NaN always."""
     batch_size, channels, height, width = x_BCHW.shape
-    window = x_BCHW[:, :, : height // 2 * 2, : width // 2 * 2].reshape(
-        batch_size, channels, height // 2, 2, width // 2, 2
-    )
-    four_BCYX4 = window.permute(0, 1, 2, 4, 3, 5).flatten(4)
+    shape = (batch_size, channels, height // 2, 2, width // 2, 2)
+    window_BCY2X2 = x_BCHW[:, :, : height // 2 * 2, : width // 2 * 2].reshape(shape)
+    four_BCYX4 = window_BCY2X2.permute(0, 1, 2, 4, 3, 5).flatten(4)
     winner = four_BCYX4.argmax(4)  # the first of equals, by its documentation
     y = four_BCYX4.amax(4) + bias_C.to(x_BCHW.dtype)[:, None, None]
     passes = ~(y <= 0)
-    rows = [t.permute(0, 2, 3, 1).reshape(-1, channels) for t in (winner, passes)]
-    return torch.where(passes, y, 0), pack_code(*rows)
+    winner_PC = winner.permute(0, 2, 3, 1).reshape(-1, channels)
+    passes_PC = passes.permute(0, 2, 3, 1).reshape(-1, channels)
+    return torch.where(passes, y, 0), pack_code(winner_PC, passes_PC)
 
 
 def unpool_reference(
@@ -138,10 +144,11 @@ def unpool_reference(
     shape = (batch_size, rows, columns, channels)
     winner, passes = (t.view(shape).permute(0, 3, 1, 2) for t in unpack_code(code_3PG))
     live = torch.where(passes, grad_BCYX, 0)
-    four = torch.where(winner[..., None] == torch.arange(4, device=live.device), live[..., None], 0)
-    window = four.view(batch_size, channels, rows, columns, 2, 2).permute(0, 1, 2, 4, 3, 5)
-    grad = torch.zeros(batch_size, channels, height, width, dtype=live.dtype, device=live.device)
-    grad[:, :, : 2 * rows, : 2 * columns] = window.reshape(
-        batch_size, channels, 2 * rows, 2 * columns
-    )
-    return grad, live.sum((0, 2, 3))
+    place_4 = torch.arange(4, device=live.device)
+    four_BCYX4 = torch.where(winner[..., None] == place_4, live[..., None], 0)
+    window_BCYX22 = four_BCYX4.view(batch_size, channels, rows, columns, 2, 2)
+    window_BCY2X2 = window_BCYX22.permute(0, 1, 2, 4, 3, 5)
+    inside_BCHW = window_BCY2X2.reshape(batch_size, channels, 2 * rows, 2 * columns)
+    grad_BCHW = live.new_zeros((batch_size, channels, height, width))
+    grad_BCHW[:, :, : 2 * rows, : 2 * columns] = inside_BCHW
+    return grad_BCHW, live.sum((0, 2, 3))

@@ -1,4 +1,7 @@
-"""Device functions of both pooling kernels: the contest of four, and the code of its outcome (kernels/launch.py)."""
+"""Device functions of both pooling kernels: the contest of four, and the code of its outcome.
+
+kernels/launch.py says what a code is.
+"""
 
 import triton
 from triton import language as tl
@@ -10,7 +13,10 @@ LANES = tl.constexpr(launch.LANES)
 
 @triton.jit
 def better(best, winner, value, place):
-    """Let `value` from `place` challenge the best so far: of equals the first stays, a NaN stays for good."""
+    """Let `value` from `place` challenge the best so far.
+
+    Of equals the first stays, a NaN stays for good.
+    """
     takes = (value > best) | (value != value)
     return tl.where(takes, value, best), tl.where(takes, place, winner)
 

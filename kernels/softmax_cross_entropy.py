@@ -1,12 +1,16 @@
-"""Softmax cross entropy with label smoothing: mean loss, gradient and right answers in one pass over the logits.
+"""Softmax cross entropy with label smoothing, in one pass over the logits.
 
-    loss = logsumexp(x) - (1 - s) x[label] - s mean(x);  gradient = softmax(x) - (1 - s) [k = label] - s / K
+It gives the mean loss, its gradient and the number of right answers:
 
-The forward leaves the gradient of a sample's own loss, at most 1 in size, so that fp16 loses nothing; the backward
-multiplies it by the incoming gradient (GradScaler's scale) over B, read on the device. A label that is no class
-makes the loss NaN. Of equal logits the first is the answer.
+    loss = logsumexp(x) - (1 - s) x[label] - s mean(x)
+    gradient = softmax(x) - (1 - s) [k = label] - s / K
 
-Bytes a sample (K = 94, bf16): forward reads 188 + 1 and writes 188 + 8, backward reads 188 and writes 188.
+The forward leaves the gradient of a sample's own loss, at most 1 in size, so that fp16 loses
+nothing; the backward multiplies it by the incoming gradient (GradScaler's scale) over B, read on the
+device. A label that is no class makes the loss NaN. Of equal logits the first is the answer.
+
+Bytes a sample (K = 94, bf16): forward reads 188 + 1 and writes 188 + 8, backward reads 188 and
+writes 188.
 
 Shapes: B samples, K classes.
 """
@@ -21,7 +25,9 @@ from triton import language as tl
 from kernels.launch import FLOATS, check, on_triton, start
 
 ROWS = 4
-"""Samples a program takes."""
+"""Samples a program of the forward takes."""
+BLOCK = 1024
+"""Numbers that a program of the sums and of the backward takes at once."""
 
 
 def softmax_cross_entropy_reference(
@@ -32,28 +38,33 @@ def softmax_cross_entropy_reference(
     num_classes = x_BK.shape[1]
     chosen_B = label_B.long()
     valid_B = chosen_B < num_classes
-    target_BK = functional.one_hot(chosen_B.clamp(max=num_classes - 1), num_classes) * (
-        1 - smoothing
-    )
-    target_BK = target_BK + smoothing / num_classes
+    one_hot_BK = functional.one_hot(chosen_B.clamp(max=num_classes - 1), num_classes)
+    target_BK = one_hot_BK * (1 - smoothing) + smoothing / num_classes
     loss_B = torch.where(valid_B, -(target_BK * x_BK.log_softmax(1)).sum(1), torch.nan)
     correct_B = (x_BK.argmax(1) == chosen_B).to(x_BK.dtype)
     return loss_B.mean(), correct_B.sum(), (x_BK.softmax(1) - target_BK).to(logits_BK.dtype)
 
 
 @triton.jit
-def _forward(
-    logits_ptr, label_ptr, stats_ptr, unit_ptr, num_samples, row_stride,
-    SMOOTHING: tl.constexpr, CLASSES: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+def softmax_cross_entropy_forward(
+    logits_ptr,
+    label_ptr,
+    stats_ptr,
+    unit_ptr,
+    num_samples,
+    row_stride,
+    SMOOTHING: tl.constexpr,
+    CLASSES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     """stats [2, B] fp32: each sample's part of the mean loss, and 1 where it is right."""
     sample = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     real = sample < num_samples
     column = tl.arange(0, COLUMNS)[None, :]
     mask = real[:, None] & (column < CLASSES)
-    x = tl.load(logits_ptr + sample[:, None] * row_stride + column, mask=mask, other=0.0).to(
-        tl.float32
-    )
+    at = logits_ptr + sample[:, None] * row_stride + column
+    x = tl.load(at, mask=mask, other=0.0).to(tl.float32)
     shown = tl.where(column < CLASSES, x, float("-inf"))
     highest = tl.max(shown, 1)
     power = tl.exp(shown - highest[:, None])
@@ -72,11 +83,12 @@ def _forward(
 
 
 @triton.jit
-def _add_up(
+def softmax_cross_entropy_forward_sum(
     stats_ptr, loss_ptr, correct_ptr, num_samples, BLOCK: tl.constexpr, TURNS: tl.constexpr
 ):
-    """One program, always in the same order."""
-    loss, correct = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    """One program, in a fixed order: the sums are the same to the bit."""
+    loss = tl.zeros([BLOCK], tl.float32)
+    correct = tl.zeros([BLOCK], tl.float32)
     for turn in range(TURNS):
         sample = turn * BLOCK + tl.arange(0, BLOCK)
         mask = sample < num_samples
@@ -87,7 +99,9 @@ def _add_up(
 
 
 @triton.jit
-def _backward(unit_ptr, grad_loss_ptr, grad_ptr, num_samples, num_elements, BLOCK: tl.constexpr):
+def softmax_cross_entropy_backward(
+    unit_ptr, grad_loss_ptr, grad_ptr, num_samples, num_elements, BLOCK: tl.constexpr
+):
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = place < num_elements
     factor = tl.load(grad_loss_ptr).to(tl.float32) / num_samples
@@ -109,16 +123,14 @@ def _op(
         logits_BK = logits_BK.contiguous()
     stats_2B = logits_BK.new_empty((2, num_samples), dtype=torch.float32)
     loss, correct, unit_BK = _fake(logits_BK, label_B, smoothing)
-    tensors = (logits_BK, label_B.contiguous(), stats_2B, unit_BK)
-    sizes = {
-        "CLASSES": num_classes,
-        "COLUMNS": max(16, triton.next_power_of_2(num_classes)),
-        "ROWS": ROWS,
-    }
+    given = (logits_BK, label_B.contiguous(), stats_2B, unit_BK, num_samples, logits_BK.stride(0))
+    columns = max(16, triton.next_power_of_2(num_classes))
+    sizes = {"CLASSES": num_classes, "COLUMNS": columns, "ROWS": ROWS}
     grid = (triton.cdiv(num_samples, ROWS),)
-    start(_forward, grid, *tensors, num_samples, logits_BK.stride(0), SMOOTHING=smoothing, **sizes)
-    turns = triton.cdiv(num_samples, 1024)
-    start(_add_up, (1,), stats_2B, loss, correct, num_samples, BLOCK=1024, TURNS=turns)
+    start(softmax_cross_entropy_forward, grid, *given, SMOOTHING=smoothing, **sizes)
+    sums = (stats_2B, loss, correct, num_samples)
+    sizes = {"BLOCK": BLOCK, "TURNS": triton.cdiv(num_samples, BLOCK)}
+    start(softmax_cross_entropy_forward_sum, (1,), *sums, **sizes)
     return loss, correct, unit_BK
 
 
@@ -127,7 +139,8 @@ def _fake(
     logits_BK: torch.Tensor, label_B: torch.Tensor, smoothing: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     dtype = torch.float64 if logits_BK.dtype == torch.float64 else torch.float32
-    loss, correct = (logits_BK.new_empty((), dtype=dtype) for _ in range(2))
+    loss = logits_BK.new_empty((), dtype=dtype)
+    correct = logits_BK.new_empty((), dtype=dtype)
     return loss, correct, logits_BK.new_empty(logits_BK.shape)
 
 
@@ -136,17 +149,10 @@ def _backward_op(unit_BK: torch.Tensor, grad_loss: torch.Tensor) -> torch.Tensor
     if not on_triton(unit_BK):
         return (unit_BK * (grad_loss / len(unit_BK))).to(unit_BK.dtype)
     grad_BK = torch.empty_like(unit_BK)
-    num = unit_BK.numel()
-    start(
-        _backward,
-        (triton.cdiv(num, 1024),),
-        unit_BK,
-        grad_loss,
-        grad_BK,
-        len(unit_BK),
-        num,
-        BLOCK=1024,
-    )
+    num_elements = unit_BK.numel()
+    given = (unit_BK, grad_loss, grad_BK, len(unit_BK), num_elements)
+    grid = (triton.cdiv(num_elements, BLOCK),)
+    start(softmax_cross_entropy_backward, grid, *given, BLOCK=BLOCK)
     return grad_BK
 
 

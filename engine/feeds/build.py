@@ -86,8 +86,10 @@ def make_feed(
         from engine.feeds.dali import DaliFeed
 
         return DaliFeed(split, order, device, augment)
-    feed = _plain_feed(name, config, split, order, num_classes, device, fused)
-    return AugmentedFeed(feed, augment, fused) if augment else feed
+    if name == "resident":
+        return ResidentFeed(split, order, device, fused, augment)
+    feed = _plain_feed(name, config, split, order, num_classes, device)
+    return AugmentedFeed(feed, augment) if augment else feed
 
 
 def _plain_feed(
@@ -97,8 +99,8 @@ def _plain_feed(
     order: Order,
     num_classes: int,
     device: torch.device,
-    fused: frozenset[str],
 ) -> Feed:
+    """A feed of which this package's AugmentedFeed does the distortion."""
     if name in ("loader", "loader_batched"):
         from engine.feeds.loader import LoaderFeed
 
@@ -109,8 +111,7 @@ def _plain_feed(
         from engine.feeds.stream import StreamFeed
 
         return StreamFeed(split, order, device)
-    if name == "synthetic":
-        return SyntheticFeed(
-            random_batch(order.rank_batch, split.height_width, num_classes, device), order
-        )
-    return ResidentFeed(split, order, device, fused)
+    assert name == "synthetic", name
+    return SyntheticFeed(
+        random_batch(order.rank_batch, split.height_width, num_classes, device), order
+    )

@@ -1,9 +1,11 @@
-"""All pixels on the device (or in host memory on a CPU) as uint8; a batch is one gather into a reused buffer.
+"""All pixels on the device (in host memory on a CPU) as uint8; a batch is a gather into one buffer.
 
-The feed hands batches out, or a launch of the step gathers those of its K steps itself, inside a graph: the ids of an
-epoch are then a table on the device, indexed by the device's step counter.
+The feed hands batches out, distorted if asked to, or a launch of the step gathers those of its K
+steps itself, inside a graph: the ids of an epoch are then a table on the device, indexed by the
+device's step counter. With the kernel gather_warp either is one launch, the distortion included.
 
-Shapes: N images of the split, S steps of a block or an epoch, K of a launch, B samples of one rank, H x W pixels.
+Shapes: N images of the split, S steps of a block or an epoch, K of a launch, B samples of one rank,
+P = H W pixels.
 """
 
 from collections.abc import Iterator
@@ -11,7 +13,9 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from engine.config import AugmentConfig
 from engine.data.records import Split
+from engine.feeds.augment import matrices, warp
 from engine.feeds.batch import Batch
 from engine.order import Order
 
@@ -32,75 +36,94 @@ class Gather:
         """Put the split on the device.
 
         Args:
-            one_thread: for a thread beside the consumer's; where both wait for OpenMP's team, each slows the other.
-            fused: names of kernels; with gather_warp, it gathers.
+            one_thread: for a thread beside the consumer's; where both wait for OpenMP's team, each
+                slows the other.
+            fused: names of kernels; with gather_warp, it gathers and warps.
         """
         num, height, width = split.image_NHW.shape
         self._fused = "gather_warp" in fused
         self._one_thread = one_thread
         self._image_NP = torch.from_numpy(split.image_NHW).view(num, height * width).to(device)
         self._label_N = torch.from_numpy(split.label_N).to(device)
+        self._only_step = torch.zeros(1, dtype=torch.int64, device=device)
 
-    def __call__(self, id_B: torch.Tensor, out: Batch) -> None:
-        """Fill `out`; a padding id gathers row 0, which nothing counts."""
+    def __call__(
+        self, id_B: torch.Tensor, out: Batch, matrix_B23: torch.Tensor | None = None
+    ) -> None:
+        """Fill `out`, through the matrices if there are any.
+
+        A padding id gathers row 0, which nothing counts.
+        """
         if self._fused:
-            return self.steps(id_B[None], id_B.new_zeros(1), out)
+            self._launch(id_B[None], self._only_step, matrix_B23, out)
+            return
         row_B = id_B.clamp(min=0)
         image_BP = out.image_BHW.view(len(row_B), -1)
         if self._one_thread:
-            np.take(
-                self._image_NP.numpy(), row_B.numpy(), axis=0, out=image_BP.numpy(), mode="clip"
-            )
+            image_NP = self._image_NP.numpy()
+            np.take(image_NP, row_B.numpy(), axis=0, out=image_BP.numpy(), mode="clip")
         else:
             torch.index_select(self._image_NP, 0, row_B, out=image_BP)
         torch.index_select(self._label_N, 0, row_B, out=out.label_B)
         out.id_B.copy_(id_B)
+        if matrix_B23 is not None:
+            out.image_BHW.copy_(warp(out.image_BHW, matrix_B23))
 
     def steps(self, table_SB: torch.Tensor, step_K: torch.Tensor, out: Batch) -> None:
         """Fill `out` with the K * B samples of some steps."""
         if self._fused:
-            from kernels.gather_warp import gather_warp
+            self._launch(table_SB, step_K, None, out)
+            return
+        torch.index_select(table_SB, 0, step_K, out=out.id_B.view(len(step_K), -1))
+        self(out.id_B, out)
 
-            image_NHW = self._image_NP.view(-1, *out.image_BHW.shape[1:])
-            gather_warp(
-                image_NHW,
-                self._label_N,
-                table_SB,
-                step_K,
-                None,
-                out.image_BHW,
-                out.label_B,
-                out.id_B,
-            )
-        else:
-            torch.index_select(table_SB, 0, step_K, out=out.id_B.view(len(step_K), -1))
-            self(out.id_B, out)
+    def _launch(
+        self,
+        table_SB: torch.Tensor,
+        step_K: torch.Tensor,
+        matrix_M23: torch.Tensor | None,
+        out: Batch,
+    ) -> None:
+        """Fill `out` with the M = K * B samples of some steps, by one kernel."""
+        from kernels.gather_warp import gather_warp
+
+        image_NHW = self._image_NP.view(-1, *out.image_BHW.shape[1:])
+        inputs = (image_NHW, self._label_N, table_SB, step_K, matrix_M23)
+        gather_warp(*inputs, out.image_BHW, out.label_B, out.id_B)
 
 
 def id_blocks(
     order: Order, epoch: int, first_step: int, device: torch.device
 ) -> Iterator[torch.Tensor]:
-    """An epoch's ids on `device`, a tensor id_B a step, drawn on the CPU in blocks of at least 64k ids.
+    """An epoch's ids on `device`, a tensor id_B per step.
 
-    Not drawn on the GPU: cycle walking asks whether an id is outside, and the host would wait for all queued steps.
+    They are drawn on the CPU in blocks of at least 64k ids, not on the GPU: cycle walking asks
+    whether an id is outside, and the host would wait for all queued steps.
     """
     steps_per_block = -(-IDS_PER_BLOCK // order.rank_batch)
     for step in range(first_step, order.steps_per_epoch, steps_per_block):
         num_steps = min(steps_per_block, order.steps_per_epoch - step)
         id_SB = torch.from_numpy(order.ids(epoch, step, num_steps))
-        yield from (
-            id_SB.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else id_SB
-        )
+        if device.type == "cuda":
+            id_SB = id_SB.pin_memory().to(device, non_blocking=True)
+        yield from id_SB
 
 
 class ResidentFeed:
     name = "resident"
 
     def __init__(
-        self, split: Split, order: Order, device: torch.device, fused: frozenset[str] = frozenset()
+        self,
+        split: Split,
+        order: Order,
+        device: torch.device,
+        fused: frozenset[str] = frozenset(),
+        augment: AugmentConfig | None = None,
     ) -> None:
+        """`fused`: names of kernels. `augment`: distorts the batches that are handed out."""
         self.order = order
         self._device = device
+        self._augment = augment
         self._gather = Gather(split, device, fused=fused)
         self._out = Batch.empty(order.rank_batch, split.height_width, device)
         self._table_SB: torch.Tensor | None = None
@@ -110,14 +133,21 @@ class ResidentFeed:
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         for id_B in id_blocks(self.order, epoch, first_step, self._device):
-            self._gather(id_B, self._out)
+            self._gather(id_B, self._out, self._matrices(id_B, epoch))
             yield self._out
+
+    def _matrices(self, id_B: torch.Tensor, epoch: int) -> torch.Tensor | None:
+        if self._augment is None:
+            return None
+        _, height, width = self._out.image_BHW.shape
+        return matrices(self._augment, id_B, self.order.seed, epoch, (height, width))
 
     def load_epoch(self, epoch: int) -> None:
         if self._loaded == epoch:  # the first is loaded before the clock starts
             return
-        drawn_epoch, id_SB = self._drawn or (epoch, None)
-        if id_SB is None or drawn_epoch != epoch:
+        if self._drawn and self._drawn[0] == epoch:
+            id_SB = self._drawn[1]
+        else:
             id_SB = self._draw(epoch)
         self._drawn = None
         if self._table_SB is None:
@@ -129,7 +159,8 @@ class ResidentFeed:
         self._drawn = (epoch, self._draw(epoch))
 
     def gather(self, step_K: torch.Tensor, out: Batch) -> None:
-        assert self._table_SB is not None
+        assert self._table_SB is not None, "load_epoch comes first"
+        assert self._augment is None, "distorted batches are handed out, not gathered in a launch"
         self._gather.steps(self._table_SB, step_K, out)
 
     def _draw(self, epoch: int) -> torch.Tensor:

@@ -1,9 +1,9 @@
 """python -m tests.kernels [--write]: the proofs with every triton that an allowed torch asks for.
 
-The versions stand in pyproject.toml, [tool.engine]. All are compiled with; the oldest and the newest
-interpret, too, side by side. One that is not installed is put into a
-folder of its own in .venv, which the proofs' processes see first. --write measures the registers
-and the memory that each version needs anew and writes them into resources.json.
+The versions stand in pyproject.toml, [tool.engine]. All are compiled with; the oldest and the
+newest interpret, too, side by side. One that is not installed is put into a folder of its own in
+.venv, which the proofs' processes see first. --write measures the registers and the memory that
+each version needs anew and writes them into resources.json.
 """
 
 import os

@@ -26,15 +26,17 @@ class Trained:
 
 
 def train(precision: str, names: str) -> Trained:
-    """The same 20 steps, two in a launch, on drawn bars; fp32 or fp16 weights are the same in both."""
+    """The same 20 steps, two in a launch, on drawn bars, from the same weights."""
     settings = {
         "step.precision": precision,
         "step.steps_per_launch": 2,
         "kernels": names,
         "global_batch": BATCH,
+        "optim.learning_rate": 2e-3,
+        "optim.schedule": "constant",
+        "epochs": 1,
     }
-    rate = {"optim.learning_rate": 2e-3, "optim.schedule": "constant", "epochs": 1}
-    config = override(RunConfig(), settings | rate, "proof")
+    config = override(RunConfig(), settings, "proof")
     rng = np.random.default_rng(0)
     label_N = rng.integers(0, CLASSES, STEPS * BATCH, dtype=np.uint8)
     image_NHW = rng.integers(0, 60, (len(label_N), 28, 28), dtype=np.uint8)
@@ -45,18 +47,16 @@ def train(precision: str, names: str) -> Trained:
     cpu = torch.device("cpu")
     fused = frozenset(config.kernels)
     model = make_model(config.model, 28, 28, CLASSES, seed=1, fused=fused)
-    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    start = parameters(model)
     source = ResidentFeed(split, order, cpu, fused)
     static = random_batch(BATCH, (28, 28), CLASSES, cpu, copies=2)
-    step = TrainStep(
-        model, config, order, static, World(rank=0, size=1, device=cpu, stream=None), source
-    )
+    world = World(rank=0, size=1, device=cpu, stream=None)
+    step = TrainStep(model, config, order, static, world, source)
     for _ in step.train_epoch(source, 0):
         pass
     log = step.read_training()
-    return Trained(
-        log.loss_S,
-        log.accuracy,
-        start,
-        {n: p.detach().clone() for n, p in model.named_parameters()},
-    )
+    return Trained(log.loss_S, log.accuracy, start, parameters(model))
+
+
+def parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}

@@ -190,7 +190,7 @@ def copy_bandwidth(device: torch.device) -> float | None:
 
 
 def table(height: int, width: int, num_classes: int) -> str:
-    """The bytes of a sample in bf16 as Markdown; README shows it, and a test holds it to this."""
+    """The bytes of a sample in bf16 as Markdown; kernels/README.md shows it, held by a test."""
     sizes, fewest = (Shapes(height, width, num_classes, code_bits=bits) for bits in (3, FLOOR_BITS))
     rows = [
         (w.name, f"{w.read_bytes:,.0f}", f"{w.write_bytes:,.0f}", f"{w.num_bytes / 1000:.1f}")
