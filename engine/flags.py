@@ -14,7 +14,8 @@ AMP = ("bf16", "fp16")
 
 
 def setting_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add an option for every field that has a flag, and --amp and --batch-size, which are no plain fields."""
+    """Add an option for every field that has a flag, and --amp and --batch-size, which are no
+    plain fields."""
     for name, each, kind, default in reversed(list(settings_of(RunConfig()))):
         if each.metadata["flag"]:
             command = _option(name, each, kind, default)(command)

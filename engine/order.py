@@ -1,12 +1,13 @@
 """Which sample comes when: a keyed bijection of (n, seed, epoch), and each rank's slice of it.
 
-Everything here is a pure function of integers. It works on NumPy and torch int64 arrays alike and gives the same bits,
-needs O(1) memory and time an index, and knows nothing of pixels, devices or processes.
+Everything here is a pure function of integers. It works on NumPy and torch int64 arrays alike and
+gives the same bits, needs O(1) memory and time an index, and knows nothing of pixels, devices or
+processes.
 
-The bijection is a generalised Feistel network (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002,
-section 5) on [0, a) x [0, b) with a = ceil(sqrt(n)), b = ceil(n / a): the domain exceeds n by at most 2 sqrt(n), so
-cycle walking is rare. The round function is a 32-bit integer hash whose multipliers stay below 2^31: every product fits
-an int64 lane.
+The bijection is a generalised Feistel network (Black and Rogaway, "Ciphers with Arbitrary Finite
+Domains", CT-RSA 2002, section 5) on [0, a) x [0, b) with a = ceil(sqrt(n)), b = ceil(n / a): the
+domain exceeds n by at most 2 sqrt(n), so cycle walking is rare. The round function is a 32-bit
+integer hash whose multipliers stay below 2^31: every product fits an int64 lane.
 
 Shapes: S steps, B samples of one rank in a step, K blocks, W windows.
 """
@@ -22,7 +23,8 @@ import numpy as np
 MASK32 = 0xFFFFFFFF
 NUM_ROUNDS = 4
 PADDING_ID = -1
-"""The id of a batch row that holds no sample: only evaluation's last batch has such rows, and nothing counts them."""
+"""The id of a batch row that holds no sample: only evaluation's last batch has such rows, and
+nothing counts them."""
 
 
 def round_keys(*parts: int | str) -> tuple[int, ...]:
@@ -32,7 +34,8 @@ def round_keys(*parts: int | str) -> tuple[int, ...]:
 
 
 def hash32(value: Any, key: int) -> Any:
-    """A keyed 32-bit hash of int64 lanes below 2^32 (multipliers: Wellons' hash prospector, below 2^31)."""
+    """A keyed 32-bit hash of int64 lanes below 2^32 (multipliers: Wellons' hash prospector,
+    below 2^31)."""
     value = value ^ key
     value *= 0x21F0AAAD
     value &= MASK32
@@ -51,7 +54,8 @@ def _round(value: Any, key: int, size: int) -> Any:
 
 
 def _rounds(position: Any, a: int, b: int, keys: tuple[int, ...]) -> Any:
-    """One pass of the network. Updates stand in place: temporaries of 64k lanes are what it costs (23 ns a sample)."""
+    """One pass of the network. Updates stand in place: temporaries of 64k lanes are what it
+    costs (23 ns a sample)."""
     left = position // b
     right = position - left * b
     for even, odd in zip(keys[::2], keys[1::2], strict=True):
@@ -65,7 +69,8 @@ def _rounds(position: Any, a: int, b: int, keys: tuple[int, ...]) -> Any:
 
 
 def permute(position: Any, n: int, keys: tuple[int, ...]) -> Any:
-    """Map positions, an int64 array (NumPy or torch) of any shape, to samples: a bijection of [0, n), 1 <= n <= 2^40.
+    """Map positions, an int64 array (NumPy or torch) of any shape, to samples: a bijection of [0,
+    n), 1 <= n <= 2^40.
 
     `keys` are from `round_keys`. Returns a new array of the same kind and shape.
     """
@@ -78,11 +83,11 @@ def permute(position: Any, n: int, keys: tuple[int, ...]) -> Any:
 
 
 class Windows:
-    """The blocked order of one epoch, for sets that are read in pieces: blocks of neighbours are shuffled, then the
-    samples within each window of blocks.
+    """The blocked order of one epoch, for sets that are read in pieces: blocks of neighbours are
+    shuffled, then the samples within each window of blocks.
 
-    Position p stands in window w at row q of the window's blocks, laid end to end; `ids` says which sample that is.
-    Needs 24 bytes a block.
+    Position p stands in window w at row q of the window's blocks, laid end to end; `ids` says which
+    sample that is. Needs 24 bytes a block.
     """
 
     def __init__(
@@ -98,7 +103,8 @@ class Windows:
             block_K == num_blocks - 1, num_samples - (num_blocks - 1) * block_samples, block_samples
         )
         self.first_K, self.size_K = block_K * block_samples, size_K
-        """Of each block in the epoch's order: its first sample, and its samples; the set's last block may be short."""
+        """Of each block in the epoch's order: its first sample, and its samples; the set's last
+        block may be short."""
         self.start_K = np.concatenate([[0], np.cumsum(size_K)])
         """The position where each begins, and the end."""
         self.edges = np.append(self.start_K[:-1:window_blocks], num_samples)
@@ -135,10 +141,11 @@ _windows = lru_cache(2)(Windows)
 class Order:
     """The sequence of ids one rank sees in any epoch.
 
-    Position p of an epoch belongs to step p // global_batch; rank r takes the r-th contiguous slice of each step, so
-    every world size that divides the global batch sees the same global order. A shuffled order leaves out an epoch's
-    last n mod global_batch positions (another set of samples each epoch); a sequential one (evaluation) leaves out
-    none and fills its last batch with PADDING_ID.
+    Position p of an epoch belongs to step p // global_batch; rank r takes the r-th contiguous slice
+    of each step, so every world size that divides the global batch sees the same global order. A
+    shuffled order leaves out an epoch's last n mod global_batch positions (another set of samples
+    each epoch); a sequential one (evaluation) leaves out none and fills its last batch with
+    PADDING_ID.
     """
 
     num_samples: int
@@ -173,14 +180,16 @@ class Order:
 
     @property
     def reach_fraction(self) -> float:
-        """The quality of the shuffle: the part of all samples of which a batch's may be any; exact reaches 1."""
+        """The quality of the shuffle: the part of all samples of which a batch's may be any;
+        exact reaches 1."""
         window = self.block_samples * self.window_blocks
         return (
             min(1.0, window / self.num_samples) if window and self.shuffle else float(self.shuffle)
         )
 
     def windows(self, epoch: int) -> Windows:
-        """The windows of an epoch of a blocked order, or of a sequential one that is read in blocks."""
+        """The windows of an epoch of a blocked order, or of a sequential one that is read in
+        blocks."""
         keys = (self.seed, epoch) if self.shuffle else ()
         return _windows(self.num_samples, self.block_samples, self.window_blocks, keys)
 
@@ -192,7 +201,8 @@ class Order:
         )
 
     def ids(self, epoch: int, first_step: int, num_steps: int) -> np.ndarray:
-        """ids_SB int64 of `num_steps` steps of an epoch, PADDING_ID where a sequential order has run out."""
+        """ids_SB int64 of `num_steps` steps of an epoch, PADDING_ID where a sequential order has
+        run out."""
         position_SB = self.positions(first_step, num_steps)
         if not self.shuffle:
             position_SB[position_SB >= self.num_samples] = PADDING_ID

@@ -1,7 +1,8 @@
-"""Paths as users write them: the one place where `~` is expanded and a relative path gets its folder.
+"""Paths as users write them: the one place where `~` is expanded and a relative path gets its
+folder.
 
-Paths are bytes to the system. Those that are no UTF-8 pass through TOML as `file:` URIs (RFC 8089), which are
-accepted wherever a config holds a path.
+Paths are bytes to the system. Those that are no UTF-8 pass through TOML as `file:` URIs (RFC 8089),
+which are accepted wherever a config holds a path.
 """
 
 import os
@@ -77,7 +78,8 @@ class _Refused(click.ClickException):
 
 
 class PathType(click.ParamType[Path]):
-    """The type of every option and argument that is a path: with `~` expanded, otherwise as written."""
+    """The type of every option and argument that is a path: with `~` expanded, otherwise as
+    written."""
 
     name = "path"
 

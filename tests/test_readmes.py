@@ -156,7 +156,7 @@ def command_lines(page: Path) -> Iterator[str]:
             yield from line.partition("  #")[0].strip().split(" && ")
     starts = ("python -m ", "torchrun ", "make ", "tools/")
     for span in spans(re.sub(r"^```.*?^```$", "", text_of(page), flags=re.MULTILINE | re.DOTALL)):
-        if span.startswith(starts) and (" " in span or (ROOT / span).is_file()):
+        if span.startswith(starts) and (" " in span or (ROOT / f"{span}.py").is_file()):
             yield span
 
 

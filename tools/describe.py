@@ -1,4 +1,5 @@
-"""What a record directory holds, in words and as a sheet of glyphs; the work of tools/pack_tmnist --describe."""
+"""What a record directory holds, in words and as a sheet of glyphs; the work of
+tools/pack_tmnist --describe."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,8 @@ SHEET_IMAGES = 192
 
 
 def describe(path: Path, sheet: Path) -> str:
-    """Text about the records at `path`; draws examples of each class to `sheet`. UserError if it cannot."""
+    """Text about the records at `path`; draws examples of each class to `sheet`. UserError if it
+    cannot."""
     check_picture(sheet)
     records = open_records(path)
     splits = records.splits

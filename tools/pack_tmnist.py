@@ -1,4 +1,5 @@
-"""tools/pack_tmnist CSV OUT: pack a CSV of glyphs into checksummed record files. The work is engine/data/pack.py's."""
+"""tools/pack_tmnist CSV OUT: pack a CSV of glyphs into checksummed record files. The work is
+engine/data/pack.py's."""
 
 import signal
 import sys

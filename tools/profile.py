@@ -1,4 +1,5 @@
-"""tools/profile: what a configuration does to throughput and memory. Bare: the default configuration, fast settings on.
+"""tools/profile: what a configuration does to throughput and memory. Bare: the default
+configuration, fast settings on.
 
 Every figure comes from the TrainStep and feeds of training, in processes of their own
 (tools/measure/matrix.py, cell.py).
@@ -74,9 +75,11 @@ def run(
     resume: bool,
     device: str,
 ) -> None:
-    """Measure CONFIGS: matrices and run configs (bench_configs/*.toml); none: the default, fast settings on.
+    """Measure CONFIGS: matrices and run configs (bench_configs/*.toml); none: the default, fast
+    settings on.
 
-    Writes profile.json and .csv, and a file for each repetition of a cell. Exit code 1 if a cell failed.
+    Writes profile.json and .csv, and a file for each repetition of a cell. Exit code 1 if a cell
+    failed.
     """
     with exit_on_user_error():
         from tools.measure.matrix import Run, config_cell, read_cells
@@ -143,7 +146,8 @@ def report(folder: Path, out: Path | None) -> None:
 def feeds(
     data: Path | None, batch_size: int, seconds: float, json_file: Path | None, out: Path | None
 ) -> None:
-    """Measure what every feed carries, and torch's TensorDataset, without a step; a table and a bar chart."""
+    """Measure what every feed carries, and torch's TensorDataset, without a step; a table and a
+    bar chart."""
     with exit_on_user_error():
         from tools.measure.feeds import profile_feeds
 
@@ -170,7 +174,8 @@ def trace(
     out: Path | None,
     device: str,
 ) -> None:
-    """Trace a few steps of CONFIG: stages, slowest operators and kernels, and a file for Perfetto."""
+    """Trace a few steps of CONFIG: stages, slowest operators and kernels, and a file for
+    Perfetto."""
     with exit_on_user_error():
         from tools.measure.trace import trace_config
 

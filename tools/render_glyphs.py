@@ -1,7 +1,8 @@
 """tools/render_glyphs FONTS... OUT.csv: the 94 characters of typefaces as a CSV in TMNIST's format.
 
-A glyph is drawn large, cut to its ink, scaled so that its longer side has 20 pixels, and centred in 28 x 28; white on
-black, anti-aliased. The name is the font file's, without its suffix; of a collection (.ttc), with the face's number.
+A glyph is drawn large, cut to its ink, scaled so that its longer side has 20 pixels, and centred in
+28 x 28; white on black, anti-aliased. The name is the font file's, without its suffix; of a
+collection (.ttc), with the face's number.
 """
 
 import csv
@@ -72,7 +73,8 @@ def check_out(out: Path, force: bool) -> None:
 
 
 def font_files(paths: Sequence[Path]) -> list[Path]:
-    """The font files named, and those in the folders named and below, by name; UserError if there is none."""
+    """The font files named, and those in the folders named and below, by name; UserError if
+    there is none."""
     if missing := [path for path in paths if not path.exists()]:
         raise UserError(
             f"{missing[0]}: no such file or folder; name .ttf and .otf files or folders of them"

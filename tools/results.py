@@ -1,4 +1,5 @@
-"""python -m tools.results: write bench_configs/RESULTS.md from the result files beside it; --check only compares."""
+"""python -m tools.results: write bench_configs/RESULTS.md from the result files beside it;
+--check only compares."""
 
 import json
 from pathlib import Path

@@ -1,7 +1,9 @@
-"""tools/verify: is this machine fit for training (doctor), and is fast training the same training (parity)? Bare: both.
+"""tools/verify: is this machine fit for training (doctor), and is fast training the same training
+(parity)? Bare: both.
 
-`tools/verify order RUN`: did a run see the samples it should have, in the order it should have, with the right pixels?
-The evidence is what the run wrote with `--set log_ids=true` (engine/train/idlog.py).
+`tools/verify order RUN`: did a run see the samples it should have, in the order it should have,
+with the right pixels? The evidence is what the run wrote with `--set log_ids=true`
+(engine/train/idlog.py).
 """
 
 import zlib
@@ -42,7 +44,8 @@ def main(context: click.Context, device: str) -> None:
 @main.command()
 @DEVICE
 def doctor(device: str) -> None:
-    """Look for what makes training slow or graphs impossible: versions, variables, power, hidden waits."""
+    """Look for what makes training slow or graphs impossible: versions, variables, power, hidden
+    waits."""
     with exit_on_user_error():
         raise SystemExit(not run_doctor(device))
 
@@ -52,7 +55,8 @@ def doctor(device: str) -> None:
 @click.option("--precision", "precisions", multiple=True, type=click.Choice(["fp32", "tf32", "bf16", "fp16"]),
               help="[default: fp32, and bf16 where it is fast]")  # fmt: skip
 def parity(device: str, precisions: tuple[str, ...]) -> None:
-    """Train the same two epochs in every way there is, and compare all that each leaves with the eager step's."""
+    """Train the same two epochs in every way there is, and compare all that each leaves with the
+    eager step's."""
     with exit_on_user_error():
         raise SystemExit(not run_parity(device, precisions))
 
@@ -111,7 +115,8 @@ def run_parity(device: str, precisions: tuple[str, ...]) -> bool:
     "--data", type=PATH, help="The records, if they are no longer where the run found them."
 )
 def order(run: Path, data: str | None) -> None:
-    """Compare every id and image that RUN consumed with the order and the records. Exit 1 if one differs."""
+    """Compare every id and image that RUN consumed with the order and the records. Exit 1 if one
+    differs."""
     with exit_on_user_error():
         checked, faults = check_order(run, data)
         for fault in faults[:20]:

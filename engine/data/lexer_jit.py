@@ -1,9 +1,10 @@
-"""lexer.py's language, compiled by numba: blocks of lines -> Rows, at 1.8 GB/s a core (EPYC, 2026-11-23).
+"""lexer.py's language, compiled by numba: blocks of lines -> Rows, at 1.8 GB/s a core (EPYC,
+2026-11-23).
 
-Safe on any bytes: a block ends with a line feed, which ends every field, and SLACK_BYTES lie readable behind it; so no
-loop passes the block's end and no wide comparison passes the slack. Text (names, labels) is looked up as bytes
-here; Python looks at each block's different ones. A line that is not in the language is only found here; lexer.py says
-what is wrong with it.
+Safe on any bytes: a block ends with a line feed, which ends every field, and SLACK_BYTES lie
+readable behind it; so no loop passes the block's end and no wide comparison passes the slack. Text
+(names, labels) is looked up as bytes here; Python looks at each block's different ones. A line that
+is not in the language is only found here; lexer.py says what is wrong with it.
 
 Shapes: R rows of a block, P pixels of a row, E different texts in A bytes.
 """
@@ -36,12 +37,13 @@ TWO_ZEROS = U(int.from_bytes(b"0.0,0.0,", "little"))
 DOT_ZERO_COMMA = U(int.from_bytes(b".0,", "little"))
 FACTOR = U(0x9E3779B97F4A7C15)  # 2**64 / golden ratio (Knuth, TAOCP 6.4)
 SEED = U(secrets.randbits(64))
-"""Of this process, so that nobody writes a file whose names collide; no output depends on it. An argument of what is
-compiled, since numba would keep a global's value in its cache."""
+"""Of this process, so that nobody writes a file whose names collide; no output depends on it. An
+argument of what is compiled, since numba would keep a global's value in its cache."""
 
 
 def _jit(function: Callable[..., Any]) -> Any:
-    """Compiled at the first call and kept beside the source or in the user's cache, if one of them can be written."""
+    """Compiled at the first call and kept beside the source or in the user's cache, if one of
+    them can be written."""
     try:
         return njit(nogil=True, cache=True)(function)
     except RuntimeError:
@@ -70,7 +72,8 @@ def _mix(code, word):  # type: ignore[no-untyped-def]
 
 @_jit
 def _text(buffer, i, seed, arena_A, end_E, slots, count):  # type: ignore[no-untyped-def]
-    """Look up the field at `i`, unquoted. Returns (offset behind its comma, index of its text), or (-1, 0).
+    """Look up the field at `i`, unquoted. Returns (offset behind its comma, index of its text), or
+    (-1, 0).
 
     Text e is arena_A[end_E[e] : end_E[e + 1]]; one that is new is kept.
     """
@@ -114,7 +117,8 @@ def _text(buffer, i, seed, arena_A, end_E, slots, count):  # type: ignore[no-unt
 
 @_jit
 def _pixel(buffer, i, last):  # type: ignore[no-untyped-def]
-    """Any accepted pixel at `i`. Returns (offset behind its comma or line end, value), or (-1, 0)."""
+    """Any accepted pixel at `i`. Returns (offset behind its comma or line end, value), or (-1,
+    0)."""
     quoted = buffer[i] == QUOTE
     i += int(quoted)
     start, value = i, 0
@@ -164,7 +168,8 @@ def _pixels(buffer, i, image_P):  # type: ignore[no-untyped-def]
                 p += 8
                 i += 32
             continue
-        # One to three digits and ".0," without a branch: nothing predicts how many digits a pixel has.
+        # One to three digits and ".0," without a branch: nothing predicts how many digits a pixel
+        # has.
         two = U((word >> U(8)) & U(255) != U(DOT))
         three = two & U((word >> U(16)) & U(255) != U(DOT))
         num_digits = U(1) + two + three
@@ -195,10 +200,11 @@ def _pixels(buffer, i, image_P):  # type: ignore[no-untyped-def]
 
 @_jit
 def _lex(buffer, start, stop, seed, tables, has_fonts, text_2R, image_RP, number_R3, hash_R):  # type: ignore[no-untyped-def]
-    """Rows of buffer[start:stop] up to the first line that is none. Returns (number of rows, that line's offset or -1).
+    """Rows of buffer[start:stop] up to the first line that is none. Returns (number of rows, that
+    line's offset or -1).
 
-    `tables` are the last arguments of `_text`, stacked, and `text_2R` the indices, first of fonts, then of labels;
-    `number_R3` takes each row's offset, sum, and sum of squares.
+    `tables` are the last arguments of `_text`, stacked, and `text_2R` the indices, first of fonts,
+    then of labels; `number_R3` takes each row's offset, sum, and sum of squares.
     """
     arena_2A, end_2E, slots_2, count_2 = tables
     num_pixels = image_RP.shape[1]
@@ -282,7 +288,8 @@ def lex(layout: Layout, block: np.ndarray, start: int, stop: int, image_RP: np.n
 def _texts(
     arena_A: np.ndarray, end_E: np.ndarray, index_R: np.ndarray, column: int
 ) -> tuple[list[str], int]:
-    """The texts of a block's rows, and how many rows stand before the first with one that may not be."""
+    """The texts of a block's rows, and how many rows stand before the first with one that may
+    not be."""
     ends = end_E[: index_R.max(initial=-1) + 2].tolist()
     data, texts = arena_A[: ends[-1]].tobytes(), list[str]()
     for start, stop in pairwise(ends):

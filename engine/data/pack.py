@@ -1,8 +1,8 @@
 """CSV -> published records. The command tools/pack_tmnist is a front of `pack` and `check`.
 
-One pass lexes blocks on all cores and spools the pixels to an unnamed file beside the target; then the splits are drawn
-from the labels (split.py), and a second pass copies rows from the spool to the record files. Memory does not grow with
-the pixels.
+One pass lexes blocks on all cores and spools the pixels to an unnamed file beside the target; then
+the splits are drawn from the labels (split.py), and a second pass copies rows from the spool to the
+record files. Memory does not grow with the pixels.
 
 Shapes: N rows of the CSV, M of them, R rows of a block, P pixels.
 """
@@ -37,7 +37,8 @@ NAME_LIMIT_BYTES = 200
 """Of the target's name: temporary names are some 20 bytes longer, and file systems end at 255."""
 MAX_FAULTS = 100
 LEAST_SIDE = 4
-"""Of images: two poolings, each of which halves them, leave a pixel. Smaller ones are packed with a warning."""
+"""Of images: two poolings, each of which halves them, leave a pixel. Smaller ones are packed
+with a warning."""
 MAX_WORKERS = 8
 
 Progress = Callable[[int, float], None]
@@ -67,16 +68,19 @@ def pack(
     block_bytes: int = BLOCK_BYTES,
     progress: Progress = lambda rows, part: None,
 ) -> PackReport:
-    """Read a CSV (see lexer.py; plain, .gz, a .zip holding one, or a pipe) and publish it as a record directory.
+    """Read a CSV (see lexer.py; plain, .gz, a .zip holding one, or a pipe) and publish it as a
+    record directory.
 
-    The same rows and options give the same bytes, whatever the container, the workers and the machine.
+    The same rows and options give the same bytes, whatever the container, the workers and the
+    machine.
 
     Args:
         num_classes: refuse a CSV with another number of labels.
         workers: lexing threads; by default one for each core this process may use.
         block_bytes: what is lexed at once.
     Raises:
-        UserError: the source is refused, or `out` exists and may not be replaced; nothing was published.
+        UserError: the source is refused, or `out` exists and may not be replaced; nothing was
+            published.
     """
     _check_name(out)
     out = Path(os.path.realpath(out))
@@ -125,7 +129,8 @@ def check(source: Path) -> tuple[int, list[str], list[str]]:
 
 
 def find_lexer() -> Lexer:
-    """The compiled lexer, or the plain one where numba cannot be imported: it lags behind NumPy's versions."""
+    """The compiled lexer, or the plain one where numba cannot be imported: it lags behind
+    NumPy's versions."""
     try:
         from engine.data.lexer_jit import lex
     except ImportError as error:
@@ -185,8 +190,8 @@ def _read(
 
 
 class _Collector:
-    """The rows of all blocks in order: texts in one index, pixels in the spool; the first fault is an error, or the
-    first MAX_FAULTS go into `faults`."""
+    """The rows of all blocks in order: texts in one index, pixels in the spool; the first fault
+    is an error, or the first MAX_FAULTS go into `faults`."""
 
     def __init__(
         self, source: str, header: bytes, spool: "_Spool | None", faults: list[str] | None
@@ -207,7 +212,8 @@ class _Collector:
     def add_block(
         self, rows: Rows, lex: Lexer, buffer: bytearray, stop: int, image_RP: np.ndarray
     ) -> bool:
-        """Take a block's rows; where faults are listed, those behind each faulty line, too. Whether to go on."""
+        """Take a block's rows; where faults are listed, those behind each faulty line, too.
+        Whether to go on."""
         while True:
             after = buffer.index(b"\n", rows.fault) + 1 if rows.fault >= 0 else stop
             try:
@@ -223,7 +229,8 @@ class _Collector:
             rows = lex(self.layout, np.frombuffer(buffer, np.uint8), after, stop, image_RP)
 
     def add(self, rows: Rows, faulty_line: bytes) -> None:
-        """Take a block's rows; UserError if one of them, or `faulty_line` behind them, is refused."""
+        """Take a block's rows; UserError if one of them, or `faulty_line` behind them, is
+        refused."""
         first = self.row
         self.row += len(rows.label_R) + bool(faulty_line)
         label_R, new_labels = _merge(self._labels, rows.labels, rows.label_R)
@@ -331,7 +338,8 @@ class _Spool:
         return out_MP
 
     def check_space(self, source: Source, layout: Layout, line_bytes: float) -> None:
-        """Refuse what will not fit, before the first byte is written: the spool and the records, by the first lines."""
+        """Refuse what will not fit, before the first byte is written: the spool and the records,
+        by the first lines."""
         free = shutil.disk_usage(self.folder).free
         needed = int(2 * source.size / line_bytes * layout.num_pixels) if source.size else 0
         if needed > free:

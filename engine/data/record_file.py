@@ -1,8 +1,9 @@
 """One Arrow file of a record directory: written with its hashes, read by its entry in the manifest.
 
-Arrow itself does not notice damage. So sizes and the CRC32 of every 1 MiB block are compared with the entry, and the
-columns are taken from the offsets it gives: no parser ever sees a stranger's bytes, and pixels go from the file
-straight to where they are wanted. Nothing is memory-mapped: a file that is cut under a map kills its reader.
+Arrow itself does not notice damage. So sizes and the CRC32 of every 1 MiB block are compared with
+the entry, and the columns are taken from the offsets it gives: no parser ever sees a stranger's
+bytes, and pixels go from the file straight to where they are wanted. Nothing is memory-mapped: a
+file that is cut under a map kills its reader.
 
 Shapes: N rows of a CSV, M of a file, H x W pixels, P = H * W.
 """
@@ -61,7 +62,8 @@ class FileEntry:
             raise Damaged(f"{self.name} has {len(self.crc32)} checksums, want one for each MiB")
 
     def open(self, directory: Path) -> int:
-        """A descriptor of the file, which is regular, perhaps behind a link, and of the right size."""
+        """A descriptor of the file, which is regular, perhaps behind a link, and of the right
+        size."""
         handle = open_regular(directory / self.name)
         if (found := os.fstat(handle).st_size) != self.bytes:
             is_pointer = os.pread(handle, 23, 0) == b"version https://git-lfs"
@@ -72,7 +74,8 @@ class FileEntry:
         return handle
 
     def read(self, handle: int, offset: int, out: memoryview) -> None:
-        """Fill `out` with the bytes from `offset` on; Damaged if a block that it touches is not what was written."""
+        """Fill `out` with the bytes from `offset` on; Damaged if a block that it touches is not
+        what was written."""
         spare = np.empty(BLOCK_BYTES, np.uint8).data
         while len(out):
             number, within = divmod(offset, BLOCK_BYTES)
@@ -90,7 +93,8 @@ class FileEntry:
             out, offset = out[size:], offset + size
 
     def read_columns(self, handle: int, num_pixels: int) -> tuple[np.ndarray, np.ndarray]:
-        """label_M uint8 and font_M int32; verified as by `read`, with all blocks that do not hold pixels only."""
+        """label_M uint8 and font_M int32; verified as by `read`, with all blocks that do not
+        hold pixels only."""
         start = self.image_offset + self.rows * num_pixels
         tail = bytearray(self.bytes - start)
         self.read(handle, 0, memoryview(bytearray(self.image_offset)))
@@ -101,8 +105,8 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Table:
-    """All rows of a CSV but their pixels: label_N uint8 into `classes`, font_N int32 into `fonts`, the others as in
-    lexer.Rows; `side` is the images' height and width."""
+    """All rows of a CSV but their pixels: label_N uint8 into `classes`, font_N int32 into
+    `fonts`, the others as in lexer.Rows; `side` is the images' height and width."""
 
     side: int
     classes: tuple[str, ...]
@@ -124,7 +128,8 @@ class Table:
 
 
 def write_file(path: Path, table: Table, row_M: np.ndarray, image_MP: np.ndarray) -> dict[str, Any]:
-    """Write and fsync one Arrow file of some rows and their pixels, uint8; returns its entry in the manifest."""
+    """Write and fsync one Arrow file of some rows and their pixels, uint8; returns its entry in
+    the manifest."""
     import pyarrow as pa
 
     label_M, font_M = table.label_N[row_M], table.font_N[row_M]
@@ -155,7 +160,8 @@ def write_file(path: Path, table: Table, row_M: np.ndarray, image_MP: np.ndarray
 
 
 class _HashingFile(io.FileIO):
-    """A new file that hashes what pyarrow writes and knows where each buffer went; it copies nothing."""
+    """A new file that hashes what pyarrow writes and knows where each buffer went; it copies
+    nothing."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, "w")

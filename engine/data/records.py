@@ -1,8 +1,10 @@
-"""The record files: Arrow IPC files of uint8 images per split, under a manifest that covers every byte.
+"""The record files: Arrow IPC files of uint8 images per split, under a manifest that covers every
+byte.
 
-A record directory holds `<split>-00000.arrow` ..., `fonts.json` (typeface names), `manifest.json` (written last) and
-`manifest.sha256`. Each Arrow file is one record batch with the columns image (fixed-size list of H*W uint8), label
-(dictionary of class names) and font (dictionary of typeface names), so pandas, polars and DuckDB open it as it is.
+A record directory holds `<split>-00000.arrow` ..., `fonts.json` (typeface names), `manifest.json`
+(written last) and `manifest.sha256`. Each Arrow file is one record batch with the columns image
+(fixed-size list of H*W uint8), label (dictionary of class names) and font (dictionary of typeface
+names), so pandas, polars and DuckDB open it as it is.
 
 Opening verifies every byte against the manifest before it means anything (record_file.py).
 
@@ -88,7 +90,8 @@ class Split:
 
 @dataclass(frozen=True, kw_only=True)
 class Records:
-    """A data set: its splits, the names behind the indices, and the fingerprint that checkpoints carry."""
+    """A data set: its splits, the names behind the indices, and the fingerprint that checkpoints
+    carry."""
 
     splits: dict[str, Split]
     classes: tuple[str, ...]
@@ -170,8 +173,9 @@ def open_records(path: str | Path, *, in_memory: bool = True) -> Records:
     """Open a record directory, verified to the last byte.
 
     Args:
-        in_memory: read all pixels into one array per split. Otherwise they stay on disk, and a block is read and
-            verified when it is indexed; labels and fonts (5 bytes an image) are read in any case.
+        in_memory: read all pixels into one array per split. Otherwise they stay on disk, and a
+            block is read and verified when it is indexed; labels and fonts (5 bytes an image) are
+            read in any case.
     Raises:
         UserError: not a record directory, incomplete, damaged, or of another version.
     """
@@ -186,7 +190,8 @@ def verify_records(path: str | Path, fingerprint: str = "") -> dict[str, Any]:
     """Check the SHA-256 of every file besides all that `open_records` checks; returns the manifest.
 
     Raises:
-        UserError: damaged in any way, or not the records of `fingerprint` (its beginning, in hexadecimal).
+        UserError: damaged in any way, or not the records of `fingerprint` (its beginning, in
+            hexadecimal).
     """
     records = open_records(path, in_memory=False)
     if not records.fingerprint.startswith(fingerprint.lower()):
@@ -222,10 +227,12 @@ def _refusing(directory: Path) -> Iterator[None]:
 
 
 class StoredImages:
-    """The images of a split on disk, (N, H, W) uint8; indexing reads verified blocks and gives an array of its own.
+    """The images of a split on disk, (N, H, W) uint8; indexing reads verified blocks and gives an
+    array of its own.
 
-    Ascending runs of rows are read as wholes, and of each block they touch, all. The files stay open, so a directory
-    that is replaced meanwhile is read as it was. May be used from several threads.
+    Ascending runs of rows are read as wholes, and of each block they touch, all. The files stay
+    open, so a directory that is replaced meanwhile is read as it was. May be used from several
+    threads.
 
     Raises:
         UserError: from indexing, when a block is damaged or its file was cut.
@@ -376,7 +383,8 @@ def _are_texts(values: Any) -> bool:
 
 
 def _fingerprint(manifest: dict[str, Any]) -> str:
-    """SHA-256 over everything that decides what is trained on: size, classes, and each file's own SHA-256."""
+    """SHA-256 over everything that decides what is trained on: size, classes, and each file's
+    own SHA-256."""
     files = {
         name: [file["sha256"] for file in split["files"]]
         for name, split in manifest["splits"].items()

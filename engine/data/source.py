@@ -1,4 +1,5 @@
-"""Where a CSV comes from (file, .gz, .zip member, pipe), as blocks of whole lines. Never blocks on what is no file.
+"""Where a CSV comes from (file, .gz, .zip member, pipe), as blocks of whole lines. Never blocks on
+what is no file.
 
 A block is a reused buffer of lines that end with a line feed, with lexer.SLACK_BYTES behind them.
 """
@@ -90,7 +91,8 @@ class Source:
         """Fill `view` as far as the source goes; fewer bytes only at its end."""
         with reading(self.name):
             filled = 0
-            # One read a turn, so that a signal is served before the next one: readinto would go on to block.
+            # One read a turn, so that a signal is served before the next one: readinto would go on
+            # to block.
             while filled < len(view) and (got := self._data.readinto1(view[filled:])):
                 filled += got
             return filled
@@ -111,10 +113,12 @@ class Source:
 
 @contextmanager
 def open_source(path: Path) -> Iterator[Source]:
-    """Open a .csv, .csv.gz, a .zip that holds one CSV, `-` or /dev/stdin; told by the first bytes, not by the name.
+    """Open a .csv, .csv.gz, a .zip that holds one CSV, `-` or /dev/stdin; told by the first bytes,
+    not by the name.
 
     Raises:
-        UserError: it is no regular file (a pipe only as /dev/stdin or /dev/fd/N), or cannot be read.
+        UserError: it is no regular file (a pipe only as /dev/stdin or /dev/fd/N), or cannot be
+            read.
     """
     name = "standard input" if str(path) == "-" else str(path)
     with ExitStack() as stack:
@@ -183,10 +187,11 @@ def buffer_bytes(block_bytes: int = BLOCK_BYTES) -> int:
 def blocks(
     source: Source, take: Callable[[], bytearray], block_bytes: int = BLOCK_BYTES
 ) -> Iterator[tuple[bytearray, int]]:
-    """(buffer, stop) of the source's whole lines in order, the last with a line feed even if the source has none there.
+    """(buffer, stop) of the source's whole lines in order, the last with a line feed even if the
+    source has none there.
 
-    `take` hands out a free buffer; one that is not yielded stays free. A line longer than LINE_LIMIT_BYTES is cut, for
-    the lexer to refuse. One blank line at the source's end is dropped.
+    `take` hands out a free buffer; one that is not yielded stays free. A line longer than
+    LINE_LIMIT_BYTES is cut, for the lexer to refuse. One blank line at the source's end is dropped.
     """
     carried, at_end = b"", False
     while not at_end:

@@ -1,4 +1,5 @@
-"""Which rows of a CSV go to train, val and test: pure functions of labels, typefaces and a seed, equal everywhere.
+"""Which rows of a CSV go to train, val and test: pure functions of labels, typefaces and a seed,
+equal everywhere.
 
 Shapes: N rows of the CSV, M of them.
 """
@@ -13,7 +14,8 @@ from engine.order import permute, round_keys
 
 SplitMode = Literal["random", "font", "none"]
 EVAL_FRACTION = 0.15
-"""Part of each class (with split font: of all rows) in val, and again in test; the rest is train: 70/15/15."""
+"""Part of each class (with split font: of all rows) in val, and again in test; the rest is
+train: 70/15/15."""
 _STYLE = re.compile(
     r"(thin|extra|ultra|light|semi|demi|book|regular|roman|text|medium|bold|black|heavy|italic|ital|oblique|slanted"
     r"|condensed|cond|compressed|narrow|expanded|expd|extended|wide|caps|variable|vf|[0-9])+$",
@@ -33,9 +35,10 @@ def draw_splits(
 ) -> dict[str, np.ndarray]:
     """Row numbers of each split, ascending.
 
-    `balance` first cuts each class to the smallest one's size. `random` is stratified: within each class the rows stand
-    in the order of a keyed bijection of (seed, class name); its head is val, then test, the rest train. `font` deals
-    whole families (see `family`) to val and test, in such an order, as long as they fit into their part of all rows.
+    `balance` first cuts each class to the smallest one's size. `random` is stratified: within each
+    class the rows stand in the order of a keyed bijection of (seed, class name); its head is val,
+    then test, the rest train. `font` deals whole families (see `family`) to val and test, in such
+    an order, as long as they fit into their part of all rows.
 
     Raises:
         UserError: a class, or the number of families, is too small for three splits.
@@ -66,8 +69,9 @@ def draw_splits(
 
 
 def family(font: str) -> str:
-    """The family that a font file's name tells: what stands before a dash, underscore, bracket or space, without words
-    of weight, width and slope at its end: `RobotoSerifCondensed-Light[wght]` is of `robotoserif`."""
+    """The family that a font file's name tells: what stands before a dash, underscore, bracket
+    or space, without words of weight, width and slope at its end:
+    `RobotoSerifCondensed-Light[wght]` is of `robotoserif`."""
     stem = re.split(r"[-_\[ ]", font, maxsplit=1)[0]
     return (_STYLE.sub("", stem) or stem or font).lower()
 

@@ -1,4 +1,5 @@
-"""Work done ahead of its consumer, in a thread; whatever goes wrong there reaches the consumer at once."""
+"""Work done ahead of its consumer, in a thread; whatever goes wrong there reaches the consumer
+at once."""
 
 import queue
 import threading
@@ -12,8 +13,9 @@ DEADLINE_S, JOIN_S = 20.0, 5.0
 class Ahead(Iterator[T]):
     """The items of an iterator (None is none), made in a thread that dies with the process.
 
-    That iterator may reuse `slots` buffers in turn: it is asked for an item only when the consumer has let go of the
-    one made `slots` items earlier. The consumer lets go of an item by asking for `held` more. Closed, this ends.
+    That iterator may reuse `slots` buffers in turn: it is asked for an item only when the consumer
+    has let go of the one made `slots` items earlier. The consumer lets go of an item by asking for
+    `held` more. Closed, this ends.
 
     Raises:
         Exception: from iteration, whatever the iterator raised.
@@ -60,10 +62,12 @@ class Ahead(Iterator[T]):
         return item
 
     def close(self, to_restart: bool = False) -> None:
-        """Stop the thread; an item that is being made is finished first, unless that takes longer than JOIN_S.
+        """Stop the thread; an item that is being made is finished first, unless that takes longer
+        than JOIN_S.
 
         Raises:
-            RuntimeError: `to_restart`, and the thread may still write to the buffers of its iterator.
+            RuntimeError: `to_restart`, and the thread may still write to the buffers of its
+                iterator.
         """
         self._over = True
         self._free.release()

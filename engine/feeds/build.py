@@ -1,4 +1,5 @@
-"""The roads batches take from records to the step. To add one: a module with a Feed, and a line in `make_feed`."""
+"""The roads batches take from records to the step. To add one: a module with a Feed, and a line
+in `make_feed`."""
 
 from pathlib import Path
 
@@ -22,7 +23,8 @@ MEMORY_SHARE = 0.5
 
 
 def open_for(config: DataConfig, path: str | Path) -> Records:
-    """The records of a run: in memory, or left on disk where the stream feed is asked for or nothing else is possible.
+    """The records of a run: in memory, or left on disk where the stream feed is asked for or
+    nothing else is possible.
 
     Raises:
         UserError: they cannot be opened.
@@ -60,7 +62,8 @@ def make_source(
     static: Batch,
     fused: frozenset[str] = frozenset(),
 ) -> Source:
-    """The feed that `config.feed` names, one of SOURCES; `static` is the step's own batch, `fused` names kernels."""
+    """The feed that `config.feed` names, one of SOURCES; `static` is the step's own batch,
+    `fused` names kernels."""
     if config.feed == "synthetic":
         return SyntheticFeed(static.rows(0, order.rank_batch), order)
     return ResidentFeed(split, order, static.id_B.device, fused)

@@ -1,12 +1,12 @@
 """NVIDIA DALI as the road: a pipeline on the GPU where there is one, DALI's CPU pipeline elsewhere.
 
-Our order decides which samples a batch holds; DALI carries them, and warps them if augmentation is on. A thread of ours
-gathers ahead: DALI calls an external source on the consumer's thread, so by itself nothing would overlap. Several
-batches travel in one run, as one DALI sample (a sequence of frames): DALI pays for every run and every sample.
-The only module that imports nvidia.dali.
+Our order decides which samples a batch holds; DALI carries them, and warps them if augmentation is
+on. A thread of ours gathers ahead: DALI calls an external source on the consumer's thread, so by
+itself nothing would overlap. Several batches travel in one run, as one DALI sample (a sequence of
+frames): DALI pays for every run and every sample. The only module that imports nvidia.dali.
 
-Sources: external_source with no_copy and DALI's ownership rules (docs, "External Source"; DALI#5617: outputs are valid
-until the next run); warp_affine and per_frame (docs, "Sequences").
+Sources: external_source with no_copy and DALI's ownership rules (docs, "External Source";
+DALI#5617: outputs are valid until the next run); warp_affine and per_frame (docs, "Sequences").
 
 Shapes: F frames of a run, B of a batch, H x W pixels.
 """
@@ -28,7 +28,8 @@ from engine.order import Order
 PREFETCH = 2
 """DALI's own queue depth."""
 HELD = PREFETCH + 2
-"""Runs whose buffers DALI may still read: those in its queue, the one being filled, the one being handed out."""
+"""Runs whose buffers DALI may still read: those in its queue, the one being filled, the one
+being handed out."""
 NUM_RUNS = HELD + 3
 """With two that are ready, and the one that is gathered."""
 FRAMES = 8192
@@ -139,7 +140,8 @@ class DaliFeed:
                 turn, filled = (turn + 1) % len(self._ring), 0
 
     def _run(self) -> Any | None:
-        """The pipeline's next outputs, None at the end of the source; then it is ready for another source."""
+        """The pipeline's next outputs, None at the end of the source; then it is ready for
+        another source."""
         self._mid_epoch = True
         try:
             return self._pipe.run()
@@ -149,14 +151,16 @@ class DaliFeed:
             return None
 
     def _stop(self, to_restart: bool = False) -> None:
-        """End the thread, and run out what DALI still holds of an epoch that was left in the middle."""
+        """End the thread, and run out what DALI still holds of an epoch that was left in the
+        middle."""
         if self._ahead is not None:
             self._ahead.close(to_restart)
         while self._mid_epoch and self._run() is not None:
             pass
 
     def _batch(self, outputs: Any, start: int) -> Batch:
-        """One batch of a run's frames: on a GPU copied to where all are, on a CPU left where it is (1.6 x as fast)."""
+        """One batch of a run's frames: on a GPU copied to where all are, on a CPU left where it
+        is (1.6 x as fast)."""
         rows = slice(start, start + self.order.rank_batch)
         image_FHW1, label_F, id_F = (
             torch.utils.dlpack.from_dlpack(output[0]) for output in outputs

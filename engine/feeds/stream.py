@@ -1,7 +1,9 @@
-"""Batches from disk, for sets larger than memory: windows of blocks are read ahead, verified, and gathered from.
+"""Batches from disk, for sets larger than memory: windows of blocks are read ahead, verified, and
+gathered from.
 
-Serves the blocked and the sequential order (order.Windows): any other would read a block for each sample. Memory: two
-windows, one being read while the other is served; `memory_bytes` says it before anything is read.
+Serves the blocked and the sequential order (order.Windows): any other would read a block for each
+sample. Memory: two windows, one being read while the other is served; `memory_bytes` says it before
+anything is read.
 
 Shapes: N samples of the split, M of a window, B of a batch, H x W pixels, P = H * W.
 """
@@ -55,7 +57,8 @@ class StreamFeed:
                 stop = min(start + size - filled, len(row_M))
                 into = slice(filled, filled + stop - start)
                 image_BP = batch.image_BHW.view(size, -1)[into].numpy()
-                # One thread: beside the readers, those of OpenMP would wait for each other (1.4 x as fast, two cores).
+                # One thread: beside the readers, those of OpenMP would wait for each other (1.4 x
+                # as fast, two cores).
                 np.take(pixel_MP, row_M[start:stop], axis=0, out=image_BP, mode="clip")
                 np.take(
                     self._split.label_N,

@@ -1,6 +1,8 @@
-"""tools/verify doctor: whether this machine and this environment can train as fast as they should, check by check.
+"""tools/verify doctor: whether this machine and this environment can train as fast as they should,
+check by check.
 
-A check gives a grade, what it looked at, and what it found, with what to do where it is not well. Nothing is changed.
+A check gives a grade, what it looked at, and what it found, with what to do where it is not well.
+Nothing is changed.
 """
 
 import os
@@ -210,7 +212,8 @@ def _step(records: Records, world: World) -> Iterator[Finding]:
 def host_reads(launches: Iterator[Any], device: torch.device, num_launches: int = 5) -> list[str]:
     """The operations of some launches that read a device value on the host, each once.
 
-    On a GPU torch's own watch raises at the first; elsewhere every operation is looked at as it is dispatched.
+    On a GPU torch's own watch raises at the first; elsewhere every operation is looked at as it is
+    dispatched.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -230,7 +233,8 @@ def host_reads(launches: Iterator[Any], device: torch.device, num_launches: int 
 
 
 class _Watch(TorchDispatchMode):
-    """Notes operations that hand a tensor's value to Python: item(), tolist(), bool() and all that rest on them."""
+    """Notes operations that hand a tensor's value to Python: item(), tolist(), bool() and all
+    that rest on them."""
 
     HOST = ("_local_scalar_dense", "is_nonzero", "nonzero", "equal")
 

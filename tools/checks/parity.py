@@ -1,8 +1,10 @@
-"""tools/verify parity: that every fast way of training is the same training as the eager step on one rank.
+"""tools/verify parity: that every fast way of training is the same training as the eager step on
+one rank.
 
-A variant trains two epochs of 9 steps on the same samples and leaves its *state*: the loss of each step, the gradients
-of the last, parameters, optimiser, loss scale, counters. Each is compared with the reference's. Ranks are processes of
-`torchrun -m tools.checks.parity FOLDER DEVICE PRECISION...`, which leave their state as FOLDER/<precision>.safetensors.
+A variant trains two epochs of 9 steps on the same samples and leaves its *state*: the loss of each
+step, the gradients of the last, parameters, optimiser, loss scale, counters. Each is compared with
+the reference's. Ranks are processes of `torchrun -m tools.checks.parity FOLDER DEVICE
+PRECISION...`, which leave their state as FOLDER/<precision>.safetensors.
 """
 
 import os
@@ -43,10 +45,12 @@ RANKS: dict[int, tuple[str, dict[str, Any]]] = {
 FUSED = {"kernels": "all", "step.cuda_graphs": True, "step.steps_per_launch": K}
 GROUPS = ("loss", "parameters", "gradients", "optimiser", "scaler", "counters")
 TOLERANCE = {"fp32": (1e-3, 1e-2), "tf32": (1e-2, 1e-1), "bf16": (5e-2, 5e-1), "fp16": (5e-2, 5e-1)}
-"""For what adds in another order (ranks, a GPU's kernels): of losses and parameters, of gradients and optimiser.
+"""For what adds in another order (ranks, a GPU's kernels): of losses and parameters, of gradients
+and optimiser.
 
-The largest norm of a difference over the norm, over the tensors of a group; scaler and counters must be equal. Measured
-with 4 ranks on two cores: 1e-5 and 6e-4 in fp32, 8e-3 and 0.3 in bf16, where each rank rounds its sums to 8 bits.
+The largest norm of a difference over the norm, over the tensors of a group; scaler and counters
+must be equal. Measured with 4 ranks on two cores: 1e-5 and 6e-4 in fp32, 8e-3 and 0.3 in bf16,
+where each rank rounds its sums to 8 bits.
 """
 State = dict[str, torch.Tensor]
 
@@ -115,7 +119,8 @@ def trained(config: RunConfig, records: Records, world: World) -> State:
 
 
 def resumed(config: RunConfig, records: Records, world: World) -> State:
-    """Trained, saved after the first epoch, and gone on with by another session, which read it back."""
+    """Trained, saved after the first epoch, and gone on with by another session, which read it
+    back."""
     marks: dict[str, Any] = {"digest": config.digest(), "fingerprint": records.fingerprint}
     unknown: dict[str, Any] = {
         "train_s": 0.0,
@@ -137,7 +142,8 @@ def resumed(config: RunConfig, records: Records, world: World) -> State:
 
 
 def differences(got: State, wanted: State) -> dict[str, float]:
-    """For each group the largest relative difference; infinite where names, shapes or infinities differ."""
+    """For each group the largest relative difference; infinite where names, shapes or infinities
+    differ."""
     worst = dict.fromkeys(GROUPS, 0.0)
     for name in got.keys() | wanted.keys():
         group = name.split()[0]
@@ -151,7 +157,8 @@ def differences(got: State, wanted: State) -> dict[str, float]:
 
 
 def parity(records: Records, world: World, precisions: list[str]) -> Iterator[Verdict]:
-    """A verdict for each precision and variant; what needs a GPU, or more of them, is said to be missing."""
+    """A verdict for each precision and variant; what needs a GPU, or more of them, is said to be
+    missing."""
     records, on_gpu = few(records), world.device.type == "cuda"
     references = {
         precision: trained(config_of(precision), records, world) for precision in precisions
