@@ -1,5 +1,4 @@
-"""The one error type a user may cause, and the one way a command ends on it: a single line, exit
-code 2."""
+"""The one error that a user may cause, and how a command ends on it: one line, exit code 2."""
 
 import os
 import signal

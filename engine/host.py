@@ -1,5 +1,4 @@
-"""The process and its machine, without torch: rank, home, caches, cores, free memory, what children
-inherit.
+"""The process and its machine, without torch: rank, home, caches, cores, memory, environment.
 
 The only reader of RANK and its relatives, and the only writer of the process's environment. What
 needs torch (device, process group) is world.py's.
@@ -31,19 +30,18 @@ ORIGINAL_HOME = "TMNIST_ENGINE_HOME"
 """Variable that keeps the user's home, empty if there is none, where HOME had to be moved."""
 UNLIMITED_BYTES = 2**60
 """A cgroup of version 1 without a limit names a number beyond any memory."""
-PROC, CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
+PROC = Path("/proc")
+CGROUP = Path("/sys/fs/cgroup")
 
 
 def prepare_process() -> None:
-    """Set what must be set at a process's start, before torch is imported; every command calls this
-    first.
+    """Set what must be set before torch is imported; every command calls this first.
 
     - Children (ranks, cells, compilers, joblib's workers) do not import from the current folder,
-    whatever
-      modules lie there, and find this checkout.
-    - Compiled code is kept in the user's own cache folder. - Where the user has no home folder that
-    can be written, HOME is the cache folder: libraries that look
-      for a home would otherwise make a folder called "~".
+      whatever modules lie there, and find this checkout.
+    - Compiled code is kept in the user's own cache folder.
+    - Where the user has no home folder that can be written, HOME is the cache folder: libraries
+      that look for a home would otherwise make a folder called "~".
 
     Raises:
         UserError: the cache folder cannot be made, or is somebody else's.
@@ -76,8 +74,7 @@ def _move_home() -> None:
 
 
 def home() -> Path | None:
-    """The user's home folder: $HOME, or the password file's; None if neither is an existing
-    folder."""
+    """The user's home: $HOME, or the password file's; None if neither is an existing folder."""
     named = os.environ.get(ORIGINAL_HOME, os.environ.get("HOME", ""))
     if not named and ORIGINAL_HOME not in os.environ:
         try:
@@ -169,26 +166,23 @@ def keep_large_blocks() -> bool:
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    m_mmap_threshold, m_trim_threshold, m_top_pad = -3, -1, -2  # malloc.h
-    settings = (
-        (m_mmap_threshold, HEAP_THRESHOLD_BYTES),
-        (m_trim_threshold, 2**31 - 1),
-        (m_top_pad, 64 * 2**20),
+    settings = (  # the names as in malloc.h
+        (-3, HEAP_THRESHOLD_BYTES),  # M_MMAP_THRESHOLD
+        (-1, 2**31 - 1),  # M_TRIM_THRESHOLD
+        (-2, 64 * 2**20),  # M_TOP_PAD
     )
     return all(mallopt(name, value) == 1 for name, value in settings)
 
 
 def num_cpus() -> int:
-    """CPU cores this process may keep busy: its affinity, or what its cgroup's quota comes to,
-    if less."""
+    """CPU cores this process may keep busy: its affinity, or its cgroup's quota, if less."""
     num_allowed = len(os.sched_getaffinity(0))
     quotas = [_quota(folder) for folder in _cgroups("cpu")]
     return max(1, min([num_allowed, *(math.ceil(quota) for quota in quotas if quota)]))
 
 
 def limit_threads() -> None:
-    """Let torch and OpenMP take no more threads than a cgroup's quota allows; call it before
-    torch is used."""
+    """Let torch and OpenMP take no more threads than a cgroup allows, before torch is used."""
     if "OMP_NUM_THREADS" not in os.environ and num_cpus() < len(os.sched_getaffinity(0)):
         os.environ["OMP_NUM_THREADS"] = str(num_cpus())
         if "torch" in sys.modules:
@@ -208,8 +202,7 @@ def free_memory_bytes() -> int:
 
 
 def _cgroups(controller: str) -> list[Path]:
-    """The folders of the cgroups this process is in, from its own up to the root, of versions 1
-    and 2."""
+    """The folders of this process's cgroups, of versions 1 and 2, from its own up to the root."""
     folders: list[Path] = []
     for line in _text(PROC / "self" / "cgroup").splitlines():
         number, names, path = line.split(":", 2)
@@ -223,9 +216,8 @@ def _cgroups(controller: str) -> list[Path]:
         if mount is None:
             continue
         own = mount / path.strip("/")
-        inside = (
-            own if own.is_dir() and ".." not in own.parts else mount
-        )  # a container sees its own as root
+        # A container sees its own cgroup as the root.
+        inside = own if own.is_dir() and ".." not in own.parts else mount
         folders += [inside, *(folder for folder in inside.parents if folder.is_relative_to(mount))]
     return folders
 
@@ -241,13 +233,13 @@ def _quota(folder: Path) -> float | None:
 
 
 def _memory_left(folder: Path) -> int | None:
-    """Bytes a cgroup may still take, what it can drop of the page cache included; None without a
-    limit."""
+    """Bytes a cgroup may still take, with what its page cache can drop; None without a limit."""
     for limit_name, used_name, cache_name in (
         ("memory.max", "memory.current", "inactive_file"),
         ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     ):
-        limit, used = (_text(folder / name).strip() for name in (limit_name, used_name))
+        limit = _text(folder / limit_name).strip()
+        used = _text(folder / used_name).strip()
         if not (limit.isdigit() and used.isdigit()) or int(limit) >= UNLIMITED_BYTES:
             continue
         dropped = re.search(rf"^{cache_name} ([0-9]+)", _text(folder / "memory.stat"), re.MULTILINE)

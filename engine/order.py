@@ -1,7 +1,7 @@
 """Which sample comes when: a keyed bijection of (n, seed, epoch), and each rank's slice of it.
 
 Everything here is a pure function of integers. It works on NumPy and torch int64 arrays alike and
-gives the same bits, needs O(1) memory and time an index, and knows nothing of pixels, devices or
+gives the same bits, needs O(1) memory and time per index, and knows nothing of pixels, devices or
 processes.
 
 The bijection is a generalised Feistel network (Black and Rogaway, "Ciphers with Arbitrary Finite
@@ -55,7 +55,7 @@ def _round(value: Any, key: int, size: int) -> Any:
 
 def _rounds(position: Any, a: int, b: int, keys: tuple[int, ...]) -> Any:
     """One pass of the network. Updates stand in place: temporaries of 64k lanes are what it
-    costs (23 ns a sample)."""
+    costs (23 ns per sample)."""
     left = position // b
     right = position - left * b
     for even, odd in zip(keys[::2], keys[1::2], strict=True):
@@ -69,8 +69,9 @@ def _rounds(position: Any, a: int, b: int, keys: tuple[int, ...]) -> Any:
 
 
 def permute(position: Any, n: int, keys: tuple[int, ...]) -> Any:
-    """Map positions, an int64 array (NumPy or torch) of any shape, to samples: a bijection of [0,
-    n), 1 <= n <= 2^40.
+    """Map positions, an int64 array (NumPy or torch) of any shape, to samples.
+
+    A bijection of [0, n), 1 <= n <= 2^40.
 
     `keys` are from `round_keys`. Returns a new array of the same kind and shape.
     """
@@ -83,18 +84,21 @@ def permute(position: Any, n: int, keys: tuple[int, ...]) -> Any:
 
 
 class Windows:
-    """The blocked order of one epoch, for sets that are read in pieces: blocks of neighbours are
-    shuffled, then the samples within each window of blocks.
+    """The blocked order of one epoch, for sets that are read in pieces.
+
+    Blocks of neighbours are shuffled, then the samples within each window of blocks.
 
     Position p stands in window w at row q of the window's blocks, laid end to end; `ids` says which
-    sample that is. Needs 24 bytes a block.
+    sample that is. Needs 24 bytes per block.
     """
 
     def __init__(
         self, num_samples: int, block_samples: int, window_blocks: int, keys: tuple[int, ...]
     ) -> None:
         """`keys` are (seed, epoch), or none for a sequential order."""
-        self.block_samples, self.window_blocks, self.keys = block_samples, window_blocks, keys
+        self.block_samples = block_samples
+        self.window_blocks = window_blocks
+        self.keys = keys
         num_blocks = -(-num_samples // block_samples)
         block_K = np.arange(num_blocks)
         if keys:
@@ -102,9 +106,9 @@ class Windows:
         size_K = np.where(
             block_K == num_blocks - 1, num_samples - (num_blocks - 1) * block_samples, block_samples
         )
-        self.first_K, self.size_K = block_K * block_samples, size_K
-        """Of each block in the epoch's order: its first sample, and its samples; the set's last
-        block may be short."""
+        self.first_K = block_K * block_samples
+        self.size_K = size_K
+        """Per block, in the epoch's order: its first sample and how many it has."""
         self.start_K = np.concatenate([[0], np.cumsum(size_K)])
         """The position where each begins, and the end."""
         self.edges = np.append(self.start_K[:-1:window_blocks], num_samples)
@@ -119,15 +123,14 @@ class Windows:
         """The rows of positions that lie in `window`, shuffled within it."""
         start, stop = self.edges[window : window + 2].tolist()
         row: np.ndarray = position - start
-        return (
-            permute(row, stop - start, round_keys(*self.keys, "window", window))
-            if self.keys
-            else row
-        )
+        if not self.keys:
+            return row
+        return permute(row, stop - start, round_keys(*self.keys, "window", window))
 
     def ids(self, window: int, row: np.ndarray) -> np.ndarray:
         """The samples that lie at rows of a window."""
-        first, position = window * self.window_blocks, row + self.edges[window]
+        first = window * self.window_blocks
+        position = row + self.edges[window]
         start_K = self.start_K[first : first + self.window_blocks]
         slot = np.searchsorted(start_K, position, side="right") - 1 + first
         found: np.ndarray = self.first_K[slot] + position - self.start_K[slot]
@@ -161,7 +164,8 @@ class Order:
     def __post_init__(self) -> None:
         if self.global_batch % self.world_size:
             raise ValueError(
-                f"a global batch of {self.global_batch} cannot be divided by {self.world_size} ranks"
+                f"a global batch of {self.global_batch} cannot be divided by "
+                f"{self.world_size} ranks"
             )
 
     @property
@@ -188,8 +192,7 @@ class Order:
         )
 
     def windows(self, epoch: int) -> Windows:
-        """The windows of an epoch of a blocked order, or of a sequential one that is read in
-        blocks."""
+        """The windows of an epoch: of a blocked order, or a sequential one read in blocks."""
         keys = (self.seed, epoch) if self.shuffle else ()
         return _windows(self.num_samples, self.block_samples, self.window_blocks, keys)
 
@@ -210,7 +213,8 @@ class Order:
         if not self.block_samples:
             id_SB: np.ndarray = permute(position_SB, self.num_samples, round_keys(self.seed, epoch))
             return id_SB
-        windows, position = self.windows(epoch), position_SB.reshape(-1)
+        windows = self.windows(epoch)
+        position = position_SB.reshape(-1)
         edges = np.searchsorted(position, windows.edges)
         for window in np.flatnonzero(np.diff(edges)).tolist():
             part = position[edges[window] : edges[window + 1]]

@@ -1,5 +1,6 @@
-"""RunReport: what a run did, with every circumstance a figure needs. No torch at import; no reading
-of sensors here.
+"""RunReport: what a run did, with every circumstance a figure needs.
+
+No torch at import, and no sensor is read here.
 
 Names end in their unit: _s, _ms, _per_s, _gib, _bytes, _w, _j, _percent, _fraction (0..1); num_
 counts.
@@ -25,7 +26,7 @@ UNKNOWN = "unknown"
 
 @dataclass(frozen=True, kw_only=True)
 class Environment:
-    """Where a figure was made. None means: not there, or the machine does not tell."""
+    """Where a figure was made. None means: not there, or the machine does not report it."""
 
     cpu_name: str
     num_cpus: int
@@ -145,8 +146,7 @@ def environment(*, num_threads: int, allocator: str, gpu: dict[str, Any]) -> Env
 
 
 def command_line() -> str:
-    """This process's command, of absolute paths the last part only: reports carry no user's
-    folders."""
+    """This process's command, of absolute paths the last part: reports carry no user's folders."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     program = f"python -m {spec.name}" if spec else Path(sys.argv[0]).name
     return shlex.join(

@@ -40,8 +40,7 @@ class World:
     size: int
     device: torch.device
     stream: "torch.cuda.Stream | None"
-    """The side stream on which everything of the run is done (a graph must be warmed up and
-    captured on one stream)."""
+    """The side stream of all the run's work: a graph is warmed up and captured on one stream."""
     allocator: str = "default"
     """What `keep_large_blocks` reached."""
     ledger: Ledger = field(default_factory=Ledger)
@@ -69,8 +68,7 @@ class World:
             dist.barrier()
 
     def first_reason(self, reason: str) -> str:
-        """The reason of the lowest rank that has one, on every rank; empty where none has.
-        Collective."""
+        """The reason of the lowest rank that has one, on every rank, or "". Collective."""
         if self.size == 1:
             return reason
         text_RX = torch.zeros(self.size, 400, dtype=torch.uint8)
@@ -82,8 +80,9 @@ class World:
         return next((f"rank {rank}: {text}" for rank, text in enumerate(texts) if text), "")
 
     def first(self, work: Callable[[], T]) -> T | None:
-        """What rank 0 gets from `work` while the others wait (they get None); where it fails, every
-        rank ends.
+        """What rank 0 gets from `work` while the others wait; they get None.
+
+        Where it fails, every rank ends.
 
         Raises:
             Exception: on rank 0 its own.
@@ -94,7 +93,7 @@ class World:
         if self.is_first:
             try:
                 result = work()
-            except Exception as error:  # handed on below, after the others were told
+            except Exception as error:  # raised below, after the others know
                 failed = error
         if self.sum(torch.tensor([float(failed is not None)])).item() > 0:
             if failed:
@@ -172,9 +171,11 @@ def check_ranks(device_name: str = "") -> None:
     """Refuse what cannot work before any process group exists."""
     if device_name == "cuda" and not torch.cuda.is_available():
         raise UserError(
-            "--device cuda: torch sees no GPU; check the driver and torch.version.cuda, or use --device cpu"
+            "--device cuda: torch sees no GPU; check the driver and torch.version.cuda, "
+            "or use --device cpu"
         )
-    local_ranks, on_gpu = env_local_world_size(), torch.cuda.is_available() and device_name != "cpu"
+    local_ranks = env_local_world_size()
+    on_gpu = torch.cuda.is_available() and device_name != "cpu"
     if on_gpu and local_ranks > torch.cuda.device_count():
         raise UserError(
             f"{local_ranks} ranks on a machine with {torch.cuda.device_count()} GPUs; "

@@ -1,5 +1,4 @@
-"""Which rows of a CSV go to train, val and test: pure functions of labels, typefaces and a seed,
-equal everywhere.
+"""Which rows of a CSV go to train, val and test: functions of labels, typefaces and a seed.
 
 Shapes: N rows of the CSV, M of them.
 """
@@ -17,7 +16,8 @@ EVAL_FRACTION = 0.15
 """Part of each class (with split font: of all rows) in val, and again in test; the rest is
 train: 70/15/15."""
 _STYLE = re.compile(
-    r"(thin|extra|ultra|light|semi|demi|book|regular|roman|text|medium|bold|black|heavy|italic|ital|oblique|slanted"
+    r"(thin|extra|ultra|light|semi|demi|book|regular|roman|text|medium|bold|black|heavy"
+    r"|italic|ital|oblique|slanted"
     r"|condensed|cond|compressed|narrow|expanded|expd|extended|wide|caps|variable|vf|[0-9])+$",
     re.IGNORECASE,
 )
@@ -69,7 +69,7 @@ def draw_splits(
 
 
 def family(font: str) -> str:
-    """The family that a font file's name tells: what stands before a dash, underscore, bracket
+    """The family that a font file's name shows: what stands before a dash, underscore, bracket
     or space, without words of weight, width and slope at its end:
     `RobotoSerifCondensed-Light[wght]` is of `robotoserif`."""
     stem = re.split(r"[-_\[ ]", font, maxsplit=1)[0]
@@ -82,7 +82,8 @@ def _draw_fonts(
     families = sorted({family(font) for font in fonts})
     if len(families) < 3:
         raise UserError(
-            f"the rows are of {len(families)} typeface families, want at least 3; use --split random"
+            f"the rows are of {len(families)} typeface families, want at least 3; "
+            f"use --split random"
         )
     number_of = {name: number for number, name in enumerate(families)}
     family_M = np.array([number_of[family(font)] for font in fonts])[font_N[row_M]]
