@@ -23,8 +23,7 @@ class UserError(Exception):
 
 
 def printable(text: str) -> str:
-    """`text` with control characters shown as \\xNN, so that data can neither break the line nor
-    steer a terminal."""
+    """`text` with controls shown as \\xNN: data neither breaks the line nor steers a terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 

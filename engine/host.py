@@ -24,8 +24,7 @@ HEAP_THRESHOLD_BYTES = 32 * 2**20
 """glibc's largest mmap threshold on 64 bit (HEAP_MAX_SIZE / 2); smaller blocks are kept, not
 returned after a step."""
 COMPILED = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
-"""Variables that name where compiled code is kept; inductor's own choice is a shared folder in
-/tmp."""
+"""Variables that name where compiled code is kept; inductor's own choice is shared, in /tmp."""
 ORIGINAL_HOME = "TMNIST_ENGINE_HOME"
 """Variable that keeps the user's home, empty if there is none, where HOME had to be moved."""
 UNLIMITED_BYTES = 2**60

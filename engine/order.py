@@ -23,8 +23,7 @@ import numpy as np
 MASK32 = 0xFFFFFFFF
 NUM_ROUNDS = 4
 PADDING_ID = -1
-"""The id of a batch row that holds no sample: only evaluation's last batch has such rows, and
-nothing counts them."""
+"""The id of a row that holds no sample: only evaluation's last batch has such, uncounted."""
 
 
 def round_keys(*parts: int | str) -> tuple[int, ...]:
@@ -34,8 +33,7 @@ def round_keys(*parts: int | str) -> tuple[int, ...]:
 
 
 def hash32(value: Any, key: int) -> Any:
-    """A keyed 32-bit hash of int64 lanes below 2^32 (multipliers: Wellons' hash prospector,
-    below 2^31)."""
+    """A keyed hash of int64 lanes below 2^32 (multipliers below 2^31: Wellons' prospector)."""
     value = value ^ key
     value *= 0x21F0AAAD
     value &= MASK32
@@ -184,8 +182,7 @@ class Order:
 
     @property
     def reach_fraction(self) -> float:
-        """The quality of the shuffle: the part of all samples of which a batch's may be any;
-        exact reaches 1."""
+        """How well it shuffles: the part of all samples that a batch may draw from; exact: 1."""
         window = self.block_samples * self.window_blocks
         return (
             min(1.0, window / self.num_samples) if window and self.shuffle else float(self.shuffle)
@@ -204,8 +201,7 @@ class Order:
         )
 
     def ids(self, epoch: int, first_step: int, num_steps: int) -> np.ndarray:
-        """ids_SB int64 of `num_steps` steps of an epoch, PADDING_ID where a sequential order has
-        run out."""
+        """ids_SB int64 of `num_steps` steps, PADDING_ID where a sequential order has run out."""
         position_SB = self.positions(first_step, num_steps)
         if not self.shuffle:
             position_SB[position_SB >= self.num_samples] = PADDING_ID

@@ -77,8 +77,7 @@ class RunReport:
     data_wait_fraction: float
     """Part of the training time the host waited for the feed."""
     order_reach_fraction: float
-    """Part of all samples that may stand in a batch: 1 in the exact order, a window's share in
-    the blocked one."""
+    """Part of all samples that a batch may draw from: 1 in the exact order, less in blocked."""
     warmup_s: float
     eval_s: float
     val_accuracy_fraction: float | None

@@ -266,8 +266,10 @@ def lex(layout: Layout, block: np.ndarray, start: int, stop: int, image_RP: np.n
     )
     font_R, label_R = text_2R[:, :rows]
     labels, seen = _texts(arena_2A[1], end_2E[1], label_R, layout.num_text)
-    fonts, good = _texts(arena_2A[0], end_2E[0], font_R, 1) if layout.has_fonts else ([""], rows)
-    seen = min(seen, good)
+    fonts = [""]
+    if layout.has_fonts:
+        fonts, good = _texts(arena_2A[0], end_2E[0], font_R, 1)
+        seen = min(seen, good)
     header_R = np.array([label == layout.columns[layout.num_text - 1] for label in labels], bool)[
         label_R[:seen]
     ]

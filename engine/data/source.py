@@ -86,7 +86,9 @@ class Source:
     @property
     def part(self) -> float:
         """The part (0..1) of the source's bytes that has been read; 0 for a pipe."""
-        return min(self._raw.tell() / max(self._found.st_size, 1), 1.0) if self._is_file else 0.0
+        if not self._is_file:
+            return 0.0
+        return min(self._raw.tell() / max(self._found.st_size, 1), 1.0)
 
     def readinto(self, view: memoryview) -> int:
         """Fill `view` as far as the source goes; fewer bytes only at its end."""

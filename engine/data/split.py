@@ -13,8 +13,7 @@ from engine.order import permute, round_keys
 
 SplitMode = Literal["random", "font", "none"]
 EVAL_FRACTION = 0.15
-"""Part of each class (with split font: of all rows) in val, and again in test; the rest is
-train: 70/15/15."""
+"""Part of each class (split font: of all rows) in val, and again in test: 70/15/15."""
 _STYLE = re.compile(
     r"(thin|extra|ultra|light|semi|demi|book|regular|roman|text|medium|bold|black|heavy"
     r"|italic|ital|oblique|slanted"
