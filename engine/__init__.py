@@ -1,3 +1,3 @@
-"""The training engine: records, order, feeds, step, trainer. See README.md for the picture of how data flows."""
+"""The training engine: records, order, feeds, step, trainer. README.md here has the map."""
 
 __version__ = "0.1.0"

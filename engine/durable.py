@@ -1,4 +1,6 @@
-"""Files and directories that appear whole or not at all: temporary name, fsync, rename, fsync of the parent.
+"""Files and directories that appear whole or not at all.
+
+A temporary name, fsync, rename, fsync of the parent.
 
 Used by records, checkpoints and reports. Nothing here knows what the files hold.
 """
@@ -29,7 +31,8 @@ FOLDER_LOCK = ".lock"
 """In a folder that `take_folder` took."""
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 """What a file system without locks answers; there, nobody is kept out."""
-AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
+AT_FDCWD = -100  # linux/fcntl.h
+RENAME_EXCHANGE = 2  # linux/fs.h
 _LITTER = (
     (
         r"\.DS_Store|\._.*|\.AppleDouble|\.Spotlight-V100|\.Trashes|\.fseventsd|\.localized|Icon\r|"
@@ -37,7 +40,8 @@ _LITTER = (
         "macOS has left it there; delete it",
     ),
     (
-        r"(?i:(eh)?thumbs\.db|desktop\.ini|\$RECYCLE\.BIN|System Volume Information)|.*:Zone\.Identifier",
+        r"(?i:(eh)?thumbs\.db|desktop\.ini|\$RECYCLE\.BIN|System Volume Information)|"
+        r".*:Zone\.Identifier",
         "Windows has left it there; delete it",
     ),
     (
@@ -77,7 +81,7 @@ class Disturbed(Damaged):
 
 @contextmanager
 def writing_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to that becomes `path`, in one instant, when the block ends without an exception."""
+    """A file that becomes `path`, in one instant, when the block ends without an exception."""
     temporary = _temporary(path)
     try:
         with open(temporary, "xb") as file:
@@ -92,17 +96,18 @@ def writing_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write `data` to `path`, replacing it in one instant; after a crash the old or the new content is there."""
+    """Replace the content of `path` in one instant; after a crash it is the old or the new one."""
     with writing_file(path) as file:
         file.write(data)
 
 
 @contextmanager
 def publish_directory(target: Path) -> Iterator[Path]:
-    """Yield a temporary directory beside `target` that becomes `target` when the block ends without an exception.
+    """Yield a temporary directory that becomes `target` when the block ends without an exception.
 
-    Every file is on the disk before the rename, and the rename before this returns. An existing target is exchanged in
-    the same instant and deleted last. On any exception the temporary directory is deleted.
+    Every file is on the disk before the rename, and the rename before this returns. An existing
+    target is exchanged in the same instant and deleted last. On any exception the temporary
+    directory is deleted.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(target)
@@ -134,7 +139,7 @@ def _temporary(target: Path) -> Path:
 
 
 def remove_leftovers(target: Path) -> None:
-    """Delete what killed runs of `publish_directory` and `write_file` left; the caller holds `target`'s lock."""
+    """Delete what killed processes left beside `target`; the caller holds its lock."""
     ours = re.compile(rf"\.{re.escape(target.name)}\.tmp-[a-z0-9_]{{8}}")
     for entry in target.parent.iterdir():
         if ours.fullmatch(entry.name) and entry.is_dir() and not entry.is_symlink():
@@ -148,7 +153,8 @@ def write_manifest(directory: Path, content: dict[str, Any]) -> None:
     data = json.dumps(content, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
     if len(data) > MANIFEST_LIMIT_BYTES:
         raise UserError(
-            f"a manifest of {len(data)} bytes is larger than {MANIFEST_LIMIT_BYTES}; write a smaller set"
+            f"a manifest of {len(data)} bytes is larger than {MANIFEST_LIMIT_BYTES}; "
+            f"write a smaller set"
         )
     (directory / MANIFEST_HASH).write_text(
         hashlib.sha256(data).hexdigest() + "\n", encoding="ascii"
@@ -157,7 +163,7 @@ def write_manifest(directory: Path, content: dict[str, Any]) -> None:
 
 
 def read_manifest(directory: Path, form: str, version: int) -> dict[str, Any]:
-    """The manifest; Damaged if it is missing, too large, not what manifest.sha256 says, or of another format."""
+    """The manifest; Damaged if it is missing, too large, changed, or of another format."""
     data = read_small(directory / MANIFEST)
     if read_small(directory / MANIFEST_HASH) != hashlib.sha256(data).hexdigest().encode() + b"\n":
         raise Damaged(f"{MANIFEST} does not match {MANIFEST_HASH}")
@@ -170,7 +176,7 @@ def read_manifest(directory: Path, form: str, version: int) -> dict[str, Any]:
 
 
 def parse_json(data: bytes, name: str) -> Any:
-    """A stranger's JSON; Damaged if it is none, a key occurs twice, or it holds NaN, Infinity or deep nesting."""
+    """A stranger's JSON; Damaged if it is none, repeats a key, nests deeply, or holds NaN."""
     try:
         return json.loads(
             data.decode(), object_pairs_hook=_no_duplicates, parse_constant=_no_constant
@@ -182,7 +188,8 @@ def parse_json(data: bytes, name: str) -> Any:
 def open_regular(path: Path) -> int:
     """A descriptor of a regular file, or of one that a link leads to; Damaged if there is none.
 
-    What is no regular file is not opened: opening a stranger's link to a device may already do something.
+    What is no regular file is not opened: opening a stranger's link to a device may already do
+    something.
     """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
@@ -237,7 +244,7 @@ def _remedy(name: str) -> str:
 
 @contextmanager
 def writing(target: Path) -> Iterator[None]:
-    """Turn the system's refusal to write (full, read-only, no permission) into a UserError that names `target`."""
+    """Turn the system's refusal to write (full, read-only) into a UserError that names `target`."""
     try:
         yield
     except OSError as error:
@@ -249,7 +256,9 @@ def writing(target: Path) -> Iterator[None]:
 
 @contextmanager
 def locked(target: Path, *, wait: bool = True) -> Iterator[None]:
-    """Hold an exclusive lock beside `target`. It dies with its process, and its file goes with its last holder.
+    """Hold an exclusive lock beside `target`.
+
+    It dies with its process, and its file goes with its last holder.
 
     UserError if another process holds it and `wait` is false.
     """
@@ -265,7 +274,8 @@ def take_folder(
     """A folder that no other process writes to while the block runs; what is left empty is removed.
 
     Args:
-        out: the folder, made if it is missing; None: a new one, runs/PREFIX<time>, under a free name.
+        out: the folder, made if it is missing; None: a new one, runs/PREFIX<time>, under a free
+            name.
         prefix: of that name.
         check: raises UserError if `out` may not be used as it is found; called under the lock.
     Raises:

@@ -1,4 +1,4 @@
-"""The one error type a user may cause, and the one way a command ends on it: a single line, exit code 2."""
+"""The one error that a user may cause, and how a command ends on it: one line, exit code 2."""
 
 import os
 import signal
@@ -23,7 +23,7 @@ class UserError(Exception):
 
 
 def printable(text: str) -> str:
-    """`text` with control characters shown as \\xNN, so that data can neither break the line nor steer a terminal."""
+    """`text` with controls shown as \\xNN: data neither breaks the line nor steers a terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -31,8 +31,8 @@ def printable(text: str) -> str:
 def exit_on_user_error() -> Iterator[None]:
     """Turn a UserError into one line on stderr and exit code 2.
 
-    A rank that does not speak lets the one that does end first: torchrun kills the others as soon as one has
-    ended.
+    A rank that does not speak lets the one that does end first: torchrun kills the others as soon
+    as one has ended.
     """
     guard_outputs()
     try:

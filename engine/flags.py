@@ -14,7 +14,7 @@ AMP = ("bf16", "fp16")
 
 
 def setting_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add an option for every field that has a flag, and --amp and --batch-size, which are no plain fields."""
+    """Add an option per field that has a flag, and --amp and --batch-size, which are no fields."""
     for name, each, kind, default in reversed(list(settings_of(RunConfig()))):
         if each.metadata["flag"]:
             command = _option(name, each, kind, default)(command)
@@ -45,7 +45,8 @@ def flag_settings(flags: dict[str, Any], num_ranks: int) -> dict[str, Any]:
 
 def _option(name: str, each: Field[Any], kind: Any, default: Any) -> Callable[..., Any]:
     facts = each.metadata
-    flag, variable = facts["flag"], name.replace(".", "__")
+    flag = facts["flag"]
+    variable = name.replace(".", "__")
     words: dict[str, Any] = {"help": facts["help"], "default": None}
     if kind is bool:
         return click.option(f"{flag}/--no-{flag[2:]}", variable, **words)

@@ -1,7 +1,7 @@
-"""The process and its machine, without torch: rank, home, caches, cores, free memory, what children inherit.
+"""The process and its machine, without torch: rank, home, caches, cores, memory, environment.
 
-The only reader of RANK and its relatives, and the only writer of the process's environment. What needs torch
-(device, process group) is world.py's.
+The only reader of RANK and its relatives, and the only writer of the process's environment. What
+needs torch (device, process group) is world.py's.
 """
 
 import ctypes
@@ -21,25 +21,26 @@ from engine.errors import UserError
 ROOT = Path(__file__).resolve().parent.parent
 """The checkout; site-packages where the project was installed as a wheel."""
 HEAP_THRESHOLD_BYTES = 32 * 2**20
-"""glibc's largest mmap threshold on 64 bit (HEAP_MAX_SIZE / 2); smaller blocks are kept, not returned
-after a step."""
+"""glibc's largest mmap threshold on 64 bit (HEAP_MAX_SIZE / 2); smaller blocks are kept, not
+returned after a step."""
 COMPILED = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
-"""Variables that name where compiled code is kept; inductor's own choice is a shared folder in /tmp."""
+"""Variables that name where compiled code is kept; inductor's own choice is shared, in /tmp."""
 ORIGINAL_HOME = "TMNIST_ENGINE_HOME"
 """Variable that keeps the user's home, empty if there is none, where HOME had to be moved."""
 UNLIMITED_BYTES = 2**60
 """A cgroup of version 1 without a limit names a number beyond any memory."""
-PROC, CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
+PROC = Path("/proc")
+CGROUP = Path("/sys/fs/cgroup")
 
 
 def prepare_process() -> None:
-    """Set what must be set at a process's start, before torch is imported; every command calls this first.
+    """Set what must be set before torch is imported; every command calls this first.
 
-    - Children (ranks, cells, compilers, joblib's workers) do not import from the current folder, whatever
-      modules lie there, and find this checkout.
+    - Children (ranks, cells, compilers, joblib's workers) do not import from the current folder,
+      whatever modules lie there, and find this checkout.
     - Compiled code is kept in the user's own cache folder.
-    - Where the user has no home folder that can be written, HOME is the cache folder: libraries that look
-      for a home would otherwise make a folder called "~".
+    - Where the user has no home folder that can be written, HOME is the cache folder: libraries
+      that look for a home would otherwise make a folder called "~".
 
     Raises:
         UserError: the cache folder cannot be made, or is somebody else's.
@@ -77,7 +78,7 @@ def cache_notes() -> list[str]:
 
 
 def home() -> Path | None:
-    """The user's home folder: $HOME, or the password file's; None if neither is an existing folder."""
+    """The user's home: $HOME, or the password file's; None if neither is an existing folder."""
     named = os.environ.get(ORIGINAL_HOME, os.environ.get("HOME", ""))
     if not named and ORIGINAL_HOME not in os.environ:
         try:
@@ -91,8 +92,8 @@ def home() -> Path | None:
 def user_cache() -> Path:
     """The user's own folder for what may be made anew, mode 0700; it is made if it is missing.
 
-    $XDG_CACHE_HOME/tmnist-engine, or ~/.cache/tmnist-engine, or (no home folder, or one that cannot be
-    written) a folder in the temporary folder that is this user's alone.
+    $XDG_CACHE_HOME/tmnist-engine, or ~/.cache/tmnist-engine, or (no home folder, or one that cannot
+    be written) a folder in the temporary folder that is this user's alone.
 
     Raises:
         UserError: it cannot be made, or the one in the temporary folder is somebody else's.
@@ -155,12 +156,13 @@ def env_local_world_size() -> int:
 def keep_large_blocks() -> bool:
     """Make glibc keep freed blocks of up to 32 MiB instead of unmapping them.
 
-    A CPU step at batch 512 frees some 200 MB of activations; by default each step maps and zeroes them
-    anew, and page faults cost a third of its time. As MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_
-    would, without a restart.
+    A CPU step at batch 512 frees some 200 MB of activations; by default each step maps and zeroes
+    them anew, and page faults cost a third of its time. As MALLOC_MMAP_THRESHOLD_ and
+    MALLOC_TRIM_THRESHOLD_ would, without a restart.
 
-    Call it at the process's start: after records were read it is worth less (9.9k, 11.2k, 12.1k against
-    11.8k, 12.8k, 13.3k samples/s, medians of interleaved processes on two cores, 2026-11-22).
+    Call it at the process's start: after records were read it is worth less (9.9k, 11.2k, 12.1k
+    against 11.8k, 12.8k, 13.3k samples/s, medians of interleaved processes on two cores,
+    2026-11-22).
 
     Returns:
         Whether the setting took (false where the C library is not glibc).
@@ -168,24 +170,23 @@ def keep_large_blocks() -> bool:
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    m_mmap_threshold, m_trim_threshold, m_top_pad = -3, -1, -2  # malloc.h
-    settings = (
-        (m_mmap_threshold, HEAP_THRESHOLD_BYTES),
-        (m_trim_threshold, 2**31 - 1),
-        (m_top_pad, 64 * 2**20),
+    settings = (  # the names as in malloc.h
+        (-3, HEAP_THRESHOLD_BYTES),  # M_MMAP_THRESHOLD
+        (-1, 2**31 - 1),  # M_TRIM_THRESHOLD
+        (-2, 64 * 2**20),  # M_TOP_PAD
     )
     return all(mallopt(name, value) == 1 for name, value in settings)
 
 
 def num_cpus() -> int:
-    """CPU cores this process may keep busy: its affinity, or what its cgroup's quota comes to, if less."""
+    """CPU cores this process may keep busy: its affinity, or its cgroup's quota, if less."""
     num_allowed = len(os.sched_getaffinity(0))
     quotas = [_quota(folder) for folder in _cgroups("cpu")]
     return max(1, min([num_allowed, *(math.ceil(quota) for quota in quotas if quota)]))
 
 
 def limit_threads() -> None:
-    """Let torch and OpenMP take no more threads than a cgroup's quota allows; call it before torch is used."""
+    """Let torch and OpenMP take no more threads than a cgroup allows, before torch is used."""
     if "OMP_NUM_THREADS" not in os.environ and num_cpus() < len(os.sched_getaffinity(0)):
         os.environ["OMP_NUM_THREADS"] = str(num_cpus())
         if "torch" in sys.modules:
@@ -205,7 +206,7 @@ def free_memory_bytes() -> int:
 
 
 def _cgroups(controller: str) -> list[Path]:
-    """The folders of the cgroups this process is in, from its own up to the root, of versions 1 and 2."""
+    """The folders of this process's cgroups, of versions 1 and 2, from its own up to the root."""
     folders: list[Path] = []
     for line in _text(PROC / "self" / "cgroup").splitlines():
         number, names, path = line.split(":", 2)
@@ -219,9 +220,8 @@ def _cgroups(controller: str) -> list[Path]:
         if mount is None:
             continue
         own = mount / path.strip("/")
-        inside = (
-            own if own.is_dir() and ".." not in own.parts else mount
-        )  # a container sees its own as root
+        # A container sees its own cgroup as the root.
+        inside = own if own.is_dir() and ".." not in own.parts else mount
         folders += [inside, *(folder for folder in inside.parents if folder.is_relative_to(mount))]
     return folders
 
@@ -237,12 +237,13 @@ def _quota(folder: Path) -> float | None:
 
 
 def _memory_left(folder: Path) -> int | None:
-    """Bytes a cgroup may still take, what it can drop of the page cache included; None without a limit."""
+    """Bytes a cgroup may still take, with what its page cache can drop; None without a limit."""
     for limit_name, used_name, cache_name in (
         ("memory.max", "memory.current", "inactive_file"),
         ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     ):
-        limit, used = (_text(folder / name).strip() for name in (limit_name, used_name))
+        limit = _text(folder / limit_name).strip()
+        used = _text(folder / used_name).strip()
         if not (limit.isdigit() and used.isdigit()) or int(limit) >= UNLIMITED_BYTES:
             continue
         dropped = re.search(rf"^{cache_name} ([0-9]+)", _text(folder / "memory.stat"), re.MULTILINE)

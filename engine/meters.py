@@ -1,6 +1,6 @@
-"""Time and memory: a stopwatch that waits for the device, spans, peak memory, and what NVML tells of the GPU.
+"""Time and memory: a stopwatch that waits for the device, spans, peak memory, NVML's readings.
 
-NVML readings are None where there is no GPU or it does not tell; nothing here guesses.
+These are None where there is no GPU or it does not report them; nothing here guesses.
 """
 
 import resource
@@ -51,7 +51,8 @@ _tracing = False
 
 @contextmanager
 def tracing() -> Iterator[None]:
-    """Spans of this process open ranges while this is entered (tools/measure/trace.py); otherwise they do nothing."""
+    """Spans of this process open ranges while this is entered (tools/measure/trace.py);
+    otherwise they do nothing."""
     global _tracing
     _tracing = True
     try:
@@ -61,7 +62,7 @@ def tracing() -> Iterator[None]:
 
 
 def span(name: str) -> AbstractContextManager[object]:
-    """A named part of the step, in torch.profiler's trace and, on a GPU, an NVTX range for Nsight; off it is free."""
+    """A named part of the step in torch.profiler's trace and, on a GPU, in Nsight's; off, free."""
     return _range(name) if _tracing else _OFF
 
 
@@ -98,15 +99,13 @@ def gpu_facts(device: torch.device) -> dict[str, Any]:
 
 
 class Nvml:
-    """NVML's view of one GPU: every reading is None where it cannot be had."""
+    """NVML's view of one GPU: a reading that is not supported is None."""
 
     def __init__(self, device: torch.device) -> None:
         self._handle: Any = None
         if device.type != "cuda":
             return
-        with suppress(
-            Exception
-        ):  # no library, no permission, a container without it: the readings are None
+        with suppress(Exception):  # no library, no permission, a container without it
             import pynvml
 
             pynvml.nvmlInit()
@@ -155,10 +154,11 @@ class Nvml:
 
 
 class Ledger:
-    """GPU memory by owner: what NVML calls used, before and after each owner's creation; a CPU's stays empty.
+    """GPU memory by owner: what NVML calls used, before and after each owner's creation; a CPU's
+    stays empty.
 
-    It is the whole device's, so another process that comes or goes in between falsifies it. "model and optimiser" holds
-    the activations of the warm-up too, as torch's allocator keeps them.
+    It is the whole device's, so another process that comes or goes in between falsifies it. "model
+    and optimiser" holds the activations of the warm-up too, as torch's allocator keeps them.
     """
 
     def __init__(self, device: torch.device = _CPU) -> None:

@@ -1,12 +1,13 @@
 """Which sample comes when: a keyed bijection of (n, seed, epoch), and each rank's slice of it.
 
-Everything here is a pure function of integers. It works on NumPy and torch int64 arrays alike and gives the same bits,
-needs O(1) memory and time an index, and knows nothing of pixels, devices or processes.
+Everything here is a pure function of integers. It works on NumPy and torch int64 arrays alike and
+gives the same bits, needs O(1) memory and time per index, and knows nothing of pixels, devices or
+processes.
 
-The bijection is a generalised Feistel network (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002,
-section 5) on [0, a) x [0, b) with a = ceil(sqrt(n)), b = ceil(n / a): the domain exceeds n by at most 2 sqrt(n), so
-cycle walking is rare. The round function is a 32-bit integer hash whose multipliers stay below 2^31: every product fits
-an int64 lane.
+The bijection is a generalised Feistel network (Black and Rogaway, "Ciphers with Arbitrary Finite
+Domains", CT-RSA 2002, section 5) on [0, a) x [0, b) with a = ceil(sqrt(n)), b = ceil(n / a): the
+domain exceeds n by at most 2 sqrt(n), so cycle walking is rare. The round function is a 32-bit
+integer hash whose multipliers stay below 2^31: every product fits an int64 lane.
 
 Shapes: S steps, B samples of one rank in a step, K blocks, W windows.
 """
@@ -22,7 +23,7 @@ import numpy as np
 MASK32 = 0xFFFFFFFF
 NUM_ROUNDS = 4
 PADDING_ID = -1
-"""The id of a batch row that holds no sample: only evaluation's last batch has such rows, and nothing counts them."""
+"""The id of a row that holds no sample: only evaluation's last batch has such, uncounted."""
 
 
 def round_keys(*parts: int | str) -> tuple[int, ...]:
@@ -32,7 +33,7 @@ def round_keys(*parts: int | str) -> tuple[int, ...]:
 
 
 def hash32(value: Any, key: int) -> Any:
-    """A keyed 32-bit hash of int64 lanes below 2^32 (multipliers: Wellons' hash prospector, below 2^31)."""
+    """A keyed hash of int64 lanes below 2^32 (multipliers below 2^31: Wellons' prospector)."""
     value = value ^ key
     value *= 0x21F0AAAD
     value &= MASK32
@@ -51,7 +52,8 @@ def _round(value: Any, key: int, size: int) -> Any:
 
 
 def _rounds(position: Any, a: int, b: int, keys: tuple[int, ...]) -> Any:
-    """One pass of the network. Updates stand in place: temporaries of 64k lanes are what it costs (23 ns a sample)."""
+    """One pass of the network. Updates stand in place: temporaries of 64k lanes are what it
+    costs (23 ns per sample)."""
     left = position // b
     right = position - left * b
     for even, odd in zip(keys[::2], keys[1::2], strict=True):
@@ -65,7 +67,9 @@ def _rounds(position: Any, a: int, b: int, keys: tuple[int, ...]) -> Any:
 
 
 def permute(position: Any, n: int, keys: tuple[int, ...]) -> Any:
-    """Map positions, an int64 array (NumPy or torch) of any shape, to samples: a bijection of [0, n), 1 <= n <= 2^40.
+    """Map positions, an int64 array (NumPy or torch) of any shape, to samples.
+
+    A bijection of [0, n), 1 <= n <= 2^40.
 
     `keys` are from `round_keys`. Returns a new array of the same kind and shape.
     """
@@ -78,18 +82,21 @@ def permute(position: Any, n: int, keys: tuple[int, ...]) -> Any:
 
 
 class Windows:
-    """The blocked order of one epoch, for sets that are read in pieces: blocks of neighbours are shuffled, then the
-    samples within each window of blocks.
+    """The blocked order of one epoch, for sets that are read in pieces.
 
-    Position p stands in window w at row q of the window's blocks, laid end to end; `ids` says which sample that is.
-    Needs 24 bytes a block.
+    Blocks of neighbours are shuffled, then the samples within each window of blocks.
+
+    Position p stands in window w at row q of the window's blocks, laid end to end; `ids` says which
+    sample that is. Needs 24 bytes per block.
     """
 
     def __init__(
         self, num_samples: int, block_samples: int, window_blocks: int, keys: tuple[int, ...]
     ) -> None:
         """`keys` are (seed, epoch), or none for a sequential order."""
-        self.block_samples, self.window_blocks, self.keys = block_samples, window_blocks, keys
+        self.block_samples = block_samples
+        self.window_blocks = window_blocks
+        self.keys = keys
         num_blocks = -(-num_samples // block_samples)
         block_K = np.arange(num_blocks)
         if keys:
@@ -97,8 +104,9 @@ class Windows:
         size_K = np.where(
             block_K == num_blocks - 1, num_samples - (num_blocks - 1) * block_samples, block_samples
         )
-        self.first_K, self.size_K = block_K * block_samples, size_K
-        """Of each block in the epoch's order: its first sample, and its samples; the set's last block may be short."""
+        self.first_K = block_K * block_samples
+        self.size_K = size_K
+        """Per block, in the epoch's order: its first sample and how many it has."""
         self.start_K = np.concatenate([[0], np.cumsum(size_K)])
         """The position where each begins, and the end."""
         self.edges = np.append(self.start_K[:-1:window_blocks], num_samples)
@@ -113,15 +121,14 @@ class Windows:
         """The rows of positions that lie in `window`, shuffled within it."""
         start, stop = self.edges[window : window + 2].tolist()
         row: np.ndarray = position - start
-        return (
-            permute(row, stop - start, round_keys(*self.keys, "window", window))
-            if self.keys
-            else row
-        )
+        if not self.keys:
+            return row
+        return permute(row, stop - start, round_keys(*self.keys, "window", window))
 
     def ids(self, window: int, row: np.ndarray) -> np.ndarray:
         """The samples that lie at rows of a window."""
-        first, position = window * self.window_blocks, row + self.edges[window]
+        first = window * self.window_blocks
+        position = row + self.edges[window]
         start_K = self.start_K[first : first + self.window_blocks]
         slot = np.searchsorted(start_K, position, side="right") - 1 + first
         found: np.ndarray = self.first_K[slot] + position - self.start_K[slot]
@@ -135,10 +142,11 @@ _windows = lru_cache(2)(Windows)
 class Order:
     """The sequence of ids one rank sees in any epoch.
 
-    Position p of an epoch belongs to step p // global_batch; rank r takes the r-th contiguous slice of each step, so
-    every world size that divides the global batch sees the same global order. A shuffled order leaves out an epoch's
-    last n mod global_batch positions (another set of samples each epoch); a sequential one (evaluation) leaves out
-    none and fills its last batch with PADDING_ID.
+    Position p of an epoch belongs to step p // global_batch; rank r takes the r-th contiguous slice
+    of each step, so every world size that divides the global batch sees the same global order. A
+    shuffled order leaves out an epoch's last n mod global_batch positions (another set of samples
+    each epoch); a sequential one (evaluation) leaves out none and fills its last batch with
+    PADDING_ID.
     """
 
     num_samples: int
@@ -154,7 +162,8 @@ class Order:
     def __post_init__(self) -> None:
         if self.global_batch % self.world_size:
             raise ValueError(
-                f"a global batch of {self.global_batch} cannot be divided by {self.world_size} ranks"
+                f"a global batch of {self.global_batch} cannot be divided by "
+                f"{self.world_size} ranks"
             )
 
     @property
@@ -173,14 +182,14 @@ class Order:
 
     @property
     def reach_fraction(self) -> float:
-        """The quality of the shuffle: the part of all samples of which a batch's may be any; exact reaches 1."""
+        """How well it shuffles: the part of all samples that a batch may draw from; exact: 1."""
         window = self.block_samples * self.window_blocks
         return (
             min(1.0, window / self.num_samples) if window and self.shuffle else float(self.shuffle)
         )
 
     def windows(self, epoch: int) -> Windows:
-        """The windows of an epoch of a blocked order, or of a sequential one that is read in blocks."""
+        """The windows of an epoch: of a blocked order, or a sequential one read in blocks."""
         keys = (self.seed, epoch) if self.shuffle else ()
         return _windows(self.num_samples, self.block_samples, self.window_blocks, keys)
 
@@ -192,7 +201,7 @@ class Order:
         )
 
     def ids(self, epoch: int, first_step: int, num_steps: int) -> np.ndarray:
-        """ids_SB int64 of `num_steps` steps of an epoch, PADDING_ID where a sequential order has run out."""
+        """ids_SB int64 of `num_steps` steps, PADDING_ID where a sequential order has run out."""
         position_SB = self.positions(first_step, num_steps)
         if not self.shuffle:
             position_SB[position_SB >= self.num_samples] = PADDING_ID
@@ -200,7 +209,8 @@ class Order:
         if not self.block_samples:
             id_SB: np.ndarray = permute(position_SB, self.num_samples, round_keys(self.seed, epoch))
             return id_SB
-        windows, position = self.windows(epoch), position_SB.reshape(-1)
+        windows = self.windows(epoch)
+        position = position_SB.reshape(-1)
         edges = np.searchsorted(position, windows.edges)
         for window in np.flatnonzero(np.diff(edges)).tolist():
             part = position[edges[window] : edges[window + 1]]

@@ -1,7 +1,7 @@
-"""Paths as users write them: the one place where `~` is expanded and a relative path gets its folder.
+"""Paths as users write them: the one place that expands `~` and gives relative ones their folder.
 
-Paths are bytes to the system. Those that are no UTF-8 pass through TOML as `file:` URIs (RFC 8089), which are
-accepted wherever a config holds a path.
+Paths are bytes to the system. Those that are no UTF-8 pass through TOML as `file:` URIs (RFC 8089),
+which are accepted wherever a config holds a path.
 """
 
 import os
@@ -25,7 +25,7 @@ def full_path(text: str | os.PathLike[str], folder: Path | None = None) -> Path:
         text: as the user wrote it: `~` and `~user` are homes, `file:///...` is a URI.
         folder: what a relative path is relative to; None: the current folder.
     Raises:
-        UserError: there is no such home, the current folder is gone, or the text cannot be a path.
+        UserError: the home is unknown, the current folder is gone, or the text cannot be a path.
     """
     path = written_path(os.fspath(text))
     try:
@@ -49,7 +49,7 @@ def written_path(text: str) -> Path:
     """The path that a user, or `path_text`, wrote; a relative one stays so.
 
     Raises:
-        UserError: there is no such home, or the text cannot be a path.
+        UserError: the home is unknown, or the text cannot be a path.
     """
     if "\0" in text:
         raise UserError(f"{text!r}: a path holds no NUL character; write it without")
@@ -77,7 +77,7 @@ class _Refused(click.ClickException):
 
 
 class PathType(click.ParamType[Path]):
-    """The type of every option and argument that is a path: with `~` expanded, otherwise as written."""
+    """The type of every option and argument that is a path: `~` expanded, otherwise as written."""
 
     name = "path"
 

@@ -1,8 +1,9 @@
 """The ranks of a run before they have a process group, and beside it: what one cannot do, all say.
 
-torchrun ends the ranks of a machine as soon as one of them has ended, and those of other machines wait for
-minutes. So a rank that cannot go on leaves its sentence in torch's key-value store, which needs neither devices
-nor a process group; there the others find it, say it once a machine, and end too.
+torchrun ends the ranks of a machine as soon as one of them has ended, and those of other machines
+wait for minutes. So a rank that cannot go on leaves its sentence in torch's key-value store, which
+needs neither devices nor a process group; there the others find it, say it once per machine, and
+end too.
 """
 
 import os
@@ -17,7 +18,7 @@ from engine.errors import UserError, printable
 from engine.host import env_local_rank, env_rank, env_world_size
 
 JOIN_TIMEOUT = timedelta(seconds=120)
-"""For all ranks to have come: machines do not start at the same moment, and one may pack the sample first."""
+"""For all ranks to come: machines start at different moments, and one may pack the sample first."""
 LEAVE_TIMEOUT = timedelta(seconds=5)
 """For all ranks to have read why they end."""
 REASON_S = 3.0
@@ -41,10 +42,11 @@ class Ranks:
     _turn: int = 0
 
     def agree(self, work: Callable[[], T]) -> T:
-        """Do `work` on every rank and wait for the others; where it fails on one, every rank ends. Collective.
+        """Do `work` on every rank and wait for the others; where one fails, all end. Collective.
 
         Raises:
-            UserError: "rank N: ..." of the lowest rank that failed; without its number if all failed alike.
+            UserError: "rank N: ..." of the lowest rank that failed; without its number if all
+                failed alike.
         """
         if self.size == 1:
             return work()
@@ -84,8 +86,8 @@ class Ranks:
 
     @contextmanager
     def explaining(self) -> Iterator[None]:
-        """Where a rank fails inside, let it say so with its number; where its collective breaks because another
-        failed, let it say that one's reason."""
+        """Where a rank fails inside, let it say so with its number; where its collective breaks
+        because another failed, let it say that one's reason."""
         try:
             yield
         except Exception as error:  # of the process group's own, torch documents no common type
@@ -119,7 +121,7 @@ class Ranks:
             self.store.set(f"reason of {self.rank}", f"{_machine()} {printable(str(error))}")
 
     def _reason(self, wait_s: float = 0.0) -> tuple[int, str] | None:
-        """(machine, "rank N: text") of the lowest rank that left one; the text alone if all left the same."""
+        """(machine, "rank N: text") of the lowest rank that left one, or the text if all agree."""
         end = time.monotonic() + wait_s
         with suppress(RuntimeError):
             while not (failed := [r for r in range(self.size) if self._has_reason(r)]):
@@ -181,5 +183,6 @@ def _machine() -> int:
 def _spoken(text: str, speaks: bool) -> UserError:
     """The error of one rank as another one raises it; it is printed where `speaks`."""
     error = UserError(text)
-    error.is_shared, error.speaks = True, speaks
+    error.is_shared = True
+    error.speaks = speaks
     return error

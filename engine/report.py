@@ -1,6 +1,9 @@
-"""RunReport: what a run did, with every circumstance a figure needs. No torch at import; no reading of sensors here.
+"""RunReport: what a run did, with every circumstance a figure needs.
 
-Names end in their unit: _s, _ms, _per_s, _gib, _bytes, _w, _j, _percent, _fraction (0..1); num_ counts.
+No torch at import, and no sensor is read here.
+
+Names end in their unit: _s, _ms, _per_s, _gib, _bytes, _w, _j, _percent, _fraction (0..1); num_
+counts.
 """
 
 import json
@@ -23,7 +26,7 @@ UNKNOWN = "unknown"
 
 @dataclass(frozen=True, kw_only=True)
 class Environment:
-    """Where a figure was made. None means: not there, or the machine does not tell."""
+    """Where a figure was made. None means: not there, or the machine does not report it."""
 
     cpu_name: str
     num_cpus: int
@@ -74,7 +77,7 @@ class RunReport:
     data_wait_fraction: float
     """Part of the training time the host waited for the feed."""
     order_reach_fraction: float
-    """Part of all samples that may stand in a batch: 1 in the exact order, a window's share in the blocked one."""
+    """Part of all samples that a batch may draw from: 1 in the exact order, less in blocked."""
     warmup_s: float
     eval_s: float
     val_accuracy_fraction: float | None
@@ -117,7 +120,8 @@ def environment(*, num_threads: int, allocator: str, gpu: dict[str, Any]) -> Env
     """Collect the circumstances.
 
     Args:
-        gpu: name, power_limit_w, driver and cuda as clock.gpu_facts gives them; empty without a GPU.
+        gpu: name, power_limit_w, driver and cuda as clock.gpu_facts gives them; empty without a
+            GPU.
     """
     commit, dirty = git_state()
     return Environment(
@@ -141,7 +145,7 @@ def environment(*, num_threads: int, allocator: str, gpu: dict[str, Any]) -> Env
 
 
 def command_line() -> str:
-    """This process's command, of absolute paths the last part only: reports carry no user's folders."""
+    """This process's command, of absolute paths the last part: reports carry no user's folders."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     program = f"python -m {spec.name}" if spec else Path(sys.argv[0]).name
     return shlex.join(

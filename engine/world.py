@@ -1,7 +1,7 @@
 """The process in its group: rank, device, sums over all ranks; and what this machine supports.
 
-Does not train; the trainer passes a World to everything that must know where it runs. What needs no torch
-(variables, home, memory) is host.py's.
+Does not train; the trainer passes a World to everything that must know where it runs. What needs no
+torch (variables, home, memory) is host.py's.
 """
 
 import os
@@ -40,7 +40,7 @@ class World:
     size: int
     device: torch.device
     stream: "torch.cuda.Stream | None"
-    """The side stream on which everything of the run is done (a graph must be warmed up and captured on one stream)."""
+    """The side stream of all the run's work: a graph is warmed up and captured on one stream."""
     allocator: str = "default"
     """What `keep_large_blocks` reached."""
     ledger: Ledger = field(default_factory=Ledger)
@@ -68,7 +68,7 @@ class World:
             dist.barrier()
 
     def first_reason(self, reason: str) -> str:
-        """The reason of the lowest rank that has one, on every rank; empty where none has. Collective."""
+        """The reason of the lowest rank that has one, on every rank, or "". Collective."""
         if self.size == 1:
             return reason
         text_RX = torch.zeros(self.size, 400, dtype=torch.uint8)
@@ -80,7 +80,9 @@ class World:
         return next((f"rank {rank}: {text}" for rank, text in enumerate(texts) if text), "")
 
     def first(self, work: Callable[[], T]) -> T | None:
-        """What rank 0 gets from `work` while the others wait (they get None); where it fails, every rank ends.
+        """What rank 0 gets from `work` while the others wait; they get None.
+
+        Where it fails, every rank ends.
 
         Raises:
             Exception: on rank 0 its own.
@@ -91,7 +93,7 @@ class World:
         if self.is_first:
             try:
                 result = work()
-            except Exception as error:  # handed on below, after the others were told
+            except Exception as error:  # raised below, after the others know
                 failed = error
         if self.sum(torch.tensor([float(failed is not None)])).item() > 0:
             if failed:
@@ -155,8 +157,9 @@ def _join_group(ranks: Ranks, device: torch.device) -> None:
 def end_rank() -> None:
     """End a rank of several at once, with success, without the interpreter's shutdown.
 
-    Gloo's threads may still be letting go of the last collective's tensors; one that asks for the interpreter while it
-    shuts down aborts the process ("terminate called without an active exception": once in some 70 runs of two ranks).
+    Gloo's threads may still be letting go of the last collective's tensors; one that asks for the
+    interpreter while it shuts down aborts the process ("terminate called without an active
+    exception": once in some 70 runs of two ranks).
     """
     if env_world_size() > 1:
         sys.stdout.flush()
@@ -168,9 +171,11 @@ def check_ranks(device_name: str = "") -> None:
     """Refuse what cannot work before any process group exists."""
     if device_name == "cuda" and not torch.cuda.is_available():
         raise UserError(
-            "--device cuda: torch sees no GPU; check the driver and torch.version.cuda, or use --device cpu"
+            "--device cuda: torch sees no GPU; check the driver and torch.version.cuda, "
+            "or use --device cpu"
         )
-    local_ranks, on_gpu = env_local_world_size(), torch.cuda.is_available() and device_name != "cpu"
+    local_ranks = env_local_world_size()
+    on_gpu = torch.cuda.is_available() and device_name != "cpu"
     if on_gpu and local_ranks > torch.cuda.device_count():
         raise UserError(
             f"{local_ranks} ranks on a machine with {torch.cuda.device_count()} GPUs; "
@@ -189,7 +194,8 @@ def cannot_compile(device: torch.device) -> str:
 def cannot_fuse(device: torch.device) -> str:
     """Why the Triton kernels would fail here, or not be worth it; empty where they run.
 
-    Triton's interpreter (TRITON_INTERPRET=1) runs them on a CPU, some thousand times slower: for proofs.
+    Triton's interpreter (TRITON_INTERPRET=1) runs them on a CPU, some thousand times slower: for
+    proofs.
     """
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "there is no GPU"
@@ -201,7 +207,7 @@ def cannot_fuse(device: torch.device) -> str:
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """Whether the device has bf16 instructions (without them a CPU is 6 times slower than in fp32)."""
+    """Whether the device has bf16 instructions; without, a CPU is 6 times slower than in fp32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     try:

@@ -26,13 +26,13 @@ def test_bare_it_examines_the_machine_and_compares_every_way_of_training(command
     near = [line for line in lines if line.endswith("within tolerance")]
     assert {line[:36].strip() for line in exact} >= {
         "eager, again",
-        "4 steps a launch, not captured",
+        "4 steps per launch, not captured",
         "resumed at an epoch's end",
-        "resumed, 4 steps a launch",
+        "resumed, 4 steps per launch",
         "torchrun, 1 rank",
     }
     assert {line[:36].strip() for line in near} >= {
-        "2 ranks, 4 steps a launch",
+        "2 ranks, 4 steps per launch",
         "4 ranks, each batch in 2 parts",
     }
     assert (

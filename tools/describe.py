@@ -1,4 +1,4 @@
-"""What a record directory holds, in words and as a sheet of glyphs; the work of tools/pack_tmnist --describe."""
+"""tools/pack_tmnist --describe: what a record directory holds, in words and as a sheet."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,15 +14,22 @@ SHEET_IMAGES = 192
 
 
 def describe(path: Path, sheet: Path) -> str:
-    """Text about the records at `path`; draws examples of each class to `sheet`. UserError if it cannot."""
+    """Text about the records at `path`; draws examples of each class to `sheet`.
+
+    Raises:
+        UserError: the records cannot be opened, or the sheet not be written.
+    """
     check_picture(sheet)
     records = open_records(path)
     splits = records.splits
+    num_images = sum(map(len, splits.values()))
+    height, width = records.height_width
+    deviation = f"standard deviation {records.pixel_std:.3f}"
     lines = [
-        f"{printable(str(path))}: {sum(map(len, splits.values())):,} images of {records.height_width[0]} x "
-        f"{records.height_width[1]} pixels, {len(records.classes)} classes",
+        f"{printable(str(path))}: {num_images:,} images of {height} x {width} pixels, "
+        f"{len(records.classes)} classes",
         f"fingerprint {records.fingerprint}",
-        f"train pixels: mean {records.pixel_mean:.3f}, standard deviation {records.pixel_std:.3f} (0..255)",
+        f"train pixels: mean {records.pixel_mean:.3f}, {deviation} (0..255)",
         _typefaces(records),
         f"images that occur more than once: {_repeated(records):,}",
     ]
@@ -36,7 +43,7 @@ def describe(path: Path, sheet: Path) -> str:
 
 
 def class_table(classes: Sequence[str], counts: Mapping[str, Iterable[int]]) -> list[str]:
-    """Lines that tell how many rows of each class each split has."""
+    """Lines of how many rows of each class each split has."""
     names = [printable(label) for label in classes]
     width = max(6, *(len(name) + 1 for name in names))
     lines = [f"{'class':<{width}}" + "".join(f"{name:>9}" for name in counts)]
@@ -47,13 +54,14 @@ def class_table(classes: Sequence[str], counts: Mapping[str, Iterable[int]]) -> 
 
 def _typefaces(records: Records) -> str:
     if records.fonts == ("",):
-        return "typefaces: not told"
+        return "typefaces: not named in the CSV"
     used = {name: np.unique(split.font_N) for name, split in records.splits.items()}
     _, num_splits = np.unique(np.concatenate(list(used.values())), return_counts=True)
     parts = ", ".join(f"{len(fonts):,} in {name}" for name, fonts in used.items())
     families = len({family(font) for font in records.fonts})
     shared = int((num_splits > 1).sum())
-    return f"typefaces: {len(records.fonts):,} of {families:,} families; {parts}; {shared:,} in several splits"
+    counted = f"{len(records.fonts):,} of {families:,} families"
+    return f"typefaces: {counted}; {parts}; {shared:,} in several splits"
 
 
 def _repeated(records: Records) -> int:

@@ -1,4 +1,4 @@
-"""tools/pack_tmnist CSV OUT: pack a CSV of glyphs into checksummed record files. The work is engine/data/pack.py's."""
+"""tools/pack_tmnist CSV OUT: pack a CSV into checksummed records, by engine/data/pack.py."""
 
 import signal
 import sys
@@ -17,18 +17,23 @@ from engine.ui import guard_outputs, progress_bar
 from tools.describe import class_table, describe
 
 EPILOG = """\b
-tools/pack_tmnist 94_character_TMNIST.csv records    pack; .csv.gz, .zip and - (a pipe) work as well
-tools/pack_tmnist --check 94_character_TMNIST.csv    list what is wrong with a CSV, pack nothing
-tools/pack_tmnist --verify records                   compare every byte with the manifest
-tools/pack_tmnist --describe records                 classes, typefaces, statistics, and a sheet of glyphs
+tools/pack_tmnist 94_character_TMNIST.csv records  pack; .csv.gz, .zip and - (a pipe) work as well
+tools/pack_tmnist --check 94_character_TMNIST.csv  list what is wrong with a CSV, pack nothing
+tools/pack_tmnist --verify records                 compare every byte with the manifest
+tools/pack_tmnist --describe records               classes, typefaces, statistics, sheet of glyphs
 """
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]}, epilog=EPILOG)
 @click.argument("source", type=PATH)
 @click.argument("out", type=PATH, required=False)
-@click.option("--split", type=click.Choice(["random", "font", "none"]), default="random", show_default=True,
-              help="70/15/15 in each class, or by whole typeface families; none: all is train.")  # fmt: skip
+@click.option(
+    "--split",
+    type=click.Choice(["random", "font", "none"]),
+    default="random",
+    show_default=True,
+    help="70/15/15 in each class, or by whole typeface families; none: all is train.",
+)
 @click.option("--balance", is_flag=True, help="Cut every class to the smallest one's size.")
 @click.option(
     "--seed",
@@ -73,9 +78,8 @@ def main(
     **options: Any,
 ) -> None:
     """Pack SOURCE, TMNIST's CSV (or an MNIST-like one), into the record directory OUT."""
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
-    )  # so that temporary files go
+    # Ended by SIGTERM, temporary files go, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with exit_on_user_error():
         prepare_process()
         if action and out:
@@ -89,7 +93,8 @@ def main(
             click.echo(describe(source, sheet or Path(f"{source.resolve()}.png")))
         elif out is None:
             raise UserError(
-                f"{source}: name the record directory to pack it into: tools/pack_tmnist {source} OUT"
+                f"{source}: name the record directory to pack it into: "
+                f"tools/pack_tmnist {source} OUT"
             )
         else:
             _pack(source, out, **options)
@@ -98,9 +103,17 @@ def main(
 def _pack(source: Path, out: Path, classes: int | None, **options: Any) -> None:
     start = time.perf_counter()
     with progress_bar(f"packing {printable(source.name)}", 1.0) as show:
-        report = pack(source, out, mode=options.pop("split"), num_classes=classes, **options,
-                      progress=lambda rows, part: show(part, f"{rows:,} rows"))  # fmt: skip
-    manifest, pixels = report.manifest, report.manifest["train_pixels"]
+        report = pack(
+            source,
+            out,
+            mode=options.pop("split"),
+            num_classes=classes,
+            progress=lambda rows, part: show(part, f"{rows:,} rows"),
+            **options,
+        )
+    manifest = report.manifest
+    pixels = manifest["train_pixels"]
+    took_s = time.perf_counter() - start
     lines = [
         f"{manifest['source_rows']['rows']:,} rows read",
         *class_table(
@@ -108,7 +121,7 @@ def _pack(source: Path, out: Path, classes: int | None, **options: Any) -> None:
         ),
         f"train pixels: mean {pixels['mean']:.3f}, standard deviation {pixels['std']:.3f} (0..255)",
         *(f"note: {printable(note)}" for note in (*report.warnings, *cache_notes())),
-        f"{printable(str(out))}: {time.perf_counter() - start:.2f} s, fingerprint {manifest['fingerprint'][:16]}",
+        f"{printable(str(out))}: {took_s:.2f} s, fingerprint {manifest['fingerprint'][:16]}",
     ]
     click.echo("\n".join(lines))
 

@@ -1,4 +1,4 @@
-"""python -m tools.predict RUN: what a trained network reads, as a picture of test glyphs with its answers."""
+"""python -m tools.predict RUN: a picture of test glyphs with a trained network's answers."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -96,7 +96,7 @@ def predict(config: RunConfig, weights: Path, records: Records, split: Split) ->
 
 
 def load_weights(model: torch.nn.Module, file: Path) -> None:
-    """Give the model the parameters in a safetensors file; UserError if they are not all its own."""
+    """Give the model the parameters in a safetensors file; UserError if they are another's."""
     remedy = "name the folder of a finished run, or train it again"
     if not file.is_file():
         raise UserError(f"{file.parent}: holds no {file.name}; {remedy}")

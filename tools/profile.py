@@ -1,7 +1,7 @@
-"""tools/profile: what a configuration does to throughput and memory. Bare: the default configuration, fast settings on.
+"""tools/profile: what a configuration does to throughput and memory.
 
-Every figure comes from the TrainStep and feeds of training, in processes of their own
-(tools/measure/matrix.py, cell.py).
+Bare, it measures the default configuration with the fast settings on. Every figure comes from the
+TrainStep and feeds of training, in processes of their own (tools/measure/matrix.py, cell.py).
 """
 
 import os
@@ -20,23 +20,39 @@ from engine.paths import PATH, full_path
 from engine.ui import guard_outputs
 from tools.report.outputs import check_file, check_folder
 
-os.environ.setdefault(
-    "KINETO_LOG_LEVEL", "6"
-)  # before torch is loaded: no lines of the profiler's own on stderr
+# Before torch is loaded: the profiler writes no lines of its own to stderr.
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 DEFAULT = {"step.precision": "bf16", "step.cuda_graphs": True}
 """What `torchrun -m engine.run --amp --cuda-graphs` trains with."""
 SHOWN = {
-    "id": "cell", "name": "name", "num": "n", "samples_per_s": "samples/s", "samples_per_s_low95": "from",
-    "samples_per_s_high95": "to", "gain": "gain", "speedup": "speed-up", "efficiency": "efficiency",
-    "step_ms": "step ms", "data_wait_fraction": "waiting", "host_peak_rss_gib": "host GiB",
-    "torch_peak_gib": "torch GiB", "device_used_gib": "device GiB", "gpu_utilisation_percent": "GPU %",
-    "power_w": "W", "energy_j_per_ksample": "J/1000", "train_s": "training s", "test_accuracy_fraction": "test",
-}  # fmt: skip
-
-
+    "id": "cell",
+    "name": "name",
+    "num": "n",
+    "samples_per_s": "samples/s",
+    "samples_per_s_low95": "from",
+    "samples_per_s_high95": "to",
+    "gain": "gain",
+    "speedup": "speed-up",
+    "efficiency": "efficiency",
+    "step_ms": "step ms",
+    "data_wait_fraction": "waiting",
+    "host_peak_rss_gib": "host GiB",
+    "torch_peak_gib": "torch GiB",
+    "device_used_gib": "device GiB",
+    "gpu_utilisation_percent": "GPU %",
+    "power_w": "W",
+    "energy_j_per_ksample": "J/1000",
+    "train_s": "training s",
+    "test_accuracy_fraction": "test",
+}
+"""The columns that are printed, and their titles."""
 DATA = click.option("--data", type=PATH, help="Record directory.  [default: the sample]")
-DEVICE = click.option("--device", type=click.Choice(["cpu", "cuda"]), callback=lambda _, __, value: value or "",
-                      help="[default: cuda where there is a GPU]")  # fmt: skip
+DEVICE = click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    callback=lambda _, __, value: value or "",
+    help="[default: cuda where there is a GPU]",
+)
 
 
 @click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
@@ -76,15 +92,17 @@ def run(
     resume: bool,
     device: str,
 ) -> None:
-    """Measure CONFIGS: matrices and run configs (bench_configs/*.toml); none: the default, fast settings on.
+    """Measure CONFIGS: matrices and run configs (bench_configs/*.toml); none: the default.
 
-    Writes profile.json and .csv, and a file for each repetition of a cell. Exit code 1 if a cell failed.
+    Writes profile.json and .csv, and a file per repetition of a cell. Exit code 1 if a cell failed.
     """
     with exit_on_user_error():
         from tools.measure.matrix import Run, config_cell, read_cells
 
-        default = "default", [config_cell("default", DEFAULT, batch_size)]
-        title, cells = read_cells(list(configs), batch_size) if configs else default
+        title = "default"
+        cells = [config_cell("default", DEFAULT, batch_size)]
+        if configs:
+            title, cells = read_cells(list(configs), batch_size)
         if steps:
             cells = [replace(cell, num_steps=steps, accuracy=False) for cell in cells]
         if repetitions:
@@ -145,7 +163,7 @@ def report(folder: Path, out: Path | None) -> None:
 def feeds(
     data: Path | None, batch_size: int, seconds: float, json_file: Path | None, out: Path | None
 ) -> None:
-    """Measure what every feed carries, and torch's TensorDataset, without a step; a table and a bar chart."""
+    """Measure what every feed carries, and torch's TensorDataset, without a step."""
     with exit_on_user_error():
         from tools.measure.feeds import profile_feeds
 
@@ -172,7 +190,7 @@ def trace(
     out: Path | None,
     device: str,
 ) -> None:
-    """Trace a few steps of CONFIG: stages, slowest operators and kernels, and a file for Perfetto."""
+    """Trace a few steps of CONFIG: stages, slowest operators, kernels; a file for Perfetto."""
     with exit_on_user_error():
         from tools.measure.trace import trace_config
 

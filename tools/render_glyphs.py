@@ -1,7 +1,8 @@
 """tools/render_glyphs FONTS... OUT.csv: the 94 characters of typefaces as a CSV in TMNIST's format.
 
-A glyph is drawn large, cut to its ink, scaled so that its longer side has 20 pixels, and centred in 28 x 28; white on
-black, anti-aliased. The name is the font file's, without its suffix; of a collection (.ttc), with the face's number.
+A glyph is drawn large, cut to its ink, scaled so that its longer side has 20 pixels, and centred in
+28 x 28; white on black, anti-aliased. The name is the font file's, without its suffix; of a
+collection (.ttc), with the face's number.
 """
 
 import csv
@@ -22,7 +23,9 @@ from engine.paths import PATH
 from engine.ui import guard_outputs, progress_bar
 
 CHARACTERS = [chr(code) for code in range(33, 127)]
-SIDE, INK, DRAWN_PX = 28, 20, 96
+SIDE = 28
+INK = 20
+DRAWN_PX = 96
 DRAWN = (".ttf", ".otf", ".ttc", ".otc")
 NOT_DRAWN = (".woff", ".woff2", ".pfb", ".pfa", ".eot", ".dfont", ".bdf", ".pcf", ".fon")
 """Found in folders, too, so that they are counted among the skipped."""
@@ -72,7 +75,7 @@ def check_out(out: Path, force: bool) -> None:
 
 
 def font_files(paths: Sequence[Path]) -> list[Path]:
-    """The font files named, and those in the folders named and below, by name; UserError if there is none."""
+    """The font files named, and those in and below the folders named; UserError if none."""
     if missing := [path for path in paths if not path.exists()]:
         raise UserError(
             f"{missing[0]}: no such file or folder; name .ttf and .otf files or folders of them"

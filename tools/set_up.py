@@ -106,7 +106,7 @@ def describe(torch: Torch) -> str:
     done = pip(*words, *alone, "--use-feature=fast-deps", torch.requirement, index=torch.index)
     if done.returncode:
         sys.stderr.write(done.stderr)
-        raise SetUpError(f"{torch.requirement} cannot be had: pip's reason stands above")
+        raise SetUpError(f"{torch.requirement} cannot be installed: pip's reason stands above")
     found = json.loads(done.stdout)["install"]
     version = next(i["metadata"]["version"] for i in found if i["metadata"]["name"] == "torch")
     with ThreadPoolExecutor(8) as threads:

@@ -1,7 +1,8 @@
-"""tools/verify: is this machine fit for training (doctor), and is fast training the same training (parity)? Bare: both.
+"""tools/verify: is this machine fit (doctor), is fast training the same (parity)? Bare: both.
 
-`tools/verify order RUN`: did a run see the samples it should have, in the order it should have, with the right pixels?
-The evidence is what the run wrote with `--set log_ids=true` (engine/train/idlog.py).
+`tools/verify order RUN`: did a run see the samples it should have, in the order it should have,
+with the right pixels? The evidence is what the run wrote with `--set log_ids=true`
+(engine/train/idlog.py).
 """
 
 import zlib
@@ -20,8 +21,12 @@ from engine.report import read_report
 from engine.ui import guard_outputs
 
 ROWS_READ = 4096
-DEVICE = click.option("--device", type=click.Choice(["cpu", "cuda"]), callback=lambda _, __, value: value or "",
-                      help="[default: cuda where there is a GPU]")  # fmt: skip
+DEVICE = click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    callback=lambda _, __, value: value or "",
+    help="[default: cuda where there is a GPU]",
+)
 
 
 @click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
@@ -42,17 +47,22 @@ def main(context: click.Context, device: str) -> None:
 @main.command()
 @DEVICE
 def doctor(device: str) -> None:
-    """Look for what makes training slow or graphs impossible: versions, variables, power, hidden waits."""
+    """Look for what makes training slow or graphs impossible."""
     with exit_on_user_error():
         raise SystemExit(not run_doctor(device))
 
 
 @main.command()
 @DEVICE
-@click.option("--precision", "precisions", multiple=True, type=click.Choice(["fp32", "tf32", "bf16", "fp16"]),
-              help="[default: fp32, and bf16 where it is fast]")  # fmt: skip
+@click.option(
+    "--precision",
+    "precisions",
+    multiple=True,
+    type=click.Choice(["fp32", "tf32", "bf16", "fp16"]),
+    help="[default: fp32, and bf16 where it is fast]",
+)
 def parity(device: str, precisions: tuple[str, ...]) -> None:
-    """Train the same two epochs in every way there is, and compare all that each leaves with the eager step's."""
+    """Train the same two epochs in every way, and compare what each leaves with the eager step."""
     with exit_on_user_error():
         raise SystemExit(not run_parity(device, precisions))
 
@@ -78,12 +88,12 @@ def run_parity(device: str, precisions: tuple[str, ...]) -> bool:
     from tools.checks.parity import GROUPS
     from tools.checks.parity import parity as compare
 
-    good, missing = True, []
+    good = True
+    missing = []
     with start_world(device) as world, world.on_stream():
         tried = list(precisions) or ["fp32", *(["bf16"] if has_fast_bf16(world.device) else [])]
-        click.echo(
-            f"{'compared with the eager step':<36} {'':<5} {'  '.join(f'{g:>10}' for g in GROUPS)}  verdict"
-        )
+        head = "  ".join(f"{group:>10}" for group in GROUPS)
+        click.echo(f"{'compared with the eager step':<36} {'':<5} {head}  verdict")
         for verdict in compare(open_records(ensure_sample()), world, tried):
             if verdict.missing:
                 missing.append(
@@ -92,13 +102,9 @@ def run_parity(device: str, precisions: tuple[str, ...]) -> bool:
                 continue
             found = [verdict.difference[group] for group in GROUPS]
             cells = "  ".join(f"{value:>10.1e}" if value else f"{'=':>10}" for value in found)
-            text = (
-                "equal to the bit"
-                if not any(found)
-                else "within tolerance"
-                if verdict.ok
-                else "DIFFERS"
-            )
+            text = "within tolerance" if verdict.ok else "DIFFERS"
+            if not any(found):
+                text = "equal to the bit"
             click.echo(f"{verdict.variant:<36} {verdict.precision:<5} {cells}  {text}")
             good &= verdict.ok
     click.echo("\n".join(missing), nl=bool(missing))
@@ -111,7 +117,7 @@ def run_parity(device: str, precisions: tuple[str, ...]) -> bool:
     "--data", type=PATH, help="The records, if they are no longer where the run found them."
 )
 def order(run: Path, data: str | None) -> None:
-    """Compare every id and image that RUN consumed with the order and the records. Exit 1 if one differs."""
+    """Compare each id and image that RUN consumed with order and records. Exit 1 if one differs."""
     with exit_on_user_error():
         checked, faults = check_order(run, data)
         for fault in faults[:20]:
@@ -136,8 +142,10 @@ def check_order(run: Path, data: str | None) -> tuple[int, list[str]]:
     )
     if records.fingerprint != report["dataset_fingerprint"]:
         raise UserError(f"{records.path}: are not the records of {run}; name them by --data")
-    train, num_ranks = records.split("train"), int(report["num_ranks"])
-    faults, checked = [], 0
+    train = records.split("train")
+    num_ranks = int(report["num_ranks"])
+    faults = []
+    checked = 0
     images = (
         train.image_NHW[start : start + ROWS_READ] for start in range(0, len(train), ROWS_READ)
     )
@@ -153,7 +161,8 @@ def check_order(run: Path, data: str | None) -> tuple[int, list[str]]:
             path = idlog.path_of(run, rank, epoch)
             if not path.exists():
                 raise UserError(
-                    f"{run}: holds no ids of rank {rank}, epoch {epoch}; train it with --set log_ids=true"
+                    f"{run}: holds no ids of rank {rank}, epoch {epoch}; "
+                    f"train it with --set log_ids=true"
                 )
             id_SB, crc_SB = idlog.read(path, planned.rank_batch)
             where = f"epoch {epoch}, rank {rank}"
@@ -162,15 +171,13 @@ def check_order(run: Path, data: str | None) -> tuple[int, list[str]]:
                 continue
             wrong_SB = id_SB != planned.ids(epoch, 0, len(id_SB))
             if wrong_SB.any():
-                faults.append(
-                    f"{where}: step {int(np.argwhere(wrong_SB)[0][0])} is the first that has other samples"
-                )
+                first = int(np.argwhere(wrong_SB)[0][0])
+                faults.append(f"{where}: step {first} is the first that has other samples")
                 continue
             if crc_N is not None and (wrong_SB := crc_N[id_SB] != crc_SB).any():
                 step, row = np.argwhere(wrong_SB)[0]
-                faults.append(
-                    f"{where}: step {step}, row {row}: the image is not that of sample {id_SB[step, row]}"
-                )
+                what = f"the image is not that of sample {id_SB[step, row]}"
+                faults.append(f"{where}: step {step}, row {row}: {what}")
             seen.append(id_SB.reshape(-1))
             checked += id_SB.size
         if seen and len(np.unique(ids := np.concatenate(seen))) < len(ids):

@@ -1,6 +1,6 @@
-"""What a file is that is no CSV, told by its bytes and never by its name, and what to do with it.
+"""What a file is that is no CSV, by its bytes and never by its name, and what to do with it.
 
-No format is read here: the sentence spares its reader a search for what is wrong with a table that is none.
+No format is read here: the sentence spares its reader the search for a fault in a table.
 """
 
 import json
@@ -91,9 +91,9 @@ _TABLES = (".csv", ".csv.gz", ".zip")
 
 
 def foreign(head: bytes, name: str, size: int | None = None) -> str:
-    """What a file that begins with `head` is, and what to do, as "a PNG picture; ..."; "" if it may be a CSV.
+    """What a file that begins with `head` is, and what to do; "" if it may be a CSV.
 
-    `size`: of the file, if known. No file that is a CSV of ours begins like one of these.
+    As "a PNG picture; ...". `size`: of the file, if known. No CSV of ours begins like one of these.
     """
     what, remedy = _kind(head[:HEAD_BYTES], size)
     return f"{what}; {remedy.replace('{name}', shlex.quote(name))}" if what else ""
@@ -130,7 +130,7 @@ def _kind(head: bytes, size: int | None) -> tuple[str, str]:
 
 
 def _idx(head: bytes) -> str:
-    """What an IDX file holds, MNIST's format: two zeros, type, number of axes, their lengths as big-endian uint32."""
+    """What an IDX file holds: two zeros, type, number of axes, and their lengths (uint32)."""
     if len(head) < 8 or head[:2] != b"\0\0" or head[2] not in _IDX_TYPES or not 0 < head[3] <= 4:
         return ""
     if len(head) < 4 + 4 * head[3]:
@@ -148,7 +148,7 @@ def _is_safetensors(head: bytes) -> bool:
 
 
 def _is_tfrecord(head: bytes, size: int | None) -> bool:
-    """Records begin with their length, 64 bits, and its checksum; an Example with the tag of its features."""
+    """Records begin with their 64-bit length and its checksum, an Example with a tag."""
     if len(head) < 13 or head[4:8] != bytes(4):
         return False
     length = int.from_bytes(head[:8], "little")

@@ -1,6 +1,6 @@
-"""Why a first line is no header of ours, and what to do: the tables people have, told by their columns.
+"""Why a first line is no header of ours, and what to do: the tables people have, by their columns.
 
-Only the sentence is made here; what is read is decided by lexer.py. P is the number of pixel columns.
+Only the sentence is made here; lexer.py decides what is read. P is the number of pixel columns.
 """
 
 import re
@@ -85,7 +85,7 @@ def _numbers(columns: Sequence[str]) -> str:
 
 
 def _spelling(columns: Sequence[str]) -> str:
-    """Names that are ours but for spaces, case, a comma at the end, or a column of row numbers in front."""
+    """Names that are ours but for spaces, case, a last comma, or row numbers in front."""
     stripped = [column.strip() for column in columns]
     if stripped != list(columns) and is_layout(stripped):
         return "delete the spaces around the names of the columns"

@@ -1,12 +1,14 @@
-"""The language of the CSV, defined line by line in plain Python; lexer_jit.py is the same language, compiled.
+"""The language of the CSV, defined line by line in plain Python; lexer_jit.py compiles it.
 
-Accepted: UTF-8, one row a line (LF or CRLF), RFC 4180 quoting, a header `names,labels,1..P` (TMNIST), `label,pixel0..`
-or `label,pixel1..P` (MNIST-like), P a square number, and pixels `0|[1-9][0-9]{0,2}` up to 255 with an optional `.0`
-(any number of zeros). Pixels are compared with their accepted spellings, never parsed as floats: float parsers take
-` 5`, `1e2`, `nan`, `1_0` and full-width digits. Names and labels are text, kept to the byte, without controls.
+Accepted: UTF-8, one row per line (LF or CRLF), RFC 4180 quoting, a header `names,labels,1..P`
+(TMNIST), `label,pixel0..` or `label,pixel1..P` (MNIST-like), P a square number, and pixels
+`0|[1-9][0-9]{0,2}` up to 255 with an optional `.0` (any number of zeros). Pixels are compared with
+their accepted spellings, never parsed as floats: float parsers take ` 5`, `1e2`, `nan`, `1_0` and
+full-width digits. Names and labels are text, kept to the byte, without controls.
 
-This definition decides what an error says, is the oracle of the compiled lexer's tests, and its stand-in (some 8,000
-rows/s) where numba cannot be imported. Shapes: R rows of a block, P pixels of a row.
+This definition decides what an error says, is the oracle of the compiled lexer's tests, and its
+stand-in (some 8,000 rows/s) where numba cannot be imported. Shapes: R rows of a block, P pixels of
+a row.
 """
 
 import csv
@@ -22,7 +24,7 @@ from engine.data.headers import header_hint
 FIELD_LIMIT_BYTES = 4096
 LINE_LIMIT_BYTES = 2**20
 SLACK_BYTES = 64
-"""What a block's buffer holds behind its last line: the compiled lexer compares 32 bytes at once."""
+"""Behind a block's last line: the compiled lexer compares 32 bytes at once."""
 
 _PIXEL = {text: value for value in range(256) for text in (str(value), f"{value}.0")}
 _PIXEL_SPELLING = re.compile(r"(0|[1-9][0-9]{0,2})(\.0+)?", re.ASCII)
@@ -52,7 +54,7 @@ class Layout:
     """Height and width of the images."""
 
     def most_rows(self, num_bytes: int) -> int:
-        """Rows that so many bytes can hold: a character a field, with a comma or line end behind it."""
+        """Rows that so many bytes can hold: one character per field, and a comma or line end."""
         return num_bytes // (2 * len(self.columns)) + 1
 
     def images(self, num_bytes: int) -> np.ndarray:
@@ -62,11 +64,12 @@ class Layout:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows at the head of a block, and the offset of the first line that is not in the language, or -1.
+    """The rows at the head of a block, and where the first line that is none begins, or -1.
 
-    `labels` and `fonts` are the block's different ones as they come, and some, perhaps, of what stands behind its rows;
-    label_R and font_R are int32 indices of them. sum_R and squares_R, int64, are sums of a row's pixels and of their
-    squares; hash_R, uint64, is equal for equal pixels.
+    `labels` and `fonts` are the block's different ones as they come, and some, perhaps, of what
+    stands behind its rows; label_R and font_R are int32 indices of them. sum_R and squares_R,
+    int64, are sums of a row's pixels and of their squares; hash_R, uint64, is equal for equal
+    pixels.
     """
 
     image_RP: np.ndarray
@@ -129,7 +132,7 @@ def read_row(line: bytes, layout: Layout) -> tuple[str, str, bytes]:
 
 
 def check_text(text: str, column: int) -> str:
-    """`text`, if it may be a name or a label; a Fault if it is empty, too long, or holds what is not seen."""
+    """`text`, if it may be a name or a label; a Fault if empty, too long, or not printable."""
     if not text:
         raise Fault("is empty, want text", column)
     if (size := len(text.encode())) > FIELD_LIMIT_BYTES:
@@ -148,7 +151,7 @@ def _fields(line: bytes) -> list[str]:
             f"holds a NUL byte at byte {place + 1} of the line; copy or download the file again"
         )
     if len(line) > LINE_LIMIT_BYTES:
-        raise Fault(f"is longer than {LINE_LIMIT_BYTES} bytes, want one row a line")
+        raise Fault(f"is longer than {LINE_LIMIT_BYTES} bytes, want one row per line")
     line = line.removesuffix(b"\n").removesuffix(b"\r")
     try:
         text = line.decode()
@@ -159,7 +162,8 @@ def _fields(line: bytes) -> list[str]:
         raise Fault("holds a carriage return, want LF or CRLF at the end of the line")
     if not _FIELDS.fullmatch(text):
         raise Fault(
-            "is not CSV: a quote is not closed on its line, or stands inside a field that is not quoted"
+            "is not CSV: a quote is not closed on its line, "
+            "or stands inside a field that is not quoted"
         )
     try:
         return next(csv.reader([text], strict=True), []) or [""]
@@ -183,7 +187,7 @@ def _pixel(text: str, column: int) -> int:
 def lex_plainly(
     layout: Layout, block: np.ndarray, start: int, stop: int, image_RP: np.ndarray
 ) -> Rows:
-    """The rows of block[start:stop], whose last byte is a line feed; their pixels are left in `image_RP`."""
+    """The rows of block[start:stop], which ends in a line feed; pixels are left in `image_RP`."""
     rows: list[tuple[str, str, bytes]] = []
     fault = -1
     for line in io.BytesIO(block[start:stop].tobytes()):

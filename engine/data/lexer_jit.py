@@ -1,9 +1,9 @@
-"""lexer.py's language, compiled by numba: blocks of lines -> Rows, at 1.8 GB/s a core (EPYC, 2026-11-23).
+"""lexer.py's language, compiled by numba: blocks of lines -> Rows, 1.8 GB/s per core (EPYC).
 
-Safe on any bytes: a block ends with a line feed, which ends every field, and SLACK_BYTES lie readable behind it; so no
-loop passes the block's end and no wide comparison passes the slack. Text (names, labels) is looked up as bytes
-here; Python looks at each block's different ones. A line that is not in the language is only found here; lexer.py says
-what is wrong with it.
+Safe on any bytes: a block ends with a line feed, which ends every field, and SLACK_BYTES lie
+readable behind it; so no loop passes the block's end and no wide comparison passes the slack. Text
+(names, labels) is looked up as bytes here; Python looks at each block's different ones. A line that
+is not in the language is only found here; lexer.py says what is wrong with it.
 
 Shapes: R rows of a block, P pixels of a row, E different texts in A bytes.
 """
@@ -36,12 +36,12 @@ TWO_ZEROS = U(int.from_bytes(b"0.0,0.0,", "little"))
 DOT_ZERO_COMMA = U(int.from_bytes(b".0,", "little"))
 FACTOR = U(0x9E3779B97F4A7C15)  # 2**64 / golden ratio (Knuth, TAOCP 6.4)
 SEED = U(secrets.randbits(64))
-"""Of this process, so that nobody writes a file whose names collide; no output depends on it. An argument of what is
-compiled, since numba would keep a global's value in its cache."""
+"""Of this process, so that nobody writes a file whose names collide; no output depends on it. An
+argument of what is compiled, since numba would keep a global's value in its cache."""
 
 
 def _jit(function: Callable[..., Any]) -> Any:
-    """Compiled at the first call and kept beside the source or in the user's cache, if one of them can be written."""
+    """Compiled at the first call, and kept beside the source or in the user's cache."""
     try:
         return njit(nogil=True, cache=True)(function)
     except RuntimeError:
@@ -70,11 +70,14 @@ def _mix(code, word):  # type: ignore[no-untyped-def]
 
 @_jit
 def _text(buffer, i, seed, arena_A, end_E, slots, count):  # type: ignore[no-untyped-def]
-    """Look up the field at `i`, unquoted. Returns (offset behind its comma, index of its text), or (-1, 0).
+    """Look up the field at `i`, unquoted.
 
-    Text e is arena_A[end_E[e] : end_E[e + 1]]; one that is new is kept.
+    Returns (offset behind its comma, index of its text), or (-1, 0). Text e is
+    arena_A[end_E[e] : end_E[e + 1]]; one that is new is kept.
     """
-    tail, length, code = end_E[count[0]], 0, seed
+    tail = end_E[count[0]]
+    length = 0
+    code = seed
     quoted = buffer[i] == QUOTE
     i += int(quoted)
     while buffer[i] != LF and length < FIELD_LIMIT_BYTES + 1:
@@ -114,10 +117,11 @@ def _text(buffer, i, seed, arena_A, end_E, slots, count):  # type: ignore[no-unt
 
 @_jit
 def _pixel(buffer, i, last):  # type: ignore[no-untyped-def]
-    """Any accepted pixel at `i`. Returns (offset behind its comma or line end, value), or (-1, 0)."""
+    """Any accepted pixel at `i`. Returns (offset behind its separator, value), or (-1, 0)."""
     quoted = buffer[i] == QUOTE
     i += int(quoted)
-    start, value = i, 0
+    start = i
+    value = 0
     while i < start + 3 and ZERO <= buffer[i] <= NINE:
         value = 10 * value + int(buffer[i]) - int(ZERO)
         i += 1
@@ -164,7 +168,7 @@ def _pixels(buffer, i, image_P):  # type: ignore[no-untyped-def]
                 p += 8
                 i += 32
             continue
-        # One to three digits and ".0," without a branch: nothing predicts how many digits a pixel has.
+        # One to three digits and ".0," without a branch: nothing predicts a pixel's digits.
         two = U((word >> U(8)) & U(255) != U(DOT))
         three = two & U((word >> U(16)) & U(255) != U(DOT))
         num_digits = U(1) + two + three
@@ -194,11 +198,15 @@ def _pixels(buffer, i, image_P):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _lex(buffer, start, stop, seed, tables, has_fonts, text_2R, image_RP, number_R3, hash_R):  # type: ignore[no-untyped-def]
-    """Rows of buffer[start:stop] up to the first line that is none. Returns (number of rows, that line's offset or -1).
+def _lex(  # type: ignore[no-untyped-def]
+    buffer, start, stop, seed, tables, has_fonts, text_2R, image_RP, number_R3, hash_R
+):
+    """Rows of buffer[start:stop] up to the first line that is none.
 
-    `tables` are the last arguments of `_text`, stacked, and `text_2R` the indices, first of fonts, then of labels;
-    `number_R3` takes each row's offset, sum, and sum of squares.
+    Returns (number of rows, that line's offset or -1).
+
+    `tables` are the last arguments of `_text`, stacked, and `text_2R` the indices, first of fonts,
+    then of labels; `number_R3` takes each row's offset, sum, and sum of squares.
     """
     arena_2A, end_2E, slots_2, count_2 = tables
     num_pixels = image_RP.shape[1]
@@ -215,7 +223,9 @@ def _lex(buffer, start, stop, seed, tables, has_fonts, text_2R, image_RP, number
         i = _pixels(buffer, i, image_P)
         if i < 0 or i - start > LINE_LIMIT_BYTES:
             return row, start
-        total, squares, code = np.int64(0), np.int64(0), seed
+        total = np.int64(0)
+        squares = np.int64(0)
+        code = seed
         for p in range(num_pixels):
             value = np.int64(image_P[p])
             total += value
@@ -224,12 +234,10 @@ def _lex(buffer, start, stop, seed, tables, has_fonts, text_2R, image_RP, number
             code = _mix(code, _load8(image_P, p))
         for p in range(num_pixels - num_pixels % 8, num_pixels):
             code = _mix(code, U(image_P[p]))
-        number_R3[row, 0], number_R3[row, 1], number_R3[row, 2], hash_R[row] = (
-            start,
-            total,
-            squares,
-            code,
-        )
+        number_R3[row, 0] = start
+        number_R3[row, 1] = total
+        number_R3[row, 2] = squares
+        hash_R[row] = code
         row += 1
         start = i
     return row, -1
@@ -237,36 +245,39 @@ def _lex(buffer, start, stop, seed, tables, has_fonts, text_2R, image_RP, number
 
 def lex(layout: Layout, block: np.ndarray, start: int, stop: int, image_RP: np.ndarray) -> Rows:
     """lexer.lex_plainly, compiled."""
-    most, num_bytes = layout.most_rows(stop - start), stop - start
+    num_bytes = stop - start
+    most = layout.most_rows(num_bytes)
     assert start == stop or block[stop - 1] == LF
     assert len(block) >= stop + SLACK_BYTES
     assert len(image_RP) >= most and image_RP.shape[1] == layout.num_pixels
-    arena_2A, end_2E = np.empty((2, num_bytes), np.uint8), np.zeros((2, most + 1), np.int64)
+    arena_2A = np.empty((2, num_bytes), np.uint8)
+    end_2E = np.zeros((2, most + 1), np.int64)
     tables = (
         arena_2A,
         end_2E,
         np.full((2, 1 << (2 * most).bit_length()), -1, np.int32),
         np.zeros(2, np.int64),
     )
-    text_2R, number_R3, hash_R = (
-        np.zeros((2, most), np.int32),
-        np.empty((most, 3), np.int64),
-        np.empty(most, U),
-    )
+    text_2R = np.zeros((2, most), np.int32)
+    number_R3 = np.empty((most, 3), np.int64)
+    hash_R = np.empty(most, U)
     rows, fault = _lex(
         block, start, stop, SEED, tables, layout.has_fonts, text_2R, image_RP, number_R3, hash_R
     )
     font_R, label_R = text_2R[:, :rows]
     labels, seen = _texts(arena_2A[1], end_2E[1], label_R, layout.num_text)
-    fonts, good = _texts(arena_2A[0], end_2E[0], font_R, 1) if layout.has_fonts else ([""], rows)
-    seen = min(seen, good)
+    fonts = [""]
+    if layout.has_fonts:
+        fonts, good = _texts(arena_2A[0], end_2E[0], font_R, 1)
+        seen = min(seen, good)
     header_R = np.array([label == layout.columns[layout.num_text - 1] for label in labels], bool)[
         label_R[:seen]
     ]
     if layout.has_fonts:
         header_R &= np.array([font == layout.columns[0] for font in fonts], bool)[font_R[:seen]]
     seen = int(header_R.argmax()) if header_R.any() else seen
-    return Rows(  # of what is kept until the last block, copies: the arrays have room for more than twice the rows
+    # What is kept until the last block is copied: the arrays have room for twice the rows and more.
+    return Rows(
         image_RP=image_RP[:seen],
         labels=labels,
         label_R=label_R[:seen],
@@ -282,9 +293,10 @@ def lex(layout: Layout, block: np.ndarray, start: int, stop: int, image_RP: np.n
 def _texts(
     arena_A: np.ndarray, end_E: np.ndarray, index_R: np.ndarray, column: int
 ) -> tuple[list[str], int]:
-    """The texts of a block's rows, and how many rows stand before the first with one that may not be."""
+    """The texts of a block's rows, and how many rows come before the first bad one."""
     ends = end_E[: index_R.max(initial=-1) + 2].tolist()
-    data, texts = arena_A[: ends[-1]].tobytes(), list[str]()
+    data = arena_A[: ends[-1]].tobytes()
+    texts = list[str]()
     for start, stop in pairwise(ends):
         try:
             texts.append(_checked(data[start:stop], column))

@@ -1,8 +1,8 @@
 """CSV -> published records. The command tools/pack_tmnist is a front of `pack` and `check`.
 
-One pass lexes blocks on all cores and spools the pixels to an unnamed file beside the target; then the splits are drawn
-from the labels (split.py), and a second pass copies rows from the spool to the record files. Memory does not grow with
-the pixels.
+One pass lexes blocks on all cores and spools the pixels to an unnamed file beside the target; then
+the splits are drawn from the labels (split.py), and a second pass copies rows from the spool to the
+record files. Memory does not grow with the pixels.
 
 Shapes: N rows of the CSV, M of them, R rows of a block, P pixels.
 """
@@ -37,7 +37,7 @@ NAME_LIMIT_BYTES = 200
 """Of the target's name: temporary names are some 20 bytes longer, and file systems end at 255."""
 MAX_FAULTS = 100
 LEAST_SIDE = 4
-"""Of images: two poolings, each of which halves them, leave a pixel. Smaller ones are packed with a warning."""
+"""Of images: two poolings leave a quarter of it. Smaller ones are packed with a warning."""
 MAX_WORKERS = 8
 
 Progress = Callable[[int, float], None]
@@ -67,16 +67,16 @@ def pack(
     block_bytes: int = BLOCK_BYTES,
     progress: Progress = lambda rows, part: None,
 ) -> PackReport:
-    """Read a CSV (see lexer.py; plain, .gz, a .zip holding one, or a pipe) and publish it as a record directory.
+    """Read a CSV (plain, .gz, a .zip holding one, or a pipe) and publish it as a record directory.
 
-    The same rows and options give the same bytes, whatever the container, the workers and the machine.
+    The same rows and options give the same bytes, whatever the container, workers and machine.
 
     Args:
         num_classes: refuse a CSV with another number of labels.
         workers: lexing threads; by default one for each core this process may use.
         block_bytes: what is lexed at once.
     Raises:
-        UserError: the source is refused, or `out` exists and may not be replaced; nothing was published.
+        UserError: the source is refused, or `out` may not be replaced; nothing was published.
     """
     _check_name(out)
     out = Path(os.path.realpath(out))
@@ -125,7 +125,7 @@ def check(source: Path) -> tuple[int, list[str], list[str]]:
 
 
 def find_lexer() -> Lexer:
-    """The compiled lexer, or the plain one where numba cannot be imported: it lags behind NumPy's versions."""
+    """The compiled lexer, or the plain one where numba, which lags behind NumPy, is missing."""
     try:
         from engine.data.lexer_jit import lex
     except ImportError as error:
@@ -151,7 +151,8 @@ def _read(
     buffers = deque(bytearray(buffer_bytes(block_bytes)) for _ in range(workers + 2))
     images: deque[np.ndarray] = deque()
     pending: deque[tuple[bytearray, int, np.ndarray, Future[Rows]]] = deque()
-    lex, collector = find_lexer(), None
+    lex = find_lexer()
+    collector = None
 
     def collect(collector: _Collector) -> bool:
         """Take the oldest block; whether to go on."""
@@ -172,7 +173,8 @@ def _read(
                 images.extend(collector.layout.images(len(buffer)) for _ in buffers)
                 if spool is not None:
                     spool.check_space(source, collector.layout, stop / buffer.count(b"\n", 0, stop))
-            block, image_RP = np.frombuffer(buffer, np.uint8), images.popleft()
+            block = np.frombuffer(buffer, np.uint8)
+            image_RP = images.popleft()
             future = pool.submit(lex, collector.layout, block, start, stop, image_RP)
             pending.append((buffers.popleft(), stop, image_RP, future))
             if not buffers and not collect(collector):
@@ -185,8 +187,8 @@ def _read(
 
 
 class _Collector:
-    """The rows of all blocks in order: texts in one index, pixels in the spool; the first fault is an error, or the
-    first MAX_FAULTS go into `faults`."""
+    """The rows of all blocks in order: texts in one index, pixels in the spool; the first fault
+    is an error, or the first MAX_FAULTS go into `faults`."""
 
     def __init__(
         self, source: str, header: bytes, spool: "_Spool | None", faults: list[str] | None
@@ -197,7 +199,9 @@ class _Collector:
             raise UserError(f"{source}:1: {fault}") from None
         self.row = 0
         """Rows so far, with those that were refused."""
-        self._source, self._spool, self._faults = source, spool, faults
+        self._source = source
+        self._spool = spool
+        self._faults = faults
         self._labels: dict[str, int] = {}
         self._fonts: dict[str, int] = {}
         self._looks: dict[str, tuple[str, int]] = {}
@@ -207,7 +211,8 @@ class _Collector:
     def add_block(
         self, rows: Rows, lex: Lexer, buffer: bytearray, stop: int, image_RP: np.ndarray
     ) -> bool:
-        """Take a block's rows; where faults are listed, those behind each faulty line, too. Whether to go on."""
+        """Take a block's rows; where faults are listed, those behind each faulty line, too.
+        Whether to go on."""
         while True:
             after = buffer.index(b"\n", rows.fault) + 1 if rows.fault >= 0 else stop
             try:
@@ -223,7 +228,7 @@ class _Collector:
             rows = lex(self.layout, np.frombuffer(buffer, np.uint8), after, stop, image_RP)
 
     def add(self, rows: Rows, faulty_line: bytes) -> None:
-        """Take a block's rows; UserError if one of them, or `faulty_line` behind them, is refused."""
+        """Take a block's rows; UserError if one, or `faulty_line` after them, is refused."""
         first = self.row
         self.row += len(rows.label_R) + bool(faulty_line)
         label_R, new_labels = _merge(self._labels, rows.labels, rows.label_R)
@@ -233,7 +238,8 @@ class _Collector:
         self._font_bytes += sum(len(font.encode()) for font in new_fonts)
         if self._font_bytes > FONTS_LIMIT_BYTES:
             raise UserError(
-                f"{self._source}: holds more than {FONTS_LIMIT_BYTES} bytes of names; are they typefaces?"
+                f"{self._source}: holds more than {FONTS_LIMIT_BYTES} bytes of names; "
+                f"are they typefaces?"
             )
         self._parts.append((label_R, font_R, rows.sum_R, rows.squares_R, rows.hash_R))
         if self._spool is not None:
@@ -254,14 +260,18 @@ class _Collector:
         )
         classes, label_rank = _sorted(self._labels)
         fonts, font_rank = _sorted(self._fonts)
-        label_N, font_N = label_rank[label_N].astype(np.uint8), font_rank[font_N]
+        label_N = label_rank[label_N].astype(np.uint8)
+        font_N = font_rank[font_N]
         return Table(self.layout.side, classes, fonts, label_N, font_N, *numbers)
 
     def _check_label(self, label: str, row: int) -> None:
         column = self.layout.num_text
         other, other_row = self._looks.setdefault(unicodedata.normalize("NFC", label), (label, row))
         if other != label:
-            what = f"{label!r} looks like the label of row {other_row} but has other code points; write one of them"
+            what = (
+                f"{label!r} looks like the label of row {other_row} but has other code points; "
+                f"write one of them"
+            )
             raise self._refusal(row, Fault(what, column))
         if self._labels[label] >= MAX_CLASSES:
             hint = (
@@ -284,7 +294,8 @@ def _merge(
     index: dict[str, int], texts: list[str], id_R: np.ndarray
 ) -> tuple[np.ndarray, list[str]]:
     """A block's ids as ids of `index`, and the texts that are new to it."""
-    known, used = len(index), texts[: id_R.max(initial=-1) + 1]
+    known = len(index)
+    used = texts[: id_R.max(initial=-1) + 1]
     ids = np.array([index.setdefault(text, len(index)) for text in used], np.int32)
     return ids[id_R], [text for text in used if index[text] >= known]
 
@@ -331,12 +342,13 @@ class _Spool:
         return out_MP
 
     def check_space(self, source: Source, layout: Layout, line_bytes: float) -> None:
-        """Refuse what will not fit, before the first byte is written: the spool and the records, by the first lines."""
+        """Refuse what will not fit, by its first lines, before a byte is written."""
         free = shutil.disk_usage(self.folder).free
         needed = int(2 * source.size / line_bytes * layout.num_pixels) if source.size else 0
         if needed > free:
             raise UserError(
-                f"{self.folder}: has {free:,} bytes free, want {needed:,} for the records and a copy"
+                f"{self.folder}: has {free:,} bytes free, want {needed:,} "
+                f"for the records and a copy"
             )
 
     def close(self) -> None:
@@ -348,7 +360,8 @@ def _check_name(out: Path) -> None:
         raise UserError(f"{out}: cannot become a record directory; name a new folder")
     if len(os.fsencode(out.name)) > NAME_LIMIT_BYTES or not out.name.isprintable():
         raise UserError(
-            f"{out}: want a name of at most {NAME_LIMIT_BYTES} bytes that can be printed; name another"
+            f"{out}: want a name of at most {NAME_LIMIT_BYTES} bytes that can be printed; "
+            f"name another"
         )
 
 

@@ -1,8 +1,9 @@
 """One Arrow file of a record directory: written with its hashes, read by its entry in the manifest.
 
-Arrow itself does not notice damage. So sizes and the CRC32 of every 1 MiB block are compared with the entry, and the
-columns are taken from the offsets it gives: no parser ever sees a stranger's bytes, and pixels go from the file
-straight to where they are wanted. Nothing is memory-mapped: a file that is cut under a map kills its reader.
+Arrow itself does not notice damage. So sizes and the CRC32 of every 1 MiB block are compared with
+the entry, and the columns are taken from the offsets it gives: no parser ever sees a stranger's
+bytes, and pixels go from the file straight to where they are wanted. Nothing is memory-mapped: a
+file that is cut under a map kills its reader.
 
 Shapes: N rows of a CSV, M of a file, H x W pixels, P = H * W.
 """
@@ -43,7 +44,8 @@ class FileEntry:
             rf"{split}-[0-9]{{5,9}}\.arrow", self.name, re.ASCII
         ):
             raise Damaged(
-                f"the file name {self.name!r} leads out of the directory or is none of split {split}"
+                f"the file name {self.name!r} leads out of the directory "
+                f"or is none of split {split}"
             )
         offsets = (self.image_offset, self.label_offset, self.font_offset)
         if not are_counts(self.rows, self.bytes, *offsets):
@@ -61,7 +63,7 @@ class FileEntry:
             raise Damaged(f"{self.name} has {len(self.crc32)} checksums, want one for each MiB")
 
     def open(self, directory: Path) -> int:
-        """A descriptor of the file, which is regular, perhaps behind a link, and of the right size."""
+        """A descriptor of the file: regular, perhaps behind a link, and of the right size."""
         handle = open_regular(directory / self.name)
         if (found := os.fstat(handle).st_size) != self.bytes:
             is_pointer = os.pread(handle, 23, 0) == b"version https://git-lfs"
@@ -72,7 +74,7 @@ class FileEntry:
         return handle
 
     def read(self, handle: int, offset: int, out: memoryview) -> None:
-        """Fill `out` with the bytes from `offset` on; Damaged if a block that it touches is not what was written."""
+        """Fill `out` with the bytes from `offset` on; Damaged if a block it touches has changed."""
         spare = np.empty(BLOCK_BYTES, np.uint8).data
         while len(out):
             number, within = divmod(offset, BLOCK_BYTES)
@@ -81,16 +83,18 @@ class FileEntry:
             pieces = [spare[:within], out[:size], spare[within + size : block_bytes]]
             if os.preadv(handle, pieces, number * BLOCK_BYTES) != block_bytes:
                 raise Damaged(f"{self.name} ended while it was read")
-            crc, want = 0, self.crc32[number]
+            want = self.crc32[number]
+            crc = 0
             for piece in pieces:
                 crc = zlib.crc32(piece, crc)
             if crc != want:
                 where = f"{self.name}: the block at byte {number * BLOCK_BYTES}"
                 raise Damaged(f"{where} has CRC32 {crc:08x}, want {want:08x}")
-            out, offset = out[size:], offset + size
+            out = out[size:]
+            offset += size
 
     def read_columns(self, handle: int, num_pixels: int) -> tuple[np.ndarray, np.ndarray]:
-        """label_M uint8 and font_M int32; verified as by `read`, with all blocks that do not hold pixels only."""
+        """label_M uint8 and font_M int32, verified as by `read`, like all that is no pixels."""
         start = self.image_offset + self.rows * num_pixels
         tail = bytearray(self.bytes - start)
         self.read(handle, 0, memoryview(bytearray(self.image_offset)))
@@ -101,8 +105,8 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Table:
-    """All rows of a CSV but their pixels: label_N uint8 into `classes`, font_N int32 into `fonts`, the others as in
-    lexer.Rows; `side` is the images' height and width."""
+    """All rows of a CSV but their pixels: label_N uint8 into `classes`, font_N int32 into
+    `fonts`, the others as in lexer.Rows; `side` is the images' height and width."""
 
     side: int
     classes: tuple[str, ...]
@@ -124,10 +128,11 @@ class Table:
 
 
 def write_file(path: Path, table: Table, row_M: np.ndarray, image_MP: np.ndarray) -> dict[str, Any]:
-    """Write and fsync one Arrow file of some rows and their pixels, uint8; returns its entry in the manifest."""
+    """Write and fsync an Arrow file of some rows and their pixels, uint8; its manifest's entry."""
     import pyarrow as pa
 
-    label_M, font_M = table.label_N[row_M], table.font_N[row_M]
+    label_M = table.label_N[row_M]
+    font_M = table.font_N[row_M]
     pixels = pa.Array.from_buffers(pa.uint8(), image_MP.size, [None, pa.py_buffer(image_MP)])
     columns = {
         "image": pa.FixedSizeListArray.from_arrays(pixels, table.side**2),
@@ -155,7 +160,7 @@ def write_file(path: Path, table: Table, row_M: np.ndarray, image_MP: np.ndarray
 
 
 class _HashingFile(io.FileIO):
-    """A new file that hashes what pyarrow writes and knows where each buffer went; it copies nothing."""
+    """A new file that hashes what pyarrow writes, copies nothing, and knows where buffers went."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, "w")

@@ -1,8 +1,9 @@
-"""The record files: Arrow IPC files of uint8 images per split, under a manifest that covers every byte.
+"""The record files: Arrow IPC files of uint8 images, under a manifest that covers every byte.
 
-A record directory holds `<split>-00000.arrow` ..., `fonts.json` (typeface names), `manifest.json` (written last) and
-`manifest.sha256`. Each Arrow file is one record batch with the columns image (fixed-size list of H*W uint8), label
-(dictionary of class names) and font (dictionary of typeface names), so pandas, polars and DuckDB open it as it is.
+A record directory holds `<split>-00000.arrow` ..., `fonts.json` (typeface names), `manifest.json`
+(written last) and `manifest.sha256`. Each Arrow file is one record batch with the columns image
+(fixed-size list of H*W uint8), label (dictionary of class names) and font (dictionary of typeface
+names), so pandas, polars and DuckDB open it as it is.
 
 Opening verifies every byte against the manifest before it means anything (record_file.py).
 
@@ -88,7 +89,7 @@ class Split:
 
 @dataclass(frozen=True, kw_only=True)
 class Records:
-    """A data set: its splits, the names behind the indices, and the fingerprint that checkpoints carry."""
+    """A data set: its splits, the names behind indices, and the fingerprint checkpoints carry."""
 
     splits: dict[str, Split]
     classes: tuple[str, ...]
@@ -170,8 +171,9 @@ def open_records(path: str | Path, *, in_memory: bool = True) -> Records:
     """Open a record directory, verified to the last byte.
 
     Args:
-        in_memory: read all pixels into one array per split. Otherwise they stay on disk, and a block is read and
-            verified when it is indexed; labels and fonts (5 bytes an image) are read in any case.
+        in_memory: read all pixels into one array per split. Otherwise they stay on disk, and a
+            block is read and verified when it is indexed; labels and fonts (5 bytes per image) are
+            read in any case.
     Raises:
         UserError: not a record directory, incomplete, damaged, or of another version.
     """
@@ -186,12 +188,14 @@ def verify_records(path: str | Path, fingerprint: str = "") -> dict[str, Any]:
     """Check the SHA-256 of every file besides all that `open_records` checks; returns the manifest.
 
     Raises:
-        UserError: damaged in any way, or not the records of `fingerprint` (its beginning, in hexadecimal).
+        UserError: damaged in any way, or not the records of `fingerprint` (its beginning, in
+            hexadecimal).
     """
     records = open_records(path, in_memory=False)
     if not records.fingerprint.startswith(fingerprint.lower()):
         raise UserError(
-            f"{path}: its fingerprint is {records.fingerprint}, not {fingerprint}; these are other records"
+            f"{path}: its fingerprint is {records.fingerprint}, not {fingerprint}; "
+            f"these are other records"
         )
     directory = Path(path)
     with _refusing(directory):
@@ -222,10 +226,11 @@ def _refusing(directory: Path) -> Iterator[None]:
 
 
 class StoredImages:
-    """The images of a split on disk, (N, H, W) uint8; indexing reads verified blocks and gives an array of its own.
+    """The images of a split on disk, (N, H, W) uint8; indexing reads and verifies blocks.
 
-    Ascending runs of rows are read as wholes, and of each block they touch, all. The files stay open, so a directory
-    that is replaced meanwhile is read as it was. May be used from several threads.
+    Ascending runs of rows are read as wholes, and of each block they touch, all. The files stay
+    open, so a directory that is replaced meanwhile is read as it was. May be used from several
+    threads.
 
     Raises:
         UserError: from indexing, when a block is damaged or its file was cut.
@@ -237,7 +242,8 @@ class StoredImages:
     def __init__(
         self, directory: Path, files: list[FileEntry], height_width: tuple[int, int]
     ) -> None:
-        self._directory, self.files = directory, files
+        self._directory = directory
+        self.files = files
         self.handles: list[int] = []
         for file in files:
             self.handles.append(file.open(directory))
@@ -253,8 +259,10 @@ class StoredImages:
         with _refusing(self._directory):
             while len(out_MP):
                 number = bisect_right(self.edges, row) - 1
-                file, first = self.files[number], row - self.edges[number]
-                out, out_MP = out_MP[: file.rows - first], out_MP[file.rows - first :]
+                file = self.files[number]
+                first = row - self.edges[number]
+                out = out_MP[: file.rows - first]
+                out_MP = out_MP[file.rows - first :]
                 file.read(
                     self.handles[number],
                     file.image_offset + first * out.shape[1],
@@ -285,7 +293,8 @@ def _open(directory: Path, in_memory: bool) -> Records:
     manifest = read_manifest(directory, FORMAT, VERSION)
     try:
         height_width = manifest["height"], manifest["width"]
-        classes, splits = manifest["classes"], manifest["splits"]
+        classes = manifest["classes"]
+        splits = manifest["splits"]
         if not are_counts(*height_width) or not 0 < height_width[0] * height_width[1] <= MAX_PIXELS:
             raise Damaged(f"images of {height_width} pixels cannot be")
         if not _are_texts(classes) or not 0 < len(classes) <= MAX_CLASSES:
@@ -321,7 +330,8 @@ def _open(directory: Path, in_memory: bool) -> Records:
         for name, split in files.items()
     }
     for name, split in opened.items():
-        label_N, font_N = split.label_N, split.font_N
+        label_N = split.label_N
+        font_N = split.font_N
         if len(split) and not (
             label_N.max() < len(classes) and 0 <= font_N.min() <= font_N.max() < len(fonts)
         ):
@@ -340,12 +350,12 @@ def _open(directory: Path, in_memory: bool) -> Records:
 def _read_split(
     directory: Path, files: list[FileEntry], height_width: tuple[int, int], in_memory: bool
 ) -> Split:
-    stored = StoredImages(
-        directory, files, height_width
-    )  # every size is compared before anything is allocated
+    # Every size is compared before anything is allocated.
+    stored = StoredImages(directory, files, height_width)
     num_pixels = height_width[0] * height_width[1]
     image_NHW: Any = np.empty(stored.shape, np.uint8) if in_memory else stored
-    label_N, font_N = np.empty(len(stored), np.uint8), np.empty(len(stored), np.int32)
+    label_N = np.empty(len(stored), np.uint8)
+    font_N = np.empty(len(stored), np.int32)
 
     def read(number: int) -> None:
         rows = slice(*stored.edges[number : number + 2])
@@ -376,7 +386,7 @@ def _are_texts(values: Any) -> bool:
 
 
 def _fingerprint(manifest: dict[str, Any]) -> str:
-    """SHA-256 over everything that decides what is trained on: size, classes, and each file's own SHA-256."""
+    """SHA-256 over what decides what is trained on: size, classes, and each file's SHA-256."""
     files = {
         name: [file["sha256"] for file in split["files"]]
         for name, split in manifest["splits"].items()

@@ -12,13 +12,13 @@ CSV = Path(__file__).with_name("typefaces_sample.csv.gz")
 
 
 def sample_path() -> Path:
-    """Where the sample's records are, or will be: $XDG_CACHE_HOME (or ~/.cache), named by the CSV's content."""
+    """Where the sample's records are, or will be: in the user's cache, named by its content."""
     name = hashlib.sha256(CSV.read_bytes()).hexdigest()[:12]
     return user_cache() / f"sample-{name}-{FORMAT}-{VERSION}"
 
 
 def ensure_sample() -> Path:
-    """The sample's record directory; packed if it is not there, under a lock that one process a machine gets."""
+    """The sample's record directory, packed first if it is missing, by one process per machine."""
     path = sample_path()
     if (path / MANIFEST).exists():  # perhaps in a cache that this user may only read
         return path

@@ -1,6 +1,7 @@
-"""Where a CSV comes from (file, .gz, .zip member, pipe), as blocks of whole lines. Never blocks on what is no file.
+"""Where a CSV comes from (file, .gz, .zip member, pipe), as blocks of whole lines.
 
-A block is a reused buffer of lines that end with a line feed, with lexer.SLACK_BYTES behind them.
+Never waits for what is no file. A block is a reused buffer of lines that end with a line feed, with
+lexer.SLACK_BYTES behind them.
 """
 
 import gzip
@@ -32,16 +33,17 @@ class Source:
 
     def __init__(self, name: str, raw: io.BufferedReader, stack: ExitStack) -> None:
         """`stack` closes what unpacks the CSV."""
-        self.name, self._raw = name, raw
+        self.name = name
+        self._raw = raw
         self._inside = ""
         """What the CSV is unpacked from, as the beginning of a sentence."""
         self._found = os.fstat(raw.fileno())
         self._is_file = stat.S_ISREG(self._found.st_mode)
         self._data, self.size = self._unpack(stack)
-        """The size is that of the CSV itself; None if only reading tells."""
+        """The size is that of the CSV itself; None if it is known only when all is read."""
 
     def _unpack(self, stack: ExitStack) -> tuple[Any, int | None]:
-        """(stream of the CSV, its size if known), told by the first bytes."""
+        """(stream of the CSV, its size if known); the first bytes say what it is packed in."""
         magic = self._raw.peek(4)[:4]
         if magic[:2] == b"\x1f\x8b":
             self._inside = "is a gzip of"
@@ -84,13 +86,15 @@ class Source:
     @property
     def part(self) -> float:
         """The part (0..1) of the source's bytes that has been read; 0 for a pipe."""
-        return min(self._raw.tell() / max(self._found.st_size, 1), 1.0) if self._is_file else 0.0
+        if not self._is_file:
+            return 0.0
+        return min(self._raw.tell() / max(self._found.st_size, 1), 1.0)
 
     def readinto(self, view: memoryview) -> int:
         """Fill `view` as far as the source goes; fewer bytes only at its end."""
         with reading(self.name):
             filled = 0
-            # One read a turn, so that a signal is served before the next one: readinto would go on to block.
+            # One read per turn, so that a signal is served in between: readinto would wait on.
             while filled < len(view) and (got := self._data.readinto1(view[filled:])):
                 filled += got
             return filled
@@ -111,10 +115,11 @@ class Source:
 
 @contextmanager
 def open_source(path: Path) -> Iterator[Source]:
-    """Open a .csv, .csv.gz, a .zip that holds one CSV, `-` or /dev/stdin; told by the first bytes, not by the name.
+    """Open a .csv, .csv.gz, a .zip that holds one CSV, `-` or /dev/stdin, whatever its name.
 
     Raises:
-        UserError: it is no regular file (a pipe only as /dev/stdin or /dev/fd/N), or cannot be read.
+        UserError: it is no regular file (a pipe only as /dev/stdin or /dev/fd/N), or cannot be
+            read.
     """
     name = "standard input" if str(path) == "-" else str(path)
     with ExitStack() as stack:
@@ -147,7 +152,11 @@ def _irregular(path: Path, mode: int, is_terminal: bool) -> str:
         return folder_contents(path)
     if is_terminal:
         return "is a terminal; pipe a CSV into it, or name a file"
-    kind = "a FIFO" if stat.S_ISFIFO(mode) else "a device" if stat.S_ISCHR(mode) else "special"
+    kind = "special"
+    if stat.S_ISFIFO(mode):
+        kind = "a FIFO"
+    elif stat.S_ISCHR(mode):
+        kind = "a device"
     return f"is not a regular file but {kind}; give a .csv, .csv.gz or .zip, or - for a pipe"
 
 
@@ -183,17 +192,20 @@ def buffer_bytes(block_bytes: int = BLOCK_BYTES) -> int:
 def blocks(
     source: Source, take: Callable[[], bytearray], block_bytes: int = BLOCK_BYTES
 ) -> Iterator[tuple[bytearray, int]]:
-    """(buffer, stop) of the source's whole lines in order, the last with a line feed even if the source has none there.
+    """(buffer, stop) of the source's whole lines in order, the last with a line feed even if the
+    source has none there.
 
-    `take` hands out a free buffer; one that is not yielded stays free. A line longer than LINE_LIMIT_BYTES is cut, for
-    the lexer to refuse. One blank line at the source's end is dropped.
+    `take` hands out a free buffer; one that is not yielded stays free. A line longer than
+    LINE_LIMIT_BYTES is cut, for the lexer to refuse. One blank line at the source's end is dropped.
     """
-    carried, at_end = b"", False
+    carried = b""
+    at_end = False
     while not at_end:
         buffer = take()
         view = memoryview(buffer)[:-SLACK_BYTES]
         view[: len(carried)] = carried
-        cut, stop = 0, len(carried)
+        cut = 0
+        stop = len(carried)
         while not (cut or at_end or stop > LINE_LIMIT_BYTES):
             got = source.readinto(view[stop : stop + block_bytes])
             at_end = got < block_bytes

@@ -1,4 +1,4 @@
-"""Which rows of a CSV go to train, val and test: pure functions of labels, typefaces and a seed, equal everywhere.
+"""Which rows of a CSV go to train, val and test: functions of labels, typefaces and a seed.
 
 Shapes: N rows of the CSV, M of them.
 """
@@ -13,9 +13,10 @@ from engine.order import permute, round_keys
 
 SplitMode = Literal["random", "font", "none"]
 EVAL_FRACTION = 0.15
-"""Part of each class (with split font: of all rows) in val, and again in test; the rest is train: 70/15/15."""
+"""Part of each class (split font: of all rows) in val, and again in test: 70/15/15."""
 _STYLE = re.compile(
-    r"(thin|extra|ultra|light|semi|demi|book|regular|roman|text|medium|bold|black|heavy|italic|ital|oblique|slanted"
+    r"(thin|extra|ultra|light|semi|demi|book|regular|roman|text|medium|bold|black|heavy"
+    r"|italic|ital|oblique|slanted"
     r"|condensed|cond|compressed|narrow|expanded|expd|extended|wide|caps|variable|vf|[0-9])+$",
     re.IGNORECASE,
 )
@@ -33,9 +34,10 @@ def draw_splits(
 ) -> dict[str, np.ndarray]:
     """Row numbers of each split, ascending.
 
-    `balance` first cuts each class to the smallest one's size. `random` is stratified: within each class the rows stand
-    in the order of a keyed bijection of (seed, class name); its head is val, then test, the rest train. `font` deals
-    whole families (see `family`) to val and test, in such an order, as long as they fit into their part of all rows.
+    `balance` first cuts each class to the smallest one's size. `random` is stratified: within each
+    class the rows stand in the order of a keyed bijection of (seed, class name); its head is val,
+    then test, the rest train. `font` deals whole families (see `family`) to val and test, in such
+    an order, as long as they fit into their part of all rows.
 
     Raises:
         UserError: a class, or the number of families, is too small for three splits.
@@ -66,8 +68,9 @@ def draw_splits(
 
 
 def family(font: str) -> str:
-    """The family that a font file's name tells: what stands before a dash, underscore, bracket or space, without words
-    of weight, width and slope at its end: `RobotoSerifCondensed-Light[wght]` is of `robotoserif`."""
+    """The family that a font file's name shows: what stands before a dash, underscore, bracket
+    or space, without words of weight, width and slope at its end:
+    `RobotoSerifCondensed-Light[wght]` is of `robotoserif`."""
     stem = re.split(r"[-_\[ ]", font, maxsplit=1)[0]
     return (_STYLE.sub("", stem) or stem or font).lower()
 
@@ -78,7 +81,8 @@ def _draw_fonts(
     families = sorted({family(font) for font in fonts})
     if len(families) < 3:
         raise UserError(
-            f"the rows are of {len(families)} typeface families, want at least 3; use --split random"
+            f"the rows are of {len(families)} typeface families, want at least 3; "
+            f"use --split random"
         )
     number_of = {name: number for number, name in enumerate(families)}
     family_M = np.array([number_of[family(font)] for font in fonts])[font_N[row_M]]

@@ -1,4 +1,4 @@
-"""Work done ahead of its consumer, in a thread; whatever goes wrong there reaches the consumer at once."""
+"""Work done ahead in a thread; whatever goes wrong there reaches its consumer at once."""
 
 import queue
 import threading
@@ -6,14 +6,16 @@ from collections.abc import Iterator
 from typing import TypeVar
 
 T = TypeVar("T")
-DEADLINE_S, JOIN_S = 20.0, 5.0
+DEADLINE_S = 20.0
+JOIN_S = 5.0
 
 
 class Ahead(Iterator[T]):
     """The items of an iterator (None is none), made in a thread that dies with the process.
 
-    That iterator may reuse `slots` buffers in turn: it is asked for an item only when the consumer has let go of the
-    one made `slots` items earlier. The consumer lets go of an item by asking for `held` more. Closed, this ends.
+    That iterator may reuse `slots` buffers in turn: it is asked for an item only when the consumer
+    has let go of the one made `slots` items earlier. The consumer lets go of an item by asking for
+    `held` more. Closed, this ends.
 
     Raises:
         Exception: from iteration, whatever the iterator raised.
@@ -24,22 +26,25 @@ class Ahead(Iterator[T]):
         self, items: Iterator[T], slots: int, held: int = 1, deadline_s: float | None = None
     ) -> None:
         assert slots > held
-        self._items, self._held, self._deadline_s = items, held, deadline_s or DEADLINE_S
-        self._num_given, self._over = 0, False
+        self._items = items
+        self._held = held
+        self._deadline_s = deadline_s or DEADLINE_S
+        self._num_given = 0
+        self._over = False
         self._free = threading.Semaphore(slots)
         self._ready: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
-        self._thread = threading.Thread(
-            target=self._work, name="feed", daemon=True
-        )  # others are waited for at exit
+        # A daemon: other threads are waited for at exit.
+        self._thread = threading.Thread(target=self._work, name="feed", daemon=True)
         self._thread.start()
 
     def _work(self) -> None:
-        item: T | None = None
         while self._free.acquire() and not self._over:
+            item: T | None = None
+            error: BaseException | None = None
             try:
-                item, error = next(self._items, None), None
+                item = next(self._items, None)
             except BaseException as raised:
-                item, error = None, raised
+                error = raised
             self._ready.put((item, error))
             if item is None:
                 return
@@ -60,10 +65,10 @@ class Ahead(Iterator[T]):
         return item
 
     def close(self, to_restart: bool = False) -> None:
-        """Stop the thread; an item that is being made is finished first, unless that takes longer than JOIN_S.
+        """Stop the thread; an item being made is finished first, if that takes at most JOIN_S.
 
         Raises:
-            RuntimeError: `to_restart`, and the thread may still write to the buffers of its iterator.
+            RuntimeError: `to_restart`, and the thread may still write to its iterator's buffers.
         """
         self._over = True
         self._free.release()

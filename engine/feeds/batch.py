@@ -22,7 +22,10 @@ class Batch:
     label_B: torch.Tensor
     """uint8, index into the class table."""
     id_B: torch.Tensor
-    """int64 row of the split, come by the pixels' own road; order.PADDING_ID marks a row that holds no sample."""
+    """int64 rows of the split, read together with the pixels, so they prove which sample this is.
+
+    order.PADDING_ID marks a row that holds no sample.
+    """
 
     def __post_init__(self) -> None:
         batch_size = len(self.image_BHW)
@@ -41,9 +44,8 @@ class Batch:
         batch_size: int, height_width: tuple[int, int], device: torch.device, pinned: bool = False
     ) -> "Batch":
         """An uninitialised batch, to be filled again and again."""
-        if (
-            device.type == "cpu" and not pinned
-        ):  # NumPy asks for huge pages, torch does not: the dali feed gains 10 %
+        if device.type == "cpu" and not pinned:
+            # NumPy asks for huge pages, torch does not: the dali feed gains 10 %.
             image_BHW = torch.from_numpy(np.empty((batch_size, *height_width), np.uint8))
         else:
             image_BHW = torch.empty(
@@ -62,14 +64,17 @@ class Batch:
         return Batch(self.image_BHW[start:stop], self.label_B[start:stop], self.id_B[start:stop])
 
     def copy_(self, other: "Batch") -> None:
-        """Overwrite this batch's contents; ordered on the current stream, no host synchronisation."""
+        """Overwrite this batch, ordered on the current stream, without host synchronisation."""
         self.image_BHW.copy_(other.image_BHW, non_blocking=True)
         self.label_B.copy_(other.label_B, non_blocking=True)
         self.id_B.copy_(other.id_B, non_blocking=True)
 
 
 class Upload:
-    """The way of host batches to the device: pinned ones in turn, each reused when its copy is done. None on a CPU."""
+    """Host batches on their way to the device: pinned ones in turn, reused when copied.
+
+    On a CPU nothing is copied.
+    """
 
     def __init__(
         self, batch_size: int, height_width: tuple[int, int], device: torch.device, num: int = 4
@@ -101,7 +106,7 @@ class Upload:
 
 
 class Feed(Protocol):
-    """A road for batches. For the same order every feed but synthetic hands out the same batches."""
+    """What supplies batches. For the same order every feed but synthetic supplies the same."""
 
     name: str
     order: Order
@@ -109,8 +114,8 @@ class Feed(Protocol):
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from `first_step` on.
 
-        A batch is ready on the current stream and valid until the next is asked for; on a GPU all are at the same
-        addresses.
+        A batch is ready on the current stream and valid until the next is asked for; on a GPU all
+        are at the same addresses.
         """
 
     def close(self) -> None:
@@ -118,13 +123,13 @@ class Feed(Protocol):
 
 
 class Source(Feed, Protocol):
-    """A feed whose batches the step can also make itself, on the device, in the middle of a captured launch."""
+    """A feed whose batches the step can also gather itself, within a captured launch."""
 
     def load_epoch(self, epoch: int) -> None:
-        """Put what `gather` needs for an epoch on the device; ordered on the current stream, at the same addresses."""
+        """Put what `gather` needs on the device, on the current stream, at the same addresses."""
 
     def draw_ahead(self, epoch: int) -> None:
-        """Do the host's part of the next `load_epoch`, while the device is still busy with this one's steps."""
+        """Do the host's part of the next `load_epoch` while the device is busy with this one's."""
 
     def gather(self, step_K: torch.Tensor, out: Batch) -> None:
         """Fill `out` with the K * B samples of some steps of the epoch; device work only."""

@@ -1,4 +1,4 @@
-"""The roads batches take from records to the step. To add one: a module with a Feed, and a line in `make_feed`."""
+"""The feed of a run, chosen, opened and made. A new one: a Feed, and a line in `make_feed`."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ MEMORY_SHARE = 0.5
 
 
 def open_for(config: DataConfig, path: str | Path) -> Records:
-    """The records of a run: in memory, or left on disk where the stream feed is asked for or nothing else is possible.
+    """The records of a run: in memory, or on disk for the stream feed.
 
     Raises:
         UserError: they cannot be opened.
@@ -42,8 +42,11 @@ def choose_feed(config: DataConfig, split: Split, device: torch.device) -> tuple
     gib = len(split) * float(np.prod(split.height_width)) / 2**30
     if isinstance(split.image_NHW, StoredImages):
         if config.order == "exact":
-            what = f"the images take {gib:.2f} GiB, more than {MEMORY_SHARE:.0%} of the host's free memory"
-            raise UserError(f"{what}; set data.order=blocked to stream them from disk")
+            share = f"{MEMORY_SHARE:.0%} of the host's free memory"
+            raise UserError(
+                f"the images take {gib:.2f} GiB, more than {share}; "
+                f"set data.order=blocked to stream them from disk"
+            )
         return "stream", f"the images take {gib:.2f} GiB and stay on disk"
     if device.type == "cpu":
         return "resident", f"the images take {gib:.2f} GiB of host memory"
@@ -60,7 +63,10 @@ def make_source(
     static: Batch,
     fused: frozenset[str] = frozenset(),
 ) -> Source:
-    """The feed that `config.feed` names, one of SOURCES; `static` is the step's own batch, `fused` names kernels."""
+    """The feed that `config.feed` names, one of SOURCES.
+
+    `static` is the step's own batch, `fused` names kernels.
+    """
     if config.feed == "synthetic":
         return SyntheticFeed(static.rows(0, order.rank_batch), order)
     return ResidentFeed(split, order, static.id_B.device, fused)

@@ -1,12 +1,12 @@
-"""NVIDIA DALI as the road: a pipeline on the GPU where there is one, DALI's CPU pipeline elsewhere.
+"""NVIDIA DALI as a feed: a pipeline on the GPU where there is one, DALI's CPU pipeline elsewhere.
 
-Our order decides which samples a batch holds; DALI carries them, and warps them if augmentation is on. A thread of ours
-gathers ahead: DALI calls an external source on the consumer's thread, so by itself nothing would overlap. Several
-batches travel in one run, as one DALI sample (a sequence of frames): DALI pays for every run and every sample.
-The only module that imports nvidia.dali.
+Our order decides which samples a batch holds; DALI carries them, and warps them if augmentation is
+on. A thread of ours gathers ahead: DALI calls an external source on the consumer's thread, so by
+itself nothing would overlap. Several batches travel in one run, as one DALI sample (a sequence of
+frames): DALI pays for every run and every sample. The only module that imports nvidia.dali.
 
-Sources: external_source with no_copy and DALI's ownership rules (docs, "External Source"; DALI#5617: outputs are valid
-until the next run); warp_affine and per_frame (docs, "Sequences").
+Sources: external_source with no_copy and DALI's ownership rules (docs, "External Source";
+DALI#5617: outputs are valid until the next run); warp_affine and per_frame (docs, "Sequences").
 
 Shapes: F frames of a run, B of a batch, H x W pixels.
 """
@@ -28,7 +28,7 @@ from engine.order import Order
 PREFETCH = 2
 """DALI's own queue depth."""
 HELD = PREFETCH + 2
-"""Runs whose buffers DALI may still read: those in its queue, the one being filled, the one being handed out."""
+"""Runs whose buffers DALI may still read: its queue, the one being filled, the one handed out."""
 NUM_RUNS = HELD + 3
 """With two that are ready, and the one that is gathered."""
 FRAMES = 8192
@@ -42,7 +42,9 @@ class DaliFeed:
         self, split: Split, order: Order, device: torch.device, augment: AugmentConfig | None = None
     ) -> None:
         self.order = order
-        self._augment, self._device, self._height_width = augment, device, split.height_width
+        self._augment = augment
+        self._device = device
+        self._height_width = split.height_width
         self._on_gpu = device.type == "cuda"
         self._gather = Gather(split, torch.device("cpu"), one_thread=not self._on_gpu)
         num = max(min(FRAMES // order.rank_batch, order.steps_per_epoch), 1) * order.rank_batch
@@ -88,7 +90,9 @@ class DaliFeed:
                 layout=["FHWC", "F", "F", "F**"][:num_inputs],
             )
             if self._on_gpu:
-                image, label, sample_id = image.gpu(), label.gpu(), sample_id.gpu()
+                image = image.gpu()
+                label = label.gpu()
+                sample_id = sample_id.gpu()
             if self._augment:
                 image = fn.warp_affine(
                     image, fn.per_frame(matrix[0]), fill_value=0, interp_type=types.INTERP_LINEAR
@@ -103,7 +107,8 @@ class DaliFeed:
         while (outputs := self._run()) is not None:
             for start in range(0, outputs[1].shape()[0][0], self.order.rank_batch):
                 yield self._batch(outputs, start)
-            if self._copied:  # from its next run on DALI may reuse the outputs, whatever our stream still waits for
+            if self._copied:
+                # From its next run on DALI may reuse the outputs, whatever our stream waits for.
                 self._copied.synchronize()
 
     def close(self) -> None:
@@ -112,11 +117,14 @@ class DaliFeed:
 
     def _filled(self, epoch: int, first_step: int) -> Iterator[list[Any]]:
         """What DALI takes: arrays of one sample, views of the ring's buffers."""
-        size, turn, filled = self.order.rank_batch, 0, 0
+        size = self.order.rank_batch
+        turn = 0
+        filled = 0
         for step, id_B in enumerate(
             id_blocks(self.order, epoch, first_step, torch.device("cpu")), start=first_step
         ):
-            (frames, matrix_F23), rows = self._ring[turn], slice(filled, filled + size)
+            frames, matrix_F23 = self._ring[turn]
+            rows = slice(filled, filled + size)
             self._gather(
                 id_B, Batch(frames.image_BHW[rows], frames.label_B[rows], frames.id_B[rows])
             )
@@ -136,10 +144,11 @@ class DaliFeed:
                 yield [
                     tensor.unsqueeze(0).numpy() for tensor in tensors[: 4 if self._augment else 3]
                 ]
-                turn, filled = (turn + 1) % len(self._ring), 0
+                turn = (turn + 1) % len(self._ring)
+                filled = 0
 
     def _run(self) -> Any | None:
-        """The pipeline's next outputs, None at the end of the source; then it is ready for another source."""
+        """The pipeline's next outputs; None at the source's end, then it can take another."""
         self._mid_epoch = True
         try:
             return self._pipe.run()
@@ -149,14 +158,14 @@ class DaliFeed:
             return None
 
     def _stop(self, to_restart: bool = False) -> None:
-        """End the thread, and run out what DALI still holds of an epoch that was left in the middle."""
+        """End the thread, and run out what DALI still holds of an epoch that was left."""
         if self._ahead is not None:
             self._ahead.close(to_restart)
         while self._mid_epoch and self._run() is not None:
             pass
 
     def _batch(self, outputs: Any, start: int) -> Batch:
-        """One batch of a run's frames: on a GPU copied to where all are, on a CPU left where it is (1.6 x as fast)."""
+        """One batch of a run's frames: copied on a GPU, left where it is on a CPU."""
         rows = slice(start, start + self.order.rank_batch)
         image_FHW1, label_F, id_F = (
             torch.utils.dlpack.from_dlpack(output[0]) for output in outputs

@@ -1,7 +1,7 @@
-"""The plain PyTorch DataLoader in worker processes: sample by sample, the study's feed and the baseline's; or batched,
-by a `__getitems__` that indexes all of a batch.
+"""The plain PyTorch DataLoader in worker processes: sample by sample, as the study has it.
 
-It shuffles by our order, so that baseline and fast runs see the same batches; otherwise it is what a tutorial writes.
+Or batched, by a `__getitems__` that indexes all of a batch. It shuffles by our order, so that
+baseline and fast runs see the same batches; otherwise it is what a tutorial writes.
 """
 
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ class _Samples(Dataset[tuple[torch.Tensor, torch.Tensor, int]]):
 
 
 class _Batches(_Samples):
-    """A batch is one item: the DataLoader hands `__getitems__` all its indices, and nothing is collated."""
+    """A batch is one item: `__getitems__` gets all its indices, and nothing is collated."""
 
     def __getitems__(
         self, sample_ids: list[int]

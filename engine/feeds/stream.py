@@ -1,7 +1,8 @@
-"""Batches from disk, for sets larger than memory: windows of blocks are read ahead, verified, and gathered from.
+"""Batches from disk, for sets larger than memory: windows of blocks, read ahead and verified.
 
-Serves the blocked and the sequential order (order.Windows): any other would read a block for each sample. Memory: two
-windows, one being read while the other is served; `memory_bytes` says it before anything is read.
+Serves the blocked and the sequential order (order.Windows): any other would read a block for each
+sample. Memory: two windows, one being read while the other is served; `memory_bytes` says it before
+anything is read.
 
 Shapes: N samples of the split, M of a window, B of a batch, H x W pixels, P = H * W.
 """
@@ -18,7 +19,8 @@ from engine.feeds.ahead import DEADLINE_S, Ahead
 from engine.feeds.batch import Batch, Upload
 from engine.order import PADDING_ID, Order
 
-NUM_WINDOWS, NUM_READERS = 2, 2
+NUM_WINDOWS = 2
+NUM_READERS = 2
 SLOWEST_BYTES_PER_S = 20e6
 """A disk that is slower counts as dead."""
 Window = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -44,10 +46,13 @@ class StreamFeed:
         """The epoch and step that the thread goes on with."""
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        goes_on, self._next = self._next == (epoch, first_step), (-1, -1)
+        goes_on = self._next == (epoch, first_step)
+        self._next = (-1, -1)
         windows = self._ahead if self._ahead and goes_on else self._restart(epoch, first_step)
-        size, missing = self.order.rank_batch, self.order.steps_per_epoch - first_step
-        batch, filled = self._upload.host(), 0
+        size = self.order.rank_batch
+        missing = self.order.steps_per_epoch - first_step
+        batch = self._upload.host()
+        filled = 0
         while missing and (window := next(windows, None)):
             pixel_MP, row_M, id_M = window
             start = 0
@@ -55,7 +60,7 @@ class StreamFeed:
                 stop = min(start + size - filled, len(row_M))
                 into = slice(filled, filled + stop - start)
                 image_BP = batch.image_BHW.view(size, -1)[into].numpy()
-                # One thread: beside the readers, those of OpenMP would wait for each other (1.4 x as fast, two cores).
+                # One thread: beside the readers, those of OpenMP would wait for each other.
                 np.take(pixel_MP, row_M[start:stop], axis=0, out=image_BP, mode="clip")
                 np.take(
                     self._split.label_N,
@@ -64,19 +69,24 @@ class StreamFeed:
                     mode="clip",
                 )
                 batch.id_B[into].numpy()[:] = id_M[start:stop]
-                start, filled = stop, into.stop
+                start = stop
+                filled = into.stop
                 if filled == size:
                     yield self._upload(batch)
-                    batch, filled, missing = self._upload.host(), 0, missing - 1
+                    batch = self._upload.host()
+                    filled = 0
+                    missing -= 1
         if self.order.shuffle:
             self._next = (epoch + 1, 0)
             return
-        for _ in range(
-            missing
-        ):  # the end of a sequential order; what pads it must still be an image and a label
-            batch.image_BHW[filled:], batch.label_B[filled:], batch.id_B[filled:] = 0, 0, PADDING_ID
+        # The end of a sequential order: what pads it must still be an image and a label.
+        for _ in range(missing):
+            batch.image_BHW[filled:] = 0
+            batch.label_B[filled:] = 0
+            batch.id_B[filled:] = PADDING_ID
             yield self._upload(batch)
-            batch, filled = self._upload.host(), 0
+            batch = self._upload.host()
+            filled = 0
 
     def close(self) -> None:
         if self._ahead is not None:
@@ -102,7 +112,8 @@ class StreamFeed:
         return self._ahead
 
     def _read_epoch(self, epoch: int, first_step: int) -> Iterator[Window]:
-        order, windows = self.order, self.order.windows(epoch)
+        order = self.order
+        windows = order.windows(epoch)
         for window, (start, stop) in enumerate(itertools.pairwise(windows.edges.tolist())):
             first = max(start // order.global_batch, first_step)
             last = min(-(-stop // order.global_batch), order.steps_per_epoch)
@@ -120,5 +131,6 @@ class StreamFeed:
         """Fill a window with its blocks, end to end."""
         ends = np.cumsum([num_samples for _, num_samples in runs])
         parts = np.split(pixel_MP[: ends[-1]], ends[:-1])
-        images = self._split.image_NHW
-        list(self._readers.map(images.read_into, [first for first, _ in runs], parts))  # type: ignore[attr-defined]
+        first_rows = [first for first, _ in runs]
+        read_into = self._split.image_NHW.read_into  # type: ignore[attr-defined]
+        list(self._readers.map(read_into, first_rows, parts))

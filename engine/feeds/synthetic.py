@@ -1,4 +1,4 @@
-"""One random batch on the device, handed out again and again: what the step could do if data cost nothing."""
+"""One random batch on the device, again and again: what if data cost nothing?"""
 
 from collections.abc import Iterator
 
@@ -15,7 +15,7 @@ def random_batch(
     device: torch.device,
     copies: int = 1,
 ) -> Batch:
-    """Random pixels and labels, the same in every process, `copies` times; the global random state is not touched."""
+    """Random pixels and labels, `copies` times; the global random state is not touched."""
     generator = torch.Generator().manual_seed(0)
     image_BHW = torch.randint(
         256, (batch_size, *height_width), dtype=torch.uint8, generator=generator

@@ -34,7 +34,7 @@ def bench(out: Path, data: Path, pairs: int, extra: tuple[str, ...] = ()) -> Non
         with tempfile.TemporaryDirectory() as folder:
             report = train(data, (f"--seed={seed}", *flags, *extra), Path(folder) / "run")
         assert report["effective"]["precision"] == name, (
-            f"{name} cannot be had here: {report['notes']}"
+            f"{name} is not supported here: {report['notes']}"
         )
         accuracy[name].append(100 * report["test_accuracy_fraction"])
     points = [b - a for a, b in zip(accuracy["fp32"], accuracy["bf16"], strict=True)]

@@ -1,6 +1,7 @@
-"""tools/verify doctor: whether this machine and this environment can train as fast as they should, check by check.
+"""tools/verify doctor: whether this machine can train as fast as it should, check by check.
 
-A check gives a grade, what it looked at, and what it found, with what to do where it is not well. Nothing is changed.
+A check gives a grade, what it looked at, and what it found, with what to do where it is not well.
+Nothing is changed.
 """
 
 import os
@@ -106,10 +107,8 @@ def _versions() -> Iterator[Finding]:
                 "BAD" if package in NEEDED else "note", package, "is not installed; pip install it"
             )
             continue
-        numbers, wanted = (
-            tuple(map(int, found.split("+")[0].split(".")[:2])),
-            ".".join(map(str, lowest)),
-        )
+        numbers = tuple(map(int, found.split("+")[0].split(".")[:2]))
+        wanted = ".".join(map(str, lowest))
         if numbers < lowest or (package == "torch" and numbers >= (2, 15)):
             yield Finding(
                 "BAD",
@@ -137,7 +136,8 @@ def _variables(environ: Mapping[str, str]) -> Iterator[Finding]:
         if name in environ and re.fullmatch(value, environ[name])
     ]
     yield from harmful or [Finding("ok", "environment", "no variable that harms")]
-    threads, cores = torch.get_num_threads(), num_cpus()
+    threads = torch.get_num_threads()
+    cores = num_cpus()
     few = threads <= cores
     yield _graded(
         few,
@@ -157,21 +157,25 @@ def _device(world: World) -> Iterator[Finding]:
         )
         yield Finding("note", "GPU", "torch sees none: CUDA graphs, NCCL and Triton are not used")
         return
-    facts, properties = meters.gpu_facts(device), torch.cuda.get_device_properties(device)
-    memory_gib = properties.total_memory / meters.GIB
+    facts = meters.gpu_facts(device)
+    memory_gib = torch.cuda.get_device_properties(device).total_memory / meters.GIB
     yield Finding(
         "ok",
         "GPU",
         f"{facts['name']}, {memory_gib:.0f} GiB, CUDA {facts['cuda']}, driver {facts['driver']}",
     )
-    limit_w, default_w = facts.get("power_limit_w"), facts.get("default_power_limit_w")
+    limit_w = facts.get("power_limit_w")
+    default_w = facts.get("default_power_limit_w")
     if limit_w and default_w and limit_w < 0.95 * default_w:
         yield Finding(
             "note", "power", f"limited to {limit_w:.0f} of {default_w:.0f} W: figures will be lower"
         )
     else:
-        yield Finding("ok", "power", f"limit {limit_w:.0f} W" if limit_w else "NVML does not tell")
-    yield Finding("ok", "NCCL", ".".join(map(str, torch.cuda.nccl.version())))  # type: ignore[no-untyped-call]
+        yield Finding(
+            "ok", "power", f"limit {limit_w:.0f} W" if limit_w else "NVML reports no limit"
+        )
+    nccl = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]
+    yield Finding("ok", "NCCL", ".".join(map(str, nccl)))
 
 
 def _compiler(device: torch.device) -> Iterator[Finding]:
@@ -210,7 +214,8 @@ def _step(records: Records, world: World) -> Iterator[Finding]:
 def host_reads(launches: Iterator[Any], device: torch.device, num_launches: int = 5) -> list[str]:
     """The operations of some launches that read a device value on the host, each once.
 
-    On a GPU torch's own watch raises at the first; elsewhere every operation is looked at as it is dispatched.
+    On a GPU torch's own watch raises at the first; elsewhere every operation is looked at as it is
+    dispatched.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -230,7 +235,7 @@ def host_reads(launches: Iterator[Any], device: torch.device, num_launches: int 
 
 
 class _Watch(TorchDispatchMode):
-    """Notes operations that hand a tensor's value to Python: item(), tolist(), bool() and all that rest on them."""
+    """Notes operations that hand a tensor's value to Python: item(), tolist(), bool() and kin."""
 
     HOST = ("_local_scalar_dense", "is_nonzero", "nonzero", "equal")
 

@@ -1,8 +1,9 @@
-"""tools/verify parity: that every fast way of training is the same training as the eager step on one rank.
+"""tools/verify parity: every fast way of training is the training of the eager step on one rank.
 
-A variant trains two epochs of 9 steps on the same samples and leaves its *state*: the loss of each step, the gradients
-of the last, parameters, optimiser, loss scale, counters. Each is compared with the reference's. Ranks are processes of
-`torchrun -m tools.checks.parity FOLDER DEVICE PRECISION...`, which leave their state as FOLDER/<precision>.safetensors.
+A variant trains two epochs of 9 steps on the same samples and leaves its *state*: the loss of each
+step, the gradients of the last, parameters, optimiser, loss scale, counters. Each is compared with
+the reference's. Ranks are processes of `torchrun -m tools.checks.parity FOLDER DEVICE
+PRECISION...`, which leave their state as FOLDER/<precision>.safetensors.
 """
 
 import os
@@ -31,22 +32,26 @@ from engine.world import World, cannot_fuse, end_rank, start_world
 from tools.measure.matrix import module_on_ranks
 from tools.measure.steps import train_epochs
 
-BATCH, STEPS, EPOCHS = 128, 9, 2
+BATCH = 128
+STEPS = 9
+EPOCHS = 2
 K = 4
-"""Two launches of four steps an epoch, and one of one."""
+"""Two launches of four steps per epoch, and one of one."""
 RANKS: dict[int, tuple[str, dict[str, Any]]] = {
     1: ("torchrun, 1 rank", {}),
-    2: (f"2 ranks, {K} steps a launch", {"step.steps_per_launch": K}),
+    2: (f"2 ranks, {K} steps per launch", {"step.steps_per_launch": K}),
     4: ("4 ranks, each batch in 2 parts", {"step.accumulate": 2}),
 }
 """Numbers of ranks, and what else is different there."""
 FUSED = {"kernels": "all", "step.cuda_graphs": True, "step.steps_per_launch": K}
 GROUPS = ("loss", "parameters", "gradients", "optimiser", "scaler", "counters")
 TOLERANCE = {"fp32": (1e-3, 1e-2), "tf32": (1e-2, 1e-1), "bf16": (5e-2, 5e-1), "fp16": (5e-2, 5e-1)}
-"""For what adds in another order (ranks, a GPU's kernels): of losses and parameters, of gradients and optimiser.
+"""For what adds in another order (ranks, a GPU's kernels): of losses and parameters, of gradients
+and optimiser.
 
-The largest norm of a difference over the norm, over the tensors of a group; scaler and counters must be equal. Measured
-with 4 ranks on two cores: 1e-5 and 6e-4 in fp32, 8e-3 and 0.3 in bf16, where each rank rounds its sums to 8 bits.
+The largest norm of a difference over the norm, over the tensors of a group; scaler and counters
+must be equal. Measured with 4 ranks on two cores: 1e-5 and 6e-4 in fp32, 8e-3 and 0.3 in bf16,
+where each rank rounds its sums to 8 bits.
 """
 State = dict[str, torch.Tensor]
 
@@ -106,13 +111,14 @@ def trained(config: RunConfig, records: Records, world: World) -> State:
     with closing(open_session(config, records, world)) as session:
         if (session.config.step, session.config.kernels) != (config.step, config.kernels):
             raise UserError(
-                f"parity cannot be shown here: {session.notes[0]}; name another --precision or --device"
+                f"parity cannot be shown here: {session.notes[0]}; "
+                f"name another --precision or --device"
             )
         return state_of(session.step, train_epochs(session, range(EPOCHS)))
 
 
 def resumed(config: RunConfig, records: Records, world: World) -> State:
-    """Trained, saved after the first epoch, and gone on with by another session, which read it back."""
+    """Trained, saved after the first epoch, and resumed in another session."""
     marks: dict[str, Any] = {"digest": config.digest(), "fingerprint": records.fingerprint}
     unknown: dict[str, Any] = {
         "train_s": 0.0,
@@ -122,7 +128,8 @@ def resumed(config: RunConfig, records: Records, world: World) -> State:
     position = Position(num_epochs=1, num_steps=STEPS, **unknown)
     with tempfile.TemporaryDirectory() as folder:
         with closing(open_session(config, records, world)) as session:
-            losses, step = train_epochs(session, range(1)), session.step
+            losses = train_epochs(session, range(1))
+            step = session.step
             save_checkpoint(Path(folder), position, step.state, **marks)
         with closing(open_session(config, records, world)) as session:
             step = session.step
@@ -132,11 +139,12 @@ def resumed(config: RunConfig, records: Records, world: World) -> State:
 
 
 def differences(got: State, wanted: State) -> dict[str, float]:
-    """For each group the largest relative difference; infinite where names, shapes or infinities differ."""
+    """The largest relative difference per group; infinite where names or shapes differ."""
     worst = dict.fromkeys(GROUPS, 0.0)
     for name in got.keys() | wanted.keys():
         group = name.split()[0]
-        a, b = got.get(name), wanted.get(name)
+        a = got.get(name)
+        b = wanted.get(name)
         if a is None or b is None or a.shape != b.shape:
             worst[group] = float("inf")
         elif not torch.equal(a, b):
@@ -146,15 +154,31 @@ def differences(got: State, wanted: State) -> dict[str, float]:
 
 
 def parity(records: Records, world: World, precisions: list[str]) -> Iterator[Verdict]:
-    """A verdict for each precision and variant; what needs a GPU, or more of them, is said to be missing."""
-    records, on_gpu = few(records), world.device.type == "cuda"
+    """A verdict per precision and variant; what needs a GPU, or more, is `missing`."""
+    records = few(records)
+    on_gpu = world.device.type == "cuda"
     references = {
         precision: trained(config_of(precision), records, world) for precision in precisions
     }
-    plain: list[tuple[str, dict[str, Any], Callable[..., State]]] = [
+    for precision, reference in references.items():
+        for name, settings, work in _variants(on_gpu):
+            why = cannot_fuse(world.device) if "kernels" in settings else ""
+            if settings.get("step.cuda_graphs") and not on_gpu:
+                why = "there is no GPU"
+            found = {}
+            if not why:
+                state = work(config_of(precision, settings), records, world)
+                found = differences(state, reference)
+            yield Verdict(precision, name, found, on_gpu, why)
+    yield from _parity_of_ranks(references, world)
+
+
+def _variants(on_gpu: bool) -> list[tuple[str, dict[str, Any], Callable[..., State]]]:
+    """(name, settings, how it is trained) of what one process can try."""
+    return [
         ("eager, again", {}, trained),
-        (f"{K} steps a launch, not captured", {"step.steps_per_launch": K}, trained),
-        ("one CUDA graph a step", {"step.cuda_graphs": True}, trained),
+        (f"{K} steps per launch, not captured", {"step.steps_per_launch": K}, trained),
+        ("one CUDA graph per step", {"step.cuda_graphs": True}, trained),
         (
             f"one CUDA graph of {K} steps",
             {"step.cuda_graphs": True, "step.steps_per_launch": K},
@@ -164,22 +188,16 @@ def parity(records: Records, world: World, precisions: list[str]) -> Iterator[Ve
         (f"Triton kernels, one CUDA graph of {K} steps", FUSED, trained),
         ("resumed at an epoch's end", {}, resumed),
         (
-            f"resumed, {K} steps a launch",
+            f"resumed, {K} steps per launch",
             {"step.steps_per_launch": K, "step.cuda_graphs": on_gpu},
             resumed,
         ),
     ]
-    for precision, reference in references.items():
-        for name, settings, work in plain:
-            why = cannot_fuse(world.device) if "kernels" in settings else ""
-            if settings.get("step.cuda_graphs") and not on_gpu:
-                why = "there is no GPU"
-            found = (
-                {}
-                if why
-                else differences(work(config_of(precision, settings), records, world), reference)
-            )
-            yield Verdict(precision, name, found, on_gpu, why)
+
+
+def _parity_of_ranks(references: dict[str, State], world: World) -> Iterator[Verdict]:
+    on_gpu = world.device.type == "cuda"
+    precisions = list(references)
     num_gpus = torch.cuda.device_count()
     for num_ranks, (name, _) in RANKS.items():
         if on_gpu and num_gpus < num_ranks:
