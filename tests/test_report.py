@@ -27,7 +27,7 @@ from engine.world import World
 from tests.browser import CHROMIUM, Browser
 from tests.conftest import Command
 from tests.profiles import LABELS, make_profile
-from tools.predict import answers
+from tools.measure.answers import answers
 from tools.report.charts import bars, draw
 from tools.report.confusion import confusion_of
 from tools.report.page import write_report

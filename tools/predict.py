@@ -1,8 +1,6 @@
 """python -m tools.predict RUN: a picture of test glyphs with a trained network's answers."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import click
 import numpy as np
@@ -20,6 +18,7 @@ from engine.models.baseline import make_model
 from engine.paths import PATH
 from engine.report import read_report
 from engine.ui import guard_outputs
+from tools.measure.answers import answers
 from tools.report.sheet import (
     BLACK,
     COLUMNS,
@@ -31,7 +30,6 @@ from tools.report.sheet import (
 )
 
 ROWS = 6
-BATCH = 2048
 SHORT = 3
 """Characters of a class's name up to which answer and truth stand in one line."""
 
@@ -111,17 +109,6 @@ def load_weights(model: torch.nn.Module, file: Path) -> None:
 
 def _forms(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
     return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
-
-
-@torch.no_grad()
-def answers(
-    logits: Callable[[torch.Tensor], torch.Tensor], image_NHW: Any, device: torch.device
-) -> np.ndarray:
-    """answer_N: the class index that `logits` (of uint8 images on `device`) gives each image."""
-    parts = [image_NHW[start : start + BATCH] for start in range(0, len(image_NHW), BATCH)]
-    return np.concatenate(
-        [logits(torch.from_numpy(part).to(device)).argmax(1).cpu().numpy() for part in parts]
-    )
 
 
 def draw(split: Split, answer_N: np.ndarray, classes: tuple[str, ...]) -> Image.Image:
