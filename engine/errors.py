@@ -27,6 +27,18 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def first_cause(error: BaseException) -> BaseException:
+    """What went wrong first: what fails while an error is handled hides it, as the end of a failed capture does."""
+    while error.__context__ and not error.__suppress_context__:
+        error = error.__context__
+    return error
+
+
+def sentence(error: BaseException) -> str:
+    """The error's kind and the first line of what it says."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """Turn a UserError into one line on stderr and exit code 2.

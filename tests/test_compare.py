@@ -12,7 +12,9 @@ import pytest
 from engine.errors import UserError
 from tests.conftest import Command, assert_refused
 from tests.profiles import make_profile
-from tools.report.compare import NO_DIFFERENCE, agreement, compare_profiles, losses, paired_ratio
+from tools.measure.results import Epoch
+from tools.report.compare import NO_DIFFERENCE, agreement, compare_profiles, losses
+from tools.report.statistics import paired_ratio
 
 
 def test_the_interval_of_a_known_case() -> None:
@@ -46,11 +48,14 @@ def test_figures_agree_to_the_bit_within_a_tolerance_or_not() -> None:
     )
     assert agreement([(0.1, 0.1), (0.5, 0.4)], 1e-3) == "different: at most 0.1 apart"
     a, b = (
-        [{"train_loss": 1.0, "val_loss": 2.0}],
-        [{"train_loss": 1.0, "val_loss": 2.5}, {"train_loss": 9.0}],
+        [Epoch(epoch=1, train_s=1, train_loss=1.0, val_loss=2.0)],
+        [
+            Epoch(epoch=1, train_s=1, train_loss=1.0, val_loss=2.5),
+            Epoch(epoch=2, train_s=2, train_loss=9.0),
+        ],
     )
     assert losses(a, b) == "different: at most 0.5 apart"
-    assert losses(a, [{"train_loss": 1.0}]) == "equal to the bit"
+    assert losses(a, [Epoch(epoch=1, train_s=1, train_loss=1.0)]) == "equal to the bit"
 
 
 def folder(path: Path, profile: dict[str, Any]) -> Path:

@@ -11,8 +11,10 @@ from engine.errors import UserError
 from engine.host import ROOT, num_cpus
 from tests.conftest import run_configs
 from tools import profile
-from tools.measure.matrix import Cell, Run, in_turn, read_cells
-from tools.report.tables import cells_frame, read_profile
+from tools.measure.matrix import Cell, read_cells
+from tools.measure.results import Published, read_profile
+from tools.measure.runner import Run, in_child, in_turn
+from tools.report.tables import cells_frame
 
 LADDER = """
 title = "T"
@@ -97,7 +99,7 @@ def test_axes_are_a_full_product(tmp_path: Path) -> None:
     assert last.settings == {"model.name": "baseline", "step.precision": "bf16", "global_batch": 64}
     assert all(cell.accuracy and cell.num_threads == 1 and not cell.ladder for cell in cells)
     published = [cell.published for cell in cells if cell.published]
-    assert published == [cells[6].published] == [{"gpu": "P100 x 4", "train_s": 45, "source": "S"}]
+    assert published == [cells[6].published] == [Published(gpu="P100 x 4", train_s=45, source="S")]
 
 
 @pytest.mark.parametrize(
@@ -209,24 +211,18 @@ def test_cells_run_and_one_that_fails_is_told(
         and "profile.csv" in told[-1]
     )
     assert "not measured here: needs 1000 GPUs, there are 0" in done.stdout
-    one, two, large, many = read_profile(run.out)["cells"]
-    (line,) = two["repetitions"]
-    assert (line["num_ranks"], line["global_batch"], line["seed"]) == (2, 32, 42) and line[
-        "num_steps"
-    ] == 2
-    assert [cell["repetitions"][0]["environment"]["num_threads"] for cell in (one, two)] == [1, 1]
-    assert (
-        set(line["stage_ms"]) > {"forward", "all_reduce"} and len(line["confusion"]["classes"]) == 8
-    )
-    assert sum(count for _, _, count in line["confusion"]["counts"]) == 48, "the test split, once"
-    assert (
-        len(line["epochs"]) == 1 and 0 < line["test_accuracy_fraction"] <= 1 and line["train_s"] > 0
-    )
-    failed = large["repetitions"][0]["failed"]
+    one, two, large, many = read_profile(run.out).cells
+    (line,) = two.repetitions
+    assert (line.num_ranks, line.global_batch, line.seed) == (2, 32, 42) and line["num_steps"] == 2
+    assert [cell.repetitions[0].facts.num_threads for cell in (one, two)] == [1, 1]
+    assert set(line.stage_ms) > {"forward", "all_reduce"} and len(line.confusion.classes) == 8
+    assert sum(count for _, _, count in line.confusion.counts) == 48, "the test split, once"
+    assert len(line.epochs) == 1 and 0 < line.test_accuracy_fraction <= 1 and line.train_s > 0
+    failed = large.repetitions[0].failed
     assert failed.startswith(
         "exit code 2: a global batch of 100000 is larger than the train split of 224 samples"
     )
-    assert many["repetitions"] == [] and many["not_measured"].startswith("needs 1000 GPUs")
+    assert many.repetitions == [] and many.not_measured.startswith("needs 1000 GPUs")
     frame = cells_frame(read_profile(run.out)).set_index("name")
     assert (
         frame["speedup"].notna().tolist() == [True, True, False, False]
@@ -244,9 +240,9 @@ def test_cells_run_and_one_that_fails_is_told(
 
 
 def test_a_child_that_does_not_end_is_ended(tmp_path: Path, small_dir: Path) -> None:
-    run = smoke(tmp_path, small_dir, limit_s=0.3)
-    found = run.repeat(run.cells[1], 3)
-    assert (found["failed"], found["seed"]) == ("did not end within 0.3 s", 45)
+    run = smoke(tmp_path, small_dir)
+    found = in_child(run.job(run.cells[1], 3), limit_s=0.3)
+    assert (found.failed, found.seed) == ("did not end within 0.3 s", 45)
 
 
 def test_the_command_refuses_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

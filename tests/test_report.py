@@ -28,10 +28,13 @@ from tests.browser import CHROMIUM, Browser
 from tests.conftest import Command
 from tests.profiles import LABELS, make_profile
 from tools.measure.answers import answers
+from tools.measure.results import Profile
+from tools.measure.typed import typed
 from tools.report.charts import bars, draw
 from tools.report.confusion import confusion_of
 from tools.report.page import write_report
-from tools.report.tables import cells_frame, interval95
+from tools.report.statistics import median_interval95
+from tools.report.tables import cells_frame
 
 HOSTILE = (
     "<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "</svg><script>x</script>", "--><b>", "]]><b>",
@@ -43,6 +46,7 @@ HOSTILE = (
     "\x1b[31mred", "\x00", "a\nb\r\nc",
 )  # fmt: skip
 assert len(HOSTILE) >= 40
+PLAIN = {"format": 1, "title": "T", "command": "C"}
 COMMITTED = sorted((ROOT / "bench_configs" / "results").glob("*/profile.json"))
 
 
@@ -248,7 +252,7 @@ def test_only_like_is_compared_with_like() -> None:
             )
     for repetition in cells[4]["repetitions"]:
         repetition["environment"] = repetition["environment"] | {"gpu_name": "another"}
-    frame = cells_frame({"cells": cells})
+    frame = cells_frame(typed(Profile, PLAIN | {"cells": cells}, ""))
     assert list(frame["speedup"][:4]) == [1.0, 1.5, 3.0, 3.0] and list(frame["efficiency"][:4]) == [
         1.0,
         0.75,
@@ -260,16 +264,19 @@ def test_only_like_is_compared_with_like() -> None:
     )
     for cell in cells[:2]:
         cell["ladder"] = True
-    assert cells_frame({"cells": cells})["gain"][1] == 1.5
+    assert cells_frame(typed(Profile, PLAIN | {"cells": cells}, ""))["gain"][1] == 1.5
 
 
 def test_the_interval_is_the_medians() -> None:
     values = np.random.default_rng(1).normal(100, 10, 200)
-    low, high = interval95(values)
+    low, high = median_interval95(values)
     assert low < np.median(values) < high and 2 < high - low < 6, (
         "about 2 x 1.96 x 1.25 x 10 / sqrt(200)"
     )
-    assert np.isnan(interval95(values[:2])).all() and interval95(values) == (low, high)
+    assert np.isnan(median_interval95(values[:2])).all() and median_interval95(values) == (
+        low,
+        high,
+    )
 
 
 def test_confusion_counts_what_evaluation_counts(small: Records, world: World) -> None:
@@ -279,22 +286,22 @@ def test_confusion_counts_what_evaluation_counts(small: Records, world: World) -
     ):  # so few that it errs in many ways
         pass
     confusion = confusion_of(session)
-    right = sum(count for true, read, count in confusion["counts"] if true == read)
-    assert right / len(test) == evaluate(session, "test")[1] and confusion["classes"] == list(
+    right = sum(count for true, read, count in confusion.counts if true == read)
+    assert right / len(test) == evaluate(session, "test")[1] and confusion.classes == list(
         small.classes
     )
     for label in range(len(small.classes)):
         assert (
-            sum(count for true, _, count in confusion["counts"] if true == label)
+            sum(count for true, _, count in confusion.counts if true == label)
             == (test.label_N == label).sum()
         )
     answer_N = answers(session.step.objective.logits, test.image_NHW, world.device)
-    for example in confusion["examples"]:
-        image = np.frombuffer(base64.b64decode(example["pixels"]), np.uint8).reshape(28, 28)
+    for example in confusion.examples:
+        image = np.frombuffer(base64.b64decode(example.pixels), np.uint8).reshape(28, 28)
         (row,) = np.flatnonzero((test.image_NHW == image).all((1, 2)))
-        assert (test.label_N[row], answer_N[row]) == (example["true"], example["read"])
-    wrong = {(true, read) for true, read, _ in confusion["counts"] if true != read}
-    assert {(e["true"], e["read"]) for e in confusion["examples"]} == wrong and len(wrong) > 1
+        assert (test.label_N[row], answer_N[row]) == (example.true, example.read)
+    wrong = {(true, read) for true, read, _ in confusion.counts if true != read}
+    assert {(e.true, e.read) for e in confusion.examples} == wrong and len(wrong) > 1
     session.close()
 
 
@@ -305,7 +312,12 @@ def test_what_is_no_profile_is_refused(tmp_path: Path) -> None:
     counts, huge = '"counts": [', f'"counts": [[0, 0, {10**30}], '
     changes = [('"format": 1', '"format": 2'), ('"step_ms"', '"step_ms": NaN, "x"'), ('"axes"', '"axe"'),
                ('"pixels": "', '"pixels": "A'), (counts, counts + "[999, 0, 1], "), (counts, huge),
-               ('"stage_ms": {', '"stage_ms": [1], "x": {')]  # fmt: skip
+               ('"stage_ms": {', '"stage_ms": [1], "x": {'), ('"samples_per_s": ', '"samples_per_s": 0, "x": '),
+               ('"samples_per_s": ', '"samples_per_s": true, "x": '), ('"step_ms": ', '"step_ms": 1e300, "x": '),
+               ('"environment": {', '"environment": null, "x": {'), ('"ranks": 1', '"ranks": "1"'),
+               ('"ranks": 1', '"ranks": 1, "name": "n"'), ('"id": "c001"', '"id": "c000"'),
+               ('"settings": {', '"settings": {"x": [[]], '),
+               ('"notes": []', '"notes": [1]')]  # fmt: skip
     damaged = [good.replace(old, new) for old, new in changes]
     assert good not in damaged
     for text in [*damaged, "[]", "1", good[:999], '{"format": 1, "cells": []}']:

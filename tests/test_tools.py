@@ -1,23 +1,37 @@
 """The commands, each run once for real."""
 
 import json
+import os
+import signal
+import subprocess
+import time
+from contextlib import closing
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pytest
-from click.testing import CliRunner
+import torch
 from PIL import Image
 
-from engine.config import RunConfig, read_toml
+from engine.config import read_toml
+from engine.data.records import Records
+from engine.errors import first_cause, sentence
+from engine.report import environment
+from engine.world import World
 from tests.conftest import FAST_PRECISION, Command, assert_refused, run_configs
 from tools import gpu
-from tools.measure import ladder
+from tools.measure import parts
 from tools.measure.feeds import FEEDS
-from tools.measure.ladder import LADDER
-from tools.report.rows import claim, row, to_markdown
-from tools.results import TARGET, render
+from tools.measure.in_process import InProcess
+from tools.measure.kernels import Case, measure_case, setting
+from tools.measure.matrix import read_cells
+from tools.measure.parts import LADDER
+from tools.measure.results import read_profile
+from tools.measure.typed import typed
+from tools.report.rows import Result, claim, read_result, row, to_markdown
+from tools.results import TARGET, Expected, render
 
 
 def test_profile_bare_profiles_the_default(command: Command, tmp_path: Path) -> None:
@@ -74,69 +88,153 @@ def test_profile_takes_every_bench_config(command: Command, tmp_path: Path) -> N
 
 
 def test_the_gpu_round_runs_dry(command: Command, tmp_path: Path) -> None:
-    done = command("python", "-m", "tools.gpu", "--device", "cpu", "--quick", "--out", tmp_path)
-    assert done.returncode == 0, done.stderr
-    results = {
-        name: json.loads((tmp_path / f"gpu_{name}.json").read_text())
-        for name in ("ladder", "kernels", "training", "feeds")
-    }
-    for result in results.values():
-        assert all(r["value"] > 0 for r in result["rows"] if r["unit"] == "samples/s")
-    names = [r["name"] for r in results["ladder"]["rows"]]
-    rungs = [
-        rung["name"] for rung in read_toml(LADDER)["rung"] if "torch.compile" not in rung["name"]
-    ]
-    assert [name.removeprefix("batch 64: ").split(" (")[0] for name in names[:-1]] == rungs
-    assert names[-1] == "best at batch 64" and len(set(names)) == len(names)
-    assert results["training"]["rows"][-1]["name"] == "test accuracy at batch 8192 less at 512"
-    for line in read_toml(LADDER)["expected"]:
-        if line["file"] == "gpu_kernels.json":  # the bandwidth is a GPU's
-            line["row"] = line["row"].replace("part of the copy bandwidth", "Triton")
-        if line["row"] != "best at batch 2048":
-            measured = [
-                r["name"].removesuffix(": not reached") for r in results[line["file"][4:-5]]["rows"]
-            ]
-            assert line["row"] in measured, "a figure that is expected is never measured"
-    assert any("fed by dali" in r["name"] for r in results["feeds"]["rows"])
-    assert (
-        "skipped" in (tmp_path / "tests.txt").read_text()
-        and "hidden waits" in (tmp_path / "verify.txt").read_text()
-    )
-    assert (tmp_path / "summary.md").read_text().count("## ") == 4 and not (
-        tmp_path / "failures.txt"
-    ).read_text()
+    """Two of its parts for real; the others stay as an earlier round left them."""
+    words = ("python", "-m", "tools.gpu", "--device", "cpu", "--quick", "--out", tmp_path)
+    done = command(*words, "--part", "gather_warp", "--part", "kernels")
+    assert done.returncode == 0, done.stderr + done.stdout
+    profile = read_profile(tmp_path)
+    measured = {cell.name: cell for cell in profile.cells if cell.good}
+    assert list(measured) == ["gather_warp alone"]
+    (line,) = measured["gather_warp alone"].repetitions
+    assert line.steps_per_launch == 16 and line.rate > 0
+    others = {cell.not_measured for cell in profile.cells if not cell.good}
+    assert others == {"not asked for"}
+    kernels = {row.name for row in read_result(tmp_path / "gpu_kernels.json").rows}
+    for it in typed(list[Expected], read_toml(LADDER)["expected"], ""):
+        if it.file.endswith("gpu_kernels.json"):  # the bandwidth is a GPU's
+            assert it.row.replace("part of the copy bandwidth", "Triton") in kernels
+    summary = (tmp_path / "summary.md").read_text()
+    assert "| gather_warp alone | 1 |" in summary and "| kernels |" in summary
+    assert len(list(tmp_path.iterdir())) <= 8
 
 
-def test_what_fails_in_the_gpu_round_does_not_take_the_rest_with_it(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cache: Path
+def test_each_cell_of_the_ladder_is_in_one_part_and_the_wanted_ones_in_the_first() -> None:
+    cells = read_cells([LADDER])[1]
+    names = [part.name for part in parts.PARTS]
+    assert names[:2] == ["first", "training"] and len(set(names)) == len(names)
+    found = {cell.name: parts.part_of(cell) for cell in cells}
+    assert set(found.values()) <= set(names) and len(found) == len(cells)
+    first = [name for name, part in found.items() if part == "first"]
+    assert len(first) == 6 and all(name.endswith((" 64", " 2048")) for name in first)
+    alone = {part for name, part in found.items() if name.endswith("alone")}
+    assert {"gather_warp", "conv_pool_relu", "bias_pool_relu", "softmax_cross_entropy"} <= alone
+    assert all("compile" in name for name, part in found.items() if part == "compile")
+
+
+NAN = {"optim.name": "adamw", "optim.learning_rate": 1000.0, "optim.weight_decay": 1.0}
+"""Each step makes the parameters a thousand times as large."""
+
+
+def round_of(tmp_path: Path, small: Records) -> parts.Round:
+    """A round on the small records, its folders made."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "kept").mkdir()
+    out, kept = tmp_path / "out", tmp_path / "kept"
+    return parts.Round(records=small, device="cpu", out=out, kept=kept, quick=True)
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process lives on for seconds after it was killed."""
+    for _ in range(200):
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().split()[2]
+        except FileNotFoundError:
+            return False
+        if state == "Z":
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def test_what_breaks_a_part_leaves_the_others_and_their_figures(
+    tmp_path: Path, small: Records, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A rung that cannot be opened, and a part that raises."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    keep = ladder.open_session
+    """Parts that raise, crash, hang with a child of their own, and one for which no time is left."""
+    shared = round_of(tmp_path, small)
 
-    def breaks(config: RunConfig, *given: Any) -> Any:
-        if config.step.precision == "tf32":
-            raise RuntimeError("out of memory\nand more")
-        return keep(config, *given)
+    def good(shared: parts.Round) -> list[str]:
+        facts = environment(num_threads=1, allocator="default", gpu={})
+        parts.Sheet(shared, "gpu_training", "T", facts).add(row("kept", [1.0], "s"))
+        return []
 
-    def fails(shared: gpu.Round) -> None:
-        raise ValueError("no training today")
+    def raises(shared: parts.Round) -> list[str]:
+        raise ValueError("no compiler\nand more")
 
-    monkeypatch.setattr(ladder, "open_session", breaks)
-    cells, fed = ladder.make_cells(64, compiled=False)[2:5], []
-    monkeypatch.setattr(gpu, "make_cells", lambda largest_batch, compiled: cells)
-    monkeypatch.setattr(gpu, "_training", fails)
-    monkeypatch.setattr(gpu, "_feeds", lambda shared: fed.append(shared.quick))
-    monkeypatch.setattr(
-        gpu, "_command", lambda log, limit_s, module, *words: ["exit code 3"] * (module == "pytest")
-    )
-    done = CliRunner().invoke(gpu.main, ["--device", "cpu", "--quick", "--out", str(tmp_path)])
-    assert done.exit_code == 1, done.output
-    failures = (tmp_path / "failures.txt").read_text()
-    assert "tests: exit code 3" in failures and "ValueError: no training today" in failures
-    assert "ladder: batch 64: TF32: RuntimeError: out of memory\n" in failures
-    rows = json.loads((tmp_path / "gpu_ladder.json").read_text())["rows"]
-    assert [r["name"] for r in rows] == ["batch 64: bf16", "best at batch 64"] and fed == [True]
+    def crashes(shared: parts.Round) -> list[str]:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return []
+
+    def hangs(shared: parts.Round) -> list[str]:
+        child = subprocess.Popen(["sleep", "60"])
+        (shared.out / "pid").write_text(str(child.pid))
+        child.wait()
+        return []
+
+    works = {"good": good, "raises": raises, "crashes": crashes, "hangs": hangs, "late": good}
+    chosen = [parts.Part(name, work, 0.5) for name, work in works.items()]
+    end_s = time.monotonic() + gpu.LEAST_S
+    assert gpu._run_all(shared, [parts.Part("good", good, 9.0)], end_s + 60) is False
+    assert gpu._run_all(shared, chosen[1:4], end_s + 60) is True
+    assert gpu._run_all(shared, chosen[4:], end_s - 1) is True
+    said = capsys.readouterr().out
+    assert "good: ok" in said and "raises: FAILED: ValueError: no compiler, " in said
+    assert "crashes: FAILED: ended by SIGKILL" in said and "hangs: FAILED: ended after 0 s" in said
+    assert f"late: FAILED: {gpu.OUT_OF_TIME}" in said
+    assert not is_running(int((shared.out / "pid").read_text()))
+    assert "| kept | 1 | 1 | 1 | 1 | s |" in (shared.out / "summary.md").read_text()
+    assert "ValueError: no compiler" in (shared.out / "log.txt").read_text()
+
+
+def test_a_cell_that_fails_is_reported_and_its_neighbours_measured(
+    tmp_path: Path, small: Records, world: World
+) -> None:
+    """One too large for the records, one trained to NaN, and one that is fine; measured again, the last is kept."""
+    shared = round_of(tmp_path, small)
+    base = next(cell for cell in shared.cells if cell.name == "ReLU after pool")
+    settings = base.settings | {"step.precision": "fp32", "global_batch": 16}
+    broken = {"large": {"global_batch": 10**6}, "nan": NAN, "fine": {}}
+    cells = [
+        replace(base, id=name, name=name, settings=settings | changed)
+        for name, changed in broken.items()
+    ]
+    run = shared.run(cells)
+    with closing(InProcess(small, world, seconds=0.1)) as measure:
+        run.measure(run.missing(resume=False), measure)
+    large, nan, fine = read_profile(shared.out).cells
+    assert "a global batch of 1000000 is larger" in large.repetitions[0].failed
+    assert "was not finite" in nan.repetitions[0].failed and not nan.good
+    assert fine.good and not fine.repetitions[0].failed
+    again = replace(run, kept=tmp_path / "again")
+    again.keep(read_profile(shared.out))
+    assert [cell.name for cell, _ in again.missing(resume=True)] == ["large", "nan"]
+
+
+def test_a_way_that_fails_leaves_the_case_its_other_figures() -> None:
+    def refused() -> None:
+        raise TypeError("no such launch\nand more")
+
+    flush, bandwidth = setting(torch.device("cpu"))
+    case = Case("k", {"eager": lambda: None, "Triton": refused}, 1.0)
+    measured = measure_case(case, flush, bandwidth, 2)
+    assert [line.name for line in measured.rows] == ["k: eager"]
+    assert measured.failures == ["k: Triton: TypeError: no such launch"]
+
+
+def test_the_first_cause_of_an_error_is_reported() -> None:
+    try:
+        try:
+            raise ValueError("the kernel was refused\nand more")
+        finally:
+            raise RuntimeError("the capture ended")
+    except RuntimeError as error:
+        assert sentence(first_cause(error)) == "ValueError: the kernel was refused"
+    try:
+        try:
+            raise KeyError("inner")
+        except KeyError:
+            raise RuntimeError("what is meant") from None
+    except RuntimeError as error:
+        assert sentence(first_cause(error)) == "RuntimeError: what is meant"
 
 
 def test_the_gpu_round_refuses_a_foreign_archive(command: Command, tmp_path: Path) -> None:
@@ -188,26 +286,11 @@ def test_results_are_generated_from_their_files() -> None:
 
 def test_a_result_line_is_median_extremes_and_count() -> None:
     line = row("x | y", [3.0, 1.0, 2.0], "s")
-    assert (line["value"], line["low"], line["high"], line["n"]) == (2.0, 1.0, 3.0, 3)
-    assert claim("c", 2.0, 2.4)["met"] is False and claim("c", 2.4, 2.4)["met"] is True
-    environment = dict.fromkeys(("gpu_name", "gpu_power_limit_w", "dirty"), None) | dict.fromkeys(
-        (
-            "cpu_name",
-            "num_cpus",
-            "torch",
-            "triton",
-            "dali",
-            "python",
-            "allocator",
-            "commit",
-            "command",
-        ),
-        "?",
-    )
-    text = to_markdown(
-        {"title": "T", "environment": environment, "rows": [line], "claims": [claim("c", 2, 3)]},
-        "f",
-    )
+    assert (line.value, line.low, line.high, line.n) == (2.0, 1.0, 3.0, 3)
+    assert claim("c", 2.0, 2.4).met is False and claim("c", 2.4, 2.4).met is True
+    facts = environment(num_threads=1, allocator="default", gpu={})
+    result = Result(title="T", environment=facts, rows=[line], claims=[claim("c", 2, 3)])
+    text = to_markdown(result, "f")
     assert "| x \\| y | 2 | 1 | 3 | 3 | s |" in text and "**no**" in text
 
 

@@ -1,79 +1,70 @@
-"""python3 -m tools.gpu: everything that only a GPU can show, as one offline command, planned for 9 minutes.
+"""python3 -m tools.gpu: everything that only a GPU can show, as one offline command of at most 9 minutes.
 
-Its parts leave a folder of evidence: the tests marked gpu (tests.txt), tools/verify (verify.txt), the ladder of the
-step (gpu_ladder.json), each Triton kernel against PyTorch's operations (gpu_kernels.json), training to the study's
-accuracy and to the end (gpu_training.json), what the feeds carry, DALI last (gpu_feeds.json), and all tables
-(summary.md). Needs no DALI, no CSV and no git: --npz trains straight from an
-archive of names (F,) and images (F, K, H, W). A part that fails makes the exit code 1; the others still run.
+Its parts (tools/measure/parts.py) run one after the other, what is wanted most first, each in a
+process of its own: one that crashes, hangs or breaks the GPU's context takes nothing with it. OUT
+gets the ladder of the step as profile.json (`tools/profile report OUT` draws it), gpu_training.json,
+gpu_kernels.json, gpu_feeds.json, tests.txt, verify.txt, what the parts printed (log.txt), and all
+tables with what became of each part (summary.md), all written as they come. What an earlier round
+left in OUT stays until it is measured again.
+
+Needs no DALI, no CSV and no git: --npz trains straight from an archive of names (F,) and images
+(F, K, H, W).
 """
 
-import subprocess
+import multiprocessing
+import os
+import signal
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import ExitStack, closing
+from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing.context import ForkProcess
 from pathlib import Path
-from typing import Any
 
 import click
 import numpy as np
-import torch
 
-from engine import meters
-from engine.config import RunConfig, override
 from engine.data.records import Records, Split, open_records
 from engine.data.sample import ensure_sample
 from engine.data.split import draw_splits
-from engine.durable import take_folder
-from engine.errors import UserError, exit_on_user_error
-from engine.feeds.batch import Feed
-from engine.host import ROOT, prepare_process
+from engine.durable import take_folder, write_file, writing
+from engine.errors import UserError, exit_on_user_error, sentence
+from engine.host import prepare_process
 from engine.paths import PATH
-from engine.report import Environment, RunReport, environment
-from engine.train.session import open_session
-from engine.train.trainer import fit
 from engine.ui import guard_outputs
-from engine.world import World, start_world
-from tools.measure.ladder import Cell, climb, joules, make_cells, rows_of
-from tools.report.rows import row, to_markdown, write_result
+from engine.world import check_ranks
+from tools.measure.parts import PARTS, Part, Round, part_of
+from tools.measure.results import RATE, Profile, read_profile
+from tools.report.figures import heading, show
+from tools.report.rows import markdown_table, read_result, to_markdown
+from tools.report.tables import cells_frame
 
-TESTS_S, VERIFY_S, LADDER_S = 90, 60, 300
-"""Wall time each part should take at most; the first two are ended after three times that."""
-STUDY_ACCURACY = 0.8765
-"""What the study's own recipe reaches on typefaces.npz after 12 epochs (random split, two CPU cores)."""
+ROUND_S = 540.0
+LEAST_S = 5.0
+"""A part that has less time left is not started."""
+OUT_OF_TIME = "not started: out of time"
 FIRST_CHARACTER = 33
 """images[:, 0] of the archive is '!'."""
-FAST = {
-    "step.precision": "bf16",
-    "step.cuda_graphs": True,
-    "step.steps_per_launch": 16,
-    "data.feed": "resident",
-}
-LARGE = {"global_batch": 8192, "optim.learning_rate": 0.04, "epochs": 12}
-"""The recipe at a global batch of 8192: of 0.02, 0.04 and 0.08 the best on two cores, 88.12 % against 88.7 % at 512."""
+RESULTS = ("gpu_training.json", "gpu_kernels.json", "gpu_feeds.json")
+COLUMNS = ("name", "num", RATE, f"{RATE}_low95", f"{RATE}_high95", "steps_per_launch", "power_w",
+           "energy_j_per_ksample", "roofline_fraction")  # fmt: skip
+_PROCESSES = multiprocessing.get_context("fork")
+"""A part starts with the records and all modules loaded; this process itself never touches the GPU."""
 
 
 @dataclass(frozen=True)
-class Round:
-    """What the parts share."""
+class Outcome:
+    """What became of a part."""
 
-    records: Records
-    world: World
-    out: Path
-    quick: bool
-    facts: Environment
+    name: str
+    took_s: float
+    failures: list[str]
 
-    def write(self, name: str, title: str, rows: list[dict[str, Any]]) -> None:
-        title = f"{title} on one {self.facts.gpu_name or 'CPU'}" + " (dry run)" * self.quick
-        path = self.out / f"{name}.json"
-        result = write_result(path, title=title, environment=self.facts, rows=rows, claims=[])
-        table = to_markdown(result, path.name)
-        click.echo(table)
-        with open(self.out / "summary.md", "a", encoding="utf-8") as file:
-            file.write(table + "\n")
+    @property
+    def text(self) -> str:
+        return f"FAILED: {'; '.join(self.failures)}" if self.failures else "ok"
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -83,157 +74,140 @@ class Round:
 @click.option(
     "--quick", is_flag=True, help="Small batches, few steps, one repetition: proves the script."
 )
-def main(npz: Path | None, out: Path, device: str, quick: bool) -> None:
-    """Run the GPU tests, verify, the ladder, trainings and feeds; write OUT. Exit 1 if a part failed."""
-    failures: list[str] = []
-
-    def part(name: str, work: Callable[[], list[str] | None]) -> None:
-        start = time.perf_counter()
-        try:
-            found = work() or []
-        except Exception:  # whatever breaks one part, the evidence of the others is wanted
-            found = [traceback.format_exc()]
-        failures.extend(f"{name}: {text}" for text in found)
-        click.echo(f"{name}: {'FAILED' if found else 'ok'}, {time.perf_counter() - start:.0f} s\n")
-
-    with exit_on_user_error(), ExitStack() as stack:
+@click.option(
+    "--part",
+    "names",
+    multiple=True,
+    type=click.Choice([part.name for part in PARTS]),
+    help="Only this part; give it again for more.  [default: all]",
+)
+def main(npz: Path | None, out: Path, device: str, quick: bool, names: tuple[str, ...]) -> None:
+    """Run the parts, write OUT. Exit code 1 if a part failed or found no time."""
+    end_s = time.monotonic() + ROUND_S
+    with exit_on_user_error(), tempfile.TemporaryDirectory() as kept:
         prepare_process()
-        records = records_from_npz(npz) if npz else None
-        stack.enter_context(take_folder(out))
-        (out / "summary.md").unlink(missing_ok=True)
-        tests = ("-q", "-m", "gpu", "-rs", "tests/test_gpu.py")
-        part("tests", lambda: _command(out / "tests.txt", TESTS_S, "pytest", *tests))
-        few = ("doctor",) if quick else ()
-        part(
-            "verify",
-            lambda: _command(
-                out / "verify.txt", VERIFY_S, "tools.verify", *few, f"--device={device}"
-            ),
-        )
-        with start_world(device) as world, world.on_stream():
-            threads, gpu = torch.get_num_threads(), meters.gpu_facts(world.device)
-            facts = environment(num_threads=threads, allocator=world.allocator, gpu=gpu)
-            shared = Round(records or open_records(ensure_sample()), world, out, quick, facts)
-            part("ladder", lambda: _ladder(shared))
-            part("kernels", lambda: _kernels(shared))
-            part("training", lambda: _training(shared))
-            part("feeds", lambda: _feeds(shared))
-        (out / "failures.txt").write_text(
-            "\n".join(failures) + "\n" * bool(failures), encoding="utf-8"
-        )
-        for failure in failures:
-            click.echo(failure, err=True)
-    raise SystemExit(1 if failures else 0)
+        records = records_from_npz(npz) if npz else open_records(ensure_sample())
+        with take_folder(out):
+            shared = Round(records=records, device=device, out=out, kept=Path(kept), quick=quick)
+            _start(shared)
+            chosen = [part for part in PARTS if not names or part.name in names]
+            failed = _run_all(shared, chosen, end_s)
+    raise SystemExit(1 if failed else 0)
 
 
-def _command(log: Path, limit_s: float, module: str, *words: str) -> list[str]:
-    """Run a module in a process of its own; what it prints goes to `log`."""
+def _start(shared: Round) -> None:
+    """Check the device, and take over what an earlier round measured.
+
+    Raises:
+        UserError: there is no such device, or OUT's profile.json cannot be read.
+    """
+    if (shared.out / "profile.json").exists():
+        shared.run().keep(read_profile(shared.out))
+    check = Part("device", lambda shared: _checked(shared.device), 60)
+    if failures := _run(check, shared, 60).failures:
+        raise UserError(failures[0])
+    with writing(shared.out):
+        (shared.out / "log.txt").unlink(missing_ok=True)
+
+
+def _checked(device: str) -> list[str]:
     try:
-        command = [sys.executable, "-m", module, *words]
-        done = subprocess.run(
-            command,
-            cwd=ROOT,
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            timeout=3 * limit_s,
-        )
-    except subprocess.TimeoutExpired:
-        return [f"did not end within {3 * limit_s:.0f} s"]
-    log.write_text(done.stdout + done.stderr, encoding="utf-8")
-    click.echo(done.stdout)
-    return [] if done.returncode == 0 else [f"exit code {done.returncode}, see {log.name}"]
+        check_ranks(device)
+    except UserError as error:
+        return [str(error)]
+    return []
 
 
-def _ladder(shared: Round) -> list[str]:
-    cells = make_cells(64 if shared.quick else 8192, compiled=not shared.quick)
-    how: dict[str, Any] = (
-        {"seconds": 0.02, "repetitions": 1} if shared.quick else {"seconds": 0.3, "repetitions": 5}
-    )
-    failures = climb(cells, shared.records, shared.world, budget_s=0.8 * LADDER_S, **how)
-    rows = rows_of(cells)
-    for cell, session in [(cell, cell.session) for cell in cells if cell.session][-1:]:
-        if (used_j := joules(session, 0.1 if shared.quick else 3.0)) is not None:
-            rows.append(row(f"{cell.name}: energy for a thousand samples", [used_j], "J"))
-    for cell in cells:
-        cell.close()
-    shared.write("gpu_ladder", "Ladder of the step", rows)
-    return failures
+def _run_all(shared: Round, parts: list[Part], end_s: float) -> bool:
+    """Run the parts while there is time; whether one failed. The summary is written after each."""
+    outcomes: list[Outcome] = []
+    for part in parts:
+        left_s = end_s - time.monotonic()
+        outcome = Outcome(part.name, 0.0, [OUT_OF_TIME])
+        if left_s >= LEAST_S:
+            outcome = _run(part, shared, min(part.limit_s, left_s))
+        outcomes.append(outcome)
+        click.echo(f"{part.name}: {outcome.text}, {outcome.took_s:.0f} s")
+        _summarise(shared, outcomes)
+    return any(outcome.failures for outcome in outcomes)
 
 
-def _kernels(shared: Round) -> None:
-    from tools.measure.kernels import kernel_rows
-
-    batch, repetitions = (64, 1) if shared.quick else (8192, 20)
-    rows = kernel_rows(shared.world, batch, repetitions, compiled=not shared.quick)
-    shared.write("gpu_kernels", f"Kernels at batch {batch}", rows)
-
-
-def _training(shared: Round) -> None:
-    """The default recipe until the study's accuracy; twelve epochs of it, and of the one for a batch of 8192."""
-    report = _train(shared, {"target_accuracy": STUDY_ACCURACY})
-    goal = f"time to {100 * STUDY_ACCURACY:.2f} % validation accuracy"
-    reached_s = report.time_to_target_s
-    rows = [
-        row(goal, [reached_s], "s")
-        if reached_s
-        else row(f"{goal}: not reached", [report.train_s], "s")
-    ]
-    accuracy = {}
-    for name, recipe in (("512", {"epochs": 12}), ("8192", LARGE)):
-        report = _train(shared, recipe)
-        accuracy[name] = 100 * (report.test_accuracy_fraction or 0.0)
-        title = f"batch {name}, {report.num_epochs} epochs"
-        rows.append(row(f"{title}: training time", [report.train_s], "s"))
-        rows.append(row(f"{title}: samples/s", [report.samples_per_s], "samples/s"))
-        rows.append(row(f"{title}: test accuracy", [accuracy[name]], "%"))
-    rows.append(
-        row(
-            "test accuracy at batch 8192 less at 512",
-            [accuracy["8192"] - accuracy["512"]],
-            "points",
-        )
-    )
-    shared.write("gpu_training", f"Training on {report.num_train_samples:,} images", rows)
+def _run(part: Part, shared: Round, limit_s: float) -> Outcome:
+    """Run a part in a process of its own, with all that it starts; end it after so many seconds."""
+    start_s = time.monotonic()
+    child = _PROCESSES.Process(target=_work, args=(part, shared))
+    child.start()
+    try:
+        child.join(limit_s)
+        is_late = child.is_alive()
+    finally:
+        _end(child)
+    took_s = time.monotonic() - start_s
+    if is_late:
+        return Outcome(part.name, took_s, [f"ended after {limit_s:.0f} s"])
+    return Outcome(part.name, took_s, _failures(shared, part, child.exitcode or 0))
 
 
-def _train(shared: Round, settings: dict[str, Any]) -> RunReport:
-    if shared.quick:
-        settings = settings | {"epochs": 1, "global_batch": 512}
-    config = override(RunConfig(), FAST | settings, "tools.gpu")
-    with tempfile.TemporaryDirectory() as folder:
-        return fit(config, shared.records, shared.world, Path(folder), resume=False, say=click.echo)
+def _work(part: Part, shared: Round) -> None:
+    """What the process of a part does; it says what failed in a file."""
+    os.setsid()
+    with open(shared.out / "log.txt", "a", encoding="utf-8", buffering=1) as log:
+        sys.stdout = sys.stderr = log
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        print(f"== {part.name}")
+        try:
+            failures = part.work(shared)
+        except BaseException as error:  # whatever breaks a part, the reason is wanted
+            traceback.print_exc()
+            failures = [sentence(error)]
+        (shared.kept / f"{part.name}.txt").write_text("\n".join(failures), encoding="utf-8")
+    os._exit(0)  # no clean-up: a broken GPU's would crash, or hang
 
 
-def _feeds(shared: Round) -> list[str]:
-    """The feeds without a step, and the step fed by DALI, last: its threads would disturb a capture."""
-    rows, failures = [], []
-    batch = 64 if shared.quick else 2048
-    for feed in ("resident", "loader_batched", *["dali"] * bool(shared.facts.dali)):
-        settings = {"step.precision": "bf16", "data.feed": feed, "global_batch": batch}
-        with closing(
-            open_session(override(RunConfig(), settings, feed), shared.records, shared.world)
-        ) as session:
-            rates = [_carried(session.feed, shared.world.device) for _ in range(3)]
-        rows.append(row(f"{feed} alone, batch {batch}", rates, "samples/s"))
-    if shared.facts.dali:
-        settings = FAST | {"data.feed": "dali", "global_batch": batch}
-        cell = Cell("fed by dali", override(RunConfig(), settings, "dali"))
-        failures = climb(
-            [cell], shared.records, shared.world, seconds=0.3, repetitions=3, budget_s=30
-        )
-        rows += [row(cell.name, cell.rates, "samples/s")] if cell.rates else []
-        cell.close()
-    shared.write("gpu_feeds", "Feeds", rows)
-    return failures
+def _end(child: ForkProcess) -> None:
+    """End a part's process, and all that it started and left behind."""
+    child.kill()
+    with suppress(ProcessLookupError):
+        os.killpg(child.pid or 0, signal.SIGKILL)
+    child.join()
 
 
-def _carried(feed: Feed, device: torch.device) -> float:
-    """samples/s of an epoch's batches, ready on the device."""
-    watch = meters.Stopwatch(device)
-    watch.start()
-    seen = sum(len(batch.id_B) for batch in feed.batches(0))
-    return seen / watch.stop()
+def _failures(shared: Round, part: Part, code: int) -> list[str]:
+    if code < 0:
+        return [f"ended by {signal.Signals(-code).name}"]
+    said = shared.kept / f"{part.name}.txt"
+    if code or not said.exists():
+        return [f"exit code {code}, see log.txt"]
+    return said.read_text(encoding="utf-8").splitlines()
+
+
+def _summarise(shared: Round, outcomes: list[Outcome]) -> None:
+    """Write summary.md, and in profile.json why cells are missing."""
+    reasons = {outcome.name: outcome.text for outcome in outcomes}
+    lacking = {cell.id: reasons.get(part_of(cell), "not asked for") for cell in shared.cells}
+    run = shared.run(lacking=lacking)
+    run.write()
+    rows = [(outcome.name, f"{outcome.took_s:.0f}", outcome.text) for outcome in outcomes]
+    tables = [markdown_table("| part | seconds | |", "lrl", rows), ladder_table(run.profile())]
+    texts = ["\n".join(table) + "\n" for table in tables]
+    files = [shared.out / name for name in RESULTS]
+    texts += [to_markdown(read_result(file), file.name) for file in files if file.exists()]
+    with writing(shared.out):
+        write_file(shared.out / "summary.md", "\n".join(texts).encode())
+
+
+def ladder_table(profile: Profile) -> list[str]:
+    """Lines of the ladder's table: each measured cell, with what was not as asked for."""
+    frame = cells_frame(profile)
+    head = " | ".join([*map(heading, COLUMNS), "notes"])
+    rows = []
+    for number, cell in enumerate(profile.cells):
+        if cell.good:
+            figures = [show(column, frame[column][number]) for column in COLUMNS]
+            notes = dict.fromkeys(note for r in cell.good for note in r.notes)
+            rows.append([*figures, "; ".join(notes)])
+    return [f"## {profile.title}", "", *markdown_table(f"| {head} |", "lrrrrrrrrl", rows)]
 
 
 def records_from_npz(path: Path) -> Records:

@@ -5,10 +5,11 @@ TrainStep and feeds of training, in processes of their own (tools/measure/matrix
 """
 
 import os
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -20,32 +21,22 @@ from engine.paths import PATH, full_path
 from engine.ui import guard_outputs
 from tools.report.outputs import check_file, check_folder
 
+if TYPE_CHECKING:
+    from tools.measure.results import Profile
+
 # Before torch is loaded: the profiler writes no lines of its own to stderr.
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 DEFAULT = {"step.precision": "bf16", "step.cuda_graphs": True}
 """What `torchrun -m engine.run --amp --cuda-graphs` trains with."""
-SHOWN = {
-    "id": "cell",
-    "name": "name",
-    "num": "n",
-    "samples_per_s": "samples/s",
-    "samples_per_s_low95": "from",
-    "samples_per_s_high95": "to",
-    "gain": "gain",
-    "speedup": "speed-up",
-    "efficiency": "efficiency",
-    "step_ms": "step ms",
-    "data_wait_fraction": "waiting",
-    "host_peak_rss_gib": "host GiB",
-    "torch_peak_gib": "torch GiB",
-    "device_used_gib": "device GiB",
-    "gpu_utilisation_percent": "GPU %",
-    "power_w": "W",
-    "energy_j_per_ksample": "J/1000",
-    "train_s": "training s",
-    "test_accuracy_fraction": "test",
-}
-"""The columns that are printed, and their titles."""
+SHOWN = (
+    "id", "name", "num", "samples_per_s", "samples_per_s_low95", "samples_per_s_high95", "gain", "speedup",
+    "efficiency", "steps_per_launch", "step_ms", "data_wait_fraction", "host_peak_rss_gib", "torch_peak_gib",
+    "device_used_gib", "gpu_utilisation_percent", "power_w", "energy_j_per_ksample", "train_s",
+    "test_accuracy_fraction",
+)  # fmt: skip
+"""The table's columns."""
+
+
 DATA = click.option("--data", type=PATH, help="Record directory.  [default: the sample]")
 DEVICE = click.option(
     "--device",
@@ -97,7 +88,8 @@ def run(
     Writes profile.json and .csv, and a file per repetition of a cell. Exit code 1 if a cell failed.
     """
     with exit_on_user_error():
-        from tools.measure.matrix import Run, config_cell, read_cells
+        from tools.measure.matrix import config_cell, read_cells
+        from tools.measure.runner import Run, in_child
 
         title = "default"
         cells = [config_cell("default", DEFAULT, batch_size)]
@@ -107,11 +99,12 @@ def run(
             cells = [replace(cell, num_steps=steps, accuracy=False) for cell in cells]
         if repetitions:
             cells = [replace(cell, repetitions=repetitions) for cell in cells]
-        facts: dict[str, Any] = {"device": device, "num_gpus": _num_gpus(device)}
-        facts["data"] = str(full_path(data)) if data else ""
+        num_gpus = _num_gpus(device)
+        records = str(full_path(data)) if data else ""
         with _taken(out, resume) as folder:
-            measured = Run(title=title, cells=cells, out=folder, **facts)
-            measured.measure(resume)
+            measured = Run(title=title, cells=cells, out=folder, data=records, device=device,
+                           num_gpus=num_gpus)  # fmt: skip
+            measured.measure(measured.missing(resume), in_child)
             failed = _show(measured.profile(), folder)
     raise SystemExit(1 if failed else 0)
 
@@ -198,10 +191,11 @@ def trace(
             config = load_toml(RunConfig(), config_file)
         else:
             config = override(RunConfig(), DEFAULT, "default")
-        given: dict[str, Any] = {"data.path": os.fspath(data)} if data else {}
+        if data:
+            config = override(config, {"data.path": os.fspath(data)}, "flags")
         if batch_size:
-            given["global_batch"] = batch_size * env_world_size()
-        config = override(config, given, "flags")
+            batch = batch_size * env_world_size()
+            config = override(config, {"global_batch": batch}, "flags")
         with ExitStack() as stack:
 
             def take() -> Path:
@@ -241,10 +235,9 @@ def ensemble(
         config = RECIPES["study"]
         if config_file:
             config = load_toml(config, config_file)
-        given: dict[str, Any] = {"epochs": epochs}
+        config = override(config, {"epochs": epochs}, "flags")
         if data:
-            given["data.path"] = os.fspath(data)
-        config = override(config, given, "flags")
+            config = override(config, {"data.path": os.fspath(data)}, "flags")
         with take_folder(out, "ensemble-") as folder:
             click.echo(profile_ensemble(config, networks, workers, folder))
 
@@ -279,45 +272,43 @@ def _taken(out: Path | None, resume: bool) -> AbstractContextManager[Path]:
     return take_folder(out, "profile-", check)
 
 
-def _show(profile: dict[str, Any], out: Path) -> int:
+def _show(profile: "Profile", out: Path) -> int:
     """Print the table of the cells and write it; returns the number of repetitions that failed."""
+    from tools.report.figures import heading, show
     from tools.report.tables import cells_frame
 
     frame = cells_frame(profile)
-    shown = frame[list(SHOWN)].copy()
-    shown.loc[frame["ranks"] == 1, ["speedup", "efficiency"]] = None  # over itself
-    shown = shown.dropna(axis="columns", how="all").rename(columns=SHOWN)
-    percent = dict.fromkeys(("waiting", "efficiency", "test"), "{:.1%}".format)
-    formats = percent | dict.fromkeys(("samples/s", "from", "to"), "{:,.0f}".format)
-    click.echo(
-        shown.to_string(index=False, na_rep="", float_format="{:.2f}".format, formatters=formats)
-    )  # type: ignore[call-overload]
-    cells = [(f"{cell['id']} {cell['name']}", cell) for cell in profile["cells"]]
+    table = frame[list(SHOWN)].copy()
+    table.loc[frame["ranks"] == 1, ["speedup", "efficiency"]] = None  # over itself
+    table = table.dropna(axis="columns", how="all")
+    shown = {heading(c): [show(c, v) for v in table[c]] for c in table.columns}
+    click.echo(type(frame)(shown).to_string(index=False))
     failed = [
-        f"{name}: failed: {r['failed']}"
-        for name, cell in cells
-        for r in cell["repetitions"]
-        if r["failed"]
+        f"{cell.id} {cell.name}: failed: {repetition.failed}"
+        for cell in profile.cells
+        for repetition in cell.repetitions
+        if repetition.failed
     ]
-    lines = [
-        f"note: {note}" for _, cell in cells for r in cell["repetitions"] for note in r["notes"]
-    ]
-    lines += [
-        f"{name}: not measured here: {cell['not_measured']}"
-        for name, cell in cells
-        if cell["not_measured"]
-    ]
-    published = [(name, cell["published"].items()) for name, cell in cells if cell["published"]]
-    lines += [
-        f"{name}: published: {', '.join(f'{key} {value}' for key, value in items)}"
-        for name, items in published
-    ]
-    for line in dict.fromkeys(lines + failed):
+    for line in dict.fromkeys([*_remarks(profile), *failed]):
         click.echo(printable(line))
     with writing(out):
         frame.to_csv(out / "profile.csv", index=False)
     click.echo(f"written: {out / 'profile.json'}, {out / 'profile.csv'}")
     return len(failed)
+
+
+def _remarks(profile: "Profile") -> Iterator[str]:
+    """What was noted, what could not be measured here, and what others published."""
+    for cell in profile.cells:
+        yield from (f"note: {note}" for r in cell.repetitions for note in r.notes)
+    for cell in profile.cells:
+        if cell.not_measured:
+            yield f"{cell.id} {cell.name}: not measured here: {cell.not_measured}"
+    for cell in profile.cells:
+        if cell.published:
+            given = {n: v for n, v in asdict(cell.published).items() if v is not None}
+            figures = ", ".join(f"{name} {value}" for name, value in given.items())
+            yield f"{cell.id} {cell.name}: published: {figures}"
 
 
 if __name__ == "__main__":

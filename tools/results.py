@@ -1,16 +1,30 @@
 """python -m tools.results: bench_configs/RESULTS.md from the result files beside it."""
 
-import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
 
 from engine.config import read_toml
+from engine.errors import exit_on_user_error
+from engine.host import ROOT
 from engine.ui import guard_outputs
-from tools.measure.ladder import LADDER
-from tools.report.rows import markdown_table, number, to_markdown
+from tools.measure.results import read_profile
+from tools.measure.typed import read_as, typed
+from tools.report.rows import (
+    Proofs,
+    markdown_table,
+    number,
+    proofs_to_markdown,
+    read_result,
+    to_markdown,
+)
+from tools.report.tables import best_rates
 
-RESULTS = Path(__file__).resolve().parent.parent / "bench_configs" / "results"
+RESULTS = ROOT / "bench_configs" / "results"
+LADDER = ROOT / "bench_configs" / "ladder_h100.toml"
+PROOFS = "reliability.json"
+"""What `make reliability` leaves has rows of its own."""
 TARGET = RESULTS.parent / "RESULTS.md"
 HEAD = """# Results
 
@@ -20,26 +34,39 @@ no file here was not measured.
 """
 
 
+@dataclass(frozen=True, kw_only=True)
+class Expected:
+    """A figure that one H100 is to reach, and where it stands when it was measured."""
+
+    what: str
+    file: str
+    row: str
+    wanted: float
+    at_most: bool = False
+    unit: str
+
+
 def render() -> str:
     """RESULTS.md's text."""
-    sections = [
-        to_markdown(json.loads(f.read_text(encoding="utf-8")), f"results/{f.name}")
-        for f in sorted(RESULTS.glob("*.json"))
-    ]
+    sections = [_section(file) for file in sorted(RESULTS.glob("*.json"))]
     return "\n".join([HEAD, expected(), *sections])
+
+
+def _section(file: Path) -> str:
+    source = f"results/{file.name}"
+    if file.name == PROOFS:
+        return proofs_to_markdown(read_as(Proofs, file), source)
+    return to_markdown(read_result(file), source)
 
 
 def expected() -> str:
     """What one H100 is to reach, beside what it did in the files of python -m tools.gpu."""
     rows = []
-    for line in read_toml(LADDER)["expected"]:
-        file = RESULTS / line["file"]
-        measured = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
-        found = next(
-            (number(r["value"]) for r in measured if r["name"] == line["row"]), "not yet measured"
-        )
-        sign = "at most" if line.get("at_most") else "at least"
-        rows.append((f"{line['what']} ({line['unit']})", f"{sign} {number(line['wanted'])}", found))
+    for line in typed(list[Expected], read_toml(LADDER)["expected"], "expected"):
+        value = _measured(RESULTS / line.file).get(line.row)
+        found = "not yet measured" if value is None else number(value)
+        sign = "at most" if line.at_most else "at least"
+        rows.append((f"{line.what} ({line.unit})", f"{sign} {number(line.wanted)}", found))
     lines = [
         "## One H100: what is to be reached",
         "",
@@ -49,15 +76,26 @@ def expected() -> str:
     return "\n".join([*lines, *markdown_table("| | wanted | measured |", "lrr", rows)]) + "\n"
 
 
+def _measured(file: Path) -> dict[str, float]:
+    """What a profile or a result file holds, by name; nothing where there is none."""
+    if not file.exists():
+        return {}
+    if file.name == "profile.json":
+        return best_rates(read_profile(file.parent))
+    return {row.name: row.value for row in read_result(file).rows}
+
+
 @click.command()
 @click.option(
     "--check", is_flag=True, help="Exit with 1 if RESULTS.md is not what the result files say."
 )
 def main(check: bool) -> None:
     """Generate bench_configs/RESULTS.md."""
+    with exit_on_user_error():
+        text = render()
     if not check:
-        TARGET.write_text(render(), encoding="utf-8")
-    elif not TARGET.exists() or TARGET.read_text(encoding="utf-8") != render():
+        TARGET.write_text(text, encoding="utf-8")
+    elif not TARGET.exists() or TARGET.read_text(encoding="utf-8") != text:
         raise SystemExit(f"{TARGET} is not what the result files say; run python -m tools.results")
 
 

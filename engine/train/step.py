@@ -23,7 +23,7 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from engine.config import RunConfig
-from engine.errors import UserError
+from engine.errors import UserError, first_cause, sentence
 from engine.feeds.batch import Batch, Feed, Source
 from engine.meters import span
 from engine.models.baseline import GlyphNet
@@ -201,7 +201,7 @@ class TrainStep:
         except (
             Exception
         ) as error:  # whatever it is, the run can go on without graphs, and must do so on all ranks
-            failure = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            failure = sentence(first_cause(error))
         self.capture_failure = self._world.first_reason(failure)
 
     def train_epoch(self, feed: Feed, epoch: int, first_step: int = 0) -> Iterator[Launch]:

@@ -6,7 +6,8 @@ from pathlib import Path
 from engine.config import flatten, read_toml
 from engine.host import ROOT
 from engine.report import Environment
-from tools.measure.matrix import Run, config_cell
+from tools.measure.matrix import config_cell
+from tools.measure.runner import Run, in_child
 
 
 def samples_per_s(
@@ -17,7 +18,7 @@ def samples_per_s(
     cell = config_cell(config, settings, batch_size * num_ranks)
     axes = {"batch": batch_size, "ranks": num_ranks}
     cell = replace(cell, axes=axes, num_steps=num_steps, num_threads=num_threads)
-    found = Run(title=config, cells=[cell], out=Path(), device="cpu").repeat(cell, 0)
-    if found["failed"]:
-        raise RuntimeError(found["failed"])
-    return found["samples_per_s"], Environment(**found["environment"])
+    found = in_child(Run(title=config, cells=[cell], out=Path(), device="cpu").job(cell, 0))
+    if found.failed:
+        raise RuntimeError(found.failed)
+    return found.rate, found.facts

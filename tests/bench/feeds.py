@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -51,14 +52,11 @@ def bench(out: Path, seconds: float, num_rows: int = TMNIST_ROWS) -> None:
         pack(repeated_sample(Path(folder) / "tmnist.csv", num_rows), records, mode="none")
         (Path(folder) / "tmnist.csv").unlink()
         for found in measure_all(records, 2048, seconds):
-            name, rate = found["name"], found["samples_per_s"]
-            line = row(
-                f"{name}, {found['order']} order", [found["low"], rate, found["high"]], "samples/s"
-            )
-            rows.append(line | {"n": found["num_passes"]})
-            rows.append(
-                row(f"{name}: CPU time a million samples", [found["cpu_s_per_million"]], "s")
-            )
+            name, rate = found.name, found.samples_per_s
+            passes = [found.low, rate, found.high]
+            line = row(f"{name}, {found.order} order", passes, "samples/s")
+            rows.append(replace(line, n=found.num_passes))
+            rows.append(row(f"{name}: CPU time a million samples", [found.cpu_s_per_million], "s"))
             if name in WANTED:
                 claims.append(claim(f"{name} (samples/s)", rate, WANTED[name]))
         for feed in WANTED:

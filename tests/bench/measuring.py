@@ -32,7 +32,7 @@ def bench(out: Path, rounds: int, num_steps: int) -> None:
         row("the same steps without", sides["bare"], "samples/s"),
         row("throughput that measuring costs, round by round", costs, "%"),
     ]
-    claims = [claim("throughput that measuring costs (%)", rows[2]["value"], 2.0, at_most=True)]
+    claims = [claim("throughput that measuring costs (%)", rows[2].value, 2.0, at_most=True)]
     title = f"The cost of the default measurements, batch {BATCH}"
     write_result(
         out / "cpu_measuring.json", title=title, environment=environment, rows=rows, claims=claims

@@ -1,30 +1,18 @@
 """bf16 against fp32: the default recipe on the same records, trained with both from the same seeds, pair by pair."""
 
 import tempfile
+from dataclasses import replace
 from itertools import product
-from math import sqrt
 from pathlib import Path
-from statistics import mean, stdev
 
 import click
 
 from engine.report import Environment
 from tests.bench.fullsize import train
 from tools.report.rows import claim, row, write_result
+from tools.report.statistics import mean_interval95
 
 SIDES = {"fp32": (), "bf16": ("--amp",)}
-STUDENT_T = {
-    2: 12.706,
-    3: 4.303,
-    4: 3.182,
-    5: 2.776,
-    6: 2.571,
-    7: 2.447,
-    8: 2.365,
-    9: 2.306,
-    10: 2.262,
-}
-"""97.5 % quantile of Student's t with n - 1 degrees of freedom, by the number n of pairs."""
 
 
 def bench(out: Path, data: Path, pairs: int, extra: tuple[str, ...] = ()) -> None:
@@ -38,13 +26,12 @@ def bench(out: Path, data: Path, pairs: int, extra: tuple[str, ...] = ()) -> Non
         )
         accuracy[name].append(100 * report["test_accuracy_fraction"])
     points = [b - a for a, b in zip(accuracy["fp32"], accuracy["bf16"], strict=True)]
-    half = STUDENT_T[pairs] * stdev(points) / sqrt(pairs)
-    low, high = mean(points) - half, mean(points) + half
+    middle, low, high = mean_interval95(points)
+    difference = row("95 % interval of the mean difference", points, "points")
     rows = [
         *(row(f"{name}: test accuracy", values, "%") for name, values in accuracy.items()),
         row("bf16 less fp32, seed by seed", points, "points"),
-        {"name": "95 % interval of the mean difference", "value": mean(points), "unit": "points"}
-        | {"low": low, "high": high, "n": pairs},
+        replace(difference, value=middle, low=low, high=high),
     ]
     claims = [
         claim(

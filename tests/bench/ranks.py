@@ -45,7 +45,7 @@ def bench(out: Path, pairs: int, num_steps: int) -> None:
             "%",
         ),
     ]
-    claims = [claim("efficiency of 2 ranks (%)", rows[4]["value"], 92)]
+    claims = [claim("efficiency of 2 ranks (%)", rows[4].value, 92)]
     title = f"DDP on two cores, batch {BATCH} a rank, bf16 channels-last"
     write_result(
         out / "cpu_ranks.json", title=title, environment=environment, rows=rows, claims=claims

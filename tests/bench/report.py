@@ -28,7 +28,7 @@ def bench(out: Path, rounds: int) -> None:
         size_mb = (Path(folder) / "report.html").stat().st_size / 1e6
     rows = [row("whole command", seconds, "s"), row("report.html", [size_mb], "MB")]
     claims = [
-        claim("whole command (s)", rows[0]["value"], 5, at_most=True),
+        claim("whole command (s)", rows[0].value, 5, at_most=True),
         claim("report.html (MB)", size_mb, 5, at_most=True),
     ]
     facts = environment(num_threads=1, allocator="default", gpu={})

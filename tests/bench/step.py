@@ -39,12 +39,10 @@ def bench(out: Path, rounds: int, num_steps: int) -> None:
         row("time the engine adds to them, round by round", overheads, "%"),
     ]
     claims = [
-        claim("fast step over eager fp32 NCHW (x)", rows[2]["value"], 2.4),
-        claim("fast step over eager fp32 NCHW, stretch (x)", rows[2]["value"], 3.0),
-        claim("fast step (samples/s)", rows[1]["value"], 12_000),
-        claim(
-            "time the engine adds to the bare operations (%)", rows[5]["value"], 3.0, at_most=True
-        ),
+        claim("fast step over eager fp32 NCHW (x)", rows[2].value, 2.4),
+        claim("fast step over eager fp32 NCHW, stretch (x)", rows[2].value, 3.0),
+        claim("fast step (samples/s)", rows[1].value, 12_000),
+        claim("time the engine adds to the bare operations (%)", rows[5].value, 3.0, at_most=True),
     ]
     title = f"Training step at batch {BATCH} on two cores, resident feed"
     write_result(

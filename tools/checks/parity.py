@@ -29,7 +29,7 @@ from engine.train.checkpoint import Position, load_checkpoint, save_checkpoint
 from engine.train.session import open_session
 from engine.train.step import TrainStep
 from engine.world import World, cannot_fuse, end_rank, start_world
-from tools.measure.matrix import module_on_ranks
+from tools.measure.runner import module_on_ranks
 from tools.measure.steps import train_epochs
 
 BATCH = 128

@@ -12,7 +12,7 @@ import os
 import tempfile
 import time
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,9 +31,9 @@ from engine.report import Environment
 from engine.train.session import open_session
 from engine.world import World, start_world
 from tools.measure.steps import train_epochs
-from tools.report.rows import claim, row, write_result
+from tools.report.rows import Row, claim, row, write_result
+from tools.report.statistics import bootstrap95
 
-NUM_RESAMPLES = 2000
 EVAL_BATCH = 1024
 READY_WITHIN_S = 300
 
@@ -72,7 +72,7 @@ def profile_ensemble(config: RunConfig, num_networks: int, num_workers: int, out
     claims = [
         claim(
             "the vote over the mean single network, low end of its interval (points)",
-            rows[-1]["low"],
+            rows[-1].low,
             0,
         )
     ]
@@ -82,7 +82,7 @@ def profile_ensemble(config: RunConfig, num_networks: int, num_workers: int, out
         write_result(
             out / "ensemble.json", title=title, environment=facts, rows=rows, claims=claims
         )
-    table = pd.DataFrame(rows).to_string(index=False, float_format="{:,.4g}".format)
+    table = pd.DataFrame(map(asdict, rows)).to_string(index=False, float_format="{:,.4g}".format)
     return f"{title}\n{table}\nwritten: {out / 'ensemble.json'}"
 
 
@@ -146,7 +146,7 @@ def train_one(config: RunConfig, records: Records, world: World) -> tuple[np.nda
         return torch.cat(parts).numpy(), session.environment
 
 
-def _rows(arms: list[Arm], measured: dict[Arm, Any], label_N: np.ndarray) -> list[dict[str, Any]]:
+def _rows(arms: list[Arm], measured: dict[Arm, Any], label_N: np.ndarray) -> list[Row]:
     alone_s, all_cores_s, together_s = (measured[arm][0] for arm in arms)
     rows = [row(f"{arm}: time", [measured[arm][0]], "s") for arm in dict.fromkeys(arms)]
     rows += [
@@ -167,7 +167,7 @@ def _rows(arms: list[Arm], measured: dict[Arm, Any], label_N: np.ndarray) -> lis
                 "points",
             ),
             row(f"{arm}: test accuracy of their vote", [100 * vote], "%"),
-            gained | {"low": 100 * low, "high": 100 * high},
+            replace(gained, low=100 * low, high=100 * high),
         ]
     return rows
 
@@ -184,7 +184,5 @@ def vote_over_singles(
     right_MN = probability_MNK.argmax(2) == label_N
     vote_N = probability_MNK.mean(0).argmax(1) == label_N
     gain_N = vote_N - right_MN.mean(0)
-    rng = np.random.default_rng(0)
-    gains = [rng.choice(gain_N, len(gain_N)).mean() for _ in range(NUM_RESAMPLES)]
-    low, high = np.percentile(gains, [2.5, 97.5])
-    return right_MN.mean(1), float(vote_N.mean()), float(gain_N.mean()), float(low), float(high)
+    low, high = bootstrap95(gain_N, np.mean)
+    return right_MN.mean(1), float(vote_N.mean()), float(gain_N.mean()), low, high

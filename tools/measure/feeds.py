@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,6 +30,7 @@ from engine.host import keep_large_blocks
 from engine.meters import host_peak_rss_gib
 from engine.report import environment, write_json
 from engine.train.session import check_batch, make_order
+from tools.measure.typed import typed
 from tools.report.rows import number
 
 FEEDS = ("resident", "dali", "stream", "resident augmented", "dali augmented", "loader_batched", "loader",
@@ -40,7 +41,23 @@ Opened = tuple[Callable[[int], Iterable[Any]], str, Callable[[], object]]
 """Something of each batch of an epoch that is as long as it, the order's name, and what closes the feed."""
 
 
-def measure_all(records: Path, batch_size: int, seconds: float) -> list[dict[str, Any]]:
+@dataclass(frozen=True, kw_only=True)
+class FeedRate:
+    """What a feed carries: the median over passes, the lowest and the highest, and what it takes."""
+
+    name: str
+    samples_per_s: float
+    low: float
+    high: float
+    num_passes: int
+    order: str
+    threads: int
+    first_batch_s: float
+    peak_mib: float
+    cpu_s_per_million: float
+
+
+def measure_all(records: Path, batch_size: int, seconds: float) -> list[FeedRate]:
     """A row for each of FEEDS, each measured for about `seconds`."""
     rows = []
     for name in FEEDS:
@@ -56,7 +73,8 @@ def measure_all(records: Path, batch_size: int, seconds: float) -> list[dict[str
             str(seconds),
         ]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, encoding="utf-8")
-        rows.append(json.loads(done.stdout.splitlines()[-1]))
+        last = done.stdout.splitlines()[-1]
+        rows.append(typed(FeedRate, json.loads(last), name))
     return rows
 
 
@@ -74,7 +92,7 @@ def profile_feeds(
 
     records = data or ensure_sample()
     check_batch(RunConfig(global_batch=batch_size), open_records(records, in_memory=False), 1)
-    frame = pd.DataFrame(measure_all(records, batch_size, seconds))
+    frame = pd.DataFrame(map(asdict, measure_all(records, batch_size, seconds)))
     facts = asdict(
         environment(num_threads=torch.get_num_threads(), allocator="keep_large_blocks", gpu={})
     )
@@ -97,7 +115,7 @@ def profile_feeds(
     return f"{table}\nwritten: {out / 'feeds.json'}, {out / 'feeds.png'}"
 
 
-def measure(name: str, records: Path, batch_size: int, seconds: float) -> dict[str, Any]:
+def measure(name: str, records: Path, batch_size: int, seconds: float) -> FeedRate:
     """Throughput (median over passes, after one that warms up), time to the first batch, memory, CPU time."""
     keep_large_blocks()
     before_gib, start = host_peak_rss_gib(), time.perf_counter()
@@ -118,18 +136,18 @@ def measure(name: str, records: Path, batch_size: int, seconds: float) -> dict[s
     close()
     children = resource.getrusage(resource.RUSAGE_CHILDREN)  # over all passes, the first included
     cpu_s += (children.ru_utime + children.ru_stime) * counted / (counted + warmed)
-    return {
-        "name": name,
-        "samples_per_s": median(rates),
-        "low": min(rates),
-        "high": max(rates),
-        "num_passes": len(rates),
-        "order": order,
-        "threads": torch.get_num_threads(),
-        "first_batch_s": first_batch_s,
-        "peak_mib": 1024 * (host_peak_rss_gib() - before_gib),
-        "cpu_s_per_million": cpu_s / counted * 1e6,
-    }
+    return FeedRate(
+        name=name,
+        samples_per_s=median(rates),
+        low=min(rates),
+        high=max(rates),
+        num_passes=len(rates),
+        order=order,
+        threads=torch.get_num_threads(),
+        first_batch_s=first_batch_s,
+        peak_mib=1024 * (host_peak_rss_gib() - before_gib),
+        cpu_s_per_million=cpu_s / counted * 1e6,
+    )
 
 
 def _pass(batches: Iterable[Any], seconds: float) -> tuple[int, float]:

@@ -1,28 +1,32 @@
 """Each of kernels/ against PyTorch's operations, as they are and by torch.compile: time, GB/s, part of the bandwidth.
 
-The bytes are the roofline model's (roofline.py), the same for all three ways, so that GB/s compare. Between
-repetitions 1 GiB is overwritten: the second-level cache holds nothing of the last, and the host gets ahead of the GPU,
-so that its own time is not measured. The ways are measured in turn, the copy bandwidth in the same run.
+The bytes are the roofline model's (roofline.py), the same for all three ways, so that GB/s compare.
+Between repetitions 1 GiB is read: the second-level cache holds nothing of the last, and nothing that
+must be written back while the next is measured; and the host gets ahead of the GPU, so that its own
+time is not measured. The ways are measured in turn, the copy bandwidth in the same run.
 """
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
 
+from engine.errors import first_cause, sentence
 from engine.meters import Stopwatch
-from engine.world import World
 from kernels.bias_pool_relu import bias_pool_relu
 from kernels.conv_pool_relu import conv_pool_relu
 from kernels.gather_warp import gather_warp, gather_warp_reference
 from kernels.softmax_cross_entropy import softmax_cross_entropy
 from tools.measure import roofline
-from tools.report.rows import row
+from tools.report.rows import Row, row
 
 HEIGHT_WIDTH, CLASSES, SMOOTHING = (28, 28), 94, 0.05
 FLUSH_BYTES = 2**30
+NUM_UNTIMED = 2
+"""Repetitions of each way that compile and warm up."""
 Work = Callable[[], object]
 Function = Callable[..., torch.Tensor]
 
@@ -35,40 +39,63 @@ class Case(NamedTuple):
     num_bytes: float
 
 
-def kernel_rows(world: World, batch: int, repetitions: int, compiled: bool) -> list[dict[str, Any]]:
-    """Result lines for every kernel: microseconds of each way, and what the Triton kernel makes of the bandwidth."""
-    device = world.device
-    flush = torch.empty(
-        FLUSH_BYTES if device.type == "cuda" else 2**20, dtype=torch.uint8, device=device
-    )
-    bandwidth = roofline.copy_bandwidth(device)
-    rows = [row("copy within the memory", [bandwidth / 1e9], "GB/s")] if bandwidth else []
-    for case in _cases(device, batch, compiled):
-        times_us: dict[str, list[float]] = {way: [] for way in case.ways}
-        for number in range(repetitions + 2):
-            for way, work in case.ways.items():
-                took_us = _time_us(work, flush)
-                if number >= 2:  # the first compile and warm up
-                    times_us[way].append(took_us)
-        rows += [row(f"{case.name}: {way}", times, "us") for way, times in times_us.items()]
-        rates = [case.num_bytes / us / 1000 for us in times_us["Triton"]]
-        rows.append(row(f"{case.name}: Triton", rates, "GB/s"))
-        if bandwidth:
-            parts = [1e11 * rate / bandwidth for rate in rates]
-            rows.append(row(f"{case.name}: part of the copy bandwidth", parts, "%"))
+@dataclass(frozen=True)
+class MeasuredCase:
+    """A case's result lines, and a sentence for each way that failed."""
+
+    rows: list[Row]
+    failures: list[str]
+
+
+def setting(device: torch.device) -> tuple[torch.Tensor, float | None]:
+    """What is read between repetitions, and the copy bandwidth (bytes/s; None on a CPU)."""
+    num_bytes = FLUSH_BYTES if device.type == "cuda" else 2**20
+    flush = torch.ones(num_bytes // 4, dtype=torch.float32, device=device)
+    return flush, roofline.copy_bandwidth(device)
+
+
+def measure_case(
+    case: Case, flush: torch.Tensor, bandwidth: float | None, repetitions: int
+) -> MeasuredCase:
+    """Microseconds of each way, in turn, and what the Triton kernel makes of the bandwidth."""
+    times_us: dict[str, list[float]] = {way: [] for way in case.ways}
+    failures: dict[str, str] = {}
+    for number in range(repetitions + NUM_UNTIMED):
+        for way in [way for way in case.ways if way not in failures]:
+            try:
+                took_us = _time_us(case.ways[way], flush)
+            except Exception as error:  # Triton, gcc and the launch each raise errors of their own
+                failures[way] = sentence(first_cause(error))
+                continue
+            if number >= NUM_UNTIMED:
+                times_us[way].append(took_us)
+    kept = {way: times for way, times in times_us.items() if way not in failures}
+    rows = [row(f"{case.name}: {way}", times, "us") for way, times in kept.items()]
+    if "Triton" in kept:
+        rows += _rates(case, kept["Triton"], bandwidth)
+    return MeasuredCase(rows, [f"{case.name}: {way}: {why}" for way, why in failures.items()])
+
+
+def _rates(case: Case, times_us: list[float], bandwidth: float | None) -> list[Row]:
+    rates = [case.num_bytes / us / 1000 for us in times_us]
+    rows = [row(f"{case.name}: Triton", rates, "GB/s")]
+    if bandwidth:
+        parts = [1e11 * rate / bandwidth for rate in rates]
+        rows.append(row(f"{case.name}: part of the copy bandwidth", parts, "%"))
     return rows
 
 
 def _time_us(work: Work, flush: torch.Tensor) -> float:
     """Microseconds of `work` on the device, from a cold second-level cache."""
     watch = Stopwatch(flush.device)
-    flush.zero_()
+    flush.sum()
     watch.start()
     work()
     return 1e6 * watch.stop()
 
 
-def _cases(device: torch.device, batch: int, compiled: bool) -> Iterator[Case]:
+def cases(device: torch.device, batch: int, compiled: bool) -> Iterator[Case]:
+    """Every kernel's forward and backward, on random data."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     sizes = roofline.Shapes(*HEIGHT_WIDTH, CLASSES, dtype.itemsize)
     num_bytes = {work.name: batch * work.num_bytes for work in roofline.kernels(sizes)}
@@ -137,10 +164,16 @@ def _ways(
 
 
 def _backward(function: Function, leaves: tuple[torch.Tensor, ...]) -> Work:
-    y = function(*leaves)
-    grad = torch.randn_like(y) if y.dim() else torch.ones_like(y)
-    wanted = [leaf for leaf in leaves if leaf.requires_grad]
-    return partial(torch.autograd.grad, y, wanted, grad, retain_graph=True)
+    """The backward of a forward that is run once, when it is first wanted: it may fail."""
+
+    @cache
+    def prepared() -> Work:
+        y = function(*leaves)
+        grad = torch.randn_like(y) if y.dim() else torch.ones_like(y)
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        return partial(torch.autograd.grad, y, wanted, grad, retain_graph=True)
+
+    return lambda: prepared()()
 
 
 def _first(

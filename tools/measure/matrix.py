@@ -1,41 +1,27 @@
-"""Matrices: TOML files as cells, and repetitions of the cells in turn, each in processes of its own.
+"""Matrices: TOML files as cells. Nothing is measured here: tools/measure/runner.py does that.
 
 A file with `[[rung]]` (each adds its `set` to that of the rung before, or of the one that `base` names) or `[axes]`
 (the full product of its lists) is a matrix; any other is a run config and one cell. `batch` is samples a rank.
-
-Repetitions run A B C A B C, so that drift favours no cell, and their seeds differ. A cell that fails is told, the rest
-go on. Nothing is measured here: tools/measure/cell.py is the child that does.
 
 Threads: torchrun gives each of several ranks one thread, but a process alone takes all cores, and beside that 2 ranks
 on two cores would gain nothing. So where a rung, or the axes, have a cell of several ranks, each of their cells has one
 thread a rank, those of 1 rank too; all others have what torch takes. The loader's workers come on top of both.
 """
 
-import hashlib
-import json
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import click
-
 from engine.config import RunConfig, flatten, full_settings, override, read_toml, recipe_settings
-from engine.durable import writing
-from engine.errors import UserError, printable
+from engine.errors import UserError
 from engine.host import num_cpus
-from engine.report import command_line, without_folders, write_json
-from engine.ui import progress_bar
-from tools.report.tables import FORMAT
+from tools.measure.results import Published, Settings
 
 NUM_STEPS = 100
-LIMIT_S = 2 * 3600.0
-"""No repetition may take longer: the study's baseline trains 12 epochs in less on two cores."""
+Tree = dict[str, Any]
+"""A table of TOML, before it is checked."""
 MATRIX_KEYS: dict[str, type] = {
     "title": str, "repetitions": int, "steps": int, "accuracy": bool, "batch": int, "set": dict, "rung": list,
     "axes": dict, "published": list, "expected": list,
@@ -56,12 +42,11 @@ class Cell:
     name: str
     ladder: bool = False
     """A rung that is compared with the one before; not those of several ranks or with accuracy."""
-    axes: dict[str, Any]
+    axes: Settings
     """`batch`, `ranks`, and the settings that vary."""
-    settings: dict[str, Any]
-    """Dotted; all that is not RunConfig's default, global_batch included."""
-    published: dict[str, Any] | None = None
-    """Someone's figures; they are shown beside, and enter no ratio."""
+    settings: Settings
+    """All that is not RunConfig's default, global_batch included."""
+    published: Published | None = None
     accuracy: bool = False
     """Whether to train whole epochs and evaluate, too."""
     num_steps: int = NUM_STEPS
@@ -103,7 +88,7 @@ def read_cells(paths: list[Path], batch: int | None = None) -> tuple[str, list[C
     ]
 
 
-def _with_settings(tree: dict[str, Any], file: Path) -> dict[str, Any]:
+def _with_settings(tree: Tree, file: Path) -> Tree:
     """A file's tables, with the settings in them dotted, its recipe's among them, and paths absolute."""
     if not is_matrix(tree):
         return full_settings(tree, file)
@@ -120,11 +105,11 @@ def _with_settings(tree: dict[str, Any], file: Path) -> dict[str, Any]:
     return tree
 
 
-def is_matrix(tree: dict[str, Any]) -> bool:
+def is_matrix(tree: Tree) -> bool:
     return "rung" in tree or "axes" in tree
 
 
-def config_cell(name: str, settings: dict[str, Any], batch: int | None = None) -> Cell:
+def config_cell(name: str, settings: Settings, batch: int | None = None) -> Cell:
     """A configuration as a cell of one rank, with `batch` instead of its own."""
     global_batch = batch or override(RunConfig(), settings, name).global_batch
     axes = {"batch": global_batch, "ranks": 1}
@@ -136,7 +121,7 @@ def config_cell(name: str, settings: dict[str, Any], batch: int | None = None) -
     )
 
 
-def rungs(tree: dict[str, Any], where: str) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+def rungs(tree: Tree, where: str) -> Iterator[tuple[Tree, Settings]]:
     """Each rung of a ladder with its settings in sum.
 
     Raises:
@@ -158,7 +143,7 @@ def rungs(tree: dict[str, Any], where: str) -> Iterator[tuple[dict[str, Any], di
         yield rung, known[before]
 
 
-def _matrix(where: str, tree: dict[str, Any], batch: int | None) -> list[Cell]:
+def _matrix(where: str, tree: Tree, batch: int | None) -> list[Cell]:
     _check_keys(tree, MATRIX_KEYS, set(), where)
     if batch:
         raise UserError(f"{where}: names its batches itself; leave out --batch-size")
@@ -173,7 +158,7 @@ def _matrix(where: str, tree: dict[str, Any], batch: int | None) -> list[Cell]:
     return cells
 
 
-def _group(table: dict[str, Any], settings: dict[str, Any], where: str) -> Iterator[Cell]:
+def _group(table: Tree, settings: Settings, where: str) -> Iterator[Cell]:
     """Cells of the axes, or of a rung with the matrix's values where it has none: the product of its lists.
 
     What it has of several ranks makes all of it one thread a rank.
@@ -218,7 +203,7 @@ def _group(table: dict[str, Any], settings: dict[str, Any], where: str) -> Itera
         )
 
 
-def _publish(cells: list[Cell], figures: dict[str, Any], where: str) -> None:
+def _publish(cells: list[Cell], figures: Tree, where: str) -> None:
     _check_keys(figures, PUBLISHED_KEYS, {"axes", "gpu", "source"}, where)
     given = {name: value for name, value in figures.items() if name != "axes"}
     fit = [number for number, cell in enumerate(cells) if cell.axes | figures["axes"] == cell.axes]
@@ -226,7 +211,7 @@ def _publish(cells: list[Cell], figures: dict[str, Any], where: str) -> None:
         raise UserError(
             f"{where}: axes {figures['axes']} fit {len(fit)} cells; name one that has no figures yet"
         )
-    cells[fit[0]] = replace(cells[fit[0]], published=given)
+    cells[fit[0]] = replace(cells[fit[0]], published=Published(**given))
 
 
 def _check_keys(table: Any, kinds: dict[str, type], needed: set[str], where: str) -> None:
@@ -247,157 +232,3 @@ def _number(value: Any, where: str) -> int:
     if type(value) is not int or value < 1:
         raise UserError(f"{where}: is {value!r}; give a whole number from 1")
     return value
-
-
-def in_turn(cells: list[Cell]) -> Iterator[tuple[Cell, int]]:
-    """Cells with the number of their repetition: A B C A B C."""
-    for number in range(max(cell.repetitions for cell in cells)):
-        yield from ((cell, number) for cell in cells if number < cell.repetitions)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """Cells measured on this machine, and the folder where they leave their figures."""
-
-    title: str
-    cells: list[Cell]
-    out: Path
-    data: str = ""
-    """Record directory of all cells that name none; empty: the sample."""
-    device: str = ""
-    num_gpus: int = 0
-    limit_s: float = LIMIT_S
-
-    def measure(self, resume: bool) -> None:
-        """Measure what is missing and write OUT/profile.json, also when interrupted."""
-        with writing(self.out):
-            (self.out / "cells").mkdir(parents=True, exist_ok=True)
-        todo = self.missing(resume)
-        try:
-            with progress_bar("measuring", len(todo)) as show:
-                for done, (cell, number) in enumerate(todo):
-                    show(done, cell.name)
-                    found = self.repeat(cell, number)
-                    with writing(self.out):
-                        write_json(found, self._file(cell, number))
-                    if not sys.stderr.isatty():
-                        told = found["failed"] or f"{found['samples_per_s']:,.0f} samples/s"
-                        click.echo(
-                            printable(f"{done + 1}/{len(todo)} {cell.id} {cell.name}: {told}")
-                        )
-        finally:
-            with writing(self.out):
-                write_json(self.profile(), self.out / "profile.json")
-
-    def missing(self, resume: bool) -> list[tuple[Cell, int]]:
-        """What this machine can measure, in turn; to resume: what failed, or was not measured as it would be now."""
-        todo = [
-            (cell, number)
-            for cell, number in in_turn(self.cells)
-            if not cell.not_measured(self.num_gpus)
-        ]
-        return [
-            job for job in todo if not resume or (self._read(*job) or {"failed": "no"})["failed"]
-        ]
-
-    def profile(self) -> dict[str, Any]:
-        """What there is of this run, as tools/report/tables.py reads it."""
-        cells = []
-        for cell in self.cells:
-            found = [self._read(cell, number) for number in range(cell.repetitions)]
-            kept = ("id", "name", "ladder", "axes", "settings", "published")
-            facts = {name: getattr(cell, name) for name in kept}
-            facts["settings"] = without_folders(cell.settings)
-            facts |= {"not_measured": cell.not_measured(self.num_gpus)}
-            cells.append(facts | {"repetitions": [r for r in found if r]})
-        return {"format": FORMAT, "title": self.title, "command": command_line(), "cells": cells}
-
-    def _file(self, cell: Cell, number: int) -> Path:
-        return self.out / "cells" / f"{cell.id}-{number}.json"
-
-    def _job(self, cell: Cell, number: int) -> dict[str, Any]:
-        """What the child is told."""
-        seed = override(RunConfig(), cell.settings, cell.name).seed + number
-        wanted = {"accuracy": cell.accuracy, "num_steps": cell.num_steps, "first": not number}
-        where = {
-            "data": self.data,
-            "device": self.device,
-            "ranks": cell.num_ranks,
-            "num_threads": cell.num_threads,
-        }
-        job = {"settings": cell.settings | {"seed": seed}} | wanted | where
-        return job | {
-            "digest": hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:16]
-        }
-
-    def _read(self, cell: Cell, number: int) -> dict[str, Any] | None:
-        """A repetition that was measured as it would be now."""
-        try:
-            found: dict[str, Any] = json.loads(self._file(cell, number).read_bytes())
-            return found if found["digest"] == self._job(cell, number)["digest"] else None
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-
-    def repeat(self, cell: Cell, number: int) -> dict[str, Any]:
-        """Let a child measure one repetition."""
-        job = self._job(cell, number)
-        with tempfile.TemporaryDirectory() as folder:
-            job_file, result = Path(folder) / "job.json", Path(folder) / "repetition.json"
-            job_file.write_text(json.dumps(job), encoding="utf-8")
-            failed = _run_child(
-                cell, [str(job_file), str(result)], Path(folder) / "log.txt", self.limit_s
-            )
-            found = (
-                {"environment": {}, "effective": {}, "notes": []}
-                if failed
-                else json.loads(result.read_bytes())
-            )
-        return {"seed": job["settings"]["seed"], "digest": job["digest"], "failed": failed} | found
-
-
-def module_on_ranks(num_ranks: int, module: str, *words: str) -> list[str]:
-    """The command that starts a module under torchrun, on this machine."""
-    ranks = f"--nproc-per-node={num_ranks}"
-    return [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        ranks,
-        "-m",
-        module,
-        *words,
-    ]
-
-
-def _run_child(cell: Cell, files: list[str], log: Path, limit_s: float) -> str:
-    """Run tools.measure.cell in as many processes as the cell has ranks; one line if that failed, else nothing."""
-    alone = [sys.executable, "-m", "tools.measure.cell", *files]
-    command = (
-        module_on_ranks(cell.num_ranks, "tools.measure.cell", *files)
-        if cell.num_ranks > 1
-        else alone
-    )
-    threads = {"OMP_NUM_THREADS": str(cell.num_threads)} if cell.num_threads else {}
-    with open(log, "wb") as file:
-        child = subprocess.Popen(
-            command, env=os.environ | threads, stdout=subprocess.DEVNULL, stderr=file
-        )
-        try:
-            code = child.wait(limit_s)
-        except subprocess.TimeoutExpired:
-            return f"did not end within {limit_s:g} s"
-        finally:
-            child.terminate()  # torchrun kills ranks that have not ended within 30 s
-            child.wait()
-    lines = [
-        line
-        for line in log.read_text(encoding="utf-8", errors="replace").splitlines()
-        if line.strip()
-    ]
-    said = next((line for line in lines if line.startswith("error: ")), lines[-1] if lines else "")
-    return (
-        printable(without_folders(f"exit code {code}: {said.removeprefix('error: ')}"))
-        if code
-        else ""
-    )

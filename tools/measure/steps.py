@@ -32,6 +32,7 @@ class Measured:
     """Milliseconds the host waited for the feed, in all."""
     samples_per_s: float
     """Over all ranks."""
+    steps_per_launch: float
     gpu_utilisation_percent: float | None
     power_w: float | None
     energy_j: float | None
@@ -70,6 +71,7 @@ def measure(session: Session, num_steps: int, nvml: Nvml = UNREAD) -> Measured:
         ),
         wait_ms=wait_s * 1000,
         samples_per_s=done * session.config.global_batch / (sum(launch_ms) / 1000),
+        steps_per_launch=done / len(sizes),
         gpu_utilisation_percent=utilisation_percent,
         power_w=power_w,
         energy_j=None if before_j is None or after_j is None else after_j - before_j,

@@ -180,18 +180,25 @@ def _is_counted(event: Any) -> bool:
     return not parent and (event.name.startswith("aten::") or bool(_kernels([event])))
 
 
-def _operator(event: Any, on_gpu: bool) -> dict[str, Any]:
+class Operator(NamedTuple):
+    """One call of an operator, or of a kernel outside of any."""
+
+    operator: str
+    shapes: str
+    kernels: str
+    ms: float
+    flops: int
+    mb: float
+
+
+def _operator(event: Any, on_gpu: bool) -> Operator:
     inside = list(_inside(event)) if event.name.startswith("aten::") else [event]
     kernels = _kernels(inside)
     us = sum(kernel.duration for kernel in kernels) if on_gpu else event.time_range.elapsed_us()
     names = dict.fromkeys(kernel.name for kernel in kernels)
     shapes = " ".join("x".join(map(str, shape)) for shape in event.input_shapes if shape)
-    row = {
-        "operator": event.name.removeprefix("aten::"),
-        "shapes": shapes,
-        "kernels": "; ".join(names),
-    }
-    return row | {"ms": us / 1000, "flops": _flops(event), "mb": _input_mb(event)}
+    name = event.name.removeprefix("aten::")
+    return Operator(name, shapes, "; ".join(names), us / 1000, _flops(event), _input_mb(event))
 
 
 def _inside(event: Any) -> Iterator[Any]:

@@ -1,58 +1,63 @@
 """tools/profile compare: two runs, or two profiles cell by cell. Says "no difference shown" where that is so.
 
-Throughput is compared by the ratio B / A of paired repetitions (the same number of repetition, measured close together
-in time): the mean of the log-ratios with Student's t interval. Ratios are near log-normal, and there are 3 to 10 pairs;
-a bootstrap of so few resamples the same values and covers too seldom (of 3 pairs 73 %, of 5 83 %, not 95 %: simulated).
-It measures nothing, and compares nothing across devices.
+Throughput is compared by the ratio B / A of paired repetitions (the same number of repetition,
+measured close together in time). It measures nothing, and compares nothing across devices.
 """
 
 import json
-from math import exp, inf, log
+from dataclasses import asdict, dataclass, replace
+from math import isfinite
 from pathlib import Path
-from statistics import mean, stdev
 from textwrap import indent
 from typing import Any
 
 import pandas as pd
 
 from engine.durable import write_file, writing
-from engine.errors import UserError, printable
+from engine.errors import UserError
 from engine.report import Environment, read_report, write_json
-from tools.report.rows import markdown_table, row, write_result
-from tools.report.tables import RATE, device, read_profile
-
-STUDENT_T = (
-    inf,
-    12.706,
-    4.303,
-    3.182,
-    2.776,
-    2.571,
-    2.447,
-    2.365,
-    2.306,
-    2.262,
-    2.228,
-    2.201,
-    2.179,
-    2.160,
-    2.145,
+from tools.measure.results import (
+    CellResult,
+    Epoch,
+    Repetition,
+    Settings,
+    read_epochs,
+    read_profile,
 )
-"""97.5 % quantiles of Student's t for 0, 1, ... degrees of freedom; beyond, the last one (a little too wide)."""
+from tools.report.figures import heading, show
+from tools.report.rows import Row, markdown_table, row, write_result
+from tools.report.statistics import paired_ratio
+from tools.report.tables import devices
+
 LOSS_TOLERANCE, ACCURACY_TOLERANCE = 1e-3, 5e-3
 """What the same training may differ by when numbers are added in another order, or rounded to bf16."""
 NO_DIFFERENCE = "no difference shown"
+Report = dict[str, Any]
+"""A run's report.json, as engine.report.read_report gives it."""
 
 
-def paired_ratio(a: list[float], b: list[float]) -> tuple[float, float, float]:
-    """The geometric mean of b / a over pairs of positive figures, and its 95 % interval; (0, inf) for one pair."""
-    logs = [log(y / x) for x, y in zip(a, b, strict=True)]
-    half = (
-        inf
-        if len(logs) < 2
-        else STUDENT_T[min(len(logs), len(STUDENT_T)) - 1] * stdev(logs) / len(logs) ** 0.5
-    )
-    return exp(mean(logs)), exp(mean(logs) - half), inf if half == inf else exp(mean(logs) + half)
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """A cell that both profiles have."""
+
+    cell: str
+    axes: Settings
+    pairs: int
+    speed: str
+    ratio: float | None = None
+    low95: float | None = None
+    high95: float | None = None
+    losses: str | None = None
+    test_accuracy: str | None = None
+
+    @property
+    def columns(self) -> dict[str, object]:
+        """Its row of the table; what is endless or unknown is None."""
+        tree = asdict(self)
+        figures = ("ratio", "low95", "high95")
+        known = {n: tree[n] if isfinite(tree[n] or 0) else None for n in figures}
+        row = {"cell": tree.pop("cell"), **tree.pop("axes"), "pairs": tree.pop("pairs")}
+        return row | {name: known.get(name, tree[name]) for name in tree}
 
 
 def compare_profiles(folder_a: Path, folder_b: Path, out: Path | None) -> str:
@@ -61,70 +66,69 @@ def compare_profiles(folder_a: Path, folder_b: Path, out: Path | None) -> str:
     Raises:
         UserError: a folder holds no profile, or the two have no cell in common.
     """
-    cells_a, cells_b = (
-        {_key(c): c for c in read_profile(f)["cells"]} for f in (folder_a, folder_b)
-    )
-    rows = [_row(cell, cells_b[key]) for key, cell in cells_a.items() if key in cells_b]
+    cells_a, cells_b = ({_key(c): c for c in read_profile(f).cells} for f in (folder_a, folder_b))
+    rows = [_compared(cell, cells_b[key]) for key, cell in cells_a.items() if key in cells_b]
     if not rows:
         raise UserError(
             f"{folder_a} and {folder_b}: have no cell in common; measure the same matrix in both"
         )
-    frame = pd.DataFrame(rows)
-    table = frame.to_string(index=False, na_rep="", float_format="{:,.4g}".format)
+    tree = [row.columns for row in rows]
+    table = pd.DataFrame(tree).to_string(index=False, na_rep="", float_format="{:,.4g}".format)
     alone = f"{len(cells_a) + len(cells_b) - 2 * len(rows)} more are in one folder only"
     text = f"{table}\n\nB / A of samples/s with its 95 % interval; {len(rows)} cells, {alone}"
     if out:
-        plain = frame.astype(object).where(frame.notna() & (frame != inf), None).to_dict("records")
+        names = {"a": folder_a.name, "b": folder_b.name}
         with writing(out):
             out.mkdir(parents=True, exist_ok=True)
             block = indent(text, "    ", lambda line: True)
-            write_file(
-                out / "comparison.md",
-                f"# {folder_a.name} and {folder_b.name}\n\n{block}\n".encode(),
-            )
-            write_json(
-                {"a": folder_a.name, "b": folder_b.name, "cells": plain}, out / "comparison.json"
-            )
+            page = f"# {folder_a.name} and {folder_b.name}\n\n{block}\n"
+            write_file(out / "comparison.md", page.encode())
+            write_json(names | {"cells": tree}, out / "comparison.json")
     return text
 
 
-def _key(cell: dict[str, Any]) -> str:
-    return json.dumps([cell["name"], cell["axes"], cell["settings"]], sort_keys=True)
+def _key(cell: CellResult) -> str:
+    return json.dumps([cell.name, cell.axes, cell.settings], sort_keys=True)
 
 
-def _row(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
-    both = zip(a["repetitions"], b["repetitions"], strict=False)
-    pairs = [(x, y) for x, y in both if not (x["failed"] or y["failed"])]
-    found: dict[str, Any] = {"cell": printable(a["name"]), **a["axes"], "pairs": len(pairs)}
+def _compared(a: CellResult, b: CellResult) -> Compared:
+    both = zip(a.repetitions, b.repetitions, strict=False)
+    pairs = [(x, y) for x, y in both if not (x.failed or y.failed)]
+    found = Compared(cell=a.name, axes=a.axes, pairs=len(pairs), speed="not measured in both")
     if not pairs:
-        return found | {"speed": "not measured in both"}
-    if len(devices := {device(r) for pair in pairs for r in pair}) > 1:
-        return found | {"speed": printable(f"not comparable: {' and '.join(sorted(devices))}")}
-    ratio, low, high = paired_ratio(
-        *([float(r[RATE]) for r in side] for side in zip(*pairs, strict=True))
+        return found
+    names = devices([repetition for pair in pairs for repetition in pair])
+    if len(names) > 1:
+        return replace(found, speed=f"not comparable: {' and '.join(names)}")
+    side_a, side_b = ([pair[n] for pair in pairs] for n in (0, 1))
+    ratio, low, high = paired_ratio([r.rate for r in side_a], [r.rate for r in side_b])
+    return replace(
+        found,
+        speed=NO_DIFFERENCE if low <= 1 <= high else f"B is {ratio:.3g} x as fast",
+        ratio=ratio,
+        low95=low,
+        high95=high,
+        losses=losses(_epochs(side_a), _epochs(side_b)),
+        test_accuracy=agreement(_accuracies(pairs), ACCURACY_TOLERANCE),
     )
-    verdict = NO_DIFFERENCE if low <= 1 <= high else f"B is {ratio:.3g} x as fast"
-    found |= {"ratio": ratio, "low95": low, "high95": high, "speed": verdict}
-    lines_a, lines_b = (
-        [line for r in side for line in r.get("epochs") or []] for side in zip(*pairs, strict=True)
-    )
-    accuracies = [
-        (x.get("test_accuracy_fraction"), y.get("test_accuracy_fraction")) for x, y in pairs
-    ]
-    accuracies = [pair for pair in accuracies if None not in pair]
-    return found | {
-        "losses": losses(lines_a, lines_b),
-        "test_accuracy": agreement(accuracies, ACCURACY_TOLERANCE),
-    }
 
 
-def losses(lines_a: list[dict[str, Any]], lines_b: list[dict[str, Any]]) -> str:
-    """How the losses of epochs in metrics.jsonl agree; empty where there are none."""
-    names = ("train_loss", "val_loss")
-    both = zip(lines_a, lines_b, strict=False)
-    return agreement(
-        [(x[n], y[n]) for x, y in both for n in names if n in x and n in y], LOSS_TOLERANCE
-    )
+def _epochs(side: list[Repetition]) -> list[Epoch]:
+    return [line for repetition in side for line in repetition.epochs]
+
+
+def _accuracies(pairs: list[tuple[Repetition, Repetition]]) -> list[tuple[float, float]]:
+    accuracies = [(x.test_accuracy_fraction, y.test_accuracy_fraction) for x, y in pairs]
+    return [(x, y) for x, y in accuracies if x is not None and y is not None]
+
+
+def losses(lines_a: list[Epoch], lines_b: list[Epoch]) -> str:
+    """How the losses of epochs agree; empty where there are none."""
+    both = list(zip(lines_a, lines_b, strict=False))
+    pairs = [(x.train_loss, y.train_loss) for x, y in both]
+    pairs += [(x.val_loss, y.val_loss) for x, y in both]
+    known = [(x, y) for x, y in pairs if x is not None and y is not None]
+    return agreement(known, LOSS_TOLERANCE)
 
 
 def agreement(pairs: list[tuple[float, float]], tolerance: float) -> str:
@@ -146,68 +150,57 @@ def compare_runs(folder_a: Path, folder_b: Path, out: Path | None) -> str:
     reports = (read_report(folder_a), read_report(folder_b))
     text = _side_by_side(*reports, *names)
     same = reports[0]["config_digest"] == reports[1]["config_digest"]
-    if same and (told := losses(_metrics(folder_a), _metrics(folder_b))):
-        text += f"\n\nLosses of the epochs that both have: {told}."
+    if same and (found := losses(read_epochs(folder_a), read_epochs(folder_b))):
+        text += f"\n\nLosses of the epochs that both have: {found}."
     if out:
-        rows = []
-        for name, r in zip(names, reports, strict=True):
-            rows.append(
-                row(f"{name}, {r['num_epochs']} epochs: training time", [r["train_s"]], "s")
-            )
-            rows.append(row(f"{name}: throughput", [r["samples_per_s"]], "samples/s"))
-            rows.append(row(f"{name}: test accuracy", [100 * r["test_accuracy_fraction"]], "%"))
-        facts, images = (
-            Environment(**r["environment"]),
-            f"{r['num_train_samples']:,} training images",
-        )
+        last = reports[1]
+        images = f"{last['num_train_samples']:,} training images"
         title = f"{out.name}: {' and '.join(names)}, {images}, one run each"
+        rows = [line for name, r in zip(names, reports, strict=True) for line in _rows(name, r)]
+        facts = Environment(**last["environment"])
         with writing(out):
-            write_result(
-                out / "comparison.json", title=title, environment=facts, rows=rows, claims=[]
-            )
-            write_file(out / "comparison.md", f"# {' and '.join(names)}\n\n{text}\n".encode())
+            file = out / "comparison.json"
+            write_result(file, title=title, environment=facts, rows=rows, claims=[])
+            page = f"# {' and '.join(names)}\n\n{text}\n"
+            write_file(out / "comparison.md", page.encode())
     return text
 
 
-def _metrics(folder: Path) -> list[dict[str, Any]]:
-    try:
-        return [
-            json.loads(line)
-            for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        ]
-    except (OSError, ValueError):
-        raise UserError(
-            f"{folder}: its metrics.jsonl cannot be read; name the folder of a finished run"
-        ) from None
+def _rows(name: str, report: Report) -> list[Row]:
+    return [
+        row(f"{name}, {report['num_epochs']} epochs: training time", [report["train_s"]], "s"),
+        row(f"{name}: throughput", [report["samples_per_s"]], "samples/s"),
+        row(f"{name}: test accuracy", [100 * report["test_accuracy_fraction"]], "%"),
+    ]
 
 
-COMPARED: dict[str, tuple[str, str, str]] = {
-    "train_s": ("training time (s)", "{:.2f}", "less"),
-    "samples_per_s": ("samples/s", "{:,.0f}", "more"),
-    "test_accuracy_fraction": ("test accuracy", "{:.2%}", "points"),
-    "val_accuracy_fraction": ("best validation accuracy", "{:.2%}", "points"),
-    "data_wait_fraction": ("waiting for data", "{:.1%}", ""),
-    "num_epochs": ("epochs", "{}", ""),
-    "global_batch": ("global batch", "{}", ""),
-    "precision": ("precision", "{}", ""),
-    "feed": ("feed", "{}", ""),
-    "cuda_graphs": ("CUDA graphs", "{}", ""),
-    "host_peak_rss_gib": ("peak host memory (GiB)", "{:.2f}", ""),
-    "torch_peak_gib": ("peak GPU memory of torch (GiB)", "{:.2f}", ""),
+COMPARED = {
+    "train_s": "less",
+    "samples_per_s": "more",
+    "test_accuracy_fraction": "points",
+    "val_accuracy_fraction": "points",
+    "data_wait_fraction": "",
+    "num_epochs": "",
+    "global_batch": "",
+    "precision": "",
+    "feed": "",
+    "cuda_graphs": "",
+    "host_peak_rss_gib": "",
+    "torch_peak_gib": "",
 }
-"""A figure's title and format, and what B / A says of it: faster where it is less or more; or B - A in points."""
+"""What B / A says of a figure: faster where it is less or more; or B - A in points."""
 
 
-def _side_by_side(a: dict[str, Any], b: dict[str, Any], name_a: str, name_b: str) -> str:
+def _side_by_side(a: Report, b: Report, name_a: str, name_b: str) -> str:
     """Two run reports as a Markdown table."""
     rows = []
     flat_a, flat_b = ({**r["config"], **r["effective"], **r} for r in (a, b))
-    for key, (title, form, better) in COMPARED.items():
+    for key, better in COMPARED.items():
         x, y = flat_a[key], flat_b[key]
         if x is None or y is None:
             continue
         verdict = f"{100 * (y - x):+.2f} points" if better == "points" else ""
         if better in ("less", "more") and x and y:
             verdict = f"{y / x if better == 'more' else x / y:.1f} x faster"
-        rows.append((title, form.format(x), form.format(y), verdict))
+        rows.append((heading(key), show(key, x), show(key, y), verdict))
     return "\n".join(markdown_table(f"| | {name_a} | {name_b} | {name_b} is |", "lrrl", rows))

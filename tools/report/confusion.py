@@ -6,11 +6,14 @@ Shapes: N samples, B of a batch, C classes, T x R true and read classes, H x W p
 import base64
 import io
 import string
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 from PIL import Image
+
+from tools.measure.results import Confusion, Example
 
 if TYPE_CHECKING:
     from engine.train.session import Session
@@ -19,7 +22,7 @@ LOOKALIKES = ("O0o", "lI1|", *(c + c.upper() for c in string.ascii_lowercase if 
 NUM_EXAMPLES = 24
 
 
-def confusion_of(session: "Session") -> dict[str, Any]:
+def confusion_of(session: "Session") -> Confusion:
     """Classes, all nonzero [true, read, count], and one glyph of each of the most frequent confusions.
 
     Of the test split, by the step's own logits, in the order of the split; on one rank, which reads all of it.
@@ -35,31 +38,25 @@ def confusion_of(session: "Session") -> dict[str, Any]:
         np.argmax((split.label_N == t) & (answer_N == r))
         for _, t, r in sorted(wrong)[:NUM_EXAMPLES]
     ]
-    return {
-        "classes": list(classes),
-        "counts": [[int(t), int(r), int(count_TR[t, r])] for t, r in np.argwhere(count_TR)],
-        "examples": [
+    return Confusion(
+        classes=list(classes),
+        counts=[(int(t), int(r), int(count_TR[t, r])) for t, r in np.argwhere(count_TR)],
+        examples=[
             _example(split.image_NHW[row], split.label_N[row], answer_N[row]) for row in rows
         ],
-    }
+    )
 
 
-def _example(image_HW: np.ndarray, true: int, read: int) -> dict[str, Any]:
+def _example(image_HW: np.ndarray, true: int, read: int) -> Example:
     height, width = image_HW.shape
     pixels = base64.b64encode(image_HW.tobytes()).decode()
-    return {
-        "true": int(true),
-        "read": int(read),
-        "height": height,
-        "width": width,
-        "pixels": pixels,
-    }
+    return Example(true=int(true), read=int(read), height=height, width=width, pixels=pixels)
 
 
-def matrices(confusion: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+def matrices(confusion: Confusion) -> tuple[np.ndarray, np.ndarray]:
     """count_TR, and share_TR of the true class."""
-    count_TR = np.zeros([len(confusion["classes"])] * 2, int)
-    for true, read, count in confusion["counts"]:
+    count_TR = np.zeros([len(confusion.classes)] * 2, int)
+    for true, read, count in confusion.counts:
         count_TR[true, read] = count
     return count_TR, count_TR / np.maximum(count_TR.sum(1, keepdims=True), 1)
 
@@ -94,15 +91,24 @@ def lookalikes(
     return table.sort_values("times", ascending=False, kind="stable"), chosen[:most]
 
 
-def glyph(example: dict[str, Any], classes: list[str], count_TR: np.ndarray) -> dict[str, Any]:
-    """An example for the page: labels, how often, and a PNG in base64, black on white."""
-    true, read, png = example["true"], example["read"], io.BytesIO()
-    pixels = np.frombuffer(base64.b64decode(example["pixels"], validate=True), np.uint8)
-    Image.fromarray(255 - pixels.reshape(example["height"], example["width"])).save(png, "png")
-    text = base64.b64encode(png.getvalue()).decode()
-    return {
-        "true": classes[true],
-        "read": classes[read],
-        "count": count_TR[true, read],
-        "png": text,
-    }
+@dataclass(frozen=True)
+class Glyph:
+    """An example as the page shows it: labels, how often, and a PNG in base64, black on white."""
+
+    true: str
+    read: str
+    count: int
+    png: str
+
+
+def glyph(example: Example, classes: list[str], count_TR: np.ndarray) -> Glyph:
+    """An example for the page."""
+    png = io.BytesIO()
+    pixels = np.frombuffer(base64.b64decode(example.pixels), np.uint8)
+    Image.fromarray(255 - pixels.reshape(example.height, example.width)).save(png, "png")
+    return Glyph(
+        true=classes[example.true],
+        read=classes[example.read],
+        count=int(count_TR[example.true, example.read]),
+        png=base64.b64encode(png.getvalue()).decode(),
+    )

@@ -7,7 +7,7 @@ Jinja's autoescape in the page, by matplotlib in pictures, by `markdown_text` an
 import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -18,20 +18,15 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from engine.durable import Damaged, parse_json, write_file, writing
-from engine.errors import UserError, printable
+from engine.errors import UserError
+from tools.measure.results import RATE, Profile, clean, read_profile
+from tools.measure.typed import typed
 from tools.report import charts
 from tools.report.charts import Line, Picture
-from tools.report.confusion import class_table, glyph, lookalikes, matrices
+from tools.report.confusion import Glyph, class_table, glyph, lookalikes, matrices
+from tools.report.figures import MEDIANS, heading, show
 from tools.report.rows import markdown_table, number
-from tools.report.tables import (
-    MEASURED,
-    RATE,
-    cells_frame,
-    epochs_frame,
-    good,
-    parts_frame,
-    read_profile,
-)
+from tools.report.tables import cells_frame, epochs_frame, parts_frame
 
 TEMPLATE = Path(__file__).with_name("page.html")
 EXTRA = {
@@ -41,18 +36,6 @@ EXTRA = {
 """Sections from files of other commands: title, file, and the table's key in it."""
 NUM_WORST, NUM_MATRIX, NUM_BARS = 20, 16, 12
 LOW, HIGH = f"{RATE}_low95", f"{RATE}_high95"
-HEADINGS = {
-    RATE: "samples/s", f"{RATE}_p10": "p10", f"{RATE}_p90": "p90", LOW: "95 % from", HIGH: "to", "num": "n",
-    "batch": "batch a rank", "energy_j_per_ksample": "J a 1,000 samples", "gain": "over the rung before",
-}  # fmt: skip
-UNITS = {
-    "ms": " (ms)",
-    "s": " (s)",
-    "gib": " (GiB)",
-    "w": " (W)",
-    "percent": " (%)",
-    "fraction": "",
-}
 
 
 @dataclass(frozen=True)
@@ -65,7 +48,7 @@ class Section:
     frame: pd.DataFrame
     """Where it is empty, there is no section."""
     make: Callable[[], Figure] | None = None
-    glyphs: list[dict[str, Any]] = field(default_factory=list)
+    glyphs: list[Glyph] = field(default_factory=list)
 
     @cached_property
     def picture(self) -> Picture | None:
@@ -92,16 +75,10 @@ def write_report(folder: Path, out: Path) -> Path:
     Raises:
         UserError: FOLDER holds no profile, or OUT cannot be written.
     """
-    profile = clean(read_profile(folder))
+    profile = read_profile(folder)
     extras = list(_extras(folder))
-    try:
-        sections = [section for section in (*make_sections(profile), *extras) if len(section.frame)]
-        page_text, markdown_page = page(profile, sections), markdown(profile, sections)
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        what = f"{type(error).__name__}: {error}"
-        raise UserError(
-            f"{folder}: not as `tools/profile run` writes it ({what}); make it anew"
-        ) from error
+    sections = [section for section in (*make_sections(profile), *extras) if len(section.frame)]
+    page_text, markdown_page = page(profile, sections), markdown(profile, sections)
     figures = out / "figures"
     with writing(out):
         figures.mkdir(parents=True, exist_ok=True)
@@ -115,14 +92,10 @@ def write_report(folder: Path, out: Path) -> Path:
     return out / "report.html"
 
 
-def make_sections(profile: dict[str, Any]) -> list[Section]:
+def make_sections(profile: Profile) -> list[Section]:
     """All sections, those without data with an empty table."""
     frame = cells_frame(profile)
-    axes = [
-        c
-        for c in frame.columns
-        if c in {axis for cell in profile["cells"] for axis in cell["axes"]}
-    ]
+    axes = [c for c in frame.columns if c in {axis for cell in profile.cells for axis in cell.axes}]
     others = [axis for axis in axes if axis not in ("batch", "ranks")] + ["device"]
     return [
         _ladder(frame), _batches(frame, others), _ranks(frame, others),
@@ -134,7 +107,7 @@ def make_sections(profile: dict[str, Any]) -> list[Section]:
                  parts_frame(profile, "stage_ms"), frame, "ms a step, traced"),
         _learning(profile), _target(frame), *_confusion(profile), _published(profile, frame),
         Section("cells", "All cells", "Medians of n repetitions, made in turn so that drift favours none.",
-                frame.loc[frame["num"] > 0, ["name", *axes, "num", RATE, f"{RATE}_p10", f"{RATE}_p90", *MEASURED]]
+                frame.loc[frame["num"] > 0, ["name", *axes, "num", RATE, f"{RATE}_p10", f"{RATE}_p90", *MEDIANS]]
                 .dropna(axis="columns", how="all")),
         _failures(profile), _circumstances(profile),
     ]  # fmt: skip
@@ -213,7 +186,7 @@ def _roofline(frame: pd.DataFrame) -> Section:
     return Section("roofline", "Roofline", seen, table, make)
 
 
-def _learning(profile: dict[str, Any]) -> Section:
+def _learning(profile: Profile) -> Section:
     epochs = epochs_frame(profile)
     groups = [group for _, group in epochs.groupby("id", sort=False)]
     drawn = [
@@ -236,13 +209,11 @@ def _target(frame: pd.DataFrame) -> Section:
     return Section("target", "Time to accuracy", seen, table, make)
 
 
-def _confusion(profile: dict[str, Any]) -> Iterator[Section]:
+def _confusion(profile: Profile) -> Iterator[Section]:
     """Of the first cell that has one."""
-    found = (
-        (c["name"], r["confusion"]) for c in profile["cells"] for r in good(c) if r.get("confusion")
-    )
+    found = ((c.name, r.confusion) for c in profile.cells for r in c.good if r.confusion)
     for name, confusion in [*found][:1]:
-        classes = confusion["classes"]
+        classes = confusion.classes
         count_TR, share_TR = matrices(confusion)
         table = class_table(classes, count_TR)
         seen = f"Test accuracy of each class in the first repetition of “{name}”; drawn are the {NUM_WORST} lowest."
@@ -253,14 +224,15 @@ def _confusion(profile: dict[str, Any]) -> Iterator[Section]:
         make = partial(
             charts.matrix, share_TR[np.ix_(chosen, chosen)], [classes[number] for number in chosen]
         )
-        glyphs = [glyph(example, classes, count_TR) for example in confusion["examples"]]
+        glyphs = [glyph(example, classes, count_TR) for example in confusion.examples]
         yield Section("lookalikes", "Look-alikes", seen, table, make, glyphs)
 
 
-def _published(profile: dict[str, Any], frame: pd.DataFrame) -> Section:
-    theirs = pd.DataFrame([cell["published"] or {} for cell in profile["cells"]]).add_prefix(
-        "published "
-    )
+def _published(profile: Profile, frame: pd.DataFrame) -> Section:
+    theirs = pd.DataFrame(
+        [asdict(cell.published) if cell.published else {} for cell in profile.cells]
+    ).add_prefix("published ")
+    theirs = theirs.dropna(axis="columns", how="all")
     ours = frame[["name", "device", RATE, "train_s", "test_accuracy_fraction"]]
     table = ours.replace({"device": {"": "not measured here"}}).join(theirs)[
         theirs.notna().any(axis=1)
@@ -269,24 +241,21 @@ def _published(profile: dict[str, Any], frame: pd.DataFrame) -> Section:
     return Section("published", "Published figures", seen, table)
 
 
-def _failures(profile: dict[str, Any]) -> Section:
-    cells = profile["cells"]
+def _failures(profile: Profile) -> Section:
+    cells = profile.cells
     rows = [
-        (c["name"], f"seed {r['seed']}: {r['failed']}")
-        for c in cells
-        for r in c["repetitions"]
-        if r["failed"]
+        (c.name, f"seed {r.seed}: {r.failed}") for c in cells for r in c.repetitions if r.failed
     ]
-    rows += [(c["name"], c["not_measured"]) for c in cells if c["not_measured"]]
+    rows += [(c.name, c.not_measured) for c in cells if c.not_measured]
     seen = "Repetitions that failed, and cells that cannot be measured here."
     return Section("failures", "Not measured", seen, pd.DataFrame(rows, columns=["name", "why"]))
 
 
-def _circumstances(profile: dict[str, Any]) -> Section:
-    done = [repetition for cell in profile["cells"] for repetition in good(cell)]
-    distinct = {json.dumps(r["environment"] | {"command": None}, sort_keys=True) for r in done}
-    notes = sorted({note for r in done for note in r["notes"]})
-    rows = [("command", profile["command"]), *(("note", note) for note in notes)]
+def _circumstances(profile: Profile) -> Section:
+    done = [repetition for cell in profile.cells for repetition in cell.good]
+    distinct = {json.dumps(asdict(r.facts) | {"command": None}, sort_keys=True) for r in done}
+    notes = sorted({note for r in done for note in r.notes})
+    rows = [("command", profile.command), *(("note", note) for note in notes)]
     for place, facts in enumerate(map(json.loads, sorted(distinct)), 1):
         which = f" of machine {place}" if len(distinct) > 1 else ""
         rows += [(name + which, str(value)) for name, value in facts.items() if value is not None]
@@ -302,16 +271,16 @@ def _circumstances(profile: dict[str, Any]) -> Section:
 def _extras(folder: Path) -> Iterator[Section]:
     """Sections of the tables that other commands left in the folder."""
     for key, (title, name, rows) in EXTRA.items():
-        if (path := folder / name).exists():
+        path = folder / name
+        if path.exists():
             try:
                 content = clean(parse_json(path.read_bytes(), name))
-                yield Section(
-                    key, title, f"{content.get('title', title)}.", pd.DataFrame(content[rows])
-                )
-            except (OSError, Damaged, KeyError, TypeError, ValueError, AttributeError):
+                table = typed(list[dict[str, Any]], content[rows], rows)
+            except (OSError, Damaged, LookupError, TypeError, RecursionError):
                 raise UserError(
                     f"{path}: holds no table `{rows}`; make it anew, or remove it"
                 ) from None
+            yield Section(key, title, f"{content.get('title', title)}.", pd.DataFrame(table))
 
 
 def _few(cells: pd.DataFrame) -> pd.DataFrame:
@@ -343,40 +312,13 @@ def _lines(frame: pd.DataFrame, x: str, y: str, keys: list[str]) -> list[Line]:
     return drawn[: charts.MOST]
 
 
-def clean(tree: Any) -> Any:
-    """A tree of JSON with control characters of all its texts shown as \\xNN."""
-    if isinstance(tree, dict):
-        return {clean(key): clean(value) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [clean(value) for value in tree]
-    return printable(tree) if isinstance(tree, str) else tree
-
-
-def heading(column: str) -> str:
-    """A column's name, its unit in brackets."""
-    words, _, unit = column.replace(RATE, "samples/s").rpartition("_")
-    text = words + UNITS[unit] if words and unit in UNITS else column.replace(RATE, "samples/s")
-    return HEADINGS.get(column) or text.replace("_", " ")
-
-
-def show(column: str, value: Any) -> str:
-    """A value as the page and Markdown tell it."""
-    if value is None or value != value:
-        return "-"
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.number)):
-        return str(value)
-    if column.endswith("fraction") or column == "efficiency":
-        return f"{100 * value:.2f} %"
-    return f"{value:.2f} x" if column in ("gain", "speedup") else number(float(value))
-
-
-def page(profile: dict[str, Any], sections: list[Section]) -> str:
+def page(profile: Profile, sections: list[Section]) -> str:
     """The report as one HTML page that loads nothing and runs nothing."""
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
         TEMPLATE.read_text(encoding="utf-8")
     )
     return template.render(
-        title=profile["title"], facts=_facts(cells_frame(profile)), sections=sections, charts=charts
+        title=profile.title, facts=_facts(cells_frame(profile)), sections=sections, charts=charts
     )
 
 
@@ -409,9 +351,9 @@ def _facts(frame: pd.DataFrame) -> list[tuple[str, str]]:
     return facts
 
 
-def markdown(profile: dict[str, Any], sections: list[Section]) -> str:
+def markdown(profile: Profile, sections: list[Section]) -> str:
     """The report's tables for a README."""
-    lines = [f"# {markdown_text(profile['title'])}", ""]
+    lines = [f"# {markdown_text(profile.title)}", ""]
     for section in sections:
         lines += [f"## {section.title}", "", markdown_text(section.seen), ""]
         if section.picture:

@@ -1,98 +1,157 @@
 """Result files: the one shape in which benchmarks and the GPU round leave their figures.
 
-A file is JSON: title, command, environment, and rows of {name, value, unit, low, high, n}; value is a median, low and
-high are the extremes of n repetitions. Claims are rows of {claim, measured, met}.
+A file is a Result as JSON: a title, an environment with the command in it, rows, and claims.
 """
 
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
 
+from engine.durable import Damaged
+from engine.errors import UserError
 from engine.report import Environment, command_line, write_json
+from tools.measure.typed import read_as
 
 
-def row(name: str, values: list[float], unit: str) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A figure: the median of n repetitions, and their extremes."""
+
+    name: str
+    value: float
+    unit: str
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """A figure that must be reached, and whether it was."""
+
+    claim: str
+    measured: float
+    wanted: float
+    at_most: bool = False
+    met: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """A result file."""
+
+    title: str
+    environment: Environment
+    rows: list[Row]
+    claims: list[Claim]
+
+
+def row(name: str, values: list[float], unit: str) -> Row:
     """A result line from repetitions."""
-    figures = {
-        "value": median(values),
-        "unit": unit,
-        "low": min(values),
-        "high": max(values),
-        "n": len(values),
-    }
-    return {"name": name} | figures
+    low, high = min(values), max(values)
+    return Row(name=name, value=median(values), unit=unit, low=low, high=high, n=len(values))
 
 
-def claim(text: str, measured: float, wanted: float, at_most: bool = False) -> dict[str, Any]:
+def claim(text: str, measured: float, wanted: float, at_most: bool = False) -> Claim:
     """Whether a figure that must be reached was: measured >= wanted, or <=."""
     met = measured <= wanted if at_most else measured >= wanted
-    return {"claim": text, "measured": measured, "wanted": wanted, "at_most": at_most, "met": met}
+    return Claim(claim=text, measured=measured, wanted=wanted, at_most=at_most, met=met)
 
 
 def write_result(
-    path: Path,
-    *,
-    title: str,
-    environment: Environment,
-    rows: list[dict[str, Any]],
-    claims: list[dict[str, Any]],
-) -> dict[str, Any]:
-    """Write a result file, and return it; its command is this process's, though a child may have measured."""
-    facts = asdict(environment) | {"command": command_line()}
-    result = {"title": title, "environment": facts, "rows": rows, "claims": claims}
+    path: Path, *, title: str, environment: Environment, rows: list[Row], claims: list[Claim]
+) -> Result:
+    """Write a result file, and return it.
+
+    Its command is this process's, though a child may have measured.
+    """
+    facts = replace(environment, command=command_line())
+    result = Result(title=title, environment=facts, rows=rows, claims=claims)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(result, path)
     return result
 
 
-def to_markdown(result: dict[str, Any], source: str) -> str:
-    """A result file as a section of RESULTS.md; what `make reliability` left has rows of its own."""
-    facts, rows, claims = result["environment"], result["rows"], result.get("claims")
-    commit = facts["commit"][:12]
-    if "tried" in rows[0]:
-        title, machine = (
-            "Reliability of packing and records",
-            f"{facts['cpu_name']}, commit {commit}",
-        )
-        head, align = "| row | what is done to them | tried | failed | seconds |", "llrrr"
-        cells = [
-            (r["row"], r["what"], f"{r['tried']:,}", f"{r['failed']:,}", f"{r['seconds']:.0f}")
-            for r in rows
-        ]
-    else:
-        title, machine = (
-            result["title"],
-            _machine(facts) + f"; commit {commit}{' with changes' * bool(facts['dirty'])}",
-        )
-        head, align = "| result | median | low | high | n | unit |", "lrrrrl"
-        cells = [
-            (r["name"], *(number(r[k]) for k in ("value", "low", "high")), r["n"], r["unit"])
-            for r in rows
-        ]
-    lines = [f"## {title}", "", f"{machine}; `{facts['command']}`; file `{source}`", ""]
-    lines += markdown_table(head, align, cells)
-    if claims:
-        wanted = [f"{'at most ' * c.get('at_most', False)}{number(c['wanted'])}" for c in claims]
-        mets = ["yes" if c["met"] else "**no**" for c in claims]
-        reached = [
-            (c["claim"], number(c["measured"]), w, m)
-            for c, w, m in zip(claims, wanted, mets, strict=True)
-        ]
-        lines += ["", *markdown_table("| must reach | measured | wanted | met |", "lrrl", reached)]
+def read_result(path: Path) -> Result:
+    """A result file.
+
+    Raises:
+        UserError: it cannot be read, or is none.
+    """
+    try:
+        return read_as(Result, path)
+    except (OSError, Damaged) as error:
+        raise UserError(f"{path}: is no result file ({error}); measure it anew") from None
+
+
+def to_markdown(result: Result, source: str) -> str:
+    """A result file as a section of RESULTS.md."""
+    head = "| result | median | low | high | n | unit |"
+    cells = [
+        (r.name, number(r.value), number(r.low), number(r.high), r.n, r.unit) for r in result.rows
+    ]
+    changed = " with changes" if result.environment.dirty else ""
+    machine = f"{_machine(result.environment)}; {_commit(result.environment)}{changed}"
+    lines = _opening(result.title, machine, result.environment, source)
+    lines += markdown_table(head, "lrrrrl", cells)
+    if result.claims:
+        head = "| must reach | measured | wanted | met |"
+        lines += ["", *markdown_table(head, "lrrl", map(_reached, result.claims))]
     return "\n".join(lines) + "\n"
 
 
-def _machine(facts: dict[str, Any]) -> str:
-    machine = facts["gpu_name"] or f"{facts['cpu_name']}, {facts['num_cpus']} cores, no GPU"
-    if facts["gpu_power_limit_w"]:
-        limit_w, driver, cuda = facts["gpu_power_limit_w"], facts["gpu_driver"], facts["cuda"]
-        machine += f", power limit {limit_w:.0f} W, driver {driver}, CUDA {cuda}"
-    versions = ", ".join(
-        f"{name} {facts[name.lower()]}" for name in ("torch", "triton", "DALI", "Python")
-    )
-    return f"{machine}; {versions}; allocator: {facts['allocator']}"
+def _reached(it: Claim) -> tuple[str, str, str, str]:
+    wanted = "at most " * it.at_most + number(it.wanted)
+    return it.claim, number(it.measured), wanted, "yes" if it.met else "**no**"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proof:
+    """A row of what `make reliability` left: what was done, how often, and how often it failed."""
+
+    row: str
+    what: str
+    tried: int
+    failed: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proofs:
+    """The file that `make reliability` left."""
+
+    environment: Environment
+    rows: list[Proof]
+
+
+def proofs_to_markdown(proofs: Proofs, source: str) -> str:
+    """What `make reliability` left as a section of RESULTS.md."""
+    facts = proofs.environment
+    machine = f"{facts.cpu_name}, {_commit(facts)}"
+    lines = _opening("Reliability of packing and records", machine, facts, source)
+    cells = [
+        (r.row, r.what, f"{r.tried:,}", f"{r.failed:,}", f"{r.seconds:.0f}") for r in proofs.rows
+    ]
+    head = "| row | what is done to them | tried | failed | seconds |"
+    return "\n".join([*lines, *markdown_table(head, "llrrr", cells)]) + "\n"
+
+
+def _opening(title: str, machine: str, facts: Environment, source: str) -> list[str]:
+    return [f"## {title}", "", f"{machine}; `{facts.command}`; file `{source}`", ""]
+
+
+def _commit(facts: Environment) -> str:
+    return f"commit {facts.commit[:12]}"
+
+
+def _machine(facts: Environment) -> str:
+    machine = facts.gpu_name or f"{facts.cpu_name}, {facts.num_cpus} cores, no GPU"
+    if facts.gpu_power_limit_w:
+        machine += f", power limit {facts.gpu_power_limit_w:.0f} W"
+        machine += f", driver {facts.gpu_driver}, CUDA {facts.cuda}"
+    versions = f"torch {facts.torch}, triton {facts.triton}, DALI {facts.dali}"
+    return f"{machine}; {versions}, Python {facts.python}; allocator: {facts.allocator}"
 
 
 def markdown_table(head: str, align: str, rows: Iterable[Iterable[object]]) -> list[str]:

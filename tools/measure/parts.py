@@ -1,0 +1,316 @@
+"""The parts of the GPU round, in the order in which their figures are wanted; tools/gpu.py runs each in a process.
+
+A part gets the Round and leaves its figures in OUT as they come: rows in a result file, or cells in
+profile.json. It returns a sentence for everything that failed.
+"""
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import click
+import torch
+
+from engine import meters
+from engine.config import RunConfig, override
+from engine.data.records import Records
+from engine.errors import first_cause, sentence
+from engine.feeds.batch import Feed
+from engine.host import ROOT
+from engine.report import Environment, RunReport, environment
+from engine.train.session import open_session
+from engine.train.trainer import fit
+from engine.world import World, start_world
+from tools.measure.cell import timed
+from tools.measure.in_process import InProcess
+from tools.measure.kernels import cases, measure_case, setting
+from tools.measure.matrix import Cell, read_cells
+from tools.measure.results import Settings
+from tools.measure.runner import Run
+from tools.report.rows import Row, row, write_result
+
+LADDER = ROOT / "bench_configs" / "ladder_h100.toml"
+FIRST = ("fused AdamW, the eager fast step", "one graph a step", "16 steps a graph")
+"""Rungs that are wanted most, at FIRST_BATCHES."""
+FIRST_BATCHES = (64, 2048)
+QUICK_BATCH = 64
+STUDY_ACCURACY = 0.8765
+"""What the study's own recipe reaches on typefaces.npz after 12 epochs (random split, two CPU cores)."""
+FAST: Settings = {
+    "step.precision": "bf16",
+    "step.cuda_graphs": True,
+    "step.steps_per_launch": 16,
+    "data.feed": "resident",
+}
+LARGE: Settings = {"global_batch": 8192, "optim.learning_rate": 0.04, "epochs": 12}
+"""The recipe at a global batch of 8192: of 0.02, 0.04 and 0.08 the best on two cores, 88.12 % against 88.7 % at 512."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """What the parts share."""
+
+    records: Records
+    device: str
+    out: Path
+    kept: Path
+    """The folder of the ladder's repetitions."""
+    quick: bool
+
+    @contextmanager
+    def world(self) -> Iterator[World]:
+        """This process on the device, on its side stream."""
+        with start_world(self.device) as world, world.on_stream():
+            yield world
+
+    @property
+    def cells(self) -> list[Cell]:
+        """The ladder's; in a dry run each rung once, small, and nothing compiled."""
+        cells = read_cells([LADDER])[1]
+        if not self.quick:
+            return cells
+        small: dict[str, Cell] = {}
+        for cell in cells:
+            settings = cell.settings | {"global_batch": QUICK_BATCH, "step.compile": "off"}
+            name = rung(cell)
+            small.setdefault(name, replace(
+                cell, name=name, settings=settings, axes={"batch": QUICK_BATCH, "ranks": 1},
+                repetitions=1))  # fmt: skip
+        return list(small.values())
+
+    def run(self, cells: list[Cell] | None = None, lacking: dict[str, str] | None = None) -> Run:
+        """The ladder as a profile in OUT."""
+        return Run(
+            title=f"{read_cells([LADDER])[0]}{' (dry run)' * self.quick}",
+            cells=cells or self.cells,
+            out=self.out,
+            kept=self.kept,
+            data=self.records.fingerprint,
+            device=self.device,
+            num_gpus=int(self.device == "cuda"),
+            lacking=lacking or {},
+        )
+
+
+Work = Callable[[Round], list[str]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A group of measurements that lives and dies alone."""
+
+    name: str
+    work: Work
+    limit_s: float
+    """After so many seconds it is ended."""
+
+
+class Sheet:
+    """A result file that is written anew with every row: what was measured stays, whatever comes."""
+
+    def __init__(self, shared: Round, name: str, title: str, facts: Environment) -> None:
+        self._path = shared.out / f"{name}.json"
+        machine = facts.gpu_name or "CPU"
+        self._title = f"{title} on one {machine}{' (dry run)' * shared.quick}"
+        self._facts = facts
+        self._rows: list[Row] = []
+
+    def add(self, *rows: Row) -> None:
+        self._rows += rows
+        write_result(self._path, title=self._title, environment=self._facts, rows=self._rows,
+                     claims=[])  # fmt: skip
+
+
+def facts_of(world: World) -> Environment:
+    """The circumstances of what is measured in this process."""
+    gpu = meters.gpu_facts(world.device)
+    return environment(num_threads=torch.get_num_threads(), allocator=world.allocator, gpu=gpu)
+
+
+def rung(cell: Cell) -> str:
+    """The name of a cell's rung."""
+    return cell.name.partition(", batch ")[0]
+
+
+def part_of(cell: Cell) -> str:
+    """The name of the part that measures a cell."""
+    config = override(RunConfig(), cell.settings, cell.name)
+    if len(config.kernels) > 1:
+        return "all_kernels"
+    if config.kernels:
+        return config.kernels[0]
+    if config.step.compile != "off":
+        return "compile"
+    batch = config.global_batch
+    return "first" if rung(cell) in FIRST and batch in FIRST_BATCHES else "ladder"
+
+
+def measure_cells(shared: Round, name: str) -> list[str]:
+    """The part's cells in turn, into profile.json."""
+    run = shared.run()
+    todo = [job for job in run.missing(resume=False) if part_of(job[0]) == name]
+    todo.sort(key=lambda job: (job[1], _has_threads(job[0])))
+    seconds = 0.02 if shared.quick else 0.3
+    long = 4 if name == "first" and not shared.quick else 0
+    with shared.world() as world:
+        measure = InProcess(shared.records, world, seconds=seconds, long=long)
+        with closing(measure):
+            run.measure(todo, measure)
+    mine = {cell.id for cell, _ in todo}
+    return [
+        f"{cell.name}: {reason}"
+        for cell in run.profile().cells
+        if cell.id in mine
+        for reason in dict.fromkeys(r.failed for r in cell.repetitions if r.failed)
+    ]
+
+
+def _has_threads(cell: Cell) -> bool:
+    """Whether its feed has threads of its own, which would disturb the capture of a graph: such come last."""
+    return cell.settings.get("data.feed", "resident") not in ("resident", "synthetic")
+
+
+def train(shared: Round) -> list[str]:
+    """The default recipe until the study's accuracy; twelve epochs of it, and of the one for a batch of 8192."""
+    accuracy = {}
+    with shared.world() as world:
+        size = f"{len(shared.records.split('train')):,} images"
+        sheet = Sheet(shared, "gpu_training", f"Training on {size}", facts_of(world))
+        report = _fit(shared, world, {"target_accuracy": STUDY_ACCURACY})
+        sheet.add(_goal(report))
+        for name, recipe in (("512", {"epochs": 12}), ("8192", LARGE)):
+            report = _fit(shared, world, recipe)
+            accuracy[name] = 100 * (report.test_accuracy_fraction or 0.0)
+            title = f"batch {name}, {report.num_epochs} epochs"
+            sheet.add(
+                row(f"{title}: training time", [report.train_s], "s"),
+                row(f"{title}: samples/s", [report.samples_per_s], "samples/s"),
+                row(f"{title}: test accuracy", [accuracy[name]], "%"),
+            )
+        less = accuracy["8192"] - accuracy["512"]
+        sheet.add(row("test accuracy at batch 8192 less at 512", [less], "points"))
+    return []
+
+
+def _goal(report: RunReport) -> Row:
+    goal = f"time to {100 * STUDY_ACCURACY:.2f} % validation accuracy"
+    if report.time_to_target_s:
+        return row(goal, [report.time_to_target_s], "s")
+    return row(f"{goal}: not reached", [report.train_s], "s")
+
+
+def _fit(shared: Round, world: World, settings: Settings) -> RunReport:
+    if shared.quick:
+        settings = settings | {"epochs": 1, "global_batch": 512}
+    config = override(RunConfig(), FAST | settings, "tools.gpu")
+    with tempfile.TemporaryDirectory() as folder:
+        return fit(config, shared.records, world, Path(folder), resume=False, say=click.echo)
+
+
+def bench_kernels(shared: Round) -> list[str]:
+    """Each Triton kernel against PyTorch's operations; one that fails leaves the others their turn."""
+    failures = []
+    batch, repetitions = (QUICK_BATCH, 1) if shared.quick else (8192, 20)
+    with shared.world() as world:
+        sheet = Sheet(shared, "gpu_kernels", f"Kernels at batch {batch}", facts_of(world))
+        flush, bandwidth = setting(world.device)
+        if bandwidth:
+            sheet.add(row("copy within the memory", [bandwidth / 1e9], "GB/s"))
+        for case in cases(world.device, batch, compiled=not shared.quick):
+            measured = measure_case(case, flush, bandwidth, repetitions)
+            sheet.add(*measured.rows)
+            failures += measured.failures
+    return failures
+
+
+def measure_feeds(shared: Round) -> list[str]:
+    """The feeds without a step, and the step fed by DALI, last: its threads would disturb a capture."""
+    failures = []
+    with shared.world() as world:
+        facts = facts_of(world)
+        sheet = Sheet(shared, "gpu_feeds", "Feeds", facts)
+        ways = [
+            ("resident", "resident alone", _carried),
+            ("loader_batched", "loader_batched alone", _carried),
+        ]
+        if facts.dali:
+            ways += [("dali", "dali alone", _carried), ("dali", "the step fed by dali", _fed)]
+        for feed, title, measure in ways:
+            try:
+                sheet.add(measure(shared, world, feed, title))
+            except Exception as error:  # one feed less
+                failures.append(f"{title}: {sentence(first_cause(error))}")
+    return failures
+
+
+def _carried(shared: Round, world: World, feed: str, title: str) -> Row:
+    """samples/s of three epochs' batches, ready on the device, without a step."""
+    batch = QUICK_BATCH if shared.quick else 2048
+    settings = {"step.precision": "bf16", "data.feed": feed, "global_batch": batch}
+    config = override(RunConfig(), settings, feed)
+    with closing(open_session(config, shared.records, world)) as session:
+        rates = [_epoch_rate(session.feed, world.device) for _ in range(3)]
+    return row(f"{title}, batch {batch}", rates, "samples/s")
+
+
+def _epoch_rate(feed: Feed, device: torch.device) -> float:
+    watch = meters.Stopwatch(device)
+    watch.start()
+    seen = sum(len(batch.id_B) for batch in feed.batches(0))
+    return seen / watch.stop()
+
+
+def _fed(shared: Round, world: World, feed: str, title: str) -> Row:
+    batch, num_steps = (QUICK_BATCH, 16) if shared.quick else (2048, 320)
+    config = override(RunConfig(), FAST | {"data.feed": feed, "global_batch": batch}, feed)
+    with closing(open_session(config, shared.records, world)) as session:
+        done = [timed(session, num_steps, lambda _: None) for _ in range(3)]
+    steps = f"{done[0].steps_per_launch:g} steps a launch"
+    return row(f"{title}, batch {batch}, {steps}", [r.rate for r in done], "samples/s")
+
+
+def run_tests(shared: Round) -> list[str]:
+    """The tests that need a GPU."""
+    return _command(
+        shared.out / "tests.txt", "pytest", "-q", "-m", "gpu", "-rs", "tests/test_gpu.py"
+    )
+
+
+def verify(shared: Round) -> list[str]:
+    """tools/verify; in a dry run its doctor alone."""
+    few = ("doctor",) if shared.quick else ()
+    return _command(shared.out / "verify.txt", "tools.verify", *few, f"--device={shared.device}")
+
+
+def _command(log: Path, module: str, *words: str) -> list[str]:
+    """Run a module in a process of its own; what it prints goes to `log` as it comes."""
+    with open(log, "wb") as file:
+        command = [sys.executable, "-u", "-m", module, *words]
+        done = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+    return [] if done.returncode == 0 else [f"exit code {done.returncode}, see {log.name}"]
+
+
+def _cells(name: str, limit_s: float) -> Part:
+    return Part(name, partial(measure_cells, name=name), limit_s)
+
+
+PARTS = (
+    _cells("first", 120),
+    Part("training", train, 120),
+    _cells("ladder", 170),
+    _cells("compile", 120),
+    _cells("gather_warp", 60),
+    _cells("conv_pool_relu", 60),
+    _cells("bias_pool_relu", 60),
+    _cells("softmax_cross_entropy", 60),
+    _cells("all_kernels", 120),
+    Part("kernels", bench_kernels, 120),
+    Part("feeds", measure_feeds, 60),
+    Part("tests", run_tests, 170),
+    Part("verify", verify, 170),
+)
