@@ -6,8 +6,8 @@ It gives the mean loss, its gradient and the number of right answers:
     gradient = softmax(x) - (1 - s) [k = label] - s / K
 
 The forward leaves the gradient of a sample's own loss, at most 1 in size, so that fp16 loses
-nothing; the backward multiplies it by the incoming gradient (GradScaler's scale) over B, read on the
-device. A label that is no class makes the loss NaN. Of equal logits the first is the answer.
+nothing; the backward multiplies it by the incoming gradient (GradScaler's scale) over B, read on
+the device. A label that is no class makes the loss NaN. Of equal logits the first is the answer.
 
 Bytes a sample (K = 94, bf16): forward reads 188 + 1 and writes 188 + 8, backward reads 188 and
 writes 188.

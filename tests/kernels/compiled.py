@@ -1,8 +1,8 @@
 """Every kernel compiled for GPUs that are not here: pytest tests/kernels/compiled.py.
 
 Run without TRITON_INTERPRET. The launchers are called as in training, at batch 2048 on an H100's
-132 multiprocessors, and what they would start is compiled for sm_80, sm_90 and sm_100, in all types,
-bf16 included. cuobjdump, which comes with Triton, reports registers, stack and local memory: a
+132 multiprocessors, and what they would start is compiled for sm_80, sm_90 and sm_100, in all
+types, bf16 included. cuobjdump, which comes with Triton, reports registers, stack, local memory: a
 spill is a failure. All three are compared with resources.json, which holds them for each triton
 version that the kernels are proven with: `python -m tests.kernels --write` writes it anew.
 """
