@@ -18,11 +18,12 @@ demo: .venv/.installed
 	@python -m tools.predict runs/demo/fast --out runs/demo/predictions.png
 
 test: .venv/.installed-test
-	@ruff format --check . && ruff check . && mypy && pytest -n 2 --dist loadfile
+	@ruff format --check . && ruff check . && mypy && pytest -n 2 --dist loadfile -m "not slow"
 
 proofs: .venv/.installed-test
 	@python -m tests.reliability $(RELIABILITY_ARGS)
 	@python -m tests.kernels
+	@pytest -q -n 2 --dist load -m slow --ignore tests/test_reliability.py
 
 resolve: .venv/.installed-test
 	@python -m tests.resolve

@@ -148,9 +148,8 @@ def command_line() -> str:
     """This process's command, of absolute paths the last part: reports carry no user's folders."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     program = f"python -m {spec.name}" if spec else Path(sys.argv[0]).name
-    return shlex.join(
-        [program, *(re.sub(r"(^|=)~?/(?:.*/)?", r"\1", word) for word in sys.argv[1:])]
-    )
+    words = [re.sub(r"(^|=)~?/(?:.*/)?", r"\1", word) for word in sys.argv[1:]]
+    return f"{program} {shlex.join(words)}".strip()
 
 
 def without_folders(value: Any) -> Any:

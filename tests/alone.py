@@ -20,7 +20,16 @@ EMPTY = 5
 
 def run(file: Path, seed: int) -> bool:
     """One file alone; what it prints is shown where it fails."""
-    command = [sys.executable, "-m", "pytest", "-q", *RANDOM, f"--randomly-seed={seed}"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-m",
+        "not slow",
+        *RANDOM,
+        f"--randomly-seed={seed}",
+    ]
     command.append(str(file.relative_to(ROOT)))
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     passed = done.returncode in (0, EMPTY)

@@ -98,7 +98,9 @@ def command(cache: Path) -> Command:
     def run(*words: object, **environment: str) -> subprocess.CompletedProcess[str]:
         line = [str(word) for word in words]
         variables = {"XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1", **environment}
-        if line[:2] == ["python", "-m"]:
+        if any(name.endswith("_COMPLETE") for name in environment):
+            return child(line, variables)
+        if line[:2] == ["python", "-m"] and line[2].startswith(("engine.", "tools.")):
             return in_process(line[2], line[3:], variables)
         if line[0].startswith("tools/"):
             return in_process(line[0].replace("/", "."), line[1:], variables)

@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 
 from tests.bench import feeds, fullsize, measuring, pack, precision, ranks, report, step
+from tests.conftest import FAST_PRECISION
 from tools.measure import feeds as measure_feeds
+
+pytestmark = pytest.mark.slow
 
 
 def checked(file: Path) -> list[str]:
@@ -60,6 +63,7 @@ def test_report(tmp_path: Path) -> None:
     assert checked(tmp_path / "cpu_report.json") == ["whole command (s)", "report.html (MB)"]
 
 
+@pytest.mark.skipif(FAST_PRECISION == "fp32", reason="this CPU has no bf16 instructions")
 def test_precision(tmp_path: Path, small_dir: Path) -> None:
     precision.bench(tmp_path, small_dir, pairs=2, extra=("--epochs=2", "--batch-size=32"))
     assert checked(tmp_path / "cpu_precision.json") == [

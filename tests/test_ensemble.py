@@ -42,6 +42,7 @@ def test_the_interval_of_the_gain_holds_the_truth() -> None:
     assert gain == pytest.approx((low + high) / 2, abs=0.005)
 
 
+@pytest.mark.slow
 def test_each_network_is_the_same_whichever_worker_trains_it(
     small: Records, small_dir: Path
 ) -> None:

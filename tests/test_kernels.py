@@ -394,6 +394,7 @@ def test_a_run_without_a_gpu_says_so_once(command: Command, small_dir: Any, tmp_
     assert done.stdout.count("Triton kernels are not used: there is no GPU") == 1
 
 
+@pytest.mark.slow
 def test_the_interpreter_agrees() -> None:
     """A part of the proofs, in a process of its own: each kernel, small, against float64."""
     layers = "dtype1-shape2 and (conv_pool or channels_last)"
@@ -406,6 +407,7 @@ def test_the_interpreter_agrees() -> None:
     assert found and int(found[1]) >= 9, done.stdout
 
 
+@pytest.mark.slow
 def test_it_compiles_for_an_h100() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "tests/kernels/compiled.py", "-k", "90"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

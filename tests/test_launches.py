@@ -150,6 +150,7 @@ def test_accumulation_is_the_whole_batch(small: Records, world: World) -> None:
         session(small, world, {"step.accumulate": 5})
 
 
+@pytest.mark.slow
 def test_a_compiled_step_is_the_same_training(small: Records, world: World) -> None:
     wanted, got = (
         trained(session(small, world, {"step.compile": mode})) for mode in ("off", "default")
@@ -386,6 +387,7 @@ end_rank()
 """
 
 
+@pytest.mark.slow
 def test_ranks_agree_on_the_way_back(small_dir: Path, command: Command, tmp_path: Path) -> None:
     """Rank 1 fails in the middle of the backward; both go on eagerly, and train as if nothing had been tried."""
     (tmp_path / "two.py").write_text(TWO_RANKS)

@@ -117,6 +117,7 @@ def fuzz(count: int, seed: int) -> dict[str, int]:
     return verdicts
 
 
+@pytest.mark.slow
 def test_both_lexers_agree_on_mutated_inputs() -> None:
     verdicts = fuzz(100_000, seed=0)
     assert min(verdicts.values()) > 20_000

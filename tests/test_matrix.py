@@ -213,7 +213,7 @@ def test_cells_run_and_one_that_fails_is_told(
     assert "not measured here: needs 1000 GPUs, there are 0" in done.stdout
     one, two, large, many = read_profile(run.out).cells
     (line,) = two.repetitions
-    assert (line.num_ranks, line.global_batch, line.seed) == (2, 32, 42) and line["num_steps"] == 2
+    assert (line.num_ranks, line.global_batch, line.seed) == (2, 32, 42) and line.num_steps == 2
     assert [cell.repetitions[0].facts.num_threads for cell in (one, two)] == [1, 1]
     assert set(line.stage_ms) > {"forward", "all_reduce"} and len(line.confusion.classes) == 8
     assert sum(count for _, _, count in line.confusion.counts) == 48, "the test split, once"

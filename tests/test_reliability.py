@@ -18,6 +18,7 @@ def results() -> list[dict[str, Any]]:
     return run_rows("tiny", set())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "number", range(len(ROWS)), ids=[f"{row[0]}-{row[2].__name__}" for row in ROWS]
 )

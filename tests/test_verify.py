@@ -17,6 +17,7 @@ from tools.checks.parity import GROUPS, Verdict, differences
 CPU = torch.device("cpu")
 
 
+@pytest.mark.slow
 def test_bare_it_examines_the_machine_and_compares_every_way_of_training(command: Command) -> None:
     done = command("tools/verify", "--device", "cpu")
     assert done.returncode == 0, done.stdout + done.stderr

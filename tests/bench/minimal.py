@@ -33,13 +33,11 @@ def bare(session: Session, records: Records, batch_size: int) -> Iterator[object
     image_NHW, label_N = torch.from_numpy(train.image_NHW), torch.from_numpy(train.label_N)
     while True:
         for id_B in torch.randperm(len(train)).split(batch_size)[: len(train) // batch_size]:
-            image_B1HW = (
-                image_NHW.index_select(0, id_B).unsqueeze(1).to(torch.float32).mul_(1 / 255)
-            )
+            image_BHW = image_NHW.index_select(0, id_B)
             optimizer.found_inf = None  # type: ignore[attr-defined]  # the engine's check is not part of it
             optimizer.zero_grad(set_to_none=True)
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                logits_BC = model(image_B1HW.contiguous(memory_format=torch.channels_last))
+                logits_BC = model(image_BHW)  # casts, scales and lays out, as a user would
             label_B = label_N.index_select(0, id_B).long()
             functional.cross_entropy(logits_BC.float(), label_B, label_smoothing=0.05).backward()
             optimizer.step()

@@ -249,4 +249,6 @@ class _Rows:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]))))
+    feed, folder, samples, duration_s = sys.argv[1:]
+    found = measure(feed, Path(folder), int(samples), float(duration_s))
+    print(json.dumps(asdict(found)))

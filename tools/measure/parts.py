@@ -273,7 +273,7 @@ def _fed(shared: Round, world: World, feed: str, title: str) -> Row:
     config = override(RunConfig(), FAST | {"data.feed": feed, "global_batch": batch}, feed)
     with closing(open_session(config, shared.records, world)) as session:
         done = [timed(session, num_steps, lambda _: None) for _ in range(3)]
-    steps = f"{done[0].steps_per_launch:g} steps a launch"
+    steps = f"{done[0].steps_per_launch:g} steps per launch"
     return row(f"{title}, batch {batch}, {steps}", [r.rate for r in done], "samples/s")
 
 

@@ -150,8 +150,9 @@ def _ranks(frame: pd.DataFrame, others: list[str]) -> Section:
         _lines(known, "ranks", y, [*others, "batch"]) for y in ("speedup", "efficiency")
     )
     seen = (
-        "Speed-up over the cell that has one rank and is the same in all else, batch a rank and device included (on a "
-        "CPU also threads a rank), and the efficiency it means; dashed is the ideal."
+        "Speed-up over the cell that has one rank and is the same in all else, batch per rank and "
+        "device included (on a CPU also threads per rank), and the efficiency it means; dashed is "
+        "the ideal."
     )
     panels = [("speed-up over 1 rank (x)", speedups, "linear"), ("efficiency (%)", shares, "one")]
     columns = ["name", "batch", "ranks", RATE, "speedup", "efficiency"]
