@@ -22,7 +22,7 @@ from pyarrow import feather, parquet
 from engine.data.headers import header_hint
 from engine.data.pack import check, pack
 from engine.errors import UserError
-from engine.report import ROOT
+from engine.host import ROOT
 
 TABLE = b"label,pixel0,pixel1,pixel2,pixel3\n1,0,0,0,0\n"
 
@@ -197,3 +197,16 @@ def test_more_labels_than_classes_without_names_and_images_too_small(tmp_path: P
     (tmp_path / "in.csv").write_bytes(TABLE)
     report = pack(tmp_path / "in.csv", tmp_path / "out", mode="none")
     assert any("images of 2 x 2 pixels cannot be trained on" in text for text in report.warnings)
+
+
+def test_what_a_file_is_comes_before_what_its_target_is(small_csv: Path, tmp_path: Path) -> None:
+    """Whoever is told to name another OUT would only then hear that the file is none to pack."""
+    pack(small_csv, tmp_path / "r")
+    (tmp_path / "x.csv").write_bytes(b"PAR1" + bytes(100))
+    with pytest.raises(UserError, match="Parquet"):
+        pack(tmp_path / "x.csv", tmp_path / "r")
+    (tmp_path / "x.csv").write_text("label,pixel1,pixel3\n")
+    with pytest.raises(UserError, match="header"):
+        pack(tmp_path / "x.csv", tmp_path / "r")
+    with pytest.raises(UserError, match="exists; give --force"):
+        pack(small_csv, tmp_path / "r")

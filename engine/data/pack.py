@@ -81,7 +81,11 @@ def pack(
     _check_name(out)
     out = Path(os.path.realpath(out))
     with writing(out), open_source(source) as opened, locked(out, wait=False):
-        _check_target(out, force)
+        try:
+            _check_target(out, force)
+        except UserError:
+            _check_head(opened, block_bytes)  # another name for OUT would not help a wrong source
+            raise
         remove_leftovers(out)
         with closing(_Spool(out.parent)) as spool:
             table = _read(opened, spool, workers, block_bytes, progress).table()
@@ -184,6 +188,16 @@ def _read(
     if collector is None or not collector.row:
         raise UserError(f"{source.name}: has no data rows; want a header and rows after it")
     return collector
+
+
+def _check_head(source: Source, block_bytes: int) -> None:
+    """Refuse a file that is no CSV or has no header of ours, by its first block."""
+    if source.is_file:
+        room = bytearray(buffer_bytes(block_bytes))
+        for buffer, stop in blocks(source, lambda: room, block_bytes):
+            source.refuse_foreign(bytes(buffer[:HEAD_BYTES][:stop]))
+            _Collector(source.name, bytes(buffer[: buffer.index(b"\n") + 1]), None, None)
+            break
 
 
 class _Collector:

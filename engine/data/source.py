@@ -77,6 +77,11 @@ class Source:
             )
         return tables[0]
 
+    @property
+    def is_file(self) -> bool:
+        """Whether it is no pipe."""
+        return self._is_file
+
     def refuse_foreign(self, head: bytes) -> None:
         """UserError if what begins with `head` is of a kind that is known, and no CSV."""
         what = foreign(head, self.name, self.size)
