@@ -1,4 +1,4 @@
-# make demo | test | proofs | resolve | alone | reliability | bench | gpu
+# make demo | check | test | proofs | resolve | alone | reliability | bench | gpu
 # All of them make .venv first if it is missing (tools/set_up.py). See README.md.
 ifeq ($(wildcard tools/set_up.py),)
 $(error run make in the checkout's folder, or make -C FOLDER)
@@ -6,7 +6,7 @@ endif
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: demo test proofs resolve alone reliability bench gpu clean
+.PHONY: demo check test proofs resolve alone reliability bench gpu clean
 
 demo: .venv/.installed
 	@rm -rf runs/demo
@@ -17,8 +17,11 @@ demo: .venv/.installed
 	@python -m tools.profile compare runs/demo/baseline runs/demo/fast --out runs/demo
 	@python -m tools.predict runs/demo/fast --out runs/demo/predictions.png
 
-test: .venv/.installed-test
-	@ruff format --check . && ruff check . && mypy && pytest -n 2 --dist loadfile -m "not slow"
+check: .venv/.installed-test
+	@ruff format --check . && ruff check . && mypy
+
+test: check
+	@pytest -n 2 --dist loadfile -m "not slow"
 
 proofs: .venv/.installed-test
 	@python -m tests.reliability $(RELIABILITY_ARGS)

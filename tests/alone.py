@@ -5,6 +5,7 @@ A file that passes only after another fails here. The same order again: ALONE_SE
 
 import os
 import random
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -18,8 +19,8 @@ EMPTY = 5
 """pytest's exit code where a file has no test."""
 
 
-def run(file: Path, seed: int) -> bool:
-    """One file alone; what it prints is shown where it fails."""
+def run(file: Path, seed: int) -> int:
+    """One file alone: how many of its tests passed, -1 if one did not; then what it prints is shown."""
     command = [
         sys.executable,
         "-m",
@@ -35,7 +36,8 @@ def run(file: Path, seed: int) -> bool:
     passed = done.returncode in (0, EMPTY)
     lines = done.stdout.strip().splitlines() or [done.stderr.strip()]
     print(f"{file.name}: {lines[-1]}" if passed else f"{done.stdout}{done.stderr}", flush=True)
-    return passed
+    counted = re.search(r"(\d+) passed", lines[-1])
+    return (int(counted[1]) if counted else 0) if passed else -1
 
 
 def main() -> None:
@@ -45,7 +47,9 @@ def main() -> None:
     files = sorted(file for name in chosen for file in (ROOT / "tests").glob(name))
     with ThreadPoolExecutor(NUM_AT_ONCE) as threads:
         results = list(threads.map(lambda file: run(file, seed), files))
-    sys.exit(0 if all(results) else 1)
+    num_failed = results.count(-1)
+    print(f"{sum(max(result, 0) for result in results)} passed, {num_failed} failed", flush=True)
+    sys.exit(1 if num_failed else 0)
 
 
 if __name__ == "__main__":
