@@ -176,9 +176,8 @@ def reading(name: str) -> Iterator[None]:
         raise UserError(
             f"{name}: the compressed file is damaged ({error}); download it again"
         ) from None
-    except (
-        RuntimeError
-    ) as error:  # zipfile's, for encryption, and (NotImplementedError) for rare methods
+    except RuntimeError as error:
+        # zipfile's, for encryption, and its subclass NotImplementedError, for rare methods.
         raise UserError(
             f"{name}: cannot be unpacked ({error}); unpack it yourself and name the CSV"
         ) from None
