@@ -34,7 +34,7 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def prepare_process() -> None:
-    """Set what must be set before torch is imported; every command calls this first.
+    """Set what must be set before torch._dynamo is imported; every command calls this first.
 
     - Children (ranks, cells, compilers, joblib's workers) do not import from the current folder,
       whatever modules lie there, and find this checkout.

@@ -49,8 +49,8 @@ def main(
 ) -> None:
     """Train a character recogniser. Runs alone or under torchrun; flags override --set, which overrides --config."""
     with exit_on_user_error():
-        prepare_process()
         ranks = join_ranks()
+        ranks.agree(prepare_process)  # a rank's cache folder may be the one that cannot be made
 
         def read_config() -> RunConfig:
             name = "study" if baseline else recipe
