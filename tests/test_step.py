@@ -136,6 +136,33 @@ def test_every_switch_is_the_same_training(
     )
 
 
+@pytest.fixture
+def fp32_kept() -> Any:
+    """The process's own switches, put back at the end."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.mark.parametrize("precisions", [("fp32", "tf32"), ("tf32", "bf16")])
+def test_steps_of_two_precisions_cannot_mix(
+    precisions: tuple[str, str], world: World, fp32_kept: None
+) -> None:
+    """The later one's is the process's; the earlier one refuses to go on until it takes it back."""
+    first, second = (make_step(world, precision=precision) for precision in precisions)
+    batch = random_batch(32, (28, 28), 8, CPU)
+    second.train(batch)
+    for refused in (first.train, first.evaluate):
+        with pytest.raises(RuntimeError, match=r"precision .*call use_precision\(\)"):
+            refused(batch)
+    first.use_precision()
+    assert torch.backends.cudnn.allow_tf32 == (precisions[0] == "tf32")
+    first.train(batch)
+    first.evaluate(batch)
+    with pytest.raises(RuntimeError, match="call use_precision"):
+        second.train(batch)
+
+
 def test_channels_last_is_really_used(world: World, small: Records) -> None:
     """With one input channel both layouts have the same strides: look at conv2's weight and a middle activation."""
     step = make_step(world)

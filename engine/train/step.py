@@ -29,7 +29,7 @@ from engine.meters import span
 from engine.models.baseline import GlyphNet
 from engine.order import PADDING_ID, Order, round_keys
 from engine.train.capture import Graph, check_like
-from engine.train.objective import Objective, set_fp32_precision
+from engine.train.objective import Objective, check_fp32_precision, set_fp32_precision
 from engine.train.optim import lr_table, make_optimizer
 from engine.train.state import TrainState
 from engine.world import World
@@ -100,7 +100,9 @@ class TrainStep:
         self._static = static
         self._world = world
         self._source = source
-        device, num_steps = world.device, config.epochs * order.steps_per_epoch
+        self.use_precision()
+        device = world.device
+        num_steps = config.epochs * order.steps_per_epoch
         if config.step.channels_last:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             model.channels_last = True
@@ -149,6 +151,13 @@ class TrainStep:
                 gradient_as_bucket_view=True,
             )
             ddp._set_ddp_runtime_logging_sample_rate(NEVER)
+
+    def use_precision(self) -> None:
+        """Make fp32 what this step's precision says, for the whole process.
+
+        A new step does so itself. Of two that take turns, each must call it when its turn comes.
+        """
+        set_fp32_precision(self._config.step.precision)
 
     @property
     def state(self) -> TrainState:
@@ -336,7 +345,7 @@ class TrainStep:
 
     def _run(self, batch: Batch, num_steps: int) -> None:
         """`num_steps` optimiser steps: device work only, so that it may be captured."""
-        set_fp32_precision(self._config.step.precision, self._world.device)
+        check_fp32_precision(self._config.step.precision)
         index_2K = torch.minimum(self.counter_21 + self._offset_K[:num_steps], self._last_21)
         torch.index_select(self._rate_table, 0, index_2K[0], out=self._rate_K[:num_steps])
         if self._source:
@@ -398,7 +407,7 @@ class TrainStep:
 
     @torch.no_grad()
     def _evaluate(self, batch: Batch) -> None:
-        set_fp32_precision(self._config.step.precision, self._world.device)
+        check_fp32_precision(self._config.step.precision)
         logits_BC = self.objective.logits(batch.image_BHW)
         real_B, label_B = batch.id_B != PADDING_ID, batch.label_B.long()
         loss_B = functional.cross_entropy(logits_BC, label_B, reduction="none").where(real_B, 0.0)
