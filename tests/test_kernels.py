@@ -26,7 +26,7 @@ from engine.feeds.build import make_feed
 from engine.feeds.resident import ResidentFeed
 from engine.feeds.synthetic import random_batch
 from engine.host import ROOT
-from engine.models.baseline import make_model
+from engine.models import make_model
 from engine.order import Order
 from engine.train.available import effective_config
 from engine.train.objective import Objective

@@ -15,7 +15,7 @@ from engine.config import DataConfig, RunConfig
 from engine.data.pack import pack
 from engine.data.records import Records, open_records
 from engine.errors import UserError
-from engine.models.baseline import make_model
+from engine.models import make_model
 from engine.train.session import check_batch
 from engine.train.trainer import fit
 from engine.world import World

@@ -14,7 +14,7 @@ from engine.data.records import Records, Split, open_records
 from engine.data.sample import ensure_sample
 from engine.errors import UserError, exit_on_user_error, printable
 from engine.host import prepare_process
-from engine.models.baseline import make_model
+from engine.models import make_model
 from engine.paths import PATH
 from engine.report import read_report
 from engine.ui import guard_outputs

@@ -19,7 +19,8 @@ from engine.errors import UserError
 from engine.feeds.batch import Feed
 from engine.feeds.build import SOURCES, make_feed, make_source, open_for
 from engine.feeds.synthetic import random_batch
-from engine.models.baseline import check_image_size, make_model
+from engine.models import make_model
+from engine.models.baseline import check_image_size
 from engine.order import Order
 from engine.report import Environment, environment
 from engine.train.available import effective_config
