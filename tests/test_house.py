@@ -15,7 +15,7 @@ from engine.host import ROOT
 from engine.report import Environment, RunReport
 
 FLOORS = (
-    ("errors", "ui", "host", "paths", "ranks", "config", "order", "report", "durable"),
+    ("errors", "ui", "host", "paths", "ranks", "config", "order", "report", "typed", "durable"),
     ("data",),
     ("world", "meters", "feeds", "models"),
     ("train",),
@@ -32,6 +32,7 @@ NO_TORCH = (
     "config",
     "order",
     "report",
+    "typed",
     "durable",
     "data",
     "run",

@@ -30,7 +30,7 @@ from engine.host import keep_large_blocks
 from engine.meters import host_peak_rss_gib
 from engine.report import environment, write_json
 from engine.train.session import check_batch, make_order
-from tools.measure.typed import typed
+from engine.typed import typed
 from tools.report.rows import number
 
 FEEDS = ("resident", "dali", "stream", "resident augmented", "dali augmented", "loader_batched", "loader",
