@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -228,9 +228,10 @@ class Trainer:
         session, device = self.session, self.session.world.device
         num_steps = num_epochs * self.steps_per_epoch
         utilisation = sorted(self.utilisation_percent)
+        data = replace(self.config.data, path=without_folders(self.config.data.path))
         return RunReport(
             environment=session.environment,
-            config=without_folders(asdict(self.config)),
+            config=replace(self.config, data=data),
             config_digest=self.config.digest(),
             dataset_fingerprint=session.records.fingerprint,
             requested=switches(session.requested),
