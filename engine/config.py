@@ -26,23 +26,21 @@ def setting(
     default: Any,
     help: str,
     *,
-    low: float | None = None,
-    high: float | None = None,
+    bounds: tuple[float | None, float | None] = (None, None),
     flag: str = "",
-    bare: str = "",
     environment: bool = False,
     path: bool = False,
 ) -> Any:
     """A field of the config.
 
     Args:
-        low, high: bounds of a number, both allowed.
+        bounds: of a number, both allowed.
         flag: the option of engine.run that sets it.
-        bare: what the flag means when it is given without a value.
         environment: whether it leaves the training as it is.
-        path: whether it is a path; those are kept absolute, so that a run is resumed from any folder.
+        path: whether it is a path. Those are kept absolute: a run is resumed from any folder.
     """
-    facts = {"help": help, "low": low, "high": high, "flag": flag, "bare": bare}
+    low, high = bounds
+    facts = {"help": help, "low": low, "high": high, "flag": flag}
     return field(default=default, metadata=facts | {"environment": environment, "path": path})
 
 
@@ -50,10 +48,10 @@ def setting(
 class AugmentConfig:
     """Random distortion of training images (feeds/augment.py), drawn evenly between minus and plus these."""
 
-    shift_pixels: float = setting(0.0, "Across and down, each.", low=0, high=1000)
-    rotate_degrees: float = setting(0.0, "About the centre.", low=0, high=180)
-    shear_degrees: float = setting(0.0, "Slant of upright lines.", low=0, high=80)
-    scale_fraction: float = setting(0.0, "0.1: sizes from 0.9 to 1.1.", low=0, high=0.9)
+    shift_pixels: float = setting(0.0, "Across and down, each.", bounds=(0, 1000))
+    rotate_degrees: float = setting(0.0, "About the centre.", bounds=(0, 180))
+    shear_degrees: float = setting(0.0, "Slant of upright lines.", bounds=(0, 80))
+    scale_fraction: float = setting(0.0, "0.1: sizes from 0.9 to 1.1.", bounds=(0, 0.9))
 
     @property
     def is_on(self) -> bool:
@@ -85,17 +83,15 @@ class DataConfig:
     block_samples: int = setting(
         5000,
         "Neighbours in the records that the blocked order keeps in a window.",
-        low=1,
-        high=2**32,
+        bounds=(1, 2**32),
     )
     window_blocks: int = setting(
         16,
         "Blocks that the blocked order shuffles together; stream holds two such windows in memory.",
-        low=1,
-        high=2**32,
+        bounds=(1, 2**32),
     )
     loader_workers: int = setting(
-        2, "Worker processes of the loader feeds.", low=0, high=256, environment=True
+        2, "Worker processes of the loader feeds.", bounds=(0, 256), environment=True
     )
 
 
@@ -110,18 +106,18 @@ class ModelConfig:
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     name: Literal["adam", "adamw"] = setting("adamw", "The torch optimiser.")
-    learning_rate: float = setting(0.01, "Highest learning rate of the schedule.", low=0, high=1000)
+    learning_rate: float = setting(0.01, "Highest learning rate of the schedule.", bounds=(0, 1000))
     schedule: Literal["constant", "one_cycle"] = setting(
         "one_cycle", "one_cycle: linear warm-up to the highest rate, then cosine to almost zero."
     )
     warmup_fraction: float = setting(
-        0.2, "Part of all steps that warm up (one_cycle).", low=0, high=1
+        0.2, "Part of all steps that warm up (one_cycle).", bounds=(0, 1)
     )
     weight_decay: float = setting(
-        0.01, "Decoupled (adamw), on weights only, not on biases.", low=0, high=1000
+        0.01, "Decoupled (adamw), on weights only, not on biases.", bounds=(0, 1000)
     )
     label_smoothing: float = setting(
-        0.05, "Share of the target spread over all classes; never in evaluation.", low=0, high=1
+        0.05, "Share of the target spread over all classes; never in evaluation.", bounds=(0, 1)
     )
     fused: bool = setting(True, "One kernel for the whole optimiser.")
 
@@ -140,14 +136,12 @@ class StepConfig:
         "off",
         "torch.compile from the batch to the loss, in this mode; alone: default.",
         flag="--compile",
-        bare="default",
         environment=True,
     )
     accumulate: int = setting(
         1,
         "Parts of a rank's batch before the one update.",
-        low=1,
-        high=4096,
+        bounds=(1, 4096),
         flag="--accumulate",
         environment=True,
     )
@@ -157,8 +151,7 @@ class StepConfig:
     steps_per_launch: int = setting(
         1,
         "Steps in one launch; what is left of an epoch runs step by step.",
-        low=1,
-        high=64,
+        bounds=(1, 64),
         flag="--steps-per-launch",
         environment=True,
     )
@@ -178,17 +171,16 @@ class RunConfig:
         environment=True,
     )
     global_batch: int = setting(
-        512, "Samples of all ranks together in one step.", low=1, high=2**24
+        512, "Samples of all ranks together in one step.", bounds=(1, 2**24)
     )
     epochs: int = setting(
         4,
         "Passes over the training split; the schedule spans them all.",
-        low=1,
-        high=100_000,
+        bounds=(1, 100_000),
         flag="--epochs",
     )
     seed: int = setting(
-        42, "Initial weights and order of samples.", low=0, high=2**63 - 1, flag="--seed"
+        42, "Initial weights and order of samples.", bounds=(0, 2**63 - 1), flag="--seed"
     )
     log_ids: bool = setting(
         False,
@@ -204,8 +196,7 @@ class RunConfig:
     target_accuracy: float = setting(
         0.0,
         "Stop at the first epoch whose validation accuracy (0..1) reaches this; 0: run all epochs.",
-        low=0,
-        high=1,
+        bounds=(0, 1),
         flag="--target-accuracy",
         environment=True,
     )

@@ -54,8 +54,9 @@ def build(
     data = records.split(split)
     blocks = {"block_samples": 20, "window_blocks": 3} if in_blocks else {}
     settings = {"num_samples": len(data), "global_batch": 32, "seed": 3} | blocks | order
-    config = DataConfig(feed=feed, loader_workers=1)  # type: ignore[arg-type]
-    return make_feed(config, data, Order(**settings), len(records.classes), CPU, augment)
+    given = DataConfig(feed=feed, loader_workers=1)  # type: ignore[arg-type]
+    config = RunConfig(data=given, augment=augment or AugmentConfig())
+    return make_feed(config, data, Order(**settings), len(records.classes), CPU)
 
 
 def copies(batches: Iterator[Batch]) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
@@ -243,12 +244,12 @@ def test_stream_holds_what_it_says_and_no_more(tmp_path: Path) -> None:
     pack(tmp_path / "in.csv", tmp_path / "big", mode="none")
     code = """
 import sys, torch
-from engine.config import DataConfig
+from engine.config import DataConfig, RunConfig
 from engine.feeds.build import make_feed, open_for
 from engine.order import Order
 rss = lambda: int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
-config = DataConfig(feed="stream", order="blocked")
-split = open_for(config, sys.argv[1]).split("train")
+config = RunConfig(data=DataConfig(feed="stream", order="blocked"))
+split = open_for(config.data, sys.argv[1]).split("train")
 order = Order(num_samples=len(split), global_batch=512, block_samples=500, window_blocks=16)
 before = rss()
 feed = make_feed(config, split, order, 7, torch.device("cpu"))

@@ -152,8 +152,8 @@ def order_of(records: Records) -> Order:
 
 def make(name: Any, records: Records, fused: frozenset[str], augment: AugmentConfig) -> Feed:
     split = records.split("train")
-    config = DataConfig(feed=name)
-    return make_feed(config, split, order_of(records), len(CLASSES), CPU, augment, fused)
+    config = RunConfig(data=DataConfig(feed=name), augment=augment, kernels=tuple(fused))
+    return make_feed(config, split, order_of(records), len(CLASSES), CPU)
 
 
 def copied(batch: Batch) -> Batch:

@@ -16,7 +16,7 @@ from engine.config import DataConfig, RunConfig
 from engine.data.records import Records
 from engine.data.sample import ensure_sample
 from engine.errors import UserError
-from engine.feeds.batch import Feed
+from engine.feeds.batch import Feed, Source
 from engine.feeds.build import SOURCES, make_feed, make_source, open_for
 from engine.feeds.synthetic import random_batch
 from engine.models import make_model
@@ -61,8 +61,8 @@ class Session:
             split = self.records.split(split_name)
             world, config = self.world, self.config
             order = make_order(config, len(split), world.rank, world.size, shuffle=False)
-            data = config.data if config.data.feed == "stream" else DataConfig()
-            feed = make_feed(data, split, order, len(self.records.classes), world.device)
+            plain = RunConfig(data=config.data if config.data.feed == "stream" else DataConfig())
+            feed = make_feed(plain, split, order, len(self.records.classes), world.device)
             self.evaluation_feeds[split_name] = feed
         return self.evaluation_feeds[split_name]
 
@@ -131,47 +131,46 @@ def open_session(config: RunConfig, records: Records, world: World) -> Session:
     check_batch(config, records, world.size)
     meters.reset_torch_peak(world.device)
     effective, notes = effective_config(config, records, world)
-    train, device = records.split("train"), world.device
+    train = records.split("train")
     order = make_order(config, len(train), world.rank, world.size)
-    num_classes = len(records.classes)
-    fused = frozenset(effective.kernels)
     start = time.perf_counter()
-    model = make_model(config.model, *records.height_width, num_classes, config.seed, fused).to(
-        device
-    )
-    static = random_batch(
-        order.rank_batch,
-        records.height_width,
-        num_classes,
-        device,
-        copies=effective.step.steps_per_launch,
-    )
-    world.ledger.mark("model and optimiser")
-    source = (
-        make_source(effective.data, train, order, static, fused) if _gathers(effective) else None
-    )
-    world.ledger.mark("feed")
-    step = TrainStep(model, effective, order, static, world, source)
+    step, source = _make_step(effective, records, order, world)
     try:
         step.prepare()
         world.ledger.mark("graph pool" if effective.step.cuda_graphs else "model and optimiser")
         warmup_s = time.perf_counter() - start
-        if step.capture_failure:
-            notes.append(
-                f"CUDA graphs are not used: {step.capture_failure}; the same step runs eagerly"
-            )
+        if why := step.capture_failure:
+            notes.append(f"CUDA graphs are not used: {why}; the same step runs eagerly")
             effective = replace(effective, step=replace(effective.step, cuda_graphs=False))
-        feed = source or make_feed(
-            effective.data, train, order, num_classes, device, config.augment, fused
-        )
+        feed = source or make_feed(effective, train, order, len(records.classes), world.device)
         world.ledger.mark("feed")
     except BaseException:
         step.close()
         raise
     facts = environment(
-        num_threads=torch.get_num_threads(), allocator=world.allocator, gpu=meters.gpu_facts(device)
+        num_threads=torch.get_num_threads(),
+        allocator=world.allocator,
+        gpu=meters.gpu_facts(world.device),
     )
     return Session(world, records, config, effective, notes, step, feed, facts, warmup_s)
+
+
+def _make_step(
+    config: RunConfig, records: Records, order: Order, world: World
+) -> tuple[TrainStep, Source | None]:
+    """The step, and the feed that launches gather from, where they do."""
+    height_width, num_classes = records.height_width, len(records.classes)
+    fused = frozenset(config.kernels)
+    model = make_model(config.model, *height_width, num_classes, config.seed, fused)
+    model = model.to(world.device)
+    copies = config.step.steps_per_launch
+    static = random_batch(order.rank_batch, height_width, num_classes, world.device, copies=copies)
+    world.ledger.mark("model and optimiser")
+    source = None
+    if _gathers(config):
+        source = make_source(config, records.split("train"), order, static)
+    world.ledger.mark("feed")
+    return TrainStep(model, config, order, static, world, source), source
 
 
 def _gathers(config: RunConfig) -> bool:
