@@ -1,8 +1,8 @@
-"""What a run is: a tree of frozen dataclasses, the one home of every default, bound, choice and help text.
+"""What a run is: frozen dataclasses, the one home of every default, bound, choice and help text.
 
 TOML files and flags only override it (flags.py makes the flags from these fields). A field marked
-`environment` says where or how the work is done, not what is computed: it stays out of `digest()`, so a run may
-be resumed with another feed, path or device.
+`environment` says where or how the work is done, not what is computed. It stays out of `digest()`,
+so that a run may be resumed with another feed, path or device.
 """
 
 import hashlib
@@ -46,7 +46,7 @@ def setting(
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """Random distortion of training images (feeds/augment.py), drawn evenly between minus and plus these."""
+    """Random distortion of training images, drawn evenly between minus and plus these."""
 
     shift_pixels: float = setting(0.0, "Across and down, each.", bounds=(0, 1000))
     rotate_degrees: float = setting(0.0, "About the centre.", bounds=(0, 180))
@@ -70,7 +70,8 @@ class DataConfig:
     feed: Literal["auto", "resident", "dali", "stream", "loader", "loader_batched", "synthetic"] = (
         setting(
             "auto",
-            "Which feed supplies the batches; for the same order all but synthetic supply the same.",
+            "Which feed supplies the batches; "
+            "for the same order all but synthetic supply the same.",
             flag="--feed",
             environment=True,
         )
@@ -126,8 +127,8 @@ class OptimConfig:
 class StepConfig:
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = setting(
         "fp32",
-        "Arithmetic of forward and backward; parameters and optimiser stay fp32. fp32 is IEEE's, also where "
-        "torch would round to TF32 by itself.",
+        "Arithmetic of forward and backward; parameters and optimiser stay fp32. "
+        "fp32 is IEEE's, also where torch would round to TF32 by itself.",
     )
     channels_last: bool = setting(
         True, "NHWC memory format for activations and weights.", flag="--channels-last"
@@ -184,7 +185,8 @@ class RunConfig:
     )
     log_ids: bool = setting(
         False,
-        "Write the ids and pixels' checksums of all batches to OUT/ids, for tools/verify order; slow.",
+        "Write the ids and pixels' checksums of all batches to OUT/ids, "
+        "for tools/verify order; slow.",
         environment=True,
     )
     tensorboard: bool = setting(
@@ -225,8 +227,11 @@ RECIPES: dict[str, RunConfig] = {
         epochs=12,
     ),
 }
-"""Named configs: --recipe NAME, `recipe = "NAME"` in a TOML file. fast is the default; study is what --baseline
-trains: the study's fp32, NCHW, eager, per-sample loader, Adam 1e-3 constant, batch 64, 12 epochs."""
+"""Named configs: --recipe NAME, or `recipe = "NAME"` in a TOML file.
+
+fast is the default. study is what --baseline trains, as the study did: fp32, NCHW, eager, a loader
+sample by sample, Adam at a constant 1e-3, batch 64, 12 epochs.
+"""
 
 
 def settings_of(config: Any, prefix: str = "") -> Iterator[tuple[str, Field[Any], Any, Any]]:
@@ -241,7 +246,11 @@ def settings_of(config: Any, prefix: str = "") -> Iterator[tuple[str, Field[Any]
 
 
 def recipe_settings(name: str, where: str) -> dict[str, Any]:
-    """What a recipe sets otherwise than the default, dotted; UserError if there is none of that name."""
+    """What a recipe sets otherwise than the default, dotted.
+
+    Raises:
+        UserError: there is none of that name.
+    """
     if name not in RECIPES:
         raise UserError(f"{where}: there is no recipe {name!r}; choose from {', '.join(RECIPES)}")
     defaults = {dotted: value for dotted, _, _, value in settings_of(RunConfig())}
@@ -256,7 +265,9 @@ def _tree(config: Any, training_only: bool = False) -> dict[str, Any]:
 
 
 def override(config: RunConfig, dotted: Mapping[str, Any], source: str) -> RunConfig:
-    """`config` with fields such as "optim.learning_rate" replaced; names, types and bounds are checked.
+    """`config` with fields such as "optim.learning_rate" replaced.
+
+    Names, types and bounds are checked.
 
     Args:
         source: where the values stand (a file, "--set"), for the error's text.
@@ -297,7 +308,7 @@ def full_settings(tree: dict[str, Any], file: Path) -> dict[str, Any]:
 
 
 def with_full_paths(dotted: Mapping[str, Any], folder: Path | None, source: str) -> dict[str, Any]:
-    """`dotted` with settings that are paths made absolute: relative ones from `folder`, None the current one.
+    """`dotted` with its paths made absolute: relative ones from `folder`, None the current one.
 
     Raises:
         UserError: one cannot be a path.
@@ -329,7 +340,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
 
 
 def parse_assignments(assignments: tuple[str, ...]) -> dict[str, Any]:
-    """["optim.learning_rate=0.002"] -> {"optim.learning_rate": 0.002}; values are TOML, else plain text."""
+    """["epochs=2"] -> {"epochs": 2}; values are TOML, else plain text."""
     dotted = {}
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
@@ -352,7 +363,7 @@ def to_toml(config: RunConfig) -> str:
 
 
 def flatten(tree: dict[str, Any]) -> dict[str, Any]:
-    """{"optim": {"fused": true}} -> {"optim.fused": true}; tables lie one in another at any depth."""
+    """{"optim": {"fused": true}} -> {"optim.fused": true}, at any depth."""
     dotted: dict[str, Any] = {}
     for name, value in tree.items():
         if isinstance(value, dict):

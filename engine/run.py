@@ -1,4 +1,7 @@
-"""The command: torchrun -m engine.run --amp --cuda-graphs. Flags -> RunConfig -> trainer.fit, nothing else."""
+"""The command: torchrun -m engine.run --amp --cuda-graphs.
+
+Flags -> RunConfig -> trainer.fit, nothing else.
+"""
 
 from contextlib import ExitStack
 from dataclasses import replace
@@ -48,7 +51,10 @@ def main(
     device: str | None,
     **flags: Any,
 ) -> None:
-    """Train a character recogniser. Runs alone or under torchrun; flags override --set, which overrides --config."""
+    """Train a character recogniser.
+
+    Runs alone or under torchrun. Flags override --set, which overrides --config.
+    """
     with exit_on_user_error():
         ranks = join_ranks()
         ranks.agree(prepare_process)  # a rank's cache folder may be the one that cannot be made

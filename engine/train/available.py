@@ -1,4 +1,7 @@
-"""What this machine supports of a config: a table of rules, each of which may take one thing back and say why."""
+"""What this machine supports of a config: a table of rules.
+
+Each may take one thing back, and say why.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -16,7 +19,7 @@ from engine.world import World, cannot_compile, cannot_fuse, has_fast_bf16
 def effective_config(
     config: RunConfig, records: Records, world: World
 ) -> tuple[RunConfig, list[str]]:
-    """The config that this machine supports, and a sentence for each thing that differs from `config`."""
+    """What this machine supports of `config`, and a sentence for each thing that differs."""
     notes = []
     for rule in RULES:
         for change, note in rule(config, records, world):

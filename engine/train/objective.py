@@ -1,4 +1,4 @@
-"""From uint8 images and labels to the loss: what DDP wraps, torch.compile compiles, and kernels/ shorten.
+"""From uint8 images and labels to the loss.
 
 Shapes: B samples, H x W pixels, C classes.
 """
@@ -13,7 +13,10 @@ _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Objective(torch.nn.Module):
-    """From uint8 images and labels to (mean loss, right answers): what DDP wraps and torch.compile compiles."""
+    """From uint8 images and labels to (mean loss, right answers).
+
+    What DDP wraps, torch.compile compiles, and kernels/ shorten.
+    """
 
     def __init__(self, model: GlyphNet, config: RunConfig, device: torch.device) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The session: model, step and feed of a run, built once from what can be had here; and evaluation of whole splits.
+"""The session: model, step and feed of a run, built once; and evaluation of whole splits.
 
 The trainer, the profiler and the benchmarks start from here.
 
@@ -30,7 +30,7 @@ from engine.world import World
 
 @dataclass
 class Session:
-    """Everything a run needs, built once; the profiler and the benchmarks start from here as the trainer does."""
+    """Everything a run needs."""
 
     world: World
     records: Records
@@ -106,11 +106,13 @@ def check_batch(config: RunConfig, records: Records, world_size: int) -> None:
     batch, num_samples = config.global_batch, len(records.split("train"))
     if batch % world_size:
         raise UserError(
-            f"a global batch of {batch} cannot be divided by {world_size} ranks; give --batch-size (samples a rank)"
+            f"a global batch of {batch} cannot be divided by {world_size} ranks; "
+            "give --batch-size (samples a rank)"
         )
-    if batch // world_size % config.step.accumulate:
+    rank_batch, num_parts = batch // world_size, config.step.accumulate
+    if rank_batch % num_parts:
         raise UserError(
-            f"a rank's batch of {batch // world_size} cannot be divided into {config.step.accumulate} parts; "
+            f"a rank's batch of {rank_batch} cannot be divided into {num_parts} parts; "
             "give an --accumulate that divides it"
         )
     if batch > num_samples:
@@ -121,7 +123,7 @@ def check_batch(config: RunConfig, records: Records, world_size: int) -> None:
 
 
 def open_session(config: RunConfig, records: Records, world: World) -> Session:
-    """Build model, step and feed, warm up (and capture), and only then start a feed that has threads.
+    """Build model, step and feed, and warm up (and capture) before a feed starts threads.
 
     The caller runs inside world.on_stream() and closes the session.
 
@@ -174,13 +176,13 @@ def _make_step(
 
 
 def _gathers(config: RunConfig) -> bool:
-    """Whether launches gather their batches themselves, on the device; distorted images are handed over."""
+    """Whether launches gather their batches themselves; distorted images are handed over."""
     in_launches = config.step.cuda_graphs or config.step.steps_per_launch > 1
     return in_launches and config.data.feed in SOURCES and not config.augment.is_on
 
 
 def evaluate(session: Session, split_name: str) -> tuple[float, float]:
-    """Loss and accuracy (0..1) over a whole split, exact over all ranks: nothing counted twice, nothing left out."""
+    """Loss and accuracy (0..1) over a whole split and all ranks; each sample counts once."""
     for batch in session.evaluation_feed(split_name).batches(0):
         session.step.evaluate(batch)
     loss, accuracy, seen = session.step.read_evaluation()
