@@ -1,4 +1,4 @@
-"""The thread behind the feeds: in order, no further ahead than its buffers, and no fault of it goes unheard."""
+"""The thread behind the feeds: in order, within its buffers, and no fault of it goes unheard."""
 
 import os
 import subprocess

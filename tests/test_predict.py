@@ -1,4 +1,4 @@
-"""tools.predict on runs, records and places of all kinds; images too small, and just large enough."""
+"""tools.predict on runs, records and places of all kinds; images too small, and large enough."""
 
 import json
 import shutil

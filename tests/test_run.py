@@ -139,8 +139,9 @@ def test_two_ranks_train_the_same(
 ) -> None:
     out = tmp_path / "two"
     done = command(
-        "torchrun", "--standalone", "--nproc-per-node=2", "-m", "engine.run", "--amp", "--cuda-graphs",
-        "--data", small_dir, "--out", out, "--epochs", 3, "--batch-size", 16, "--device", "cpu",
+        "torchrun", "--standalone", "--nproc-per-node=2", "-m", "engine.run",
+        "--amp", "--cuda-graphs", "--data", small_dir, "--out", out,
+        "--epochs", 3, "--batch-size", 16, "--device", "cpu",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("epoch   1/3") == 1
@@ -231,7 +232,11 @@ def test_records_without_a_split_train_without_evaluation(
 
 
 def test_help_needs_no_torch(command: Command) -> None:
-    code = "import sys, engine.run as r\ntry: r.main(['--help'])\nexcept SystemExit: print('torch' in sys.modules)"
+    code = (
+        "import sys, engine.run as r\n"
+        "try: r.main(['--help'])\n"
+        "except SystemExit: print('torch' in sys.modules)"
+    )
     done = command("python", "-c", code)
     assert "--cuda-graphs" in done.stdout and done.stdout.strip().endswith("False")
 

@@ -1,4 +1,4 @@
-"""The network, the optimiser and the step: exact where they can be, within stated tolerances elsewhere."""
+"""The network, the optimiser and the step: exact where they can be, else within tolerances."""
 
 import json
 from dataclasses import replace
@@ -115,7 +115,7 @@ def test_biases_are_not_decayed() -> None:
 
 
 def test_golden_losses(small: Records, world: World, one_thread: None) -> None:
-    """20 steps in fp32 on one thread; to renew after a change that is meant to train differently: delete the file."""
+    """20 steps, fp32, one thread. Delete the file to renew it if training is meant to change."""
     step = make_step(world, channels_last=False)
     found = losses(step, small)
     if not GOLDEN.exists():
@@ -167,7 +167,7 @@ def test_steps_of_two_precisions_cannot_mix(
 
 
 def test_channels_last_is_really_used(world: World, small: Records) -> None:
-    """With one input channel both layouts have the same strides: look at conv2's weight and a middle activation."""
+    """With one input channel both layouts have the same strides; conv2 and what follows tell."""
     step = make_step(world)
     seen: list[torch.Tensor] = []
     step.model.conv2.register_forward_hook(lambda module, inputs, output: seen.append(output))
@@ -235,7 +235,7 @@ def test_the_learning_rate_follows_the_table_at_the_device_counter(
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_an_optimiser_to_be_captured_bakes_nothing_in(fused: bool) -> None:
-    """torch refuses to capture a group that is not capturable, fused or not; a float rate would be baked in."""
+    """torch captures capturable groups only, fused or not; a float rate would be baked in."""
     model = make_model(ModelConfig(), 28, 28, 8, 0)
     groups = make_optimizer(
         OptimConfig(fused=fused), model, torch.ones(()), capturable=True
