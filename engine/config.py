@@ -183,6 +183,26 @@ class RunConfig:
     seed: int = setting(
         42, "Initial weights and order of samples.", bounds=(0, 2**63 - 1), flag="--seed"
     )
+    schedule_epochs: int = setting(
+        0,
+        "Epochs that the learning rate's schedule spans; 0: as many as are trained.",
+        low=0,
+        high=100_000,
+    )
+    checkpoint_every: str = setting(
+        "1epoch,60s",
+        "When a run is saved: 500steps, 30s, 1epoch, or several with commas between.",
+        flag="--checkpoint-every",
+        environment=True,
+    )
+    timeout_s: float = setting(
+        60.0,
+        "How long ranks wait for one that hangs before the run ends.",
+        low=5,
+        high=86_400,
+        flag="--timeout",
+        environment=True,
+    )
     log_ids: bool = setting(
         False,
         "Write the ids and pixels' checksums of all batches to OUT/ids, "
@@ -202,6 +222,10 @@ class RunConfig:
         flag="--target-accuracy",
         environment=True,
     )
+
+    def training_settings(self) -> dict[str, Any]:
+        """The settings that decide what is computed, dotted."""
+        return flatten(_tree(self, training_only=True))
 
     def digest(self) -> str:
         """16 hex digits that are equal where two configs compute the same training."""

@@ -82,7 +82,7 @@ class Disturbed(Damaged):
 @contextmanager
 def writing_file(path: Path) -> Iterator[BinaryIO]:
     """A file that becomes `path`, in one instant, when the block ends without an exception."""
-    temporary = _temporary(path)
+    temporary = temporary_name(path)
     try:
         with open(temporary, "xb") as file:
             yield file
@@ -110,7 +110,7 @@ def publish_directory(target: Path) -> Iterator[Path]:
     directory is deleted.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(target)
+    temporary = temporary_name(target)
     temporary.mkdir()
     try:
         yield temporary
@@ -133,7 +133,7 @@ def publish_directory(target: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _temporary(target: Path) -> Path:
+def temporary_name(target: Path) -> Path:
     """A new name beside `target`, which `remove_leftovers` knows."""
     return target.with_name(f".{target.name}.tmp-{secrets.token_hex(4)}")
 

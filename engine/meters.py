@@ -44,6 +44,12 @@ class Stopwatch:
         self.total_s += lap_s
         return lap_s
 
+    def lap(self) -> float:
+        """Seconds since start() or the last lap; goes on."""
+        lap_s = self.stop()
+        self.start()
+        return lap_s
+
 
 _OFF = nullcontext()
 _tracing = False
@@ -143,6 +149,11 @@ class Nvml:
         """Since the driver was loaded; too coarse for spans under some seconds."""
         energy_mj = self._read("nvmlDeviceGetTotalEnergyConsumption")
         return None if energy_mj is None else energy_mj / 1000
+
+    def energy_since(self, earlier_j: float | None) -> float | None:
+        """What was used since `energy_j` gave `earlier_j`."""
+        now_j = self.energy_j()
+        return None if earlier_j is None or now_j is None else now_j - earlier_j
 
     def _read(self, function: str) -> Any:
         if self._handle is None:

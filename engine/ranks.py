@@ -15,6 +15,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 from engine.errors import UserError, printable
+from engine.heart import Heart, Watch
 from engine.host import env_local_rank, env_rank, env_world_size
 
 JOIN_TIMEOUT = timedelta(seconds=120)
@@ -102,6 +103,20 @@ class Ranks:
             machine, text = found
             elsewhere = machine != _machine()  # where it failed, that rank itself speaks
             raise _spoken(text, self.local_rank == 0 and elsewhere) from None
+
+    @contextmanager
+    def watching(self, heart: Heart, timeout_s: float) -> Iterator[None]:
+        """Beat for the others, and end where one of them hangs, while this is entered."""
+        if self.size == 1:
+            yield
+            return
+        watch = Watch(self.store.clone(), self.rank, self.size, heart, timeout_s)
+        self.agree(lambda: None)  # all have beaten once
+        watch.start()
+        try:
+            yield
+        finally:
+            watch.stop()
 
     def from_first(self, work: Callable[[], str]) -> str:
         """Do `work` on rank 0; its text on every rank. Collective; errors as in `agree`."""

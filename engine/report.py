@@ -13,10 +13,10 @@ import re
 import shlex
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from engine.config import RunConfig
 from engine.durable import Damaged, write_file
@@ -51,6 +51,20 @@ class Environment:
     dirty: bool | None
     """Whether tracked files differed from the commit; None without git."""
     command: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """Steps that were trained without a stop between them, and under what."""
+
+    first_step: int
+    num_steps: int
+    train_s: float
+    wait_s: float
+    """Time the host waited for the feed."""
+    num_ranks: int
+    effective: dict[str, Any]
+    environment: Environment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +110,10 @@ class RunReport:
     """Memory in use on the whole device, by NVML."""
     gpu_utilisation_percent: float | None
     gpu_energy_j: float | None
+    status: Literal["finished", "stopped", "unfinished"] = "finished"
+    """stopped: by a signal, saved; unfinished: still running, or killed."""
+    segments: list[Segment] = field(default_factory=list)
+    """What the run consists of; more than one where it was resumed."""
 
     def __post_init__(self) -> None:
         if self.format != FORMAT:

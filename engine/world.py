@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 import kernels
 from engine.errors import UserError
+from engine.heart import Heart
 from engine.host import (
     env_local_rank,
     env_local_world_size,
@@ -28,7 +29,9 @@ from engine.host import (
 from engine.meters import Ledger
 from engine.ranks import OtherRankFailed, Ranks, join_ranks
 
-COLLECTIVE_TIMEOUT = timedelta(seconds=120)
+TIMEOUT_S = 60.0
+BEYOND_WATCH = timedelta(seconds=300)
+"""A collective's own time-out is later than engine/heart.py's, which knows whom to name."""
 T = TypeVar("T")
 
 
@@ -45,6 +48,16 @@ class World:
     """What `keep_large_blocks` reached."""
     ledger: Ledger = field(default_factory=Ledger)
     """GPU memory by owner; empty on a CPU."""
+    hosts: Any = None
+    """The process group of collectives between the hosts; None: the default one, on a CPU."""
+    heart: Heart = field(default_factory=Heart)
+    """What this rank is doing, for the others to see."""
+
+    def at(self, step: int, doing: str) -> None:
+        """Note what this rank is doing, and that it goes on."""
+        self.heart.step = step
+        self.heart.doing = doing
+        self.heart.num_signs += 1
 
     @property
     def is_first(self) -> bool:
@@ -59,6 +72,37 @@ class World:
         if self.size > 1:
             dist.all_reduce(total)
         return total
+
+    def most(self, values: list[float]) -> list[float]:
+        """The greatest of each number over all ranks.
+
+        Collective, on the hosts alone: the device goes on meanwhile.
+        """
+        if self.size == 1:
+            return values
+        greatest = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(greatest, dist.ReduceOp.MAX, group=self.hosts)
+        return list(greatest.tolist())
+
+    def text_of_first(self, text: str) -> str:
+        """Rank 0's text on every rank. Collective."""
+        if self.size == 1:
+            return text
+        data = text.encode()
+        length = torch.tensor(len(data))
+        dist.broadcast(length, 0, group=self.hosts)
+        buffer = torch.zeros(int(length), dtype=torch.uint8)
+        if self.is_first:
+            buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        dist.broadcast(buffer, 0, group=self.hosts)
+        return bytes(buffer.tolist()).decode()
+
+    def copy_from_first(self, tensor: torch.Tensor) -> None:
+        """Overwrite `tensor` with rank 0's. Collective."""
+        if self.size > 1:
+            same = tensor.detach().to(self.device, copy=True)
+            dist.broadcast(same, 0)
+            tensor.detach().copy_(same)
 
     def synchronize(self) -> None:
         """Wait for the device, then for the other ranks."""
@@ -103,12 +147,15 @@ class World:
 
 
 @contextmanager
-def start_world(device_name: str = "", ranks: Ranks | None = None) -> Iterator[World]:
+def start_world(
+    device_name: str = "", ranks: Ranks | None = None, timeout_s: float = TIMEOUT_S
+) -> Iterator[World]:
     """Join the process group and leave it at the end, also on errors.
 
     Args:
         device_name: "cpu" or "cuda"; empty: CUDA where there is a GPU.
         ranks: those already met; None: meet them.
+        timeout_s: how long ranks wait for one that hangs.
     Raises:
         UserError: more ranks on a machine than GPUs; or what another rank ended with.
     """
@@ -123,9 +170,10 @@ def start_world(device_name: str = "", ranks: Ranks | None = None) -> Iterator[W
         torch.cuda.set_device(device)
         torch.zeros(1, device=device)  # makes the context
         ledger.mark("context")
-    with ranks.explaining():
+    heart = Heart()
+    with ranks.explaining(), ranks.watching(heart, timeout_s):
         try:
-            _join_group(ranks, device)
+            hosts = _join_group(ranks, device, timeout_s)
             ledger.mark("NCCL")
             yield World(
                 rank=ranks.rank,
@@ -134,24 +182,28 @@ def start_world(device_name: str = "", ranks: Ranks | None = None) -> Iterator[W
                 stream=torch.cuda.Stream(device) if on_gpu else None,
                 allocator=allocator,
                 ledger=ledger,
+                hosts=hosts,
+                heart=heart,
             )
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
 
 
-def _join_group(ranks: Ranks, device: torch.device) -> None:
+def _join_group(ranks: Ranks, device: torch.device, timeout_s: float) -> Any:
+    """Join the process group; the group of the hosts, None where it is the same."""
     if ranks.size == 1:
-        return
+        return None
     on_gpu = device.type == "cuda"
     dist.init_process_group(
         "nccl" if on_gpu else "gloo",
         store=ranks.store,
         rank=ranks.rank,
         world_size=ranks.size,
-        timeout=COLLECTIVE_TIMEOUT,
+        timeout=timedelta(seconds=timeout_s) + BEYOND_WATCH,
         device_id=device if on_gpu else None,
     )
+    return dist.new_group(backend="gloo") if on_gpu else None
 
 
 def end_rank() -> None:

@@ -1,16 +1,18 @@
-"""Checkpoints: directories of safetensors under a manifest with hashes, published whole; no pickle.
+"""Checkpoints: folders of safetensors under a manifest with hashes, published whole; no pickle.
 
-RUN/checkpoints/epoch-0003/ holds model.safetensors, optim.safetensors (the optimiser's state) and
-manifest.json with its hash: position in the order, loss scale, the config's digest and the data's
-fingerprint. Loading takes the newest directory that verifies, and copies in place, so that a
-captured graph keeps its addresses.
+Each holds model.safetensors, optim.safetensors (the optimiser's state and the log of the epoch in
+hand) and manifest.json with its hash (train/folder.py). Loading takes the newest that verifies, and
+copies in place, so that a captured graph keeps its addresses.
+
+Shapes: S steps of the epoch in hand.
 """
 
 import hashlib
+import os
+import re
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -20,114 +22,120 @@ from engine.durable import (
     Damaged,
     open_regular,
     publish_directory,
-    read_manifest,
     refuse_unknown_files,
+    temporary_name,
     write_file,
     write_manifest,
 )
 from engine.errors import UserError
+from engine.train.folder import (
+    CHECKPOINTS,
+    Manifest,
+    checkpoint_path,
+    checkpoints,
+    manifest_of,
+)
 from engine.train.state import Tensors, TrainState
 
-FORMAT = "glyph-checkpoint"
-VERSION = 1
 NUM_KEPT = 2
-FILES = ("model.safetensors", "optim.safetensors")
+MODEL, OPTIM = "model.safetensors", "optim.safetensors"
+FILES = (MODEL, OPTIM)
+LOG = "log/loss_S"
+"""In optim.safetensors: float64, the mean loss of each step done of the epoch in hand."""
+LEFTOVER = re.compile(r"\.step-[0-9]{9}\.tmp-[0-9a-f]{8}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Position:
-    """Where a run stands after an epoch."""
-
-    num_epochs: int
-    num_steps: int
-    train_s: float
-    best_val_accuracy_fraction: float | None
-    time_to_target_s: float | None
+def checkpoint_tensors(state: TrainState) -> dict[str, Tensors]:
+    """The live tensors, by the file that keeps them."""
+    return {MODEL: state.model_tensors(), OPTIM: state.optimizer_tensors()}
 
 
-def save_checkpoint(
-    run: Path,
-    position: Position,
-    state: TrainState,
-    *,
-    digest: str,
-    fingerprint: str,
-) -> None:
-    """Publish a checkpoint and delete all but the newest two.
+def write_checkpoint(run: Path, manifest: Manifest, files: dict[str, Tensors]) -> Path:
+    """Publish a checkpoint; another of the same step is replaced.
 
+    Args:
+        manifest: all of it but the hashes.
+        files: tensors on the CPU, by file.
     Raises:
         UserError: a number is not finite; nothing is written.
         OSError: the disk refused; earlier checkpoints are untouched.
     """
-    live = _files(state)
-    for name, tensor in [item for tensors in live.values() for item in tensors.items()]:
-        if not torch.isfinite(tensor).all():
-            raise UserError(
-                f"{name} is not finite after epoch {position.num_epochs}; lower optim.learning_rate"
-            )
-    files = {name: _packed(tensors) for name, tensors in live.items()}
-    manifest = {
-        "format": FORMAT,
-        "version": VERSION,
-        "config_digest": digest,
-        "dataset_fingerprint": fingerprint,
-        "position": asdict(position),
-        "scaler": state.scaler.state_dict(),
-        "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
-    }
-    with publish_directory(run / "checkpoints" / f"epoch-{position.num_epochs:04}") as directory:
-        for name, data in files.items():
-            (directory / name).write_bytes(data)
-        write_manifest(directory, manifest)
-    for old in _checkpoints(run)[NUM_KEPT:]:
-        shutil.rmtree(old)
+    num_steps = manifest.position.num_steps
+    _refuse_nonfinite(files, f"after step {num_steps}")
+    data = {name: _packed(tensors) for name, tensors in files.items()}
+    hashes = {name: hashlib.sha256(packed).hexdigest() for name, packed in data.items()}
+    target = checkpoint_path(run, num_steps)
+    old = temporary_name(target)
+    if target.exists():  # of an earlier try, perhaps damaged: not every disk can exchange two names
+        os.rename(target, old)
+    with publish_directory(target) as directory:
+        for name, packed in data.items():
+            (directory / name).write_bytes(packed)
+        write_manifest(directory, asdict(replace(manifest, sha256=hashes)))
+    shutil.rmtree(old, ignore_errors=True)
+    return target
 
 
-def load_checkpoint(
-    run: Path,
-    state: TrainState,
-    *,
-    digest: str,
-    fingerprint: str,
-) -> tuple[Position, list[str]]:
+def prune(run: Path, sound: set[Path], best_num_steps: int | None) -> None:
+    """Delete checkpoints, but the newest two of `sound` and the best.
+
+    Args:
+        sound: those that this process has written or read; others are deleted only where two
+            newer ones are sound, and what does not verify never pushes out what does.
+    """
+    best = None if best_num_steps is None else checkpoint_path(run, best_num_steps)
+    num_sound = 0
+    for checkpoint in checkpoints(run):
+        if num_sound >= NUM_KEPT and checkpoint != best:
+            shutil.rmtree(checkpoint, ignore_errors=True)
+        num_sound += checkpoint in sound
+
+
+def remove_leftovers(run: Path) -> None:
+    """Delete what killed processes left of checkpoints; the caller holds the run's lock."""
+    for entry in (run / CHECKPOINTS).glob(".step-*"):
+        if LEFTOVER.fullmatch(entry.name) and not entry.is_symlink():
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def load_checkpoint(run: Path, state: TrainState) -> tuple[Manifest, torch.Tensor, list[str]]:
     """Copy the newest checkpoint that verifies into the live tensors.
 
     The optimiser's state must exist: warm up first.
 
     Returns:
-        The position, and a sentence for each newer checkpoint that was skipped.
+        Its manifest, loss_S (float64) of the epoch in hand, and a sentence for each newer one that
+        was skipped.
     Raises:
-        UserError: none verifies, or the run is of another config, other records or another model.
+        UserError: none verifies, or it holds tensors of another model.
     """
-    skipped = []
-    for directory in _checkpoints(run):
+    skipped: list[str] = []
+    for checkpoint in checkpoints(run):
         try:
-            manifest, files = _read(directory)
+            manifest, files = read_checkpoint(checkpoint)
         except (Damaged, OSError) as error:
-            skipped.append(f"{directory.name} was skipped: {error}")
+            skipped.append(f"{checkpoint.name} was skipped: {error}")
             continue
-        if manifest["config_digest"] != digest:
-            remedy = "resume with the flags the run was started with"
-            raise UserError(f"{directory}: was made by another configuration; {remedy}")
-        if manifest["dataset_fingerprint"] != fingerprint:
-            remedy = "give the --data the run was started with"
-            raise UserError(f"{directory}: was trained on other records; {remedy}")
-        for name, tensors in _files(state).items():
-            if _shapes(tensors) != _shapes(files[name]):
-                remedy = "resume with the model it was made by"
-                raise UserError(f"{directory}: holds tensors of another model; {remedy}")
-            with torch.no_grad():
-                for key, tensor in tensors.items():
-                    tensor.copy_(files[name][key])
+        loss_S = files[OPTIM].pop(LOG, torch.zeros(0, dtype=torch.float64))
+        for name, tensors in checkpoint_tensors(state).items():
+            _copy(checkpoint, tensors, files[name])
         if state.scaler.is_enabled():
-            state.scaler.load_state_dict(manifest["scaler"])
-        return Position(**manifest["position"]), skipped
+            state.load_scaler(manifest.scaler)
+        return manifest, loss_S, skipped
     why = "; ".join(skipped) or "start anew without --resume"
     raise UserError(f"{run}: holds no checkpoint that verifies; {why}")
 
 
-def _shapes(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in tensors.items()}
+def read_checkpoint(checkpoint: Path) -> tuple[Manifest, dict[str, Tensors]]:
+    """A checkpoint's manifest and tensors, every byte verified; Damaged or OSError."""
+    manifest = manifest_of(checkpoint)
+    refuse_unknown_files(checkpoint, set(FILES))
+    files = {name: _verified(checkpoint / name, manifest.sha256.get(name)) for name in FILES}
+    try:
+        _refuse_nonfinite(files, "in it")
+    except UserError as error:
+        raise Damaged(str(error)) from None
+    return manifest, files
 
 
 def save_model(path: Path, model: torch.nn.Module) -> None:
@@ -135,31 +143,38 @@ def save_model(path: Path, model: torch.nn.Module) -> None:
     write_file(path, _packed(model.state_dict()))
 
 
-def _checkpoints(run: Path) -> list[Path]:
-    return sorted((run / "checkpoints").glob("epoch-*"), reverse=True)
+def _verified(path: Path, sha256: str | None) -> Tensors:
+    with open(open_regular(path), "rb") as file:
+        data = file.read()
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise Damaged(f"{path.name} does not match its SHA-256")
+    try:
+        return load(data)
+    except SafetensorError as error:
+        raise Damaged(f"{path.name} is not safetensors ({error})") from None
 
 
-def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensors]]:
-    manifest = read_manifest(directory, FORMAT, VERSION)
-    refuse_unknown_files(directory, set(FILES))
-    files = {}
-    for name in FILES:
-        with open(open_regular(directory / name), "rb") as file:
-            data = file.read()
-        if hashlib.sha256(data).hexdigest() != manifest["sha256"].get(name):
-            raise Damaged(f"{name} does not match its SHA-256")
-        try:
-            files[name] = load(data)
-        except SafetensorError as error:
-            raise Damaged(f"{name} is not safetensors ({error})") from None
-    return manifest, files
+def _copy(checkpoint: Path, live: Tensors, stored: Tensors) -> None:
+    """Copy in place; UserError unless names, shapes and types are the same."""
+    if _kinds(live) != _kinds(stored):
+        remedy = "resume with the model and the precision it was made by"
+        raise UserError(f"{checkpoint}: holds tensors of another model; {remedy}")
+    with torch.no_grad():
+        for name, tensor in live.items():
+            tensor.copy_(stored[name])
+
+
+def _kinds(tensors: Tensors) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+
+
+def _refuse_nonfinite(files: dict[str, Tensors], when: str) -> None:
+    for tensors in files.values():
+        for name, tensor in tensors.items():
+            if name != LOG and not torch.isfinite(tensor).all():  # fp16 skips overflowed steps
+                raise UserError(f"{name} is not finite {when}; lower optim.learning_rate")
 
 
 def _packed(tensors: Tensors) -> bytes:
     """As safetensors, which keeps no strides: channels-last weights are written in plain order."""
     return save({name: tensor.contiguous() for name, tensor in tensors.items()})
-
-
-def _files(state: TrainState) -> dict[str, Tensors]:
-    """The live tensors, by the file that keeps them."""
-    return dict(zip(FILES, (state.model_tensors(), state.optimizer_tensors()), strict=True))

@@ -1,19 +1,110 @@
-"""A run's folder as it is found: is it free for a new run, and does it hold one that can go on?"""
+"""A run's folder, read without torch: is it free, and does it hold a run that can go on?
 
+RUN/checkpoints/step-000001200/ is a checkpoint after 1,200 steps; folders of other names there are
+not ours and stay as they are. Its manifest says where the run stood and what training it is.
+"""
+
+import math
+import re
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from engine.durable import is_empty
+from engine.config import RunConfig, load_toml
+from engine.durable import Damaged, is_empty, read_manifest
 from engine.errors import UserError
+from engine.report import Segment
+from engine.typed import typed
 
 CONFIG = "config.toml"
 CHECKPOINTS = "checkpoints"
+PREEMPTED = "preempted"
+"""A file that says by which signal a run was stopped; the next start removes it."""
+FORMAT = "glyph-checkpoint"
+VERSION = 2
+NAME = re.compile(r"step-([0-9]{9})")
+MAY_CHANGE = ("epochs", "global_batch", "schedule_epochs")
+"""Settings of the training that a resumed run may have otherwise; the trainer says what follows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Position:
+    """Where a run stands, and what it had found by then."""
+
+    epoch: int = 0
+    """Epochs done."""
+    step: int = 0
+    """Steps done of the next one."""
+    num_steps: int = 0
+    """Steps of the learning rate's schedule: of all epochs done, and `step`."""
+    train_s: float = 0.0
+    eval_s: float = 0.0
+    num_skipped_steps: int = 0
+    epoch_train_s: float = 0.0
+    epoch_correct: int = 0
+    """Right answers in the steps done of the next epoch; their losses are in the log."""
+    best_val_accuracy_fraction: float | None = None
+    best_num_steps: int | None = None
+    time_to_target_s: float | None = None
+
+    def __post_init__(self) -> None:
+        numbers = (self.epoch, self.step, self.num_steps, self.train_s, self.epoch_correct)
+        if min(numbers) < 0 or not all(map(math.isfinite, numbers)):
+            raise ValueError("a position is negative or not finite")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """manifest.json of a checkpoint."""
+
+    format: str = FORMAT
+    version: int = VERSION
+    training: dict[str, Any]
+    """The settings that decide what is computed, dotted."""
+    dataset_fingerprint: str
+    position: Position
+    segments: list[Segment] = field(default_factory=list)
+    scaler: dict[str, float]
+    """Loss scale and growth counter of fp16; empty without."""
+    sha256: dict[str, str]
+
+
+def checkpoint_path(run: Path, num_steps: int) -> Path:
+    return run / CHECKPOINTS / f"step-{num_steps:09}"
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The folders with a checkpoint's name, the newest first."""
+    found = (run / CHECKPOINTS).glob("step-*")
+    ours = [path for path in found if NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(ours, key=lambda path: path.name, reverse=True)
+
+
+def manifest_of(checkpoint: Path) -> Manifest:
+    """A checkpoint's manifest; Damaged or OSError if there is none that verifies."""
+    return typed(Manifest, read_manifest(checkpoint, FORMAT, VERSION), "manifest.json")
+
+
+def newest_manifest(run: Path) -> Manifest | None:
+    """The manifest of the newest checkpoint that has one that verifies."""
+    for checkpoint in checkpoints(run):
+        try:
+            return manifest_of(checkpoint)
+        except (Damaged, OSError):
+            continue
+    return None
+
+
+def holds_run(out: Path) -> bool:
+    """Whether a run was started in `out`."""
+    return (out / CONFIG).is_file()
 
 
 def check_new(out: Path) -> None:
     """UserError if a new run may not write to `out`."""
     if is_empty(out):
         return
-    if _has_checkpoints(out):
+    if holds_run(out):
         remedy = f"name another --out, or go on with --resume {out}"
         raise UserError(f"{out}: is not empty, it holds a run; {remedy}")
     raise UserError(f"{out}: is not empty, and holds no run to resume; name another --out")
@@ -24,12 +115,38 @@ def check_resumable(run: Path) -> None:
     remedy = "give --resume the folder of an earlier run"
     if not run.is_dir():
         raise UserError(f"{run}: no such folder; {remedy}")
-    if not (run / CONFIG).is_file():
+    if not holds_run(run):
         raise UserError(f"{run}: holds no {CONFIG}, so it is no run's folder; {remedy}")
-    if not _has_checkpoints(run):
-        anew = f"start anew with another --out (and --config {run / CONFIG})"
-        raise UserError(f"{run}: holds no checkpoint to resume from; {anew}")
 
 
-def _has_checkpoints(run: Path) -> bool:
-    return any((run / CHECKPOINTS).glob("epoch-*"))
+def check_resumable_or_new(out: Path) -> None:
+    """What --resume auto asks: a run to go on with, or nothing at all."""
+    if not holds_run(out):
+        check_new(out)
+
+
+def stored_config(run: Path) -> RunConfig:
+    """The config that the run was started with, or last resumed with."""
+    return load_toml(RunConfig(), run / CONFIG)
+
+
+def check_same_training(run: Path, manifest: Manifest, config: RunConfig) -> None:
+    """UserError, naming each setting, if the run would go on as another training.
+
+    A setting that the checkpoint does not know had its default.
+    """
+    ours, default = config.training_settings(), RunConfig().training_settings()
+    theirs = default | manifest.training
+    found = [name for name in ours if name not in MAY_CHANGE and ours[name] != theirs[name]]
+    if found:
+        changes = ", ".join(f"{name} was {theirs[name]} and is {ours[name]}" for name in found)
+        remedy = "leave the flags out that change it, or start anew with another --out"
+        raise UserError(f"{run}: another training cannot go on from it: {changes}; {remedy}")
+
+
+def check_same_records(run: Path, manifest: Manifest, fingerprint: str) -> None:
+    """UserError if the run was trained on other records."""
+    if manifest.dataset_fingerprint != fingerprint:
+        what = f"was trained on records {manifest.dataset_fingerprint[:12]}"
+        remedy = "give the --data the run was started with"
+        raise UserError(f"{run}: {what}, these are {fingerprint[:12]}; {remedy}")

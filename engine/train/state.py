@@ -43,6 +43,12 @@ class TrainState:
         found = self.scaler.state_dict()
         return {key: float(found[key]) for key in ("scale", "_growth_tracker") if key in found}
 
+    def load_scaler(self, numbers: dict[str, float]) -> None:
+        """Put back what `scaler_numbers` gave, in place."""
+        found = self.scaler.state_dict()
+        kinds = {key: type(found[key]) for key in numbers if key in found}
+        self.scaler.load_state_dict(found | {key: kinds[key](numbers[key]) for key in kinds})
+
     @contextmanager
     def kept(self) -> Iterator[None]:
         """Let warm-up train, then put everything back in place, random state included.

@@ -65,16 +65,51 @@ class TrainLog:
 
     loss_S: np.ndarray
     """Mean loss of each step, float64; a skipped step's may be infinite."""
-    accuracy: float
-    """0..1."""
+    num_correct: int
     num_samples: int
     num_skipped: int
     """Steps whose fp16 gradients overflowed; the optimiser left the parameters as they were."""
 
+    @staticmethod
+    def of_part(loss_S: np.ndarray, num_correct: int, global_batch: int) -> "TrainLog":
+        """The log of steps that an earlier process trained."""
+        return TrainLog(
+            loss_S=loss_S,
+            num_correct=num_correct,
+            num_samples=len(loss_S) * global_batch,
+            num_skipped=0,
+        )
+
+    @staticmethod
+    def empty() -> "TrainLog":
+        """The log of no step."""
+        return TrainLog.of_part(np.zeros(0), 0, 0)
+
+    def and_then(self, later: "TrainLog") -> "TrainLog":
+        """Of these steps and those after them."""
+        return TrainLog(
+            loss_S=np.concatenate([self.loss_S, later.loss_S]),
+            num_correct=self.num_correct + later.num_correct,
+            num_samples=self.num_samples + later.num_samples,
+            num_skipped=self.num_skipped + later.num_skipped,
+        )
+
+    @property
+    def accuracy(self) -> float:
+        """0..1."""
+        return self.num_correct / max(self.num_samples, 1)
+
     @property
     def loss(self) -> float:
-        """Mean over the steps where it is finite."""
-        return float(self.loss_S[np.isfinite(self.loss_S)].mean())
+        """Mean over the steps where it is finite.
+
+        Raises:
+            UserError: it is finite in none: fp16, and fewer steps than MAX_SKIPPED.
+        """
+        finite_S = self.loss_S[np.isfinite(self.loss_S)]
+        if not len(finite_S):
+            raise UserError("the loss was not finite in any step of the epoch; use --amp bf16")
+        return float(finite_S.mean())
 
 
 class TrainStep:
@@ -105,7 +140,7 @@ class TrainStep:
         self._source = source
         self.use_precision()
         device = world.device
-        num_steps = config.epochs * order.steps_per_epoch
+        num_steps = (config.schedule_epochs or config.epochs) * order.steps_per_epoch
         if config.step.channels_last:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             model.channels_last = True
@@ -275,7 +310,7 @@ class TrainStep:
         self._refuse_nonfinite(log_3S, first_step)
         return TrainLog(
             loss_S=log_3S[LOSS] / self._world.size,
-            accuracy=float(log_3S[CORRECT].sum()) / max(num_samples, 1),
+            num_correct=int(log_3S[CORRECT].sum()),
             num_samples=num_samples,
             num_skipped=int((log_3S[BAD] > 0).sum()),
         )
@@ -292,9 +327,6 @@ class TrainStep:
                     f"fp16 gradients overflowed in {MAX_SKIPPED} steps in a row, the last of them "
                     f"step {step}; use --amp bf16 or lower optim.learning_rate"
                 )
-        # fp16, in an epoch of fewer steps than MAX_SKIPPED
-        if len(log_3S.T) and not np.isfinite(log_3S[LOSS]).any():
-            raise UserError(f"the loss was not finite in any step up to {step}; use --amp bf16")
 
     def read_evaluation(self) -> tuple[float, float, int]:
         """Mean loss, accuracy (0..1) and samples seen over all ranks since the last call.

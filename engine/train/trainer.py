@@ -1,41 +1,54 @@
 """The trainer: the one loop and its clock.
 
-Everything slow or fragile (disk, sums, evaluation) is off the clock.
+Evaluation and reports are off the clock; within an epoch, what a checkpoint costs is on it.
 
-Shapes: B samples of one rank, H x W pixels.
+Shapes: B samples of one rank, H x W pixels, S steps.
 """
 
 import json
+import shutil
+import signal
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from engine import meters
-from engine.config import RunConfig, to_toml
+from engine.config import RunConfig
 from engine.data.records import Records
-from engine.durable import write_file, writing
 from engine.errors import UserError
-from engine.report import RunReport, without_folders, write_json
+from engine.report import RunReport, Segment, without_folders
+from engine.stop import STOP
 from engine.train import idlog
-from engine.train.checkpoint import Position, load_checkpoint, save_checkpoint, save_model
+from engine.train.checkpoint import checkpoint_tensors, load_checkpoint
+from engine.train.folder import Manifest, Position, check_same_records, checkpoint_path
+from engine.train.journal import Journal
+from engine.train.pulse import Cadence, Pulse
+from engine.train.saver import Saver
 from engine.train.session import Session, evaluate, open_session, switches
+from engine.train.step import TrainLog
+from engine.typed import typed
 from engine.ui import progress_bar
 from engine.world import World, check_ranks
 
 CLOCK_INCLUDES = (
-    "every training step with its data; "
-    "not: start-up, warm-up, capture, evaluation, checkpoints, reports"
+    "every training step with its data, and checkpoints within an epoch; "
+    "not: start-up, warm-up, capture, evaluation, checkpoints at an epoch's end, reports"
 )
+NUM_CHECKPOINTS_AT_ONCE = 4
+"""On the disk at the same moment: two kept, the best, and the one being written."""
 Say = Callable[[str], None]
 
 
 def check_run(config: RunConfig, device_name: str) -> None:
     """UserError if a run needs what is not here; asked before anything is opened or written."""
     check_ranks(device_name)
+    Cadence.of(config.checkpoint_every)
     if config.tensorboard and find_spec("tensorboard") is None:
         remedy = "pip install tensorboard, or leave it out"
         raise UserError(f"--tensorboard: the package is not installed; {remedy}")
@@ -58,184 +71,309 @@ class Trainer:
     """The folder for report.json, metrics.jsonl, model.safetensors, config.toml, checkpoints/."""
     say: Say
     """Prints a line on rank 0."""
+    position: Position = field(default_factory=Position)
+    """Where the run stands at the last reading of the log."""
+    segments: list[Segment] = field(default_factory=list)
+    """Those before this process."""
     wait_s: float = 0.0
-    eval_s: float = 0.0
-    num_skipped: int = 0
-    best_val: float | None = None
-    time_to_target_s: float | None = None
     utilisation_percent: list[float] = field(default_factory=list)
-    events: Any = None
-    """TensorBoard's writer, on rank 0 and where asked for."""
+    stopped_by: int = 0
+    """The signal that all ranks stop by."""
 
     def __post_init__(self) -> None:
-        self.config = self.session.requested
-        self.watch = meters.Stopwatch(self.session.world.device)
-        self.nvml = meters.Nvml(self.session.world.device)
-        self.steps_per_epoch = self.session.feed.order.steps_per_epoch
-        self.has_val = "val" in self.session.records.splits
+        session = self.session
+        self.world, self.step = session.world, session.step
+        self.config = session.requested
+        self.watch = meters.Stopwatch(self.world.device)
+        self.nvml = meters.Nvml(self.world.device)
+        self.steps_per_epoch = session.feed.order.steps_per_epoch
+        self.has_val = "val" in session.records.splits
+        self.cadence = Cadence.of(self.config.checkpoint_every)
+        self.pulse = Pulse(self.world, self.cadence)
+        self.journal = Journal(self.out, self.say)
+        self.saver = Saver(self.out, self.step.state) if self.world.is_first else None
+        self.log = TrainLog.empty()
 
-    def fit(self, resume: bool) -> RunReport:
+    def fit(self, resume: bool, last_epoch: int | None = None) -> RunReport:
         """Train all epochs that are left, evaluate, and write OUT.
 
         Args:
             resume: go on from OUT's newest checkpoint.
+            last_epoch: stop after so many epochs, saved, as if by a signal; None: train all.
+        Returns:
+            The report; its status says whether the run is finished.
         Raises:
-            UserError: a checkpoint is missing or foreign, the loss is not finite, or the disk is
-                full.
+            UserError: no checkpoint can be read, a number is not finite, or the disk is full.
         """
         for note in self.session.notes:
             self.say(f"note: {note}")
-        first_epoch = self._resume() if resume else 0
-        resumed_s = self.watch.total_s
-        self.session.world.first(lambda: self._start_files(first_epoch))
+        if resume:
+            self._resume()
+        self.start = self.position
+        self.world.first(self._start_files)
+        self.pulse.start(self.position.num_steps)
         energy_j = self.nvml.energy_j()
-        epoch = first_epoch
-        while epoch < self.config.epochs and not self.time_to_target_s:
-            self._epoch(epoch)
-            epoch += 1
-        energy_end_j = self.nvml.energy_j()
-        used_j = None if energy_j is None or energy_end_j is None else energy_end_j - energy_j
-        test = self._timed_evaluate("test") if "test" in self.session.records.splits else None
-        wait = self.wait_s / max(self.watch.total_s - resumed_s, 1e-9)
-        report = self._report(epoch, test, wait, used_j)
-        self.session.world.first(lambda: self._end_files(report))
-        return report
+        with STOP.polled():
+            self._train(min(last_epoch or self.config.epochs, self.config.epochs))
+        used_j = self.nvml.energy_since(energy_j)
+        if self.saver:
+            self.saver.wait()
+        if self.stopped_by or self.position.epoch < self._last_epoch():
+            return self._stop(used_j)
+        return self._end(used_j)
 
-    def _epoch(self, epoch: int) -> None:
-        lap_s = self._train_epoch(epoch)
+    def _last_epoch(self) -> int:
+        """Where the training ends: the target may be reached before the last one."""
+        return self.position.epoch if self.position.time_to_target_s else self.config.epochs
+
+    def _train(self, last_epoch: int) -> None:
+        while self.position.epoch < min(last_epoch, self._last_epoch()):
+            self._train_epoch()
+            if self.stopped_by:
+                return
+            self._end_epoch()
+            wishes = self.pulse.meet(self.position.num_steps)
+            self.stopped_by = wishes.signal
+            if self.stopped_by:
+                return
+
+    def _train_epoch(self) -> None:
+        """Train what is left of an epoch, on the clock."""
+        epoch, first_step = self.position.epoch, self.position.step
+        before = epoch * self.steps_per_epoch
+        self.world.synchronize()
+        self.watch.start()
+        title = f"epoch {epoch + 1}"
+        with progress_bar(title, self.steps_per_epoch, enabled=self.world.is_first) as show:
+            done = first_step
+            for launch in self.step.train_epoch(self.session.feed, epoch, first_step):
+                self.wait_s += launch.wait_s
+                if self.config.log_ids:
+                    path = idlog.path_of(self.out, self.world.rank, epoch)
+                    idlog.append(path, launch.batch, done)
+                done += launch.num_steps
+                self.world.at(before + done, "training")
+                if done < self.steps_per_epoch and self.pulse.is_due(before + done):
+                    self._meet(epoch, done)
+                    if self.stopped_by:
+                        break
+                    show(done)
+        self._read_log(epoch, done)
+        self.watch.stop()
+
+    def _meet(self, epoch: int, done: int) -> None:
+        """Agree with the other ranks on saving and stopping, in the middle of an epoch."""
+        wishes = self.pulse.meet(epoch * self.steps_per_epoch + done)
+        self.stopped_by = wishes.signal
+        if wishes.save:
+            self._read_log(epoch, done)
+            self._save(wait=bool(wishes.signal))
+
+    def _read_log(self, epoch: int, done: int) -> None:
+        """Add what was trained since the last reading to the position. Collective."""
+        log = self.step.read_training()
+        self.log = self.log.and_then(log)
+        lap_s = self.watch.lap()
+        position = self.position
+        self.position = replace(
+            position,
+            step=done,
+            num_steps=epoch * self.steps_per_epoch + done,
+            train_s=position.train_s + lap_s,
+            num_skipped_steps=position.num_skipped_steps + log.num_skipped,
+            epoch_train_s=position.epoch_train_s + lap_s,
+            epoch_correct=self.log.num_correct,
+        )
+
+    def _end_epoch(self) -> None:
+        """Evaluate, write the epoch's line, and save."""
         if (percent := self.nvml.utilisation_percent()) is not None:
             self.utilisation_percent.append(percent)
-        log = self.session.step.read_training()
-        self.num_skipped += log.num_skipped
-        rate = log.num_samples / lap_s
+        position, log = self.position, self.log
+        rate = log.num_samples / max(position.epoch_train_s, 1e-9)
         metrics: dict[str, Any] = {
-            "epoch": epoch + 1,
-            "step": (epoch + 1) * self.steps_per_epoch,
-            "train_s": self.watch.total_s,
+            "epoch": position.epoch + 1,
+            "step": position.num_steps,
+            "train_s": position.train_s,
             "train_loss": log.loss,
             "train_accuracy_fraction": log.accuracy,
             "samples_per_s": rate,
         }
-        line = f"epoch {epoch + 1:>3}/{self.config.epochs}"
+        line = f"epoch {position.epoch + 1:>3}/{self.config.epochs}"
         line += f"  loss {log.loss:.4f}  train {log.accuracy:7.2%}"
+        self.position = replace(
+            position, epoch=position.epoch + 1, step=0, epoch_train_s=0.0, epoch_correct=0
+        )
+        self.log = TrainLog.empty()
         if self.has_val:
-            val_loss, val = self._timed_evaluate("val")
+            val_loss, val = self._validate()
             metrics |= {"val_loss": val_loss, "val_accuracy_fraction": val}
             line += f"  val {val:7.2%}"
-            self.best_val = max(val, self.best_val or 0.0)
-            if 0 < self.config.target_accuracy <= val:
-                self.time_to_target_s = self.watch.total_s
-        self._save(epoch + 1, metrics)
-        self.say(f"{line}  {rate:>9,.0f} samples/s  {self.watch.total_s:7.2f} s")
+        if self.world.is_first:
+            self.journal.epoch(metrics)
+        if self._saves_epoch():
+            self._save(wait=True)
+        self.say(f"{line}  {rate:>9,.0f} samples/s  {position.train_s:7.2f} s")
 
-    def _train_epoch(self, epoch: int) -> float:
-        """Train one epoch on the clock; returns its seconds."""
-        step, world = self.session.step, self.session.world
-        world.synchronize()
-        with progress_bar(
-            f"epoch {epoch + 1}", self.steps_per_epoch, enabled=world.is_first
-        ) as show:
-            self.watch.start()
-            num_steps = 0
-            for launch in step.train_epoch(self.session.feed, epoch):
-                self.wait_s += launch.wait_s
-                if self.config.log_ids:
-                    idlog.append(
-                        idlog.path_of(self.out, world.rank, epoch),
-                        launch.batch,
-                        first=not num_steps,
-                    )
-                num_steps += launch.num_steps
-                if num_steps % 50 < launch.num_steps:
-                    show(num_steps)
-            return self.watch.stop()
+    def _validate(self) -> tuple[float, float]:
+        """Evaluate the validation split, and keep the best."""
+        loss, accuracy = self._timed_evaluate("val")
+        position = self.position
+        if accuracy > (position.best_val_accuracy_fraction or -1.0):
+            position = replace(
+                position,
+                best_val_accuracy_fraction=accuracy,
+                best_num_steps=position.num_steps if self._saves_epoch() else None,
+            )
+        if 0 < self.config.target_accuracy <= accuracy and not position.time_to_target_s:
+            position = replace(position, time_to_target_s=position.train_s)
+        self.position = position
+        return loss, accuracy
+
+    def _saves_epoch(self) -> bool:
+        every, epoch = self.cadence.epochs, self.position.epoch
+        return bool(every) and epoch % every == 0 or epoch >= self.config.epochs
 
     def _timed_evaluate(self, split: str) -> tuple[float, float]:
         start = time.perf_counter()
-        result = evaluate(self.session, split)
-        self.eval_s += time.perf_counter() - start
-        return result
+        loss, accuracy = evaluate(self.session, split)
+        eval_s = self.position.eval_s + time.perf_counter() - start
+        self.position = replace(self.position, eval_s=eval_s)
+        return loss, accuracy
 
-    def _resume(self) -> int:
-        step = self.session.step
-        position, skipped = load_checkpoint(
-            self.out,
-            step.state,
-            digest=self.config.digest(),
-            fingerprint=self.session.records.fingerprint,
+    def _save(self, wait: bool) -> None:
+        """Begin a checkpoint of the position, which all ranks have reached."""
+        if self.saver:
+            if self.saver.failure:
+                self.journal.refused(self.saver.failure)
+            loss_S = torch.from_numpy(self.log.loss_S.copy())
+            self.saver.save(self._manifest(), loss_S, wait)
+        self.pulse.saved(self.position.num_steps)
+
+    def _manifest(self) -> Manifest:
+        return Manifest(
+            training=self.config.training_settings(),
+            dataset_fingerprint=self.session.records.fingerprint,
+            position=self.position,
+            segments=self._segments(),
+            scaler=self.step.state.scaler_numbers(),
+            sha256={},
         )
-        for sentence in skipped:
-            self.say(f"note: {sentence}")
-        step.resume_at(position.num_steps)
-        self.watch.total_s = position.train_s
-        self.best_val = position.best_val_accuracy_fraction
-        self.time_to_target_s = position.time_to_target_s
-        self.say(f"resumed after epoch {position.num_epochs} of {self.config.epochs}")
-        return position.num_epochs
 
-    def _start_files(self, num_epochs_done: int) -> None:
-        """Write config.toml, and cut metrics and events back to what the checkpoint knows."""
-        metrics = self.out / "metrics.jsonl"
-        with writing(self.out):
-            lines = (
-                metrics.read_bytes().splitlines(keepends=True)[:num_epochs_done]
-                if metrics.exists()
-                else []
+    def _segments(self) -> list[Segment]:
+        """What the run consists of so far, this process's part last."""
+        start, position = self.start, self.position
+        if position.num_steps == start.num_steps:
+            return self.segments
+        mine = Segment(
+            first_step=start.num_steps,
+            num_steps=position.num_steps - start.num_steps,
+            train_s=position.train_s - start.train_s,
+            wait_s=self.wait_s,
+            num_ranks=self.world.size,
+            effective=switches(self.session.config),
+            environment=self.session.environment,
+        )
+        return [*self.segments, mine]
+
+    def _resume(self) -> None:
+        """Load the newest checkpoint on rank 0, and give it to the others. Collective."""
+        if not any(True for _ in self.out.glob("checkpoints/step-*")):
+            self.say("the run was stopped before its first checkpoint; it starts at step 0")
+            return
+        found = self.world.first(lambda: load_checkpoint(self.out, self.step.state))
+        text, loss_S = "", torch.zeros(0, dtype=torch.float64)
+        if found:
+            manifest, loss_S, skipped = found
+            for sentence in skipped:
+                self.say(f"note: {sentence}")
+            text = json.dumps(asdict(manifest))
+        manifest = typed(Manifest, json.loads(self.world.text_of_first(text)), "manifest.json")
+        self._share(manifest)
+        check_same_records(self.out, manifest, self.session.records.fingerprint)
+        self._take_up(manifest, loss_S)
+
+    def _share(self, manifest: Manifest) -> None:
+        """Rank 0's tensors on every rank, in place."""
+        for tensors in checkpoint_tensors(self.step.state).values():
+            for tensor in tensors.values():
+                self.world.copy_from_first(tensor)
+        if self.step.state.scaler.is_enabled():
+            self.step.state.load_scaler(manifest.scaler)
+
+    def _take_up(self, manifest: Manifest, loss_S: torch.Tensor) -> None:
+        """Go on where a checkpoint ends; with another batch, from its epoch's beginning."""
+        position = manifest.position
+        if position.epoch > self.config.epochs or position.step >= self.steps_per_epoch:
+            what = f"stands after epoch {position.epoch}, step {position.step}"
+            raise UserError(
+                f"{self.out}: {what}; this run has {self.config.epochs} epochs of "
+                f"{self.steps_per_epoch} steps: give --epochs of more"
             )
-            write_file(metrics, b"".join(lines))
-            write_file(self.out / "config.toml", to_toml(self.config).encode())
-            if self.config.tensorboard:
-                from torch.utils.tensorboard import SummaryWriter
+        num_steps = position.epoch * self.steps_per_epoch + position.step
+        best = position.best_val_accuracy_fraction
+        reached = self.config.target_accuracy and best and best >= self.config.target_accuracy
+        self.position = replace(
+            position,
+            num_steps=num_steps,
+            time_to_target_s=position.time_to_target_s if reached else None,
+        )
+        batch = self.session.feed.order.global_batch
+        self.log = TrainLog.of_part(loss_S.numpy(), position.epoch_correct, batch)
+        self.segments = manifest.segments
+        self.step.resume_at(num_steps)
+        if self.saver:
+            self.saver.trust(checkpoint_path(self.out, position.num_steps))
+        place = f"epoch {position.epoch} of {self.config.epochs}"
+        inside = f", step {position.step} of the next" if position.step else ""
+        self.say(f"resumed after {place}{inside}")
 
-                self.events = SummaryWriter(
-                    str(self.out / "tensorboard"), purge_step=num_epochs_done + 1
-                )
+    def _start_files(self) -> None:
+        state_bytes = sum(
+            tensor.numel() * tensor.element_size()
+            for tensors in checkpoint_tensors(self.step.state).values()
+            for tensor in tensors.values()
+        )
+        wanted = NUM_CHECKPOINTS_AT_ONCE * state_bytes
+        free = shutil.disk_usage(self.out).free
+        if free < wanted:
+            what = f"{free / 1e6:.1f} MB are free, checkpoints need {wanted / 1e6:.1f} MB"
+            raise UserError(f"{self.out}: {what}; free space or choose another --out")
+        self.journal.start(self.config, self.position.epoch)
+        self.journal.report(self._report("unfinished", None, None))
 
-    def _end_files(self, report: RunReport) -> None:
-        if self.events:
-            self.events.close()
-        with writing(self.out):
-            save_model(self.out / "model.safetensors", self.session.step.model)
-            write_json(report, self.out / "report.json")
+    def _end(self, energy_j: float | None) -> RunReport:
+        """Evaluate the test split, and write the weights and the report."""
+        test = self._timed_evaluate("test") if "test" in self.session.records.splits else None
+        report = self._report("finished", test, energy_j)
+        self.world.first(lambda: self.journal.end(report, self.step.model))
+        return report
 
-    def _save(self, num_epochs: int, metrics: dict[str, Any]) -> None:
-        def write() -> None:
-            step = self.session.step
-            position = Position(
-                num_epochs=num_epochs,
-                num_steps=num_epochs * self.steps_per_epoch,
-                train_s=self.watch.total_s,
-                best_val_accuracy_fraction=self.best_val,
-                time_to_target_s=self.time_to_target_s,
-            )
-            with writing(self.out):
-                with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as file:
-                    file.write(json.dumps(metrics, allow_nan=False) + "\n")
-                if self.events:
-                    for name, value in metrics.items():
-                        self.events.add_scalar(name, value, num_epochs)
-                    self.events.flush()
-                save_checkpoint(
-                    self.out,
-                    position,
-                    step.state,
-                    digest=self.config.digest(),
-                    fingerprint=self.session.records.fingerprint,
-                )
-
-        self.session.world.first(write)
+    def _stop(self, energy_j: float | None) -> RunReport:
+        """Say where the run stands, and how it goes on."""
+        report = self._report("stopped", None, energy_j)
+        if self.world.is_first:
+            self.journal.report(report)
+        if self.stopped_by:
+            name = signal.Signals(self.stopped_by).name
+            position = self.position
+            where = f"epoch {position.epoch + 1}, step {position.step}"
+            saved = "not saved" if self.journal.is_broken else "saved"
+            self.say(f"stopped by {name} in {where}, {saved}; go on with --resume {self.out}")
+            facts = {"signal": name, "epoch": position.epoch, "step": position.step}
+            if self.world.is_first:
+                self.journal.stopped(json.dumps(facts) + "\n")
+        return report
 
     def _report(
-        self,
-        num_epochs: int,
-        test: tuple[float, float] | None,
-        wait_fraction: float,
-        energy_j: float | None,
+        self, status: Any, test: tuple[float, float] | None, energy_j: float | None
     ) -> RunReport:
-        session, device = self.session, self.session.world.device
-        num_steps = num_epochs * self.steps_per_epoch
+        session, device, position = self.session, self.world.device, self.position
+        segments = self._segments()
         utilisation = sorted(self.utilisation_percent)
         data = replace(self.config.data, path=without_folders(self.config.data.path))
+        waited_s = sum(segment.wait_s for segment in segments)
+        num_samples = position.num_steps * self.config.global_batch
         return RunReport(
             environment=session.environment,
             config=replace(self.config, data=data),
@@ -245,25 +383,27 @@ class Trainer:
             effective=switches(session.config),
             notes=without_folders(session.notes),
             clock_includes=CLOCK_INCLUDES,
-            num_ranks=session.world.size,
-            num_parameters=sum(p.numel() for p in session.step.model.parameters()),
+            num_ranks=self.world.size,
+            num_parameters=sum(p.numel() for p in self.step.model.parameters()),
             num_train_samples=len(session.records.split("train")),
-            num_epochs=num_epochs,
-            num_steps=num_steps,
-            num_skipped_steps=self.num_skipped,
-            train_s=self.watch.total_s,
-            samples_per_s=num_steps * self.config.global_batch / max(self.watch.total_s, 1e-9),
-            data_wait_fraction=wait_fraction,
+            num_epochs=position.epoch,
+            num_steps=position.num_steps,
+            num_skipped_steps=position.num_skipped_steps,
+            train_s=position.train_s,
+            samples_per_s=num_samples / max(position.train_s, 1e-9),
+            data_wait_fraction=waited_s / max(position.train_s, 1e-9),
             order_reach_fraction=session.feed.order.reach_fraction,
             warmup_s=session.warmup_s,
-            eval_s=self.eval_s,
-            val_accuracy_fraction=self.best_val,
+            eval_s=position.eval_s,
+            val_accuracy_fraction=position.best_val_accuracy_fraction,
             test_accuracy_fraction=test[1] if test else None,
             test_loss=test[0] if test else None,
-            time_to_target_s=self.time_to_target_s,
+            time_to_target_s=position.time_to_target_s,
             host_peak_rss_gib=meters.host_peak_rss_gib(),
             torch_peak_gib=meters.torch_peak_gib(device),
             device_used_gib=self.nvml.used_gib(),
             gpu_utilisation_percent=utilisation[len(utilisation) // 2] if utilisation else None,
             gpu_energy_j=energy_j,
+            status=status,
+            segments=segments,
         )

@@ -1,0 +1,77 @@
+"""Signals that ask a run to stop: the step in hand is finished and saved, then the run ends.
+
+SIGTERM (schedulers, torchrun), SIGUSR1 (SLURM's warning), SIGHUP (a terminal that closes) and
+SIGINT (Ctrl-C) all mean this. The same again, a second later or more, means at once. Before
+training and after it there is nothing to save, so the process ends where it stands.
+"""
+
+import ctypes
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+PATIENCE_S = 1.0
+"""Signals this soon after the first are the same wish: a terminal and torchrun both send one."""
+PR_SET_PDEATHSIG = 1
+"""linux/prctl.h."""
+
+
+class Stopped(BaseException):
+    """A signal came while nothing was there to be saved."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.number = number
+
+
+class StopRequest:
+    """What signals asked of this process."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        """The first signal that came; 0: none."""
+        self._since_s = 0.0
+        self._is_polled = False
+
+    def install(self) -> None:
+        """Handle the signals from now on; only the main thread may call this."""
+        for number in SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+                signal.signal(number, self._handle)
+
+    @contextmanager
+    def polled(self) -> Iterator[None]:
+        """While this is entered a signal only sets `number`, which the caller looks at."""
+        self._is_polled = True
+        try:
+            yield
+        finally:
+            self._is_polled = False
+
+    def _handle(self, number: int, _: Any) -> None:
+        now_s = time.monotonic()
+        if not self.number:
+            self.number = number
+            self._since_s = now_s
+            if not self._is_polled:
+                raise Stopped(number)
+        elif now_s - self._since_s >= PATIENCE_S:
+            os._exit(128 + number)
+
+
+STOP = StopRequest()
+"""Signals reach the whole process, so there is one."""
+
+
+def end_with_launcher() -> None:
+    """Let a rank be asked to stop when the torchrun that started it dies, even by SIGKILL."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    launcher = os.getppid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if launcher == 1 or os.getppid() != launcher:  # it died before the call
+        os.kill(os.getpid(), signal.SIGTERM)

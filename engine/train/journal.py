@@ -1,0 +1,127 @@
+"""The files of a run's folder that people read: config, metrics, report, weights; on rank 0.
+
+A disk that refuses does not end the training: it is said once, and what could not be written is
+written with what comes next. At the end a second place is tried.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.config import RunConfig, to_toml
+from engine.durable import write_file, writing
+from engine.errors import UserError
+from engine.host import user_cache
+from engine.report import RunReport, write_json
+from engine.train.checkpoint import remove_leftovers, save_model
+from engine.train.folder import CONFIG, PREEMPTED
+
+METRICS = "metrics.jsonl"
+Say = Callable[[str], None]
+
+
+@dataclass
+class Journal:
+    """Writes RUN's files."""
+
+    out: Path
+    say: Say
+    is_broken: bool = False
+    """Whether the disk refused, and that was said."""
+    lines: list[bytes] = field(default_factory=list)
+    """All of metrics.jsonl."""
+    events: Any = None
+    """TensorBoard's writer, where asked for."""
+
+    def start(self, config: RunConfig, num_epochs_done: int) -> None:
+        """Write config.toml, and cut metrics and events back to what the checkpoint knows.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        metrics = self.out / METRICS
+        with writing(self.out):
+            remove_leftovers(self.out)
+            (self.out / PREEMPTED).unlink(missing_ok=True)
+            if metrics.exists():
+                self.lines = metrics.read_bytes().splitlines(keepends=True)[:num_epochs_done]
+            write_file(metrics, b"".join(self.lines))
+            write_file(self.out / CONFIG, to_toml(config).encode())
+            if config.tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+
+                folder = str(self.out / "tensorboard")
+                self.events = SummaryWriter(folder, purge_step=num_epochs_done + 1)
+
+    def epoch(self, metrics: dict[str, Any]) -> None:
+        """Add an epoch's line."""
+        self.lines.append(json.dumps(metrics, allow_nan=False).encode() + b"\n")
+
+        def write() -> None:
+            write_file(self.out / METRICS, b"".join(self.lines))
+            if self.events:
+                for name, value in metrics.items():
+                    self.events.add_scalar(name, value, metrics["epoch"])
+                self.events.flush()
+
+        self.attempt(write)
+
+    def report(self, report: RunReport) -> None:
+        """Write report.json of a run that goes on."""
+        self.attempt(lambda: write_json(report, self.out / "report.json"))
+
+    def attempt(self, write: Callable[[], None]) -> None:
+        """Write if the disk lets us; say the first time that it does not."""
+        try:
+            write()
+        except OSError as error:
+            self.refused(error)
+        else:
+            self.is_broken = False
+
+    def refused(self, error: OSError) -> None:
+        """The disk refused: say so, once until it takes something again."""
+        if not self.is_broken:
+            why = f"cannot be written ({error.strerror or error})"
+            self.say(f"note: {self.out}: {why}; training goes on, nothing new is saved until it can")
+        self.is_broken = True
+
+    def stopped(self, text: str) -> None:
+        """Leave the file that says why a run ended early."""
+        self.attempt(lambda: write_file(self.out / PREEMPTED, text.encode()))
+
+    def end(self, report: RunReport, model: torch.nn.Module) -> Path:
+        """Write the weights and the report; in the cache folder if the run's own refuses.
+
+        Returns:
+            The folder they are in.
+        Raises:
+            UserError: neither can be written.
+        """
+        if self.events:
+            self.events.close()
+        try:
+            _write_end(self.out, report, model)
+            return self.out
+        except OSError as error:
+            why = f"{self.out}: cannot be written ({error.strerror or error})"
+        try:
+            name = f"{self.out.name}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}"
+            second = user_cache() / "rescued" / name
+            second.mkdir(parents=True)
+            _write_end(second, report, model)
+        except OSError as error:
+            also = f"{second}: neither ({error.strerror or error})"
+            raise UserError(f"{why}; {also}; free space, then go on with --resume") from None
+        self.say(f"note: {why}; weights and report are in {second}")
+        return second
+
+
+def _write_end(folder: Path, report: RunReport, model: torch.nn.Module) -> None:
+    save_model(folder / "model.safetensors", model)
+    write_json(report, folder / "report.json")
