@@ -7,7 +7,7 @@ Shapes: B samples of one rank, H x W pixels.
 
 import time
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -17,7 +17,7 @@ from engine.data.records import Records
 from engine.data.sample import ensure_sample
 from engine.errors import UserError
 from engine.feeds.batch import Feed, Source
-from engine.feeds.build import SOURCES, make_feed, make_source, open_for
+from engine.feeds.build import SOURCES, make_feed, open_for
 from engine.feeds.synthetic import random_batch
 from engine.models import make_model
 from engine.models.baseline import check_image_size
@@ -170,7 +170,8 @@ def _make_step(
     world.ledger.mark("model and optimiser")
     source = None
     if _gathers(config):
-        source = make_source(config, records.split("train"), order, static)
+        train = records.split("train")
+        source = cast(Source, make_feed(config, train, order, num_classes, world.device))
     world.ledger.mark("feed")
     return TrainStep(model, config, order, static, world, source), source
 
