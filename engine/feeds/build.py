@@ -56,6 +56,12 @@ def choose_feed(config: DataConfig, split: Split, device: torch.device) -> tuple
     return "dali", f"the images take {gib:.2f} GiB, too much for {free_gib:.1f} GiB free on the GPU"
 
 
+def gathers(config: RunConfig) -> bool:
+    """Whether launches gather their batches themselves; distorted images are handed over."""
+    in_launches = config.step.cuda_graphs or config.step.steps_per_launch > 1
+    return in_launches and config.data.feed in SOURCES and not config.augment.is_on
+
+
 def make_feed(
     config: RunConfig, split: Split, order: Order, num_classes: int, device: torch.device
 ) -> Feed:
