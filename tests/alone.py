@@ -1,7 +1,6 @@
-"""python -m tests.alone [NAME...]: each test file in a process of its own, in random order.
+"""python -m tests.alone [NAME...]: each test file in a process of its own, in random order; the seed is printed.
 
-A file that passes only after another fails here. The seed is printed, and ALONE_SEED=number gives
-its order again.
+A file that passes only after another fails here. The same order again: ALONE_SEED=number.
 """
 
 import os
@@ -21,7 +20,7 @@ EMPTY = 5
 
 
 def run(file: Path, seed: int) -> int:
-    """One file alone: how many of its tests passed; -1, and its output shown, if one did not."""
+    """One file alone: how many of its tests passed, -1 if one did not; then what it prints is shown."""
     command = [
         sys.executable,
         "-m",
