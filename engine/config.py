@@ -1,8 +1,8 @@
-"""What a run is: a tree of frozen dataclasses, the one home of every default, bound, choice and help text.
+"""What a run is: frozen dataclasses, the one home of every default, bound, choice and help text.
 
 TOML files and flags only override it (flags.py makes the flags from these fields). A field marked
-`environment` says where or how the work is done, not what is computed: it stays out of `digest()`, so a run may
-be resumed with another feed, path or device.
+`environment` says where or how the work is done, not what is computed. It stays out of `digest()`,
+so that a run may be resumed with another feed, path or device.
 """
 
 import hashlib
@@ -19,41 +19,38 @@ from engine.errors import UserError
 from engine.paths import full_path, path_text
 
 KernelName = Literal["gather_warp", "conv_pool_relu", "bias_pool_relu", "softmax_cross_entropy"]
-KERNELS: tuple[KernelName, ...] = get_args(KernelName)
 
 
 def setting(
     default: Any,
     help: str,
     *,
-    low: float | None = None,
-    high: float | None = None,
+    bounds: tuple[float | None, float | None] = (None, None),
     flag: str = "",
-    bare: str = "",
     environment: bool = False,
     path: bool = False,
 ) -> Any:
     """A field of the config.
 
     Args:
-        low, high: bounds of a number, both allowed.
+        bounds: of a number, both allowed.
         flag: the option of engine.run that sets it.
-        bare: what the flag means when it is given without a value.
         environment: whether it leaves the training as it is.
-        path: whether it is a path; those are kept absolute, so that a run is resumed from any folder.
+        path: whether it is a path. Those are kept absolute: a run is resumed from any folder.
     """
-    facts = {"help": help, "low": low, "high": high, "flag": flag, "bare": bare}
+    low, high = bounds
+    facts = {"help": help, "low": low, "high": high, "flag": flag}
     return field(default=default, metadata=facts | {"environment": environment, "path": path})
 
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """Random distortion of training images (feeds/augment.py), drawn evenly between minus and plus these."""
+    """Random distortion of training images, drawn evenly between minus and plus these."""
 
-    shift_pixels: float = setting(0.0, "Across and down, each.", low=0, high=1000)
-    rotate_degrees: float = setting(0.0, "About the centre.", low=0, high=180)
-    shear_degrees: float = setting(0.0, "Slant of upright lines.", low=0, high=80)
-    scale_fraction: float = setting(0.0, "0.1: sizes from 0.9 to 1.1.", low=0, high=0.9)
+    shift_pixels: float = setting(0.0, "Across and down, each.", bounds=(0, 1000))
+    rotate_degrees: float = setting(0.0, "About the centre.", bounds=(0, 180))
+    shear_degrees: float = setting(0.0, "Slant of upright lines.", bounds=(0, 80))
+    scale_fraction: float = setting(0.0, "0.1: sizes from 0.9 to 1.1.", bounds=(0, 0.9))
 
     @property
     def is_on(self) -> bool:
@@ -72,7 +69,8 @@ class DataConfig:
     feed: Literal["auto", "resident", "dali", "stream", "loader", "loader_batched", "synthetic"] = (
         setting(
             "auto",
-            "Which feed supplies the batches; for the same order all but synthetic supply the same.",
+            "Which feed supplies the batches; "
+            "for the same order all but synthetic supply the same.",
             flag="--feed",
             environment=True,
         )
@@ -85,17 +83,15 @@ class DataConfig:
     block_samples: int = setting(
         5000,
         "Neighbours in the records that the blocked order keeps in a window.",
-        low=1,
-        high=2**32,
+        bounds=(1, 2**32),
     )
     window_blocks: int = setting(
         16,
         "Blocks that the blocked order shuffles together; stream holds two such windows in memory.",
-        low=1,
-        high=2**32,
+        bounds=(1, 2**32),
     )
     loader_workers: int = setting(
-        2, "Worker processes of the loader feeds.", low=0, high=256, environment=True
+        2, "Worker processes of the loader feeds.", bounds=(0, 256), environment=True
     )
 
 
@@ -110,18 +106,18 @@ class ModelConfig:
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     name: Literal["adam", "adamw"] = setting("adamw", "The torch optimiser.")
-    learning_rate: float = setting(0.01, "Highest learning rate of the schedule.", low=0, high=1000)
+    learning_rate: float = setting(0.01, "Highest learning rate of the schedule.", bounds=(0, 1000))
     schedule: Literal["constant", "one_cycle"] = setting(
         "one_cycle", "one_cycle: linear warm-up to the highest rate, then cosine to almost zero."
     )
     warmup_fraction: float = setting(
-        0.2, "Part of all steps that warm up (one_cycle).", low=0, high=1
+        0.2, "Part of all steps that warm up (one_cycle).", bounds=(0, 1)
     )
     weight_decay: float = setting(
-        0.01, "Decoupled (adamw), on weights only, not on biases.", low=0, high=1000
+        0.01, "Decoupled (adamw), on weights only, not on biases.", bounds=(0, 1000)
     )
     label_smoothing: float = setting(
-        0.05, "Share of the target spread over all classes; never in evaluation.", low=0, high=1
+        0.05, "Share of the target spread over all classes; never in evaluation.", bounds=(0, 1)
     )
     fused: bool = setting(True, "One kernel for the whole optimiser.")
 
@@ -130,8 +126,8 @@ class OptimConfig:
 class StepConfig:
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = setting(
         "fp32",
-        "Arithmetic of forward and backward; parameters and optimiser stay fp32. fp32 is IEEE's, also where "
-        "torch would round to TF32 by itself.",
+        "Arithmetic of forward and backward; parameters and optimiser stay fp32. "
+        "fp32 is IEEE's, also where torch would round to TF32 by itself.",
     )
     channels_last: bool = setting(
         True, "NHWC memory format for activations and weights.", flag="--channels-last"
@@ -140,14 +136,12 @@ class StepConfig:
         "off",
         "torch.compile from the batch to the loss, in this mode; alone: default.",
         flag="--compile",
-        bare="default",
         environment=True,
     )
     accumulate: int = setting(
         1,
         "Parts of a rank's batch before the one update.",
-        low=1,
-        high=4096,
+        bounds=(1, 4096),
         flag="--accumulate",
         environment=True,
     )
@@ -157,8 +151,7 @@ class StepConfig:
     steps_per_launch: int = setting(
         1,
         "Steps in one launch; what is left of an epoch runs step by step.",
-        low=1,
-        high=64,
+        bounds=(1, 64),
         flag="--steps-per-launch",
         environment=True,
     )
@@ -178,21 +171,21 @@ class RunConfig:
         environment=True,
     )
     global_batch: int = setting(
-        512, "Samples of all ranks together in one step.", low=1, high=2**24
+        512, "Samples of all ranks together in one step.", bounds=(1, 2**24)
     )
     epochs: int = setting(
         4,
         "Passes over the training split; the schedule spans them all.",
-        low=1,
-        high=100_000,
+        bounds=(1, 100_000),
         flag="--epochs",
     )
     seed: int = setting(
-        42, "Initial weights and order of samples.", low=0, high=2**63 - 1, flag="--seed"
+        42, "Initial weights and order of samples.", bounds=(0, 2**63 - 1), flag="--seed"
     )
     log_ids: bool = setting(
         False,
-        "Write the ids and pixels' checksums of all batches to OUT/ids, for tools/verify order; slow.",
+        "Write the ids and pixels' checksums of all batches to OUT/ids, "
+        "for tools/verify order; slow.",
         environment=True,
     )
     tensorboard: bool = setting(
@@ -204,15 +197,14 @@ class RunConfig:
     target_accuracy: float = setting(
         0.0,
         "Stop at the first epoch whose validation accuracy (0..1) reaches this; 0: run all epochs.",
-        low=0,
-        high=1,
+        bounds=(0, 1),
         flag="--target-accuracy",
         environment=True,
     )
 
     def digest(self) -> str:
         """16 hex digits that are equal where two configs compute the same training."""
-        text = json.dumps(_tree(self, training_only=True), sort_keys=True)
+        text = json.dumps(_training(self), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -234,8 +226,11 @@ RECIPES: dict[str, RunConfig] = {
         epochs=12,
     ),
 }
-"""Named configs: --recipe NAME, `recipe = "NAME"` in a TOML file. fast is the default; study is what --baseline
-trains: the study's fp32, NCHW, eager, per-sample loader, Adam 1e-3 constant, batch 64, 12 epochs."""
+"""Named configs: --recipe NAME, or `recipe = "NAME"` in a TOML file.
+
+fast is the default. study is what --baseline trains, as the study did: fp32, NCHW, eager, a loader
+sample by sample, Adam at a constant 1e-3, batch 64, 12 epochs.
+"""
 
 
 def settings_of(config: Any, prefix: str = "") -> Iterator[tuple[str, Field[Any], Any, Any]]:
@@ -250,7 +245,11 @@ def settings_of(config: Any, prefix: str = "") -> Iterator[tuple[str, Field[Any]
 
 
 def recipe_settings(name: str, where: str) -> dict[str, Any]:
-    """What a recipe sets otherwise than the default, dotted; UserError if there is none of that name."""
+    """What a recipe sets otherwise than the default, dotted.
+
+    Raises:
+        UserError: there is none of that name.
+    """
     if name not in RECIPES:
         raise UserError(f"{where}: there is no recipe {name!r}; choose from {', '.join(RECIPES)}")
     defaults = {dotted: value for dotted, _, _, value in settings_of(RunConfig())}
@@ -258,14 +257,17 @@ def recipe_settings(name: str, where: str) -> dict[str, Any]:
     return {dotted: value for dotted, _, _, value in found if value != defaults[dotted]}
 
 
-def _tree(config: Any, training_only: bool = False) -> dict[str, Any]:
-    kept = [f.name for f in fields(config) if not (training_only and f.metadata.get("environment"))]
+def _training(config: Any) -> dict[str, Any]:
+    """The settings that say what is computed, as a tree."""
+    kept = [each.name for each in fields(config) if not each.metadata.get("environment")]
     values = {name: getattr(config, name) for name in kept}
-    return {name: _tree(v, training_only) if is_dataclass(v) else v for name, v in values.items()}
+    return {name: _training(v) if is_dataclass(v) else v for name, v in values.items()}
 
 
 def override(config: RunConfig, dotted: Mapping[str, Any], source: str) -> RunConfig:
-    """`config` with fields such as "optim.learning_rate" replaced; names, types and bounds are checked.
+    """`config` with fields such as "optim.learning_rate" replaced.
+
+    Names, types and bounds are checked.
 
     Args:
         source: where the values stand (a file, "--set"), for the error's text.
@@ -289,12 +291,7 @@ def load_toml(config: RunConfig, path: str | Path) -> RunConfig:
 
     Relative paths in it are from its folder.
     """
-    return override(config, read_settings(path), str(path))
-
-
-def read_settings(path: str | Path) -> dict[str, Any]:
-    """The settings of a TOML file that describes a run, dotted."""
-    return full_settings(read_toml(path), Path(path))
+    return override(config, full_settings(read_toml(path), Path(path)), str(path))
 
 
 def full_settings(tree: dict[str, Any], file: Path) -> dict[str, Any]:
@@ -306,7 +303,7 @@ def full_settings(tree: dict[str, Any], file: Path) -> dict[str, Any]:
 
 
 def with_full_paths(dotted: Mapping[str, Any], folder: Path | None, source: str) -> dict[str, Any]:
-    """`dotted` with settings that are paths made absolute: relative ones from `folder`, None the current one.
+    """`dotted` with its paths made absolute: relative ones from `folder`, None the current one.
 
     Raises:
         UserError: one cannot be a path.
@@ -338,7 +335,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
 
 
 def parse_assignments(assignments: tuple[str, ...]) -> dict[str, Any]:
-    """["optim.learning_rate=0.002"] -> {"optim.learning_rate": 0.002}; values are TOML, else plain text."""
+    """["epochs=2"] -> {"epochs": 2}; values are TOML, else plain text."""
     dotted = {}
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
@@ -361,7 +358,7 @@ def to_toml(config: RunConfig) -> str:
 
 
 def flatten(tree: dict[str, Any]) -> dict[str, Any]:
-    """{"optim": {"fused": true}} -> {"optim.fused": true}; tables lie one in another at any depth."""
+    """{"optim": {"fused": true}} -> {"optim.fused": true}, at any depth."""
     dotted: dict[str, Any] = {}
     for name, value in tree.items():
         if isinstance(value, dict):

@@ -28,7 +28,10 @@ def printable(text: str) -> str:
 
 
 def first_cause(error: BaseException) -> BaseException:
-    """What went wrong first: what fails while an error is handled hides it, as the end of a failed capture does."""
+    """What went wrong first.
+
+    What fails while an error is handled hides it, as the end of a failed capture does.
+    """
     while error.__context__ and not error.__suppress_context__:
         error = error.__context__
     return error

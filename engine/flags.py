@@ -11,6 +11,8 @@ from engine.paths import PATH
 
 AMP = ("bf16", "fp16")
 """The precisions that --amp offers."""
+ALONE = {"step.compile": "default"}
+"""What a flag means that is given without a value."""
 
 
 def setting_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -58,6 +60,6 @@ def _option(name: str, each: Field[Any], kind: Any, default: Any) -> Callable[..
         words["type"] = click.IntRange(facts["low"], facts["high"])
     elif kind is float:
         words["type"] = click.FloatRange(facts["low"], facts["high"])
-    if facts["bare"]:
-        words |= {"is_flag": False, "flag_value": facts["bare"]}
+    if name in ALONE:
+        words |= {"is_flag": False, "flag_value": ALONE[name]}
     return click.option(flag, variable, **words)

@@ -69,7 +69,7 @@ def _move_home() -> None:
 
 
 def cache_notes() -> list[str]:
-    """A sentence if caches are not where users expect them; for what a command prints in the end."""
+    """A sentence if caches are not where users expect them."""
     if ORIGINAL_HOME not in os.environ or os.environ.get("XDG_CACHE_HOME"):
         return []
     found = os.environ[ORIGINAL_HOME]

@@ -18,10 +18,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from engine.config import RunConfig
+from engine.durable import Damaged, write_file
 from engine.errors import UserError
 from engine.host import ROOT, num_cpus
+from engine.typed import read_as
 
 UNKNOWN = "unknown"
+FORMAT = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,10 +55,12 @@ class Environment:
 
 @dataclass(frozen=True, kw_only=True)
 class RunReport:
-    """What one training run did."""
+    """What one training run did: its report.json."""
 
+    format: int = FORMAT
     environment: Environment
-    config: dict[str, Any]
+    config: RunConfig
+    """As asked for; of its path the last part only."""
     config_digest: str
     dataset_fingerprint: str
     requested: dict[str, Any]
@@ -91,29 +97,32 @@ class RunReport:
     gpu_utilisation_percent: float | None
     gpu_energy_j: float | None
 
+    def __post_init__(self) -> None:
+        if self.format != FORMAT:
+            raise ValueError(f"format {self.format}, this engine reads {FORMAT}")
+
 
 def write_json(value: Any, path: Path) -> None:
     """Write a report dataclass or plain tree as strict JSON (no NaN), whole or not at all."""
-    from engine.durable import write_file
-
     tree = value if isinstance(value, (dict, list)) else asdict(value)
     write_file(path, (json.dumps(tree, indent=1, allow_nan=False) + "\n").encode())
 
 
-def read_report(run_folder: Path) -> dict[str, Any]:
-    """The report of a finished run, as plain values.
+def read_report(run_folder: Path) -> RunReport:
+    """The report of a finished run.
 
     Raises:
-        UserError: the folder holds none.
+        UserError: the folder holds none, or one that is damaged or of another format.
     """
+    path = run_folder / "report.json"
+    remedy = "name the folder of a finished run"
     try:
-        report: dict[str, Any] = json.loads((run_folder / "report.json").read_bytes())
-        Environment(**report["environment"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(
-            f"{run_folder}: holds no report.json; name the folder of a finished run"
-        ) from None
-    return report
+        return read_as(RunReport, path)
+    except OSError as error:
+        why = f"holds no report.json that can be read ({error.strerror})"
+        raise UserError(f"{run_folder}: {why}; {remedy}") from None
+    except (Damaged, RecursionError) as error:
+        raise UserError(f"{path}: is no report of a run ({error}); {remedy}") from None
 
 
 def environment(*, num_threads: int, allocator: str, gpu: dict[str, Any]) -> Environment:

@@ -1,4 +1,7 @@
-"""The command: torchrun -m engine.run --amp --cuda-graphs. Flags -> RunConfig -> trainer.fit, nothing else."""
+"""The command: torchrun -m engine.run --amp --cuda-graphs.
+
+Flags -> RunConfig -> trainer.fit, nothing else.
+"""
 
 from contextlib import ExitStack
 from dataclasses import replace
@@ -23,7 +26,9 @@ from engine.ui import guard_outputs
 @click.option(
     "--recipe", type=click.Choice(tuple(RECIPES)), help="A named config.  [default: fast]"
 )
-@click.option("--baseline", is_flag=True, help="The study's training: --recipe study.")
+@click.option(
+    "--baseline", "recipe", flag_value="study", help="The study's training: --recipe study."
+)
 @click.option("--config", "config_file", type=PATH, help="TOML file with any setting.")
 @click.option(
     "--set",
@@ -41,20 +46,21 @@ def main(
     config_file: Path | None,
     assignments: tuple[str, ...],
     recipe: str | None,
-    baseline: bool,
     out: Path | None,
     resume: Path | None,
     device: str | None,
     **flags: Any,
 ) -> None:
-    """Train a character recogniser. Runs alone or under torchrun; flags override --set, which overrides --config."""
+    """Train a character recogniser.
+
+    Runs alone or under torchrun. Flags override --set, which overrides --config.
+    """
     with exit_on_user_error():
         ranks = join_ranks()
         ranks.agree(prepare_process)  # a rank's cache folder may be the one that cannot be made
 
         def read_config() -> RunConfig:
-            name = "study" if baseline else recipe
-            config = _first_config(name, resume, out, ranks.size)
+            config = _first_config(recipe, resume, out, ranks.size)
             if config_file:
                 config = load_toml(config, config_file)
             config = override(config, parse_assignments(assignments), "--set")

@@ -37,7 +37,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def glyph_rows() -> list[list[str]]:
-    """40 fonts x 8 classes: a bright bar whose place tells the class and whose strength varies with the font."""
+    """40 fonts x 8 classes: a bright bar whose place tells the class, its strength the font."""
     rng = np.random.default_rng(0)
     rows = []
     for font in range(NUM_FONTS):
@@ -91,8 +91,9 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 def command(cache: Path) -> Command:
     """Run a command line from the repository root; "python" and "torchrun" are this environment's.
 
-    A command of ours runs in this process, as its main does (importing torch costs a child seconds); torchrun,
-    python -c and what is not ours run in children. tests/test_host.py and test_setup.py start the real scripts.
+    A command of ours runs in this process, as its main does: importing torch costs a child seconds.
+    torchrun, python -c and what is not ours run in children. tests/test_host.py and test_setup.py
+    start the real scripts.
     """
 
     def run(*words: object, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -1,4 +1,4 @@
-"""The thread behind the feeds: in order, no further ahead than its buffers, and no fault of it goes unheard."""
+"""The thread behind the feeds: in order, within its buffers, and no fault of it goes unheard."""
 
 import os
 import subprocess
@@ -101,11 +101,11 @@ def test_a_consumer_that_dies_takes_the_thread_with_it(
 ) -> None:
     code = """
 import sys, torch
-from engine.config import DataConfig
+from engine.config import DataConfig, RunConfig
 from engine.feeds.build import make_feed, open_for
 from engine.order import Order
-config = DataConfig(feed=sys.argv[1], order="blocked")
-split = open_for(config, sys.argv[2]).split("train")
+config = RunConfig(data=DataConfig(feed=sys.argv[1], order="blocked"))
+split = open_for(config.data, sys.argv[2]).split("train")
 order = Order(num_samples=len(split), global_batch=8, block_samples=16, window_blocks=2)
 for batch in make_feed(config, split, order, 8, torch.device("cpu")).batches(0):
     raise SystemExit(7)

@@ -1,4 +1,4 @@
-"""The matrices do what their names say; the warp is bilinear, exact for the identity and for whole pixels."""
+"""The matrices do what they are named for; the warp is bilinear, exact for whole pixels."""
 
 import numpy as np
 import pytest

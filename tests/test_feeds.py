@@ -1,4 +1,4 @@
-"""One contract for every feed: the very same batches, at the same addresses, from any step of any epoch.
+"""One contract for every feed: the same batches, at the same addresses, from any step of any epoch.
 
 A feed is named with its order: "stream blocked" reads from disk, the others from memory.
 """
@@ -54,8 +54,9 @@ def build(
     data = records.split(split)
     blocks = {"block_samples": 20, "window_blocks": 3} if in_blocks else {}
     settings = {"num_samples": len(data), "global_batch": 32, "seed": 3} | blocks | order
-    config = DataConfig(feed=feed, loader_workers=1)  # type: ignore[arg-type]
-    return make_feed(config, data, Order(**settings), len(records.classes), CPU, augment)
+    given = DataConfig(feed=feed, loader_workers=1)  # type: ignore[arg-type]
+    config = RunConfig(data=given, augment=augment or AugmentConfig())
+    return make_feed(config, data, Order(**settings), len(records.classes), CPU)
 
 
 def copies(batches: Iterator[Batch]) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
@@ -130,7 +131,7 @@ def test_evaluation_pads_only_the_last_batch(name: str, small: Records) -> None:
 def test_what_pads_is_an_image_of_a_class_that_exists(
     name: str, world_size: int, small: Records
 ) -> None:
-    """More than the whole split fits into a batch, so ranks have none of it; the loss is computed for padding, too."""
+    """A batch larger than the split: some ranks have padding only, and compute its loss, too."""
     for rank in range(world_size):
         feed = build(
             name, small, "val", shuffle=False, global_batch=128, rank=rank, world_size=world_size
@@ -201,7 +202,8 @@ def test_a_failing_disk_reaches_the_consumer_of_stream(small_dir: Path, tmp_path
     assert len(list(feed.batches(0))) == 7
     os.truncate(tmp_path / "copy" / "train-00000.arrow", 99)
     feed = build("stream blocked", open_records(small_dir))
-    feed._split.image_NHW.handles[0] = os.open(tmp_path / "copy" / "train-00000.arrow", os.O_RDONLY)  # type: ignore[attr-defined]
+    cut = os.open(tmp_path / "copy" / "train-00000.arrow", os.O_RDONLY)
+    feed._split.image_NHW.handles[0] = cut  # type: ignore[attr-defined]
     with pytest.raises(UserError, match=r"train-00000.arrow (ended while it was read|.*CRC32)"):
         list(feed.batches(0))
     feed.close()
@@ -234,7 +236,7 @@ def test_auto_goes_by_size_and_never_changes_the_order(
 
 
 def test_stream_holds_what_it_says_and_no_more(tmp_path: Path) -> None:
-    """Its process grows by less than the set, and by no more than the two windows it states and some slack."""
+    """Its process grows by less than the set: by the two windows that it states, and some slack."""
     glyph = ",".join(str(value % 256) for value in range(784))
     header = ",".join(["names", "labels", *map(str, range(1, 785))])
     (tmp_path / "in.csv").write_text(
@@ -243,12 +245,14 @@ def test_stream_holds_what_it_says_and_no_more(tmp_path: Path) -> None:
     pack(tmp_path / "in.csv", tmp_path / "big", mode="none")
     code = """
 import sys, torch
-from engine.config import DataConfig
+from engine.config import DataConfig, RunConfig
 from engine.feeds.build import make_feed, open_for
 from engine.order import Order
-rss = lambda: int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
-config = DataConfig(feed="stream", order="blocked")
-split = open_for(config, sys.argv[1]).split("train")
+def rss():
+    with open("/proc/self/status") as lines:
+        return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+config = RunConfig(data=DataConfig(feed="stream", order="blocked"))
+split = open_for(config.data, sys.argv[1]).split("train")
 order = Order(num_samples=len(split), global_batch=512, block_samples=500, window_blocks=16)
 before = rss()
 feed = make_feed(config, split, order, 7, torch.device("cpu"))

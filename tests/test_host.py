@@ -26,7 +26,7 @@ CHILDREN = (
 
 @pytest.fixture
 def process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A process that was not prepared, of a user whose home and temporary folder are new; returns both's parent."""
+    """A process that was not prepared, of a user with new folders; returns their parent."""
     for name in CHILDREN:
         monkeypatch.setenv(name, "")  # so that it is put back
         monkeypatch.delenv(name)
@@ -112,7 +112,7 @@ def test_a_folder_of_somebody_else_is_not_used(
 
 
 def test_a_current_folder_with_foreign_modules_is_not_imported_from(tmp_path: Path) -> None:
-    """By the commands, by their children, and by the children's own (torchrun's ranks, compilers)."""
+    """By the commands, their children, and the children's own (torchrun's ranks, compilers)."""
     for name in ("click", "engine", "numpy", "tools", "torch", "kernels"):
         (tmp_path / f"{name}.py").write_text("print('foreign code runs')\nraise SystemExit(3)\n")
     for tool in ("pack_tmnist", "profile", "verify", "render_glyphs"):
@@ -133,7 +133,7 @@ def test_a_current_folder_with_foreign_modules_is_not_imported_from(tmp_path: Pa
 
 
 def test_compiled_code_is_private_whatever_is_imported_first(tmp_path: Path) -> None:
-    """engine.run sets the place before torch chooses a shared one, as it does when torch._dynamo is imported."""
+    """engine.run sets the place before torch._dynamo would choose a shared one."""
     code = (
         "import sys, click\n"
         "from engine.run import main\n"

@@ -19,14 +19,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 from engine import world
-from engine.config import KERNELS, AugmentConfig, DataConfig, RunConfig, override
+from engine.config import AugmentConfig, DataConfig, RunConfig, override
 from engine.data.records import Records
 from engine.feeds.batch import Batch, Feed
 from engine.feeds.build import make_feed
 from engine.feeds.resident import ResidentFeed
 from engine.feeds.synthetic import random_batch
 from engine.host import ROOT
-from engine.models.baseline import make_model
+from engine.models import make_model
 from engine.order import Order
 from engine.train.available import effective_config
 from engine.train.objective import Objective
@@ -152,8 +152,8 @@ def order_of(records: Records) -> Order:
 
 def make(name: Any, records: Records, fused: frozenset[str], augment: AugmentConfig) -> Feed:
     split = records.split("train")
-    config = DataConfig(feed=name)
-    return make_feed(config, split, order_of(records), len(CLASSES), CPU, augment, fused)
+    config = RunConfig(data=DataConfig(feed=name), augment=augment, kernels=tuple(fused))
+    return make_feed(config, split, order_of(records), len(CLASSES), CPU)
 
 
 def copied(batch: Batch) -> Batch:
@@ -312,7 +312,7 @@ def test_what_does_not_fit_is_refused_with_a_sentence(
 
 
 def test_the_config_names_the_kernels() -> None:
-    assert KERNELS == kernels.NAMES
+    assert override(RunConfig(), {"kernels": "all"}, "test").kernels == kernels.NAMES
     for name in kernels.NAMES:
         text = (ROOT / "kernels" / f"{name}.py").read_text()
         assert f"def {name}(" in text

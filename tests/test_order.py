@@ -1,34 +1,39 @@
 """order.py, by properties: its formula is never typed again here."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from engine.order import PADDING_ID, Order, permute, round_keys
 
+EPOCHS = st.integers(0, 10**6)
+SEEDS = st.integers(0, 2**63 - 1)
+KEYS = st.builds(round_keys, SEEDS, EPOCHS)
 
-@pytest.mark.parametrize("n", [1, 2, 3, 7, 97, 1000, 12_032, 65_537])
-def test_is_a_bijection_and_the_same_on_torch(n: int) -> None:
-    keys = round_keys(1, 2)
-    sample = permute(np.arange(n), n, keys)
+
+@given(n=st.integers(1, 3000), keys=KEYS)
+def test_is_a_bijection_and_the_same_on_torch(n: int, keys: tuple[int, ...]) -> None:
+    position = np.arange(n)
+    sample = permute(position, n, keys)
     assert np.array_equal(np.sort(sample), np.arange(n))
+    assert np.array_equal(position, np.arange(n)), "the positions given to it were changed"
     assert np.array_equal(permute(torch.arange(n), n, keys).numpy(), sample)
 
 
-def test_does_not_change_the_positions_given_to_it() -> None:
-    position = np.arange(1000)
-    permute(position, 1000, round_keys(0))
-    assert np.array_equal(position, np.arange(1000))
-
-
-def test_any_position_of_a_huge_set_is_found_alone() -> None:
-    n = 10**12
-    some = np.array([0, 123_456_789_012, n - 1])
-    together = permute(some, n, round_keys(5, 6))
+@given(n=st.integers(1, 2**40), keys=KEYS, data=st.data())
+def test_any_position_of_a_huge_set_is_found_alone(
+    n: int, keys: tuple[int, ...], data: st.DataObject
+) -> None:
+    some = np.array(data.draw(st.lists(st.integers(0, n - 1), min_size=1, unique=True)))
+    together = permute(some, n, keys)
     assert ((together >= 0) & (together < n)).all()
-    assert [
-        int(permute(some[i : i + 1], n, round_keys(5, 6))[0]) for i in range(3)
-    ] == together.tolist()
+    assert len(np.unique(together)) == len(some)
+    alone = [permute(one, n, keys) for one in some.reshape(-1, 1)]
+    assert np.array_equal(np.concatenate(alone), together)
 
 
 def test_the_order_of_a_published_version_never_changes() -> None:
@@ -54,45 +59,64 @@ def test_epochs_and_seeds_differ_and_look_random() -> None:
         assert (orders[first] == orders[second]).sum() < 12  # Poisson(1)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_ranks_share_each_step_without_overlap_and_in_the_same_global_order(
-    world_size: int,
+@st.composite
+def ranks(draw: st.DrawFn, shuffle: bool) -> list[Order]:
+    """The orders of all ranks of a run: exact, or blocked, for sets down to a single sample."""
+    num_ranks = draw(st.integers(1, 4))
+    common: dict[str, Any] = {
+        "num_samples": draw(st.integers(1, 2000)),
+        "global_batch": num_ranks * draw(st.integers(1, 100)),
+        "seed": draw(SEEDS),
+        "shuffle": shuffle,
+    }
+    if draw(st.booleans()):
+        common["block_samples"] = draw(st.integers(1, 3000))
+        common["window_blocks"] = draw(st.integers(1, 20))
+    return [Order(**common, rank=rank, world_size=num_ranks) for rank in range(num_ranks)]
+
+
+def global_order(orders: list[Order], epoch: int) -> np.ndarray:
+    """The ids of an epoch, a row per step, over all ranks."""
+    return np.concatenate([order.ids(epoch, 0, order.steps_per_epoch) for order in orders], axis=1)
+
+
+@settings(deadline=None)
+@given(orders=ranks(shuffle=True), epoch=EPOCHS)
+def test_an_epoch_takes_no_sample_twice_and_leaves_out_less_than_a_batch(
+    orders: list[Order], epoch: int
 ) -> None:
-    common = {"num_samples": 1003, "global_batch": 64, "seed": 9}
-    alone = Order(**common).ids(2, 0, 15)
-    ranks = [Order(**common, rank=r, world_size=world_size) for r in range(world_size)]
-    assert {order.steps_per_epoch for order in ranks} == {15}
-    together = np.concatenate([order.ids(2, 0, 15) for order in ranks], axis=1)
-    assert np.array_equal(together, alone)
-    assert len(np.unique(together)) == 15 * 64
+    ids = global_order(orders, epoch)
+    num_samples, global_batch = orders[0].num_samples, orders[0].global_batch
+    assert len(np.unique(ids)) == ids.size and 0 <= num_samples - ids.size < global_batch
+    assert ((ids >= 0) & (ids < num_samples)).all()
 
 
-def test_resuming_in_the_middle_gives_the_rest_of_the_epoch() -> None:
-    order = Order(num_samples=1003, global_batch=64, rank=1, world_size=2, seed=9)
-    assert np.array_equal(order.ids(4, 0, 15)[6:], order.ids(4, 6, 9))
+@settings(deadline=None)
+@given(orders=ranks(shuffle=False), epoch=EPOCHS)
+def test_evaluation_leaves_out_none_and_counts_none_twice(orders: list[Order], epoch: int) -> None:
+    ids = global_order(orders, epoch)
+    assert np.array_equal(ids[ids != PADDING_ID], np.arange(orders[0].num_samples))
 
 
-def test_another_tail_is_left_out_in_another_epoch() -> None:
-    order = Order(num_samples=1003, global_batch=64, seed=9)
-    left_out = [
+@settings(deadline=None)
+@given(orders=st.one_of(ranks(shuffle=True), ranks(shuffle=False)), epoch=EPOCHS, data=st.data())
+def test_the_global_order_is_the_same_on_any_number_of_ranks_and_from_any_step(
+    orders: list[Order], epoch: int, data: st.DataObject
+) -> None:
+    ids = global_order(orders, epoch)
+    facts = {name: getattr(orders[0], name) for name in Order.__dataclass_fields__}
+    alone = Order(**(facts | {"rank": 0, "world_size": 1}))
+    first = data.draw(st.integers(0, alone.steps_per_epoch))
+    assert np.array_equal(alone.ids(epoch, first, alone.steps_per_epoch - first), ids[first:])
+
+
+@pytest.mark.parametrize("blocks", [{}, {"block_samples": 40, "window_blocks": 4}])
+def test_another_tail_is_left_out_in_another_epoch(blocks: dict[str, int]) -> None:
+    order = Order(num_samples=1003, global_batch=64, seed=9, **blocks)
+    first, second = (
         set(range(1003)) - set(order.ids(epoch, 0, 15).ravel().tolist()) for epoch in (0, 1)
-    ]
-    assert [len(samples) for samples in left_out] == [43, 43]
-    assert left_out[0] != left_out[1]
-
-
-@pytest.mark.parametrize(("num_samples", "world_size"), [(1003, 4), (64, 2), (3, 4)])
-def test_evaluation_leaves_out_none_and_counts_none_twice(
-    num_samples: int, world_size: int
-) -> None:
-    ids = [
-        Order(
-            num_samples=num_samples, global_batch=64, rank=r, world_size=world_size, shuffle=False
-        )
-        for r in range(world_size)
-    ]
-    seen = np.concatenate([order.ids(0, 0, order.steps_per_epoch).ravel() for order in ids])
-    assert np.array_equal(np.sort(seen[seen != PADDING_ID]), np.arange(num_samples))
+    )
+    assert len(first) == len(second) == 43 and first != second
 
 
 def test_a_batch_that_cannot_be_divided_is_refused() -> None:
@@ -102,45 +126,6 @@ def test_a_batch_that_cannot_be_divided_is_refused() -> None:
 
 GOLDEN_1000 = [620, 307, 924, 30, 500]
 GOLDEN_STEP = [[138065, 182037, 261936, 163326]]
-
-
-BLOCKED = {
-    "num_samples": 1003,
-    "global_batch": 64,
-    "seed": 9,
-    "block_samples": 40,
-    "window_blocks": 4,
-}
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-@pytest.mark.parametrize(
-    "change", [{}, {"num_samples": 1000}, {"block_samples": 1}, {"block_samples": 2000}]
-)
-def test_the_blocked_order_keeps_the_promises_of_the_exact_one(
-    world_size: int, change: dict[str, int]
-) -> None:
-    settings = BLOCKED | change
-    alone = Order(**settings)
-    whole = alone.ids(2, 0, 15)
-    assert (
-        whole.min() >= 0
-        and whole.max() < settings["num_samples"]
-        and len(np.unique(whole)) == 15 * 64
-    )
-    ranks = [
-        Order(**settings, rank=r, world_size=world_size).ids(2, 0, 15) for r in range(world_size)
-    ]
-    assert np.array_equal(np.concatenate(ranks, axis=1), whole)
-    assert np.array_equal(alone.ids(2, 6, 9), whole[6:])
-    left_out = [
-        set(range(settings["num_samples"])) - set(alone.ids(e, 0, 15).ravel().tolist())
-        for e in (0, 1)
-    ]
-    assert (
-        all(len(samples) == settings["num_samples"] - 960 for samples in left_out)
-        and left_out[0] != left_out[1]
-    )
 
 
 def test_the_blocked_order_stays_in_its_windows_and_mixes_there() -> None:
@@ -160,7 +145,7 @@ def test_the_blocked_order_stays_in_its_windows_and_mixes_there() -> None:
 
 
 def test_the_classes_of_a_batch_are_balanced_as_in_an_exact_random_shuffle() -> None:
-    """Counts of one class in a batch spread as in drawing without replacement, in the exact and the blocked order."""
+    """Counts of one class spread as in drawing without replacement, in either order."""
     label = np.random.default_rng(0).integers(0, 10, 50_000)
     share = (label == 3).mean()
     wanted = 500 * share * (1 - share) * (1 - 500 / 50_000)

@@ -1,8 +1,10 @@
-"""tools.predict on runs, records and places of all kinds; images too small, and just large enough."""
+"""tools.predict on runs, records and places of all kinds; images too small, and large enough."""
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,11 +13,12 @@ from click.testing import CliRunner, Result
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from engine.config import DataConfig, RunConfig
+from engine.config import DataConfig, RunConfig, load_toml
 from engine.data.pack import pack
 from engine.data.records import Records, open_records
 from engine.errors import UserError
-from engine.models.baseline import make_model
+from engine.models import make_model
+from engine.report import read_report, write_json
 from engine.train.session import check_batch
 from engine.train.trainer import fit
 from engine.world import World
@@ -207,12 +210,40 @@ def test_a_run_that_is_incomplete_is_refused(
     refused(call(tmp_path / "run", "--out", tmp_path / "p.png"), str(tmp_path / "run"))
 
 
-def test_a_report_without_a_fingerprint_is_refused(run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"dataset_fingerprint": None}, "dataset_fingerprint is missing"),
+        ({"format": 2}, "format 2, this engine reads 1"),
+        ({"num_steps": "7"}, "num_steps is '7', not a int"),
+        ({"environment": {}}, "environment.cpu_name is missing"),
+        ({"config": {"kernels": ["sum"]}}, "config.kernels.0 is 'sum', not one of gather_warp"),
+    ],
+)
+def test_a_report_that_is_none_is_refused(
+    change: dict[str, Any], text: str, run: Path, tmp_path: Path
+) -> None:
     shutil.copytree(run, tmp_path / "run")
+    report = json.loads((run / "report.json").read_bytes()) | change
+    kept = {
+        name: value for name, value in report.items() if value is not None or name not in change
+    }
+    (tmp_path / "run" / "report.json").write_text(json.dumps(kept), encoding="utf-8")
+    refused(call(tmp_path / "run", "--out", tmp_path / "p.png"), "is no report of a run", text)
+
+
+def test_a_report_is_read_as_it_was_written(run: Path, small_dir: Path, tmp_path: Path) -> None:
+    """Of the largest seed, too, and one of before reports had a format."""
     report = json.loads((run / "report.json").read_bytes())
-    del report["dataset_fingerprint"]
-    (tmp_path / "run" / "report.json").write_text(json.dumps(report), encoding="utf-8")
-    refused(call(tmp_path / "run", "--out", tmp_path / "p.png"), "other records")
+    report["config"]["seed"] = 2**63 - 1
+    del report["format"]
+    (tmp_path / "report.json").write_text(json.dumps(report), encoding="utf-8")
+    read = read_report(tmp_path)
+    written = load_toml(RunConfig(), run / "config.toml")
+    assert read.config.data.path == small_dir.name
+    assert read.config == replace(written, seed=2**63 - 1, data=DataConfig(path=small_dir.name))
+    write_json(read, tmp_path / "report.json")
+    assert read_report(tmp_path) == read
 
 
 def test_records_without_a_test_split_show_the_next_best(tmp_path: Path) -> None:

@@ -1,4 +1,7 @@
-"""What one rank cannot do, all ranks say: by a real store in threads (tests/reliability/ranks.py: by torchrun)."""
+"""What one rank cannot do, all ranks say.
+
+Here by a real store in threads, in tests/reliability/ranks.py by torchrun.
+"""
 
 import threading
 from collections.abc import Callable

@@ -19,6 +19,7 @@ from engine.config import read_toml
 from engine.data.records import Records
 from engine.errors import first_cause, sentence
 from engine.report import environment
+from engine.typed import typed
 from engine.world import World
 from tests.conftest import FAST_PRECISION, Command, assert_refused, run_configs
 from tools import gpu
@@ -29,7 +30,6 @@ from tools.measure.kernels import Case, measure_case, setting
 from tools.measure.matrix import read_cells
 from tools.measure.parts import LADDER
 from tools.measure.results import read_profile
-from tools.measure.typed import typed
 from tools.report.rows import Result, claim, read_result, row, to_markdown
 from tools.results import TARGET, Expected, render
 

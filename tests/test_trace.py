@@ -13,7 +13,6 @@ import torch
 from engine.config import RunConfig, override
 from engine.data.records import Records
 from engine.meters import span, tracing
-from engine.models.baseline import flops_per_image
 from engine.train.session import Session, open_session
 from engine.world import World
 from tests.conftest import FAST_PRECISION, Command, assert_refused
@@ -82,9 +81,8 @@ def test_operators_carry_the_profilers_flops_and_an_estimate_of_bytes(session: S
         "scalars are no work"
     )
     known = (frame["tflop_per_s"] * frame["ms"] * 1e9).sum()
-    assert flops < known < 32 * flops_per_image(28, 28, 8), (
-        "backward of convolutions is not told by the profiler"
-    )
+    whole = 32 * 25.1e6  # forward and both gradients of the network, a multiply-add counted twice
+    assert flops < known < whole, "backward of convolutions is not told by the profiler"
 
 
 def test_the_command_leaves_a_trace_and_tables_of_two_ranks(

@@ -14,7 +14,7 @@ from engine.data.records import Records, Split, open_records
 from engine.data.sample import ensure_sample
 from engine.errors import UserError, exit_on_user_error, printable
 from engine.host import prepare_process
-from engine.models.baseline import make_model
+from engine.models import make_model
 from engine.paths import PATH
 from engine.report import read_report
 from engine.ui import guard_outputs
@@ -47,7 +47,7 @@ def main(run: Path, data: Path | None, out: Path) -> None:
     with exit_on_user_error():
         prepare_process()
         check_picture(out)
-        fingerprint = read_report(run).get("dataset_fingerprint")
+        fingerprint = read_report(run).dataset_fingerprint
         config = load_toml(RunConfig(), run / "config.toml")
         records = open_run_records(config, data, fingerprint)
         name, split = shown_split(records)
@@ -60,7 +60,7 @@ def main(run: Path, data: Path | None, out: Path) -> None:
         click.echo(printable(f"{right} of {num} glyphs{where} right: {out}"))
 
 
-def open_run_records(config: RunConfig, data: Path | None, fingerprint: object) -> Records:
+def open_run_records(config: RunConfig, data: Path | None, fingerprint: str) -> Records:
     """The records that a run was trained on, at `data` if they were moved.
 
     Raises:
@@ -73,7 +73,7 @@ def open_run_records(config: RunConfig, data: Path | None, fingerprint: object) 
     if records.fingerprint != fingerprint:
         raise UserError(
             f"{path}: holds other records than the run was trained on (fingerprint "
-            f"{records.fingerprint[:16]}, not {str(fingerprint)[:16]}); name the run's with --data"
+            f"{records.fingerprint[:16]}, not {fingerprint[:16]}); name the run's with --data"
         )
     return records
 

@@ -8,9 +8,9 @@ import click
 from engine.config import read_toml
 from engine.errors import exit_on_user_error
 from engine.host import ROOT
+from engine.typed import read_as, typed
 from engine.ui import guard_outputs
 from tools.measure.results import read_profile
-from tools.measure.typed import read_as, typed
 from tools.report.rows import (
     Proofs,
     markdown_table,

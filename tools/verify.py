@@ -140,10 +140,9 @@ def check_order(run: Path, data: str | None) -> tuple[int, list[str]]:
     records = open_records(
         data or config.data.path or sample_path(), in_memory=config.data.feed != "stream"
     )
-    if records.fingerprint != report["dataset_fingerprint"]:
+    if records.fingerprint != report.dataset_fingerprint:
         raise UserError(f"{records.path}: are not the records of {run}; name them by --data")
     train = records.split("train")
-    num_ranks = int(report["num_ranks"])
     faults = []
     checked = 0
     images = (
@@ -154,10 +153,10 @@ def check_order(run: Path, data: str | None) -> tuple[int, list[str]]:
         if config.augment.is_on
         else np.array([zlib.crc32(image) for part in images for image in part])
     )
-    for epoch in range(int(report["num_epochs"])):
+    for epoch in range(report.num_epochs):
         seen = []
-        for rank in range(num_ranks):
-            planned = make_order(config, len(train), rank, num_ranks)
+        for rank in range(report.num_ranks):
+            planned = make_order(config, len(train), rank, report.num_ranks)
             path = idlog.path_of(run, rank, epoch)
             if not path.exists():
                 raise UserError(

@@ -5,18 +5,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine.config import AugmentConfig, DataConfig
+from engine.config import DataConfig, RunConfig
 from engine.data.records import Records, Split, StoredImages, open_records
 from engine.errors import UserError
 from engine.feeds.augment import AugmentedFeed
-from engine.feeds.batch import Batch, Feed, Source
+from engine.feeds.batch import Feed
 from engine.feeds.resident import ResidentFeed
 from engine.feeds.synthetic import SyntheticFeed, random_batch
 from engine.host import free_memory_bytes
 from engine.order import Order
 
 SOURCES = ("resident", "synthetic")
-"""Feeds whose batches the step can gather itself, inside a launch."""
+"""Those that are a Source: the step can gather their batches itself, inside a launch."""
 MEMORY_SHARE = 0.5
 """Part of the free memory, the GPU's or the host's, that pixels may take under --feed auto."""
 
@@ -56,68 +56,41 @@ def choose_feed(config: DataConfig, split: Split, device: torch.device) -> tuple
     return "dali", f"the images take {gib:.2f} GiB, too much for {free_gib:.1f} GiB free on the GPU"
 
 
-def make_source(
-    config: DataConfig,
-    split: Split,
-    order: Order,
-    static: Batch,
-    fused: frozenset[str] = frozenset(),
-) -> Source:
-    """The feed that `config.feed` names, one of SOURCES.
-
-    `static` is the step's own batch, `fused` names kernels.
-    """
-    if config.feed == "synthetic":
-        return SyntheticFeed(static.rows(0, order.rank_batch), order)
-    return ResidentFeed(split, order, static.id_B.device, fused)
+def gathers(config: RunConfig) -> bool:
+    """Whether launches gather their batches themselves; distorted images are handed over."""
+    in_launches = config.step.cuda_graphs or config.step.steps_per_launch > 1
+    return in_launches and config.data.feed in SOURCES and not config.augment.is_on
 
 
 def make_feed(
-    config: DataConfig,
-    split: Split,
-    order: Order,
-    num_classes: int,
-    device: torch.device,
-    augment: AugmentConfig | None = None,
-    fused: frozenset[str] = frozenset(),
+    config: RunConfig, split: Split, order: Order, num_classes: int, device: torch.device
 ) -> Feed:
-    """The feed that `config.feed` names; `fused` names kernels.
+    """The feed that `config` names, with its distortion and its kernels.
 
     Raises:
         UserError: what the feed needs is not installed, or (auto) none is possible.
     """
-    name = choose_feed(config, split, device)[0] if config.feed == "auto" else config.feed
-    augment = augment if augment and augment.is_on else None
+    name: str = config.data.feed
+    if name == "auto":
+        name, _ = choose_feed(config.data, split, device)
+    augment = config.augment if config.augment.is_on else None
     if name == "dali":
         from engine.feeds.dali import DaliFeed
 
         return DaliFeed(split, order, device, augment)
     if name == "resident":
-        return ResidentFeed(split, order, device, fused, augment)
-    feed = _plain_feed(name, config, split, order, num_classes, device)
-    return AugmentedFeed(feed, augment) if augment else feed
-
-
-def _plain_feed(
-    name: str,
-    config: DataConfig,
-    split: Split,
-    order: Order,
-    num_classes: int,
-    device: torch.device,
-) -> Feed:
-    """A feed of which this package's AugmentedFeed does the distortion."""
+        return ResidentFeed(split, order, device, frozenset(config.kernels), augment)
     if name in ("loader", "loader_batched"):
         from engine.feeds.loader import LoaderFeed
 
-        return LoaderFeed(
-            split, order, device, config.loader_workers, batched=name == "loader_batched"
-        )
-    if name == "stream":
+        workers = config.data.loader_workers
+        feed: Feed = LoaderFeed(split, order, device, workers, batched=name == "loader_batched")
+    elif name == "stream":
         from engine.feeds.stream import StreamFeed
 
-        return StreamFeed(split, order, device)
-    assert name == "synthetic", name
-    return SyntheticFeed(
-        random_batch(order.rank_batch, split.height_width, num_classes, device), order
-    )
+        feed = StreamFeed(split, order, device)
+    else:
+        assert name == "synthetic", name
+        batch = random_batch(order.rank_batch, split.height_width, num_classes, device)
+        feed = SyntheticFeed(batch, order)
+    return AugmentedFeed(feed, augment) if augment else feed

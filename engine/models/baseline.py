@@ -1,4 +1,4 @@
-"""The networks. To add one: a class with the same constructor, a line in `make_model`, its name in ModelConfig.
+"""The study's network.
 
 Shapes: B samples, C channels, H x W pixels, K classes.
 """
@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from engine.config import ModelConfig
 from engine.errors import UserError
 
 CONV1_CHANNELS, CONV2_CHANNELS, HIDDEN = 32, 64, 128
@@ -20,8 +19,9 @@ MIN_SIDE = 4
 class GlyphNet(nn.Module):
     """The study's network: two 3x3 convolutions with ReLU and 2x2 max-pool, two linear layers.
 
-    432,478 parameters at 28x28 and 94 classes. With `relu_after_pool` it is the same function of the same parameters:
-    the maximum of four and the ReLU commute, forward and gradient are bit-identical, and the ReLU reads a quarter.
+    432,478 parameters at 28x28 and 94 classes. With `relu_after_pool` it is the same function of
+    the same parameters: the maximum of four and the ReLU commute, forward and gradient are
+    bit-identical, and the ReLU reads a quarter.
     """
 
     def __init__(
@@ -89,32 +89,3 @@ def check_image_size(height: int, width: int) -> None:
             f"images of {height} x {width} pixels are too small for the network, which halves them "
             f"twice; give records of images of at least {MIN_SIDE} x {MIN_SIDE}"
         )
-
-
-def make_model(
-    config: ModelConfig,
-    height: int,
-    width: int,
-    num_classes: int,
-    seed: int,
-    fused: frozenset[str] = frozenset(),
-) -> GlyphNet:
-    """The network on the CPU, its weights a function of `seed` alone; the global random state is not touched."""
-    check_image_size(height, width)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return GlyphNet(
-            height, width, num_classes, relu_after_pool=config.name == "fast", fused=fused
-        )
-
-
-def flops_per_image(height: int, width: int, num_classes: int) -> int:
-    """Floating-point operations of one training sample, a multiply-add counted as two (25.1 M at 28x28, 94 classes).
-
-    Forward, weight gradient and input gradient of each layer cost the same; the first needs no input gradient.
-    """
-    conv1 = 2 * 9 * CONV1_CHANNELS * height * width
-    conv2 = 2 * 9 * CONV1_CHANNELS * CONV2_CHANNELS * (height // 2) * (width // 2)
-    fc1 = 2 * CONV2_CHANNELS * (height // 4) * (width // 4) * HIDDEN
-    fc2 = 2 * HIDDEN * num_classes
-    return 2 * conv1 + 3 * (conv2 + fc1 + fc2)

@@ -2,11 +2,13 @@
 
 The contract (PyTorch's CUDA notes, "CUDA Graphs"; NVIDIA's guide to CUDA graphs for PyTorch):
 - everything runs on one side stream: building the model and DDP, warm-up, capture and replay;
-- the inputs have static addresses; a batch of another shape, type, stride or device is refused with a sentence;
-- what outlives a replay (parameters, optimiser state, counters, logs) is allocated before capture, outside the pool;
-- what the work leaves is overwritten by the next replay; graphs that share a pool never run at once;
-- nothing allocates on the device or asks it in another thread meanwhile: feeds with threads are built after capture;
-- graphs die before the process group (NCCL waits for them, pytorch#115388): call reset(), on errors too.
+- the inputs have static addresses; a batch of another shape, type, stride or device is refused;
+- what outlives a replay (parameters, optimiser state, counters, logs) is allocated before capture,
+  outside the pool;
+- a replay overwrites what the last one left; graphs that share a pool never run at once;
+- no other thread uses the device meanwhile: feeds with threads are built after capture;
+- graphs die before the process group, since NCCL waits for them (pytorch#115388): call reset(), on
+  errors too.
 """
 
 from collections.abc import Callable
@@ -45,12 +47,14 @@ def check_like(batch: Batch, static: Batch) -> None:
     for name in ("image_BHW", "label_B", "id_B"):
         got, want = getattr(batch, name), getattr(static, name)
         for what in ("shape", "dtype", "device"):
-            if getattr(got, what) != getattr(want, what):
+            found, wanted = getattr(got, what), getattr(want, what)
+            if found != wanted:
                 raise ValueError(
-                    f"{name} has {what} {getattr(got, what)} but the step was built for {getattr(want, what)}; "
+                    f"{name} has {what} {found} but the step was built for {wanted}; "
                     "build the step anew for another batch"
                 )
         if got.stride() != want.stride():
             raise ValueError(
-                f"{name} has strides {got.stride()}, the step wants {want.stride()}; make it contiguous"
+                f"{name} has strides {got.stride()}, the step wants {want.stride()}; "
+                "make it contiguous"
             )

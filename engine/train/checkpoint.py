@@ -1,8 +1,9 @@
-"""Checkpoints: a directory of safetensors under a manifest with hashes, published whole; no pickle anywhere.
+"""Checkpoints: directories of safetensors under a manifest with hashes, published whole; no pickle.
 
-RUN/checkpoints/epoch-0003/ holds model.safetensors, optim.safetensors (the optimiser's state) and manifest.json with
-its hash: position in the order, loss scale, the config's digest and the data's fingerprint. Loading takes the newest
-directory that verifies, in place (`copy_`), so that a captured graph keeps its addresses.
+RUN/checkpoints/epoch-0003/ holds model.safetensors, optim.safetensors (the optimiser's state) and
+manifest.json with its hash: position in the order, loss scale, the config's digest and the data's
+fingerprint. Loading takes the newest directory that verifies, and copies in place, so that a
+captured graph keeps its addresses.
 """
 
 import hashlib
@@ -89,12 +90,14 @@ def load_checkpoint(
     digest: str,
     fingerprint: str,
 ) -> tuple[Position, list[str]]:
-    """Copy the newest checkpoint that verifies into the live tensors (the optimiser's state must exist: warm up first).
+    """Copy the newest checkpoint that verifies into the live tensors.
+
+    The optimiser's state must exist: warm up first.
 
     Returns:
         The position, and a sentence for each newer checkpoint that was skipped.
     Raises:
-        UserError: none verifies, or the run is another config's, another data set's or another model's.
+        UserError: none verifies, or the run is of another config, other records or another model.
     """
     skipped = []
     for directory in _checkpoints(run):
@@ -107,25 +110,24 @@ def load_checkpoint(
             remedy = "resume with the flags the run was started with"
             raise UserError(f"{directory}: was made by another configuration; {remedy}")
         if manifest["dataset_fingerprint"] != fingerprint:
-            raise UserError(
-                f"{directory}: was trained on other records; give the --data the run was started with"
-            )
+            remedy = "give the --data the run was started with"
+            raise UserError(f"{directory}: was trained on other records; {remedy}")
         for name, tensors in _files(state).items():
-            if {n: t.shape for n, t in tensors.items()} != {
-                n: t.shape for n, t in files[name].items()
-            }:
-                raise UserError(
-                    f"{directory}: holds tensors of another model; resume with the model it was made by"
-                )
+            if _shapes(tensors) != _shapes(files[name]):
+                remedy = "resume with the model it was made by"
+                raise UserError(f"{directory}: holds tensors of another model; {remedy}")
             with torch.no_grad():
                 for key, tensor in tensors.items():
                     tensor.copy_(files[name][key])
         if state.scaler.is_enabled():
             state.scaler.load_state_dict(manifest["scaler"])
         return Position(**manifest["position"]), skipped
-    raise UserError(
-        f"{run}: holds no checkpoint that verifies; {'; '.join(skipped) or 'start anew without --resume'}"
-    )
+    why = "; ".join(skipped) or "start anew without --resume"
+    raise UserError(f"{run}: holds no checkpoint that verifies; {why}")
+
+
+def _shapes(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
 
 
 def save_model(path: Path, model: torch.nn.Module) -> None:

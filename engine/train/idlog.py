@@ -1,4 +1,6 @@
-"""What a run consumed: each sample's id, which came with the pixels, and its pixels' CRC32. tools/verify reads it.
+"""What a run consumed: each sample's id, which came with the pixels, and its pixels' CRC32.
+
+tools/verify reads it.
 
 A file a rank and epoch, OUT/ids/rank<r>-epoch<e>.bin: little-endian int64 pairs, batch after batch.
 """
@@ -16,7 +18,10 @@ def path_of(out: Path, rank: int, epoch: int) -> Path:
 
 
 def append(path: Path, batch: Batch, first: bool) -> None:
-    """Write a batch down as it was trained on, the epoch's first into a new file; waits for the device."""
+    """Write a batch down as it was trained on, the epoch's first into a new file.
+
+    Waits for the device.
+    """
     path.parent.mkdir(exist_ok=True)
     image_BHW = batch.image_BHW.cpu().numpy()
     crc_B = [zlib.crc32(image_HW) for image_HW in image_BHW]

@@ -1,4 +1,4 @@
-"""From uint8 images and labels to the loss: what DDP wraps, torch.compile compiles, and kernels/ shorten.
+"""From uint8 images and labels to the loss.
 
 Shapes: B samples, H x W pixels, C classes.
 """
@@ -13,7 +13,10 @@ _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Objective(torch.nn.Module):
-    """From uint8 images and labels to (mean loss, right answers): what DDP wraps and torch.compile compiles."""
+    """From uint8 images and labels to (mean loss, right answers).
+
+    What DDP wraps, torch.compile compiles, and kernels/ shorten.
+    """
 
     def __init__(self, model: GlyphNet, config: RunConfig, device: torch.device) -> None:
         super().__init__()
@@ -45,13 +48,20 @@ class Objective(torch.nn.Module):
         return logits_BC
 
 
-def set_fp32_precision(precision: str, device: torch.device) -> None:
-    """fp32 on a GPU: IEEE's, or TF32 in convolutions and products (torch's default: in convolutions only).
+def set_fp32_precision(precision: str) -> None:
+    """What fp32 is on this process's GPU: IEEE's, or TF32 in convolutions and products.
 
-    By the older switches, since they set the `fp32_precision` ones too; those alone leave the older ones behind, and
-    inductor, which reads them, then raises (torch 2.13).
+    By the older switches, since they set the `fp32_precision` ones too. Those alone leave the older
+    ones behind, and inductor, which reads them, then raises (torch 2.13).
     """
-    if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = (
-            precision == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"  # torch's default is True
+
+
+def check_fp32_precision(precision: str) -> None:
+    """RuntimeError if fp32 is another now than `set_fp32_precision(precision)` left it."""
+    if torch.backends.cuda.matmul.allow_tf32 != (precision == "tf32"):
+        raise RuntimeError(
+            f"fp32 was set otherwise since this step of precision {precision} was made, by another "
+            "step of this process; call use_precision() before going on with this one"
         )

@@ -8,13 +8,16 @@ import torch
 from engine.config import OptimConfig
 
 ONE_CYCLE_START = 1 / 25
-"""First learning rate of one_cycle as a part of the highest (torch.optim.lr_scheduler.OneCycleLR's div_factor)."""
+"""First learning rate of one_cycle as a part of the highest: OneCycleLR's div_factor in torch."""
 ONE_CYCLE_END = 1e-4 / 25
 """Last learning rate as a part of the highest (final_div_factor)."""
 
 
 def lr_table(config: OptimConfig, num_steps: int) -> np.ndarray:
-    """float32 [num_steps + 1]: the learning rate of every step; the spare last entry is read after the last step."""
+    """float32 [num_steps + 1]: the learning rate of every step.
+
+    The spare last entry is read after the last step.
+    """
     step = np.arange(num_steps + 1)
     if config.schedule == "constant":
         return np.full(num_steps + 1, config.learning_rate, np.float32)
@@ -31,7 +34,8 @@ def make_optimizer(
     """Adam or AdamW over two groups: weights with decay, biases without.
 
     Args:
-        rate: the learning rate; a tensor for a fused or capturable optimiser, so that none is baked into a graph.
+        rate: the learning rate; a tensor for a fused or capturable optimiser, so that none is
+            baked into a graph.
     """
     named = list(model.parameters())
     groups = [
@@ -39,7 +43,5 @@ def make_optimizer(
         {"params": [p for p in named if p.dim() <= 1], "weight_decay": 0.0},
     ]
     kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
-    fused = (
-        True if config.fused else None
-    )  # False would turn torch's foreach off, too: a loop of 100 launches
+    fused = config.fused or None  # False would turn off torch's foreach, too: 100 launches
     return kind(groups, lr=rate, fused=fused, capturable=capturable)

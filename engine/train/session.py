@@ -1,4 +1,4 @@
-"""The session: model, step and feed of a run, built once from what can be had here; and evaluation of whole splits.
+"""The session: model, step and feed of a run, built once; and evaluation of whole splits.
 
 The trainer, the profiler and the benchmarks start from here.
 
@@ -7,7 +7,7 @@ Shapes: B samples of one rank, H x W pixels.
 
 import time
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -16,10 +16,11 @@ from engine.config import DataConfig, RunConfig
 from engine.data.records import Records
 from engine.data.sample import ensure_sample
 from engine.errors import UserError
-from engine.feeds.batch import Feed
-from engine.feeds.build import SOURCES, make_feed, make_source, open_for
+from engine.feeds.batch import Feed, Source
+from engine.feeds.build import gathers, make_feed, open_for
 from engine.feeds.synthetic import random_batch
-from engine.models.baseline import check_image_size, make_model
+from engine.models import make_model
+from engine.models.baseline import check_image_size
 from engine.order import Order
 from engine.report import Environment, environment
 from engine.train.available import effective_config
@@ -29,7 +30,7 @@ from engine.world import World
 
 @dataclass
 class Session:
-    """Everything a run needs, built once; the profiler and the benchmarks start from here as the trainer does."""
+    """Everything a run needs."""
 
     world: World
     records: Records
@@ -60,8 +61,8 @@ class Session:
             split = self.records.split(split_name)
             world, config = self.world, self.config
             order = make_order(config, len(split), world.rank, world.size, shuffle=False)
-            data = config.data if config.data.feed == "stream" else DataConfig()
-            feed = make_feed(data, split, order, len(self.records.classes), world.device)
+            plain = RunConfig(data=config.data if config.data.feed == "stream" else DataConfig())
+            feed = make_feed(plain, split, order, len(self.records.classes), world.device)
             self.evaluation_feeds[split_name] = feed
         return self.evaluation_feeds[split_name]
 
@@ -105,11 +106,13 @@ def check_batch(config: RunConfig, records: Records, world_size: int) -> None:
     batch, num_samples = config.global_batch, len(records.split("train"))
     if batch % world_size:
         raise UserError(
-            f"a global batch of {batch} cannot be divided by {world_size} ranks; give --batch-size (samples a rank)"
+            f"a global batch of {batch} cannot be divided by {world_size} ranks; "
+            "give --batch-size (samples a rank)"
         )
-    if batch // world_size % config.step.accumulate:
+    rank_batch, num_parts = batch // world_size, config.step.accumulate
+    if rank_batch % num_parts:
         raise UserError(
-            f"a rank's batch of {batch // world_size} cannot be divided into {config.step.accumulate} parts; "
+            f"a rank's batch of {rank_batch} cannot be divided into {num_parts} parts; "
             "give an --accumulate that divides it"
         )
     if batch > num_samples:
@@ -120,7 +123,7 @@ def check_batch(config: RunConfig, records: Records, world_size: int) -> None:
 
 
 def open_session(config: RunConfig, records: Records, world: World) -> Session:
-    """Build model, step and feed, warm up (and capture), and only then start a feed that has threads.
+    """Build model, step and feed, and warm up (and capture) before a feed starts threads.
 
     The caller runs inside world.on_stream() and closes the session.
 
@@ -130,57 +133,51 @@ def open_session(config: RunConfig, records: Records, world: World) -> Session:
     check_batch(config, records, world.size)
     meters.reset_torch_peak(world.device)
     effective, notes = effective_config(config, records, world)
-    train, device = records.split("train"), world.device
+    train = records.split("train")
     order = make_order(config, len(train), world.rank, world.size)
-    num_classes = len(records.classes)
-    fused = frozenset(effective.kernels)
     start = time.perf_counter()
-    model = make_model(config.model, *records.height_width, num_classes, config.seed, fused).to(
-        device
-    )
-    static = random_batch(
-        order.rank_batch,
-        records.height_width,
-        num_classes,
-        device,
-        copies=effective.step.steps_per_launch,
-    )
-    world.ledger.mark("model and optimiser")
-    source = (
-        make_source(effective.data, train, order, static, fused) if _gathers(effective) else None
-    )
-    world.ledger.mark("feed")
-    step = TrainStep(model, effective, order, static, world, source)
+    step, source = _make_step(effective, records, order, world)
     try:
         step.prepare()
         world.ledger.mark("graph pool" if effective.step.cuda_graphs else "model and optimiser")
         warmup_s = time.perf_counter() - start
-        if step.capture_failure:
-            notes.append(
-                f"CUDA graphs are not used: {step.capture_failure}; the same step runs eagerly"
-            )
+        if why := step.capture_failure:
+            notes.append(f"CUDA graphs are not used: {why}; the same step runs eagerly")
             effective = replace(effective, step=replace(effective.step, cuda_graphs=False))
-        feed = source or make_feed(
-            effective.data, train, order, num_classes, device, config.augment, fused
-        )
+        feed = source or make_feed(effective, train, order, len(records.classes), world.device)
         world.ledger.mark("feed")
     except BaseException:
         step.close()
         raise
     facts = environment(
-        num_threads=torch.get_num_threads(), allocator=world.allocator, gpu=meters.gpu_facts(device)
+        num_threads=torch.get_num_threads(),
+        allocator=world.allocator,
+        gpu=meters.gpu_facts(world.device),
     )
     return Session(world, records, config, effective, notes, step, feed, facts, warmup_s)
 
 
-def _gathers(config: RunConfig) -> bool:
-    """Whether launches gather their batches themselves, on the device; distorted images are handed over."""
-    in_launches = config.step.cuda_graphs or config.step.steps_per_launch > 1
-    return in_launches and config.data.feed in SOURCES and not config.augment.is_on
+def _make_step(
+    config: RunConfig, records: Records, order: Order, world: World
+) -> tuple[TrainStep, Source | None]:
+    """The step, and the feed that launches gather from, where they do."""
+    height_width, num_classes = records.height_width, len(records.classes)
+    fused = frozenset(config.kernels)
+    model = make_model(config.model, *height_width, num_classes, config.seed, fused)
+    model = model.to(world.device)
+    copies = config.step.steps_per_launch
+    static = random_batch(order.rank_batch, height_width, num_classes, world.device, copies=copies)
+    world.ledger.mark("model and optimiser")
+    source = None
+    if gathers(config):
+        train = records.split("train")
+        source = cast(Source, make_feed(config, train, order, num_classes, world.device))
+    world.ledger.mark("feed")
+    return TrainStep(model, config, order, static, world, source), source
 
 
 def evaluate(session: Session, split_name: str) -> tuple[float, float]:
-    """Loss and accuracy (0..1) over a whole split, exact over all ranks: nothing counted twice, nothing left out."""
+    """Loss and accuracy (0..1) over a whole split and all ranks; each sample counts once."""
     for batch in session.evaluation_feed(split_name).batches(0):
         session.step.evaluate(batch)
     loss, accuracy, seen = session.step.read_evaluation()

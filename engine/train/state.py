@@ -1,8 +1,8 @@
 """TrainState: every tensor that a run keeps, by name.
 
-Warm-up puts all of it back, checkpoints hold it, parity compares it; none of them walks the model and the
-optimiser by itself. The tensors are the live ones: whoever changes them does it in place, since a captured graph
-knows their addresses.
+Warm-up puts all of it back, checkpoints hold it, parity compares it; none of them walks the model
+and the optimiser by itself. The tensors are the live ones: whoever changes them does it in place,
+since a captured graph knows their addresses.
 """
 
 from collections.abc import Iterator
@@ -47,7 +47,7 @@ class TrainState:
     def kept(self) -> Iterator[None]:
         """Let warm-up train, then put everything back in place, random state included.
 
-        Optimiser state that warm-up created (Adam's moments and step) becomes zero, which is where it starts.
+        Optimiser state that warm-up created (Adam's moments and step) becomes zero, its start.
         """
         before = self.model_tensors() | dict(self.model.named_buffers())
         before |= self.optimizer_tensors() | self.counters

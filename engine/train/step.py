@@ -1,13 +1,15 @@
-"""TrainStep: the one place that trains. Forward, loss, backward, update; eager, or in graphs of 1 and K steps.
+"""TrainStep, the one place that trains: forward, loss, backward, update.
 
-The trainer, the profiler, the benchmarks and the tests call this; nobody types the loop again. Everything that changes
-lives on the device: counters, learning rate, loss scale, random state, the log. A launch runs K steps without the host,
-whether it is captured (GPU) or not (CPU): its batches are gathered from the resident table or copied in before, and the
-step counters index the tables of learning rates and ids.
+The trainer, the profiler, the benchmarks and the tests call this; nobody types the loop again.
+It runs eagerly, or in graphs of 1 and K steps. Everything that changes lives on the device:
+counters, learning rate, loss scale, random state, the log. A launch runs K steps without the host,
+whether it is captured (GPU) or not (CPU): its batches are gathered from the resident table or
+copied in before, and the step counters index the tables of learning rates and ids.
 
 It does not evaluate whole splits, measure time, or touch files.
 
-Shapes: K steps of a launch, S of an epoch, B samples of one rank in a step, H x W pixels, C classes.
+Shapes: K steps of a launch, S of an epoch, B samples of one rank in a step, H x W pixels, C
+classes.
 """
 
 import time
@@ -29,7 +31,7 @@ from engine.meters import span
 from engine.models.baseline import GlyphNet
 from engine.order import PADDING_ID, Order, round_keys
 from engine.train.capture import Graph, check_like
-from engine.train.objective import Objective, set_fp32_precision
+from engine.train.objective import Objective, check_fp32_precision, set_fp32_precision
 from engine.train.optim import lr_table, make_optimizer
 from engine.train.state import TrainState
 from engine.world import World
@@ -41,7 +43,8 @@ NEVER = 2**31 - 1
 BUCKET_CAP_MIB = 32
 """More than the baseline's 1.7 MB of gradients: one all-reduce a step."""
 MAX_SKIPPED = 20
-"""Steps in a row that fp16 may skip because gradients overflowed, each halving the loss scale, before the run ends."""
+"""Steps in a row that fp16 may skip before the run ends: gradients overflowed although each
+halved the loss scale."""
 LOSS, CORRECT, BAD = range(3)
 """Rows of the log: a step's mean loss, its right answers, and 1 where a gradient was not finite."""
 
@@ -81,8 +84,8 @@ class TrainStep:
         model: on the world's device.
         config: what is *effective*; `prepare` captures if config.step.cuda_graphs.
         order: of the training split; tells the batch size and the steps of an epoch.
-        static: B random samples on the device K = config.step.steps_per_launch times: warm-up trains on them, and their
-            addresses are baked into the graphs.
+        static: K times B random samples on the device, K = config.step.steps_per_launch. Warm-up
+            trains on them, and their addresses are baked into the graphs.
         source: the feed whose batches a launch gathers itself; None: batches are handed over.
     """
 
@@ -100,7 +103,9 @@ class TrainStep:
         self._static = static
         self._world = world
         self._source = source
-        device, num_steps = world.device, config.epochs * order.steps_per_epoch
+        self.use_precision()
+        device = world.device
+        num_steps = config.epochs * order.steps_per_epoch
         if config.step.channels_last:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             model.channels_last = True
@@ -150,6 +155,13 @@ class TrainStep:
             )
             ddp._set_ddp_runtime_logging_sample_rate(NEVER)
 
+    def use_precision(self) -> None:
+        """Make fp32 what this step's precision says, for the whole process.
+
+        A new step does so itself. Of two that take turns, each must call it when its turn comes.
+        """
+        set_fp32_precision(self._config.step.precision)
+
     @property
     def state(self) -> TrainState:
         """Every tensor that the run keeps."""
@@ -166,7 +178,7 @@ class TrainStep:
             self._graphs = graphs
 
     def prepare(self) -> None:
-        """Warm up on the static batch and, where asked for, capture; every state is put back in place.
+        """Warm up on the static batch and, where asked for, capture; all state is put back.
 
         Where a rank cannot capture, all run eagerly, and `capture_failure` says why.
         """
@@ -192,20 +204,19 @@ class TrainStep:
             num_steps: partial(self._run, self._slots(num_steps), num_steps)
             for num_steps in (self.steps_per_launch, 1)
         }
+        works["evaluation"] = partial(self._evaluate, self._slots(1))
         try:
-            for name, work in (
-                works | {"evaluation": partial(self._evaluate, self._slots(1))}
-            ).items():
+            for name, work in works.items():
                 self._graphs[name] = Graph(work, pool)
                 pool = self._graphs[name].pool
-        except (
-            Exception
-        ) as error:  # whatever it is, the run can go on without graphs, and must do so on all ranks
+        except Exception as error:  # any: the run can go on without graphs, then on all ranks
             failure = sentence(first_cause(error))
         self.capture_failure = self._world.first_reason(failure)
 
     def train_epoch(self, feed: Feed, epoch: int, first_step: int = 0) -> Iterator[Launch]:
-        """Train an epoch from `first_step` on, a launch at each iteration; nothing waits for the device.
+        """Train an epoch from `first_step` on, a launch at each iteration.
+
+        Nothing waits for the device.
 
         Raises:
             RuntimeError: the feed hands out fewer or more batches than its order has.
@@ -239,7 +250,7 @@ class TrainStep:
         self._launch(self._filled(iter([batch]), 1), 1)
 
     def evaluate(self, batch: Batch) -> None:
-        """Add the batch's loss and correct answers to the evaluation sums; padding rows count nothing."""
+        """Add the batch's loss and correct answers to the evaluation sums, without padding rows."""
         if graph := self._graphs.get("evaluation"):
             check_like(batch, self._slots(1))
             self._slots(1).copy_(batch)
@@ -248,17 +259,16 @@ class TrainStep:
             self._evaluate(batch)
 
     def read_training(self) -> TrainLog:
-        """What the epoch's steps since the last reading did, on all ranks. Collective; synchronises.
+        """What the epoch's steps since the last reading did, on all ranks.
+
+        Collective; synchronises.
 
         Raises:
-            UserError: a loss or gradient was not finite; names the step. With fp16: 20 steps in a row were skipped.
+            UserError: a loss or gradient was not finite; names the step. With fp16: MAX_SKIPPED
+                steps in a row were skipped.
         """
-        log_3S = (
-            self._world.sum(self._log_3S[:, self._read_from : self._in_epoch])
-            .double()
-            .cpu()
-            .numpy()
-        )
+        sums_3S = self._world.sum(self._log_3S[:, self._read_from : self._in_epoch])
+        log_3S = sums_3S.double().cpu().numpy()
         first_step = self._host_step - log_3S.shape[1]
         self._read_from = self._in_epoch
         num_samples = log_3S.shape[1] * self._order.global_batch
@@ -274,23 +284,23 @@ class TrainStep:
         for step, (loss, _, bad) in enumerate(log_3S.T.tolist(), start=first_step + 1):
             if not self.scaler.is_enabled() and (bad or not np.isfinite(loss)):
                 what = "a gradient" if np.isfinite(loss) else "the loss"
-                raise UserError(
-                    f"{what} was not finite in step {step}; lower optim.learning_rate or use --amp bf16"
-                )
+                remedy = "lower optim.learning_rate or use --amp bf16"
+                raise UserError(f"{what} was not finite in step {step}; {remedy}")
             self._skipped_in_a_row = self._skipped_in_a_row + 1 if bad else 0
             if self._skipped_in_a_row >= MAX_SKIPPED:
                 raise UserError(
-                    f"fp16 gradients overflowed in {MAX_SKIPPED} steps in a row, the last of them step {step}; "
-                    "use --amp bf16 or lower optim.learning_rate"
+                    f"fp16 gradients overflowed in {MAX_SKIPPED} steps in a row, the last of them "
+                    f"step {step}; use --amp bf16 or lower optim.learning_rate"
                 )
-
-        if (
-            len(log_3S.T) and not np.isfinite(log_3S[LOSS]).any()
-        ):  # fp16, in an epoch of fewer steps than that
+        # fp16, in an epoch of fewer steps than MAX_SKIPPED
+        if len(log_3S.T) and not np.isfinite(log_3S[LOSS]).any():
             raise UserError(f"the loss was not finite in any step up to {step}; use --amp bf16")
 
     def read_evaluation(self) -> tuple[float, float, int]:
-        """Mean loss, accuracy (0..1) and samples seen over all ranks since the last call. Collective; synchronises."""
+        """Mean loss, accuracy (0..1) and samples seen over all ranks since the last call.
+
+        Collective; synchronises.
+        """
         loss, correct, seen = self._world.sum(self._eval_sums).tolist()
         self._eval_sums.zero_()
         return loss / max(seen, 1), correct / max(seen, 1), int(seen)
@@ -336,7 +346,7 @@ class TrainStep:
 
     def _run(self, batch: Batch, num_steps: int) -> None:
         """`num_steps` optimiser steps: device work only, so that it may be captured."""
-        set_fp32_precision(self._config.step.precision, self._world.device)
+        check_fp32_precision(self._config.step.precision)
         index_2K = torch.minimum(self.counter_21 + self._offset_K[:num_steps], self._last_21)
         torch.index_select(self._rate_table, 0, index_2K[0], out=self._rate_K[:num_steps])
         if self._source:
@@ -369,7 +379,10 @@ class TrainStep:
             self._update(self._log_3K[BAD, k])
 
     def _update(self, bad: torch.Tensor) -> None:
-        """The optimiser's step; where a gradient is not finite, `bad` is set, and only a plain optimiser steps."""
+        """The optimiser's step.
+
+        Where a gradient is not finite, `bad` is set, and only a plain optimiser steps.
+        """
         if self.scaler.is_enabled():
             self.scaler.unscale_(self.optimizer)
             (found,) = self.scaler._found_inf_per_device(self.optimizer).values()
@@ -378,27 +391,24 @@ class TrainStep:
             self.scaler.update()
             return
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        torch._amp_foreach_non_finite_check_and_unscale_(
-            gradients, bad, self._one
-        )  # GradScaler's check: one kernel
+        # GradScaler's own check, one kernel; and its way to tell a fused optimiser
+        torch._amp_foreach_non_finite_check_and_unscale_(gradients, bad, self._one)
         if self._config.optim.fused:
-            self.optimizer.found_inf = bad  # type: ignore[attr-defined]  # as GradScaler hands it to fused optimisers
+            self.optimizer.found_inf = bad  # type: ignore[attr-defined]
         self.optimizer.step()
 
     def _local(self, yes: bool) -> AbstractContextManager[object]:
         """No all-reduce after the backward of all but the last part."""
-        return (
-            self._net.no_sync()
-            if yes and isinstance(self._net, DistributedDataParallel)
-            else nullcontext()
-        )
+        if yes and isinstance(self._net, DistributedDataParallel):
+            return self._net.no_sync()
+        return nullcontext()
 
     def _host_rate(self, k: int) -> float:
         return float(self._rate_host[min(self._host_step + k, len(self._rate_host) - 1)])
 
     @torch.no_grad()
     def _evaluate(self, batch: Batch) -> None:
-        set_fp32_precision(self._config.step.precision, self._world.device)
+        check_fp32_precision(self._config.step.precision)
         logits_BC = self.objective.logits(batch.image_BHW)
         real_B, label_B = batch.id_B != PADDING_ID, batch.label_B.long()
         loss_B = functional.cross_entropy(logits_BC, label_B, reduction="none").where(real_B, 0.0)

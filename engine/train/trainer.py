@@ -1,4 +1,6 @@
-"""The trainer: the one loop and its clock. Everything slow or fragile (disk, sums, evaluation) is off the clock.
+"""The trainer: the one loop and its clock.
+
+Everything slow or fragile (disk, sums, evaluation) is off the clock.
 
 Shapes: B samples of one rank, H x W pixels.
 """
@@ -7,7 +9,7 @@ import json
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,12 +26,15 @@ from engine.train.session import Session, evaluate, open_session, switches
 from engine.ui import progress_bar
 from engine.world import World, check_ranks
 
-CLOCK_INCLUDES = "every training step with its data; not: start-up, warm-up, capture, evaluation, checkpoints, reports"
+CLOCK_INCLUDES = (
+    "every training step with its data; "
+    "not: start-up, warm-up, capture, evaluation, checkpoints, reports"
+)
 Say = Callable[[str], None]
 
 
 def check_run(config: RunConfig, device_name: str) -> None:
-    """UserError if something that a run needs is not here; asked before anything is opened or written."""
+    """UserError if a run needs what is not here; asked before anything is opened or written."""
     check_ranks(device_name)
     if config.tensorboard and find_spec("tensorboard") is None:
         remedy = "pip install tensorboard, or leave it out"
@@ -75,7 +80,8 @@ class Trainer:
         Args:
             resume: go on from OUT's newest checkpoint.
         Raises:
-            UserError: a checkpoint is missing or foreign, the loss is not finite, or the disk is full.
+            UserError: a checkpoint is missing or foreign, the loss is not finite, or the disk is
+                full.
         """
         for note in self.session.notes:
             self.say(f"note: {note}")
@@ -110,7 +116,8 @@ class Trainer:
             "train_accuracy_fraction": log.accuracy,
             "samples_per_s": rate,
         }
-        line = f"epoch {epoch + 1:>3}/{self.config.epochs}  loss {log.loss:.4f}  train {log.accuracy:7.2%}"
+        line = f"epoch {epoch + 1:>3}/{self.config.epochs}"
+        line += f"  loss {log.loss:.4f}  train {log.accuracy:7.2%}"
         if self.has_val:
             val_loss, val = self._timed_evaluate("val")
             metrics |= {"val_loss": val_loss, "val_accuracy_fraction": val}
@@ -167,7 +174,7 @@ class Trainer:
         return position.num_epochs
 
     def _start_files(self, num_epochs_done: int) -> None:
-        """Write config.toml, and cut metrics.jsonl and events back to the epochs that the checkpoint knows."""
+        """Write config.toml, and cut metrics and events back to what the checkpoint knows."""
         metrics = self.out / "metrics.jsonl"
         with writing(self.out):
             lines = (
@@ -228,9 +235,10 @@ class Trainer:
         session, device = self.session, self.session.world.device
         num_steps = num_epochs * self.steps_per_epoch
         utilisation = sorted(self.utilisation_percent)
+        data = replace(self.config.data, path=without_folders(self.config.data.path))
         return RunReport(
             environment=session.environment,
-            config=without_folders(asdict(self.config)),
+            config=replace(self.config, data=data),
             config_digest=self.config.digest(),
             dataset_fingerprint=session.records.fingerprint,
             requested=switches(session.requested),

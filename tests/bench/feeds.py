@@ -1,6 +1,5 @@
 """What every feed carries at batch 2048, and how long training at batch 512 waits for it; full-size set, split none."""
 
-import json
 import subprocess
 import sys
 import tempfile
@@ -11,7 +10,7 @@ import click
 
 from engine.data.pack import pack
 from engine.host import ROOT
-from engine.report import Environment
+from engine.report import Environment, read_report
 from tests.bench.pack import TMNIST_ROWS, repeated_sample
 from tools.measure.feeds import measure_all
 from tools.report.rows import claim, row, write_result
@@ -39,8 +38,8 @@ def train(records: Path, feed: str, augmented: bool, folder: Path) -> tuple[floa
     if augmented:
         command += [word for amount in AUGMENT for word in ("--set", f"augment.{amount}")]
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    report = json.loads((folder / "report.json").read_text())
-    return 100 * report["data_wait_fraction"], Environment(**report["environment"])
+    report = read_report(folder)
+    return 100 * report.data_wait_fraction, report.environment
 
 
 def bench(out: Path, seconds: float, num_rows: int = TMNIST_ROWS) -> None:

@@ -1,24 +1,25 @@
-"""The default fast recipe against --baseline, both trained to their end on the same records: fast, baseline, fast."""
+"""The default fast recipe against --baseline, both trained to their end on the same records.
 
-import json
+In turn: fast, baseline, fast.
+"""
+
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import click
 
 from engine.host import ROOT
-from engine.report import Environment
+from engine.report import RunReport, read_report
 from tools.report.rows import claim, row, write_result
 
 FAST = ("--amp", "--cuda-graphs")
 BASELINE = ("--baseline",)
 
 
-def train(data: Path, flags: tuple[str, ...], folder: Path) -> dict[str, Any]:
+def train(data: Path, flags: tuple[str, ...], folder: Path) -> RunReport:
     """One run of engine.run; its report."""
     command = [
         sys.executable,
@@ -30,13 +31,12 @@ def train(data: Path, flags: tuple[str, ...], folder: Path) -> dict[str, Any]:
         *flags,
     ]
     subprocess.run(command, cwd=ROOT, check=True)
-    report: dict[str, Any] = json.loads((folder / "report.json").read_text())
-    return report
+    return read_report(folder)
 
 
 def bench(out: Path, data: Path, rounds: int, extra: tuple[str, ...] = ()) -> None:
     """Measure and write OUT/cpu_fullsize.json; `extra` flags shorten a smoke run."""
-    reports: dict[tuple[str, ...], list[dict[str, Any]]] = {FAST: [], BASELINE: []}
+    reports: dict[tuple[str, ...], list[RunReport]] = {FAST: [], BASELINE: []}
     with tempfile.TemporaryDirectory() as folder:
         plan = [FAST, *[BASELINE, FAST] * rounds]
         for number, flags in enumerate(plan):
@@ -44,24 +44,32 @@ def bench(out: Path, data: Path, rounds: int, extra: tuple[str, ...] = ()) -> No
     rows = []
     for name, flags in (("fast", FAST), ("baseline", BASELINE)):
         runs = reports[flags]
-        title = f"{name}, {runs[0]['num_epochs']} epochs, batch {runs[0]['config']['global_batch']}"
-        rows.append(row(f"{title}: training time", [r["train_s"] for r in runs], "s"))
+        title = f"{name}, {runs[0].num_epochs} epochs, batch {runs[0].config.global_batch}"
+        rows.append(row(f"{title}: training time", [r.train_s for r in runs], "s"))
         rows.append(
-            row(f"{title}: test accuracy", [100 * r["test_accuracy_fraction"] for r in runs], "%")
+            row(
+                f"{title}: test accuracy",
+                [100 * r.test_accuracy_fraction for r in runs],
+                "%",
+            )
         )
-        rows.append(row(f"{title}: throughput", [r["samples_per_s"] for r in runs], "samples/s"))
-    speedup = median(r["train_s"] for r in reports[BASELINE]) / median(
-        r["train_s"] for r in reports[FAST]
+        rows.append(row(f"{title}: throughput", [r.samples_per_s for r in runs], "samples/s"))
+    speedup = median(r.train_s for r in reports[BASELINE]) / median(
+        r.train_s for r in reports[FAST]
     )
     claims = [
         claim("baseline's training time over fast's (x)", speedup, 6.0),
         claim("fast test accuracy (%)", rows[1].value, 87.7),
     ]
     first = reports[FAST][0]
-    title = f"Training on {first['num_train_samples']:,} images, two cores: the default fast recipe and the baseline"
-    environment = Environment(**first["environment"])
+    images = f"{first.num_train_samples:,} images"
+    title = f"Training on {images}, two cores: the default fast recipe and the baseline"
     write_result(
-        out / "cpu_fullsize.json", title=title, environment=environment, rows=rows, claims=claims
+        out / "cpu_fullsize.json",
+        title=title,
+        environment=first.environment,
+        rows=rows,
+        claims=claims,
     )
 
 

@@ -9,7 +9,7 @@ from engine.config import RunConfig, override
 from engine.data.records import Split
 from engine.feeds.resident import ResidentFeed
 from engine.feeds.synthetic import random_batch
-from engine.models.baseline import make_model
+from engine.models import make_model
 from engine.order import Order
 from engine.train.step import TrainStep
 from engine.world import World

@@ -26,13 +26,13 @@ from engine.paths import PATH
 from engine.report import RunReport, write_json
 from engine.train.session import Session, open_session
 from engine.train.trainer import Trainer
+from engine.typed import read_as
 from engine.world import World, end_rank, start_world
 from tools.measure.results import Confusion, Epoch, Repetition, read_epochs
 from tools.measure.roofline import copy_bandwidth, roofline_fraction
 from tools.measure.runner import Job
 from tools.measure.steps import Measured, measure
 from tools.measure.trace import stages, traced
-from tools.measure.typed import read_as
 from tools.report.confusion import confusion_of
 
 NUM_TRACED = 10

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,7 +30,7 @@ from engine.host import keep_large_blocks
 from engine.meters import host_peak_rss_gib
 from engine.report import environment, write_json
 from engine.train.session import check_batch, make_order
-from tools.measure.typed import typed
+from engine.typed import typed
 from tools.report.rows import number
 
 FEEDS = ("resident", "dali", "stream", "resident augmented", "dali augmented", "loader_batched", "loader",
@@ -174,8 +174,9 @@ def _ours(name: str, records: Path, batch_size: int) -> Opened:
     opened = open_for(config.data, records)
     train = opened.split("train")
     order = make_order(config, len(train), rank=0, world_size=1)
-    augment = distortion if augmented else None
-    feed = make_feed(config.data, train, order, len(opened.classes), torch.device("cpu"), augment)
+    if augmented:
+        config = replace(config, augment=distortion)
+    feed = make_feed(config, train, order, len(opened.classes), torch.device("cpu"))
     return (
         lambda epoch: (batch.id_B for batch in feed.batches(epoch)),
         config.data.order,

@@ -13,7 +13,7 @@ from typing import Any
 from engine.durable import Damaged, parse_json
 from engine.errors import UserError, printable
 from engine.report import Environment
-from tools.measure.typed import typed
+from engine.typed import typed
 
 FORMAT = 1
 RATE = "samples_per_s"

@@ -21,10 +21,10 @@ from engine.config import RunConfig, override
 from engine.durable import Damaged, writing
 from engine.errors import printable
 from engine.report import command_line, without_folders, write_json
+from engine.typed import read_as
 from engine.ui import progress_bar
 from tools.measure.matrix import Cell
 from tools.measure.results import CellResult, Profile, Repetition, Settings
-from tools.measure.typed import read_as
 
 LIMIT_S = 2 * 3600.0
 """No repetition may take longer: the study's baseline trains 12 epochs in less on two cores."""

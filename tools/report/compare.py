@@ -9,13 +9,12 @@ from dataclasses import asdict, dataclass, replace
 from math import isfinite
 from pathlib import Path
 from textwrap import indent
-from typing import Any
 
 import pandas as pd
 
 from engine.durable import write_file, writing
 from engine.errors import UserError
-from engine.report import Environment, read_report, write_json
+from engine.report import RunReport, read_report, write_json
 from tools.measure.results import (
     CellResult,
     Epoch,
@@ -32,8 +31,6 @@ from tools.report.tables import devices
 LOSS_TOLERANCE, ACCURACY_TOLERANCE = 1e-3, 5e-3
 """What the same training may differ by when numbers are added in another order, or rounded to bf16."""
 NO_DIFFERENCE = "no difference shown"
-Report = dict[str, Any]
-"""A run's report.json, as engine.report.read_report gives it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,29 +146,30 @@ def compare_runs(folder_a: Path, folder_b: Path, out: Path | None) -> str:
     names = (folder_a.name, folder_b.name)
     reports = (read_report(folder_a), read_report(folder_b))
     text = _side_by_side(*reports, *names)
-    same = reports[0]["config_digest"] == reports[1]["config_digest"]
+    same = reports[0].config_digest == reports[1].config_digest
     if same and (found := losses(read_epochs(folder_a), read_epochs(folder_b))):
         text += f"\n\nLosses of the epochs that both have: {found}."
     if out:
         last = reports[1]
-        images = f"{last['num_train_samples']:,} training images"
+        images = f"{last.num_train_samples:,} training images"
         title = f"{out.name}: {' and '.join(names)}, {images}, one run each"
         rows = [line for name, r in zip(names, reports, strict=True) for line in _rows(name, r)]
-        facts = Environment(**last["environment"])
         with writing(out):
             file = out / "comparison.json"
-            write_result(file, title=title, environment=facts, rows=rows, claims=[])
+            write_result(file, title=title, environment=last.environment, rows=rows, claims=[])
             page = f"# {' and '.join(names)}\n\n{text}\n"
             write_file(out / "comparison.md", page.encode())
     return text
 
 
-def _rows(name: str, report: Report) -> list[Row]:
-    return [
-        row(f"{name}, {report['num_epochs']} epochs: training time", [report["train_s"]], "s"),
-        row(f"{name}: throughput", [report["samples_per_s"]], "samples/s"),
-        row(f"{name}: test accuracy", [100 * report["test_accuracy_fraction"]], "%"),
+def _rows(name: str, report: RunReport) -> list[Row]:
+    rows = [
+        row(f"{name}, {report.num_epochs} epochs: training time", [report.train_s], "s"),
+        row(f"{name}: throughput", [report.samples_per_s], "samples/s"),
     ]
+    if report.test_accuracy_fraction is not None:
+        rows.append(row(f"{name}: test accuracy", [100 * report.test_accuracy_fraction], "%"))
+    return rows
 
 
 COMPARED = {
@@ -191,12 +189,13 @@ COMPARED = {
 """What B / A says of a figure: faster where it is less or more; or B - A in points."""
 
 
-def _side_by_side(a: Report, b: Report, name_a: str, name_b: str) -> str:
+def _side_by_side(a: RunReport, b: RunReport, name_a: str, name_b: str) -> str:
     """Two run reports as a Markdown table."""
     rows = []
-    flat_a, flat_b = ({**r["config"], **r["effective"], **r} for r in (a, b))
+    flat_a = {"global_batch": a.config.global_batch, **a.effective, **asdict(a)}
+    flat_b = {"global_batch": b.config.global_batch, **b.effective, **asdict(b)}
     for key, better in COMPARED.items():
-        x, y = flat_a[key], flat_b[key]
+        x, y = flat_a.get(key), flat_b.get(key)
         if x is None or y is None:
             continue
         verdict = f"{100 * (y - x):+.2f} points" if better == "points" else ""

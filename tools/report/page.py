@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 
 from engine.durable import Damaged, parse_json, write_file, writing
 from engine.errors import UserError
+from engine.typed import typed
 from tools.measure.results import RATE, Profile, clean, read_profile
-from tools.measure.typed import typed
 from tools.report import charts
 from tools.report.charts import Line, Picture
 from tools.report.confusion import Glyph, class_table, glyph, lookalikes, matrices

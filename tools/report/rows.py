@@ -11,7 +11,7 @@ from statistics import median
 from engine.durable import Damaged
 from engine.errors import UserError
 from engine.report import Environment, command_line, write_json
-from tools.measure.typed import read_as
+from engine.typed import read_as
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,13 +9,14 @@ from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from engine.durable import Damaged, parse_json
 
 T = TypeVar("T")
 LARGEST = 1e15
-"""Of a figure: every whole number up to it is exact as a float, and sums do not overflow."""
+"""Of a figure: every whole number up to it is exact as a float, and sums do not overflow. A field
+whose metadata says `high`, as a setting's do, has that as its bound."""
 
 
 def read_as(kind: type[T], path: Path) -> T:
@@ -34,7 +35,7 @@ def typed(kind: type[T], value: object, where: str) -> T:
     return found
 
 
-def _convert(kind: Any, value: Any, where: str) -> Any:
+def _convert(kind: Any, value: Any, where: str, largest: float = LARGEST) -> Any:
     if kind is Any:
         _check(_is_plain(value), value, "a value of TOML", where)
         return value
@@ -44,7 +45,8 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     if origin in (Union, UnionType):
         if value in (None, {}) and NoneType in inner:
             return None
-        return _convert(next(arm for arm in inner if arm is not NoneType), value, where)
+        kind = next(arm for arm in inner if arm is not NoneType)
+        return _convert(kind, value, where, largest)
     if origin is list:
         return [_convert(inner[0], item, f"{where}.{n}") for n, item in _items(value, where)]
     if origin is tuple:
@@ -52,7 +54,10 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     if origin is dict:
         _check(isinstance(value, dict), value, "a table", where)
         return {key: _convert(inner[1], item, f"{where}.{key}") for key, item in value.items()}
-    return _scalar(kind, value, where)
+    if origin is Literal:
+        _check(value in inner, value, f"one of {', '.join(map(str, inner))}", where)
+        return value
+    return _scalar(kind, value, where, largest)
 
 
 def _is_plain(value: Any) -> bool:
@@ -67,7 +72,8 @@ def _dataclass(kind: Any, value: Any, where: str) -> Any:
     for field in fields(kind):
         place = f"{where}.{field.name}".lstrip(".")
         if field.name in value:
-            given[field.name] = _convert(hints[field.name], value[field.name], place)
+            largest = field.metadata.get("high") or LARGEST
+            given[field.name] = _convert(hints[field.name], value[field.name], place, largest)
         elif field.default is MISSING and field.default_factory is MISSING:
             raise Damaged(f"{place} is missing")
     try:
@@ -88,15 +94,17 @@ def _items(value: Any, where: str) -> list[tuple[int, Any]]:
 
 def _tuple(inner: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
     items = _items(value, where)
+    if inner[-1] is Ellipsis:
+        inner = inner[:1] * len(items)
     _check(len(items) == len(inner), value, f"{len(inner)} values", where)
     return tuple(_convert(inner[n], item, f"{where}.{n}") for n, item in items)
 
 
-def _scalar(kind: type, value: Any, where: str) -> Any:
+def _scalar(kind: type, value: Any, where: str, largest: float) -> Any:
     wanted = (int, float) if kind is float else (kind,)
     _check(type(value) in wanted, value, f"a {kind.__name__}", where)
     if kind in (int, float):
-        _check(abs(value) <= LARGEST, value, "a number of sensible size", where)
+        _check(abs(value) <= largest, value, "a number of sensible size", where)
     if kind is str:
         _check(not any("\ud800" <= letter <= "\udfff" for letter in value), value, "text", where)
     return value
