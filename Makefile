@@ -1,4 +1,4 @@
-# make demo | check | test | proofs | resolve | alone | reliability | bench | gpu
+# make demo | check | test | proofs | resolve | reliability | bench | gpu
 # All of them make .venv first if it is missing (tools/set_up.py). See README.md.
 ifeq ($(wildcard tools/set_up.py),)
 $(error run make in the checkout's folder, or make -C FOLDER)
@@ -6,7 +6,7 @@ endif
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: demo check test proofs resolve alone reliability bench gpu clean
+.PHONY: demo check test proofs resolve reliability bench gpu clean
 
 demo: .venv/.installed
 	@rm -rf runs/demo
@@ -21,7 +21,7 @@ check: .venv/.installed-test
 	@ruff format --check . && ruff check . && mypy
 
 test: check
-	@pytest -n 2 --dist loadfile -m "not slow"
+	@python -m tests
 
 proofs: .venv/.installed-test
 	@python -m tests.reliability $(RELIABILITY_ARGS)
@@ -30,9 +30,6 @@ proofs: .venv/.installed-test
 
 resolve: .venv/.installed-test
 	@python -m tests.resolve
-
-alone: .venv/.installed-test
-	@python -m tests.alone
 
 reliability: .venv/.installed-test
 	@python -m tests.reliability --full --json runs/reliability.json $(RELIABILITY_ARGS)

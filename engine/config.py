@@ -19,7 +19,6 @@ from engine.errors import UserError
 from engine.paths import full_path, path_text
 
 KernelName = Literal["gather_warp", "conv_pool_relu", "bias_pool_relu", "softmax_cross_entropy"]
-KERNELS: tuple[KernelName, ...] = get_args(KernelName)
 
 
 def setting(
@@ -229,7 +228,7 @@ class RunConfig:
 
     def digest(self) -> str:
         """16 hex digits that are equal where two configs compute the same training."""
-        text = json.dumps(_tree(self, training_only=True), sort_keys=True)
+        text = json.dumps(_training(self), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -282,10 +281,11 @@ def recipe_settings(name: str, where: str) -> dict[str, Any]:
     return {dotted: value for dotted, _, _, value in found if value != defaults[dotted]}
 
 
-def _tree(config: Any, training_only: bool = False) -> dict[str, Any]:
-    kept = [f.name for f in fields(config) if not (training_only and f.metadata.get("environment"))]
+def _training(config: Any) -> dict[str, Any]:
+    """The settings that say what is computed, as a tree."""
+    kept = [each.name for each in fields(config) if not each.metadata.get("environment")]
     values = {name: getattr(config, name) for name in kept}
-    return {name: _tree(v, training_only) if is_dataclass(v) else v for name, v in values.items()}
+    return {name: _training(v) if is_dataclass(v) else v for name, v in values.items()}
 
 
 def override(config: RunConfig, dotted: Mapping[str, Any], source: str) -> RunConfig:
@@ -315,12 +315,7 @@ def load_toml(config: RunConfig, path: str | Path) -> RunConfig:
 
     Relative paths in it are from its folder.
     """
-    return override(config, read_settings(path), str(path))
-
-
-def read_settings(path: str | Path) -> dict[str, Any]:
-    """The settings of a TOML file that describes a run, dotted."""
-    return full_settings(read_toml(path), Path(path))
+    return override(config, full_settings(read_toml(path), Path(path)), str(path))
 
 
 def full_settings(tree: dict[str, Any], file: Path) -> dict[str, Any]:

@@ -203,4 +203,5 @@ def bias_pool_relu(x_BCHW: torch.Tensor, bias_C: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: a shape, type or device does not fit.
     """
-    return _op(x_BCHW, bias_C)[0]
+    y_BCYX: torch.Tensor = _op(x_BCHW, bias_C)[0]
+    return y_BCYX

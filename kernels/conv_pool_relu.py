@@ -309,4 +309,5 @@ def conv_pool_relu(
     Raises:
         ValueError: a shape, type or device does not fit.
     """
-    return _op(image_BHW, weight_C133, bias_C, dtype)[0]
+    y_BCYX: torch.Tensor = _op(image_BHW, weight_C133, bias_C, dtype)[0]
+    return y_BCYX

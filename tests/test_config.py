@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from engine import run
 from engine.config import (
-    KERNELS,
     RECIPES,
     RunConfig,
     load_toml,
@@ -23,6 +22,7 @@ from engine.config import (
 from engine.errors import UserError
 from engine.flags import flag_settings
 from engine.host import ROOT
+from kernels import NAMES
 from tests.conftest import run_configs
 
 PATHS = st.sampled_from(["", "/data/tmnist", '/a b/\u00e9 = "x"', "/no utf-8 \udcff"])
@@ -41,7 +41,7 @@ def values(kind: Any, each: Field[Any]) -> st.SearchStrategy[Any]:
         return PATHS
     if get_origin(kind) is Literal:
         return st.sampled_from(get_args(kind))
-    return st.lists(st.sampled_from(KERNELS), unique=True)
+    return st.lists(st.sampled_from(NAMES), unique=True)
 
 
 GIVEN = st.fixed_dictionaries(
@@ -179,7 +179,7 @@ def test_recipes_are_typed_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "wanted"),
     [
-        ("all", KERNELS),
+        ("all", NAMES),
         (["softmax_cross_entropy", "gather_warp"], ("gather_warp", "softmax_cross_entropy")),
         ("gather_warp, conv_pool_relu", ("gather_warp", "conv_pool_relu")),
         ("off", ()),

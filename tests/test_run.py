@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,10 @@ def report(run: Path) -> dict[str, Any]:
     return found
 
 
+def train(command: Command, *flags: object, **environment: str) -> CompletedProcess[str]:
+    return command("python", "-m", "engine.run", *flags, **environment)
+
+
 def metrics(run: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [
@@ -37,25 +42,16 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 def alone(small_dir: Path, command: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run of three epochs."""
     out = tmp_path_factory.mktemp("runs") / "alone"
-    done = command("python", "-m", "engine.run", "--amp", "--data", small_dir, "--out", out, *SHORT)
+    done = train(command, "--amp", "--data", small_dir, "--out", out, *SHORT)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr and "Warning" not in done.stderr, done.stderr
     return out
 
 
 def test_the_literal_command_on_the_sample(command: Command, tmp_path: Path) -> None:
-    words = (
-        "torchrun",
-        "-m",
-        "engine.run",
-        "--amp",
-        "--cuda-graphs",
-        "--epochs",
-        2,
-        "--out",
-        tmp_path / "out",
-    )
-    done = command(*words, XDG_CACHE_HOME=str(tmp_path / "cache"))
+    cache = str(tmp_path / "cache")
+    flags = ("--amp", "--cuda-graphs", "--epochs", 2, "--out", tmp_path / "out")
+    done = command("torchrun", "-m", "engine.run", *flags, XDG_CACHE_HOME=cache)
     assert done.returncode == 0, done.stderr
     assert "packing the sample of 128 typefaces" in done.stdout
     found = report(tmp_path / "out")
@@ -65,18 +61,8 @@ def test_the_literal_command_on_the_sample(command: Command, tmp_path: Path) -> 
         assert found["effective"]["cuda_graphs"] is False
         assert "CUDA graphs are not used: there is no GPU" in done.stdout and found["notes"]
     assert found["test_accuracy_fraction"] > 0.3  # of 94 classes, after 32 steps
-    words = (
-        "python",
-        "-m",
-        "engine.run",
-        "--epochs",
-        1,
-        "--feed",
-        "dali",
-        "--out",
-        tmp_path / "second",
-    )
-    again = command(*words, XDG_CACHE_HOME=str(tmp_path / "cache"))
+    flags = ("--epochs", 1, "--feed", "dali", "--out", tmp_path / "second")
+    again = train(command, *flags, XDG_CACHE_HOME=cache)
     assert again.returncode == 0 and "packing" not in again.stdout
 
 
@@ -107,7 +93,7 @@ def test_a_resumed_run_ends_bit_identical(
     for name in ("report.json", "model.safetensors"):
         (tmp_path / "run" / name).unlink()
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "epoch-0003")
-    done = command("python", "-m", "engine.run", "--resume", tmp_path / "run", "--device", "cpu")
+    done = train(command, "--resume", tmp_path / "run", "--device", "cpu")
     assert done.returncode == 0 and "resumed after epoch 2 of 3" in done.stdout, done.stderr
     assert metrics(tmp_path / "run") == metrics(alone)
     resumed, whole = (load_file(run / "model.safetensors") for run in (tmp_path / "run", alone))
@@ -128,7 +114,7 @@ def test_a_damaged_checkpoint_is_skipped_and_named(
         )
     else:
         (newest / "optim.safetensors").unlink()
-    done = command("python", "-m", "engine.run", "--resume", tmp_path / "run", "--device", "cpu")
+    done = train(command, "--resume", tmp_path / "run", "--device", "cpu")
     assert done.returncode == 0, done.stderr
     assert "note: epoch-0003 was skipped" in done.stdout and "resumed after epoch 2" in done.stdout
     assert metrics(tmp_path / "run") == metrics(alone)
@@ -161,19 +147,8 @@ def test_every_feed_trains_bit_identically(
 ) -> None:
     for feed in ("dali", "loader"):
         out = tmp_path / feed
-        done = command(
-            "python",
-            "-m",
-            "engine.run",
-            "--amp",
-            "--data",
-            small_dir,
-            "--out",
-            out,
-            "--feed",
-            feed,
-            *SHORT,
-        )
+        flags = ("--amp", "--data", small_dir, "--out", out, "--feed", feed)
+        done = train(command, *flags, *SHORT)
         assert done.returncode == 0, done.stderr
         assert report(out)["effective"]["feed"] == feed
         assert metrics(out) == metrics(alone)
@@ -182,18 +157,11 @@ def test_every_feed_trains_bit_identically(
 def test_stream_trains_as_resident_does_in_the_blocked_order(
     small_dir: Path, command: Command, tmp_path: Path
 ) -> None:
-    settings = (
-        "--order=blocked",
-        "--set",
-        "data.block_samples=20",
-        "--set",
-        "data.window_blocks=3",
-        *SHORT,
-    )
-    settings += ("--set", "augment.rotate_degrees=10")
+    settings = ("data.block_samples=20", "data.window_blocks=3", "augment.rotate_degrees=10")
+    blocked = ("--order=blocked", *(f"--set={setting}" for setting in settings), *SHORT)
     for feed in ("resident", "stream"):
-        flags = ("--data", small_dir, "--out", tmp_path / feed, "--feed", feed, *settings)
-        done = command("python", "-m", "engine.run", *flags)
+        flags = ("--data", small_dir, "--out", tmp_path / feed, "--feed", feed, *blocked)
+        done = train(command, *flags)
         assert done.returncode == 0, done.stderr
     assert metrics(tmp_path / "stream") == metrics(tmp_path / "resident")
     assert report(tmp_path / "stream")["test_loss"] == report(tmp_path / "resident")["test_loss"]
@@ -202,9 +170,7 @@ def test_stream_trains_as_resident_does_in_the_blocked_order(
 
 def test_a_target_ends_the_run(small_dir: Path, command: Command, tmp_path: Path) -> None:
     flags = ("--epochs", 50, "--batch-size", 32, "--target-accuracy", 0.5)
-    done = command(
-        "python", "-m", "engine.run", "--data", small_dir, "--out", tmp_path / "run", *flags
-    )
+    done = train(command, "--data", small_dir, "--out", tmp_path / "run", *flags)
     assert done.returncode == 0, done.stderr
     found = report(tmp_path / "run")
     assert found["num_epochs"] < 50 and found["val_accuracy_fraction"] >= 0.5
@@ -213,7 +179,7 @@ def test_a_target_ends_the_run(small_dir: Path, command: Command, tmp_path: Path
 
 def test_the_baseline_is_the_study(small_dir: Path, command: Command, tmp_path: Path) -> None:
     flags = ("--baseline", "--epochs", 1, "--data", small_dir)
-    done = command("python", "-m", "engine.run", *flags, "--out", tmp_path / "run")
+    done = train(command, *flags, "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     found = report(tmp_path / "run")
     switches = {"precision": "fp32", "channels_last": False, "cuda_graphs": False, "feed": "loader"}
@@ -226,7 +192,7 @@ def test_records_without_a_split_train_without_evaluation(
 ) -> None:
     command("tools/pack_tmnist", small_csv, tmp_path / "all", "--split=none")
     flags = ("--epochs", 1, "--batch-size", 32, "--data", tmp_path / "all")
-    done = command("python", "-m", "engine.run", *flags, "--out", tmp_path / "run")
+    done = train(command, *flags, "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert report(tmp_path / "run")["test_accuracy_fraction"] is None
 
@@ -262,7 +228,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
         pytest.skip("there is a GPU here, so --device cuda is no bad input")
     flags = [str(flag).format(small=small_dir, tmp=tmp_path) for flag in flags]
     out = [] if "--resume" in flags else ["--out", tmp_path / "out"]
-    assert_refused(command("python", "-m", "engine.run", *flags, *out), *texts)
+    assert_refused(train(command, *flags, *out), *texts)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -270,11 +236,8 @@ def test_an_earlier_run_is_never_overwritten(
     alone: Path, small_dir: Path, command: Command
 ) -> None:
     before = (alone / "report.json").read_bytes()
-    assert_refused(
-        command("python", "-m", "engine.run", "--data", small_dir, "--out", alone, *SHORT),
-        "is not empty",
-        "--resume",
-    )
+    done = train(command, "--data", small_dir, "--out", alone, *SHORT)
+    assert_refused(done, "is not empty", "--resume")
     assert (alone / "report.json").read_bytes() == before
 
 
@@ -282,24 +245,15 @@ def test_a_run_is_resumed_only_as_what_it_was(
     alone: Path, small_csv: Path, command: Command, tmp_path: Path
 ) -> None:
     shutil.copytree(alone, tmp_path / "run")
-    run = ("python", "-m", "engine.run", "--resume", tmp_path / "run", "--device", "cpu")
-    assert_refused(command(*run, "--seed", 1), "another configuration")
+    run = ("--resume", tmp_path / "run", "--device", "cpu")
+    assert_refused(train(command, *run, "--seed", 1), "another configuration")
     command("tools/pack_tmnist", small_csv, tmp_path / "other", "--seed", 1)
-    assert_refused(command(*run, "--data", tmp_path / "other"), "other records")
+    assert_refused(train(command, *run, "--data", tmp_path / "other"), "other records")
 
 
 def test_under_torchrun_one_rank_speaks_and_all_exit_2(command: Command, tmp_path: Path) -> None:
-    done = command(
-        "torchrun",
-        "--standalone",
-        "--nproc-per-node=2",
-        "-m",
-        "engine.run",
-        "--data",
-        "nowhere",
-        "--out",
-        tmp_path / "o",
-    )
+    torchrun = ("torchrun", "--standalone", "--nproc-per-node=2", "-m", "engine.run")
+    done = command(*torchrun, "--data", "nowhere", "--out", tmp_path / "o")
     assert done.returncode == 1  # torchrun's own
     assert done.stderr.count("nowhere: no such record directory") == 1
     assert "exitcode  : 2" in done.stderr and list(tmp_path.iterdir()) == []
@@ -313,15 +267,10 @@ def test_ranks_that_do_not_divide_the_batch_are_refused(small: Records) -> None:
 def test_places_that_cannot_be_written_are_named(
     small_dir: Path, command: Command, tmp_path: Path
 ) -> None:
-    flags = ("python", "-m", "engine.run", "--device", "cpu")
-    assert_refused(
-        command(*flags, "--data", small_dir, "--batch-size", 32, "--out", "/proc/no"),
-        "/proc/no: cannot be written",
-    )
-    assert_refused(
-        command(*flags, "--out", tmp_path / "out", XDG_CACHE_HOME="/proc/no"),
-        "/proc/no/tmnist-engine",
-    )
+    done = train(command, "--data", small_dir, *SHORT, "--out", "/proc/no")
+    assert_refused(done, "/proc/no: cannot be written")
+    done = train(command, "--device", "cpu", "--out", tmp_path / "out", XDG_CACHE_HOME="/proc/no")
+    assert_refused(done, "/proc/no/tmnist-engine")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -338,12 +287,11 @@ def test_tensorboard_shows_the_epochs_of_a_resumed_run_once(
     small_dir: Path, command: Command, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    words = ("python", "-m", "engine.run", "--data", small_dir, *SHORT, "--tensorboard")
-    done = command(*words, "--out", out)
+    done = train(command, "--data", small_dir, *SHORT, "--tensorboard", "--out", out)
     assert done.returncode == 0 and not done.stderr, done.stderr
     newest = out / "checkpoints" / "epoch-0003"
     shutil.rmtree(newest)  # as if the run had been stopped before
-    assert command("python", "-m", "engine.run", "--resume", out).returncode == 0
+    assert train(command, "--resume", out).returncode == 0
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     shown = scalars(out)
     assert set(shown) == set(lines[0])

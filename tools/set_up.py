@@ -46,7 +46,8 @@ def project() -> dict[str, Any]:
 
 def torch_range() -> str:
     """The requirement on torch, as pyproject.toml has it."""
-    return next(r for r in project()["project"]["dependencies"] if r.startswith("torch>"))
+    names: list[str] = project()["project"]["dependencies"]
+    return next(name for name in names if name.startswith("torch>"))
 
 
 def pip(*words: str, index: str = "") -> subprocess.CompletedProcess[str]:

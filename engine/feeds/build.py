@@ -9,14 +9,14 @@ from engine.config import DataConfig, RunConfig
 from engine.data.records import Records, Split, StoredImages, open_records
 from engine.errors import UserError
 from engine.feeds.augment import AugmentedFeed
-from engine.feeds.batch import Batch, Feed, Source
+from engine.feeds.batch import Feed
 from engine.feeds.resident import ResidentFeed
 from engine.feeds.synthetic import SyntheticFeed, random_batch
 from engine.host import free_memory_bytes
 from engine.order import Order
 
 SOURCES = ("resident", "synthetic")
-"""Feeds whose batches the step can gather itself, inside a launch."""
+"""Those that are a Source: the step can gather their batches itself, inside a launch."""
 MEMORY_SHARE = 0.5
 """Part of the free memory, the GPU's or the host's, that pixels may take under --feed auto."""
 
@@ -56,11 +56,10 @@ def choose_feed(config: DataConfig, split: Split, device: torch.device) -> tuple
     return "dali", f"the images take {gib:.2f} GiB, too much for {free_gib:.1f} GiB free on the GPU"
 
 
-def make_source(config: RunConfig, split: Split, order: Order, static: Batch) -> Source:
-    """The feed that `config` names, one of SOURCES; `static` is the step's own batch."""
-    if config.data.feed == "synthetic":
-        return SyntheticFeed(static.rows(0, order.rank_batch), order)
-    return ResidentFeed(split, order, static.id_B.device, frozenset(config.kernels))
+def gathers(config: RunConfig) -> bool:
+    """Whether launches gather their batches themselves; distorted images are handed over."""
+    in_launches = config.step.cuda_graphs or config.step.steps_per_launch > 1
+    return in_launches and config.data.feed in SOURCES and not config.augment.is_on
 
 
 def make_feed(

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from engine.config import RunConfig
+from engine.config import AugmentConfig, RunConfig
 from engine.data.records import Records
-from engine.feeds.build import choose_feed
+from engine.feeds.build import choose_feed, gathers
 from engine.feeds.stream import NUM_WINDOWS
 from engine.world import World, cannot_compile, cannot_fuse, has_fast_bf16
 
@@ -98,6 +98,11 @@ def _stream(config: RunConfig, records: Records, world: World) -> Changes:
         yield config, f"stream reads ahead in {size}; evaluation does so, too"
 
 
+def _distortion(config: RunConfig, records: Records, world: World) -> Changes:
+    if config.augment.is_on and gathers(replace(config, augment=AugmentConfig())):
+        yield config, "images are gathered and distorted before a launch, not within it"
+
+
 RULES: tuple[Callable[[RunConfig, Records, World], Changes], ...] = (
     _tf32,
     _bf16,
@@ -108,6 +113,7 @@ RULES: tuple[Callable[[RunConfig, Records, World], Changes], ...] = (
     _launches,
     _feed,
     _stream,
+    _distortion,
 )
 """In this order: a later rule sees what earlier ones left."""
 

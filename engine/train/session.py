@@ -7,7 +7,7 @@ Shapes: B samples of one rank, H x W pixels.
 
 import time
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -17,7 +17,7 @@ from engine.data.records import Records
 from engine.data.sample import ensure_sample
 from engine.errors import UserError
 from engine.feeds.batch import Feed, Source
-from engine.feeds.build import SOURCES, make_feed, make_source, open_for
+from engine.feeds.build import gathers, make_feed, open_for
 from engine.feeds.synthetic import random_batch
 from engine.models import make_model
 from engine.models.baseline import check_image_size
@@ -169,16 +169,11 @@ def _make_step(
     static = random_batch(order.rank_batch, height_width, num_classes, world.device, copies=copies)
     world.ledger.mark("model and optimiser")
     source = None
-    if _gathers(config):
-        source = make_source(config, records.split("train"), order, static)
+    if gathers(config):
+        train = records.split("train")
+        source = cast(Source, make_feed(config, train, order, num_classes, world.device))
     world.ledger.mark("feed")
     return TrainStep(model, config, order, static, world, source), source
-
-
-def _gathers(config: RunConfig) -> bool:
-    """Whether launches gather their batches themselves; distorted images are handed over."""
-    in_launches = config.step.cuda_graphs or config.step.steps_per_launch > 1
-    return in_launches and config.data.feed in SOURCES and not config.augment.is_on
 
 
 def evaluate(session: Session, split_name: str) -> tuple[float, float]:
