@@ -185,8 +185,7 @@ class RunConfig:
     schedule_epochs: int = setting(
         0,
         "Epochs that the learning rate's schedule spans; 0: as many as are trained.",
-        low=0,
-        high=100_000,
+        bounds=(0, 100_000),
     )
     checkpoint_every: str = setting(
         "1epoch,60s",
@@ -197,8 +196,7 @@ class RunConfig:
     timeout_s: float = setting(
         60.0,
         "How long ranks wait for one that hangs before the run ends.",
-        low=5,
-        high=86_400,
+        bounds=(5, 86_400),
         flag="--timeout",
         environment=True,
     )
@@ -224,7 +222,7 @@ class RunConfig:
 
     def training_settings(self) -> dict[str, Any]:
         """The settings that decide what is computed, dotted."""
-        return flatten(_tree(self, training_only=True))
+        return flatten(_training(self))
 
     def digest(self) -> str:
         """16 hex digits that are equal where two configs compute the same training."""
@@ -316,6 +314,15 @@ def load_toml(config: RunConfig, path: str | Path) -> RunConfig:
     Relative paths in it are from its folder.
     """
     return override(config, full_settings(read_toml(path), Path(path)), str(path))
+
+
+def config_of(text: str, source: str) -> RunConfig:
+    """The config that `to_toml` wrote."""
+    try:
+        tree = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{source}: is not TOML ({error}); start anew with another --out") from None
+    return override(RunConfig(), flatten(tree), source)
 
 
 def full_settings(tree: dict[str, Any], file: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from engine.stop import Stopped
 from engine.ui import guard_outputs
 
 EXIT_USER_ERROR = 2
@@ -64,6 +65,9 @@ def exit_on_user_error() -> Iterator[None]:
             "error: not enough memory; free some, or raise its limit", file=sys.stderr, flush=True
         )
         raise SystemExit(EXIT_USER_ERROR) from None
+    except Stopped as stopped:
+        print(f"error: {stopped}; there was nothing to save", file=sys.stderr, flush=True)
+        raise SystemExit(128 + stopped.number) from None
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr, flush=True)
         raise SystemExit(128 + signal.SIGINT) from None

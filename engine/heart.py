@@ -156,4 +156,3 @@ def _end(hung: int, sentence: str, seen: dict[int, Seen], rank: int) -> None:
             os.kill(other.pid, signal.SIGKILL)  # torchrun would wait 30 s for it
     sys.stdout.flush()
     os._exit(EXIT_HUNG)
-

@@ -4,21 +4,40 @@ Flags -> RunConfig -> trainer.fit, nothing else.
 """
 
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import click
 
-from engine.config import RECIPES, RunConfig, load_toml, override, parse_assignments
+from engine.config import (
+    RECIPES,
+    RunConfig,
+    config_of,
+    load_toml,
+    override,
+    parse_assignments,
+)
 from engine.durable import take_folder
 from engine.errors import UserError, exit_on_user_error
 from engine.flags import flag_settings, setting_options
 from engine.host import cache_notes, env_rank, prepare_process
 from engine.paths import PATH, path_text, written_path
 from engine.ranks import Ranks, join_ranks
-from engine.train.folder import check_new, check_resumable
+from engine.stop import STOP
+from engine.train.folder import (
+    check_new,
+    check_records,
+    check_resumable,
+    check_same_training,
+    finished_text,
+    holds_run,
+    newest_manifest,
+    read_config_text,
+)
 from engine.ui import guard_outputs
+
+AUTO = "auto"
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -38,7 +57,16 @@ from engine.ui import guard_outputs
     help="Any setting, e.g. optim.weight_decay=0.1.",
 )
 @click.option("--out", type=PATH, help="Folder for the results.  [default: runs/<time>]")
-@click.option("--resume", type=PATH, help="Go on with the run in this folder.")
+@click.option(
+    "--resume",
+    metavar="auto|FOLDER",
+    help="Go on with the run in this folder; auto: in --out, if one was started there.",
+)
+@click.option(
+    "--keep-schedule",
+    is_flag=True,
+    help="With --resume and more --epochs: the learning rate goes on as before.",
+)
 @click.option(
     "--device", type=click.Choice(["cpu", "cuda"]), help="[default: cuda if there is a GPU]"
 )
@@ -47,7 +75,8 @@ def main(
     assignments: tuple[str, ...],
     recipe: str | None,
     out: Path | None,
-    resume: Path | None,
+    resume: str | None,
+    keep_schedule: bool,
     device: str | None,
     **flags: Any,
 ) -> None:
@@ -56,65 +85,108 @@ def main(
     Runs alone or under torchrun. Flags override --set, which overrides --config.
     """
     with exit_on_user_error():
+        STOP.install()
         ranks = join_ranks()
         ranks.agree(prepare_process)  # a rank's cache folder may be the one that cannot be made
-
-        def read_config() -> RunConfig:
-            config = _first_config(recipe, resume, out, ranks.size)
-            if config_file:
-                config = load_toml(config, config_file)
-            config = override(config, parse_assignments(assignments), "--set")
-            return override(config, flag_settings(flags, ranks.size), "flags")
-
-        config = ranks.agree(read_config)
+        stored = ranks.from_first(lambda: _stored_config(resume, out))
+        given = Given(recipe, config_file, assignments, flags, keep_schedule)
+        config = ranks.agree(lambda: _read_config(given, stored, ranks.size))
         ranks.agree_on("configuration", config.digest())
-        _run(config, ranks, out, resume, device or "")
+        folder = out if resume == AUTO else _path(resume) or out
+        signal = _run(config, ranks, folder, bool(stored), device or "")
     from engine.world import end_rank
 
-    end_rank()
+    end_rank(128 + signal if signal else 0)
 
 
-def _first_config(
-    recipe: str | None, resume: Path | None, out: Path | None, num_ranks: int
-) -> RunConfig:
-    """What files and flags override: a recipe, or the config of the run that goes on."""
-    if resume:
-        if out and out != resume:
-            remedy = "a resumed run goes on in its own, leave out --out"
-            raise UserError(f"--out and --resume name two folders; {remedy}")
-        check_resumable(resume)
-        return load_toml(RunConfig(), resume / "config.toml")
-    config = RECIPES[recipe or "fast"]
-    if recipe == "study":  # its batch is a rank's
-        config = replace(config, global_batch=config.global_batch * num_ranks)
+@dataclass(frozen=True)
+class Given:
+    """What the command line says of the config."""
+
+    recipe: str | None
+    config_file: Path | None
+    assignments: tuple[str, ...]
+    flags: dict[str, Any]
+    keep_schedule: bool
+
+
+def _path(resume: str | None) -> Path | None:
+    return None if resume is None else written_path(resume)
+
+
+def _stored_config(resume: str | None, out: Path | None) -> str:
+    """The config.toml of the run that goes on, or "" where one starts."""
+    if resume is None:
+        return ""
+    if resume == AUTO:
+        if out is None:
+            raise UserError("--resume auto: give --out too, the folder of the run")
+        return read_config_text(out) if holds_run(out) else ""
+    run = written_path(resume)
+    if out and out != run:
+        remedy = "a resumed run goes on in its own, leave out --out"
+        raise UserError(f"--out and --resume name two folders; {remedy}")
+    check_resumable(run)
+    return read_config_text(run)
+
+
+def _read_config(given: Given, stored: str, num_ranks: int) -> RunConfig:
+    """A recipe, or the config of the run that goes on, under what the command line says."""
+    before = config_of(stored, "config.toml") if stored else None
+    if before and given.recipe is None:
+        config = before
+    else:
+        config = RECIPES[given.recipe or "fast"]
+        if given.recipe == "study":  # its batch is a rank's
+            config = replace(config, global_batch=config.global_batch * num_ranks)
+    if given.config_file:
+        config = load_toml(config, given.config_file)
+    config = override(config, parse_assignments(given.assignments), "--set")
+    config = override(config, flag_settings(given.flags, num_ranks), "flags")
+    if before and given.keep_schedule:
+        epochs = before.schedule_epochs or before.epochs
+        config = replace(config, schedule_epochs=epochs)
     return config
 
 
-def _run(
-    config: RunConfig, ranks: Ranks, out: Path | None, resume: Path | None, device: str
-) -> None:
-    from engine.train.session import open_run_records
-    from engine.train.trainer import check_run, fit
-    from engine.world import start_world
-
+def _run(config: RunConfig, ranks: Ranks, folder: Path | None, resume: bool, device: str) -> int:
+    """Train; the signal that stopped it, or 0."""
     for note in cache_notes():
         _say(f"note: {note}")
-    ranks.agree(lambda: check_run(config, device))
-    records = ranks.agree(lambda: open_run_records(config, ranks.size))
-    ranks.agree_on("records' fingerprint", records.fingerprint)
     with ExitStack() as stack:
 
         def take() -> str:
             check = check_resumable if resume else check_new
-            return path_text(stack.enter_context(take_folder(resume or out, check=check)))
+            out = stack.enter_context(take_folder(folder, check=check))
+            if resume and (manifest := newest_manifest(out)):
+                check_same_training(out, manifest, config)
+            return path_text(out)
 
         out = written_path(ranks.from_first(take))
-        with start_world(device, ranks) as world:
-            report = fit(config, records, world, out, resume=bool(resume), say=_say)
-    accuracy = report.test_accuracy_fraction
-    test = "" if accuracy is None else f", test {accuracy:.2%}"
-    speed = f"{report.train_s:.2f} s of training, {report.samples_per_s:,.0f} samples/s"
-    _say(f"{speed}{test}: {out / 'report.json'}")
+        done = ranks.from_first(lambda: finished_text(out, config) if resume else "")
+        if done:
+            _say(f"{done}: {out / 'report.json'}")
+            return 0
+        return _train(config, ranks, out, resume, device)
+
+
+def _train(config: RunConfig, ranks: Ranks, out: Path, resume: bool, device: str) -> int:
+    from engine.train.session import open_run_records
+    from engine.train.trainer import check_run, fit
+    from engine.world import start_world
+
+    ranks.agree(lambda: check_run(config, device))
+    records = ranks.agree(lambda: open_run_records(config, ranks.size))
+    ranks.agree_on("records' fingerprint", records.fingerprint)
+    ranks.agree(lambda: check_records(out, records.fingerprint, resume and ranks.rank == 0))
+    with start_world(device, ranks, config.timeout_s) as world:
+        report, signal = fit(config, records, world, out, resume=resume, say=_say)
+    if not signal:
+        accuracy = report.test_accuracy_fraction
+        test = "" if accuracy is None else f", test {accuracy:.2%}"
+        speed = f"{report.train_s:.2f} s of training, {report.samples_per_s:,.0f} samples/s"
+        _say(f"{speed}{test}: {out / 'report.json'}")
+    return signal
 
 
 def _say(line: str) -> None:

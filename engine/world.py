@@ -206,8 +206,8 @@ def _join_group(ranks: Ranks, device: torch.device, timeout_s: float) -> Any:
     return dist.new_group(backend="gloo") if on_gpu else None
 
 
-def end_rank() -> None:
-    """End a rank of several at once, with success, without the interpreter's shutdown.
+def end_rank(code: int = 0) -> None:
+    """End a rank of several at once, without the interpreter's shutdown.
 
     Gloo's threads may still be letting go of the last collective's tensors; one that asks for the
     interpreter while it shuts down aborts the process ("terminate called without an active
@@ -216,7 +216,9 @@ def end_rank() -> None:
     if env_world_size() > 1:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(code)
+    if code:
+        raise SystemExit(code)
 
 
 def check_ranks(device_name: str = "") -> None:

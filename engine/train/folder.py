@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine.config import RunConfig, load_toml
+from engine.config import RunConfig
 from engine.durable import Damaged, is_empty, read_manifest
 from engine.errors import UserError
 from engine.report import Segment
@@ -119,15 +119,32 @@ def check_resumable(run: Path) -> None:
         raise UserError(f"{run}: holds no {CONFIG}, so it is no run's folder; {remedy}")
 
 
-def check_resumable_or_new(out: Path) -> None:
-    """What --resume auto asks: a run to go on with, or nothing at all."""
-    if not holds_run(out):
-        check_new(out)
+def read_config_text(run: Path) -> str:
+    """The config.toml of a run."""
+    try:
+        return (run / CONFIG).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{run / CONFIG}: cannot be read ({error}); start anew") from None
 
 
-def stored_config(run: Path) -> RunConfig:
-    """The config that the run was started with, or last resumed with."""
-    return load_toml(RunConfig(), run / CONFIG)
+def finished_text(run: Path, config: RunConfig) -> str:
+    """That a run has done all that `config` asks for, or "" if there is something left to do."""
+    manifest = newest_manifest(run)
+    if manifest is None or not (run / "model.safetensors").exists():
+        return ""
+    position, target = manifest.position, config.target_accuracy
+    if 0 < target <= (position.best_val_accuracy_fraction or 0.0):
+        return f"this run reached its target in epoch {position.epoch}; it is left as it is"
+    if position.epoch >= config.epochs:
+        what = f"this run has done its {position.epoch} epochs and is left as it is"
+        return f"{what}; give --epochs of more to go on"
+    return ""
+
+
+def check_records(run: Path, fingerprint: str, resume: bool) -> None:
+    """UserError if a run that goes on was trained on other records."""
+    if resume and (manifest := newest_manifest(run)):
+        check_same_records(run, manifest, fingerprint)
 
 
 def check_same_training(run: Path, manifest: Manifest, config: RunConfig) -> None:

@@ -2,7 +2,9 @@
 
 tools/verify reads it.
 
-A file a rank and epoch, OUT/ids/rank<r>-epoch<e>.bin: little-endian int64 pairs, batch after batch.
+OUT/ids/epoch<e>-step<s>-rank<r>of<w>.bin holds what rank r of w trained of epoch e from step s on:
+little-endian int64 pairs, batch after batch. A resumed run begins new files; where it repeats steps
+that an earlier process had trained and not saved, the later file counts.
 """
 
 import zlib
@@ -11,10 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from engine.feeds.batch import Batch
+from engine.world import World
 
 
-def path_of(out: Path, rank: int, epoch: int) -> Path:
-    return out / "ids" / f"rank{rank}-epoch{epoch}.bin"
+def path_of(out: Path, world: World, epoch: int, first_step: int) -> Path:
+    return out / "ids" / f"epoch{epoch}-step{first_step}-rank{world.rank}of{world.size}.bin"
 
 
 def append(path: Path, batch: Batch, first: bool) -> None:

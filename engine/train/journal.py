@@ -88,7 +88,9 @@ class Journal:
         """The disk refused: say so, once until it takes something again."""
         if not self.is_broken:
             why = f"cannot be written ({error.strerror or error})"
-            self.say(f"note: {self.out}: {why}; training goes on, nothing new is saved until it can")
+            self.say(
+                f"note: {self.out}: {why}; training goes on, nothing new is saved until it can"
+            )
         self.is_broken = True
 
     def stopped(self, text: str) -> None:

@@ -90,7 +90,9 @@ class Saver:
         """
         if not self._idle.wait(DEADLINE_S):
             what = f"the disk has not answered for {DEADLINE_S:.0f} s"
-            raise UserError(f"{self._run}: {what}; look at it, then go on with --resume {self._run}")
+            raise UserError(
+                f"{self._run}: {what}; look at it, then go on with --resume {self._run}"
+            )
         self._raise_error()
 
     def _raise_error(self) -> None:

@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from engine.config import RunConfig
 from engine.errors import UserError, first_cause, sentence
 from engine.feeds.batch import Batch, Feed, Source
+from engine.heart import EVALUATING, TRAINING, WAITING
 from engine.meters import span
 from engine.models.baseline import GlyphNet
 from engine.order import PADDING_ID, Order, round_keys
@@ -261,6 +262,7 @@ class TrainStep:
         self._in_epoch = self._read_from = first_step
         start = time.perf_counter()
         missing = self._order.steps_per_epoch - first_step
+        self._world.at(self._host_step, WAITING)
         batches = iter(()) if self._source else feed.batches(epoch, first_step)
         if self._source:
             self._source.load_epoch(epoch)
@@ -269,7 +271,9 @@ class TrainStep:
             missing -= num_steps
             batch = self._slots(num_steps) if self._source else self._filled(batches, num_steps)
             wait_s = time.perf_counter() - start
+            self._world.at(self._host_step, TRAINING)
             self._launch(batch, num_steps)
+            self._world.at(self._host_step, WAITING)
             yield Launch(batch, num_steps, wait_s)
             start = time.perf_counter()
         if next(batches, None) is not None:
@@ -286,6 +290,7 @@ class TrainStep:
 
     def evaluate(self, batch: Batch) -> None:
         """Add the batch's loss and correct answers to the evaluation sums, without padding rows."""
+        self._world.at(self._host_step, EVALUATING)
         if graph := self._graphs.get("evaluation"):
             check_like(batch, self._slots(1))
             self._slots(1).copy_(batch)

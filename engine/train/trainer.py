@@ -6,6 +6,7 @@ Shapes: B samples of one rank, H x W pixels, S steps.
 """
 
 import json
+import math
 import shutil
 import signal
 import time
@@ -26,7 +27,13 @@ from engine.report import RunReport, Segment, without_folders
 from engine.stop import STOP
 from engine.train import idlog
 from engine.train.checkpoint import checkpoint_tensors, load_checkpoint
-from engine.train.folder import Manifest, Position, check_same_records, checkpoint_path
+from engine.train.folder import (
+    Manifest,
+    Position,
+    check_same_records,
+    checkpoint_path,
+    newest_manifest,
+)
 from engine.train.journal import Journal
 from engine.train.pulse import Cadence, Pulse
 from engine.train.saver import Saver
@@ -56,10 +63,47 @@ def check_run(config: RunConfig, device_name: str) -> None:
 
 def fit(
     config: RunConfig, records: Records, world: World, out: Path, *, resume: bool, say: Say
-) -> RunReport:
-    """Open a session of `config`, train it as `Trainer.fit` does, and close it."""
+) -> tuple[RunReport, int]:
+    """Open a session of `config`, train it as `Trainer.fit` does, and close it.
+
+    Where a run goes on with another global batch in the middle of an epoch, that epoch is finished
+    with the old one first.
+
+    Returns:
+        The report, and the signal that stopped the run, 0 if it is finished.
+    """
+    batch, epoch = (int(n) for n in world.most(list(_unfinished(config, out, resume, world))))
+    if batch:
+        say(f"note: epoch {epoch + 1} is finished with its global batch of {batch} first")
+        old = replace(config, global_batch=batch)
+        report, signal = _fit(old, records, world, out, resume=True, say=say, last=epoch + 1)
+        if signal:
+            return report, signal
+    return _fit(config, records, world, out, resume=resume, say=say, last=config.epochs)
+
+
+def _unfinished(config: RunConfig, out: Path, resume: bool, world: World) -> tuple[float, float]:
+    """(global batch, epoch) of an epoch that was begun with another batch; zeros if there is none."""
+    manifest = newest_manifest(out) if resume and world.is_first else None
+    if manifest is None or not manifest.position.step:
+        return 0, 0
+    batch = manifest.training["global_batch"]
+    return (0, 0) if batch == config.global_batch else (batch, manifest.position.epoch)
+
+
+def _fit(
+    config: RunConfig,
+    records: Records,
+    world: World,
+    out: Path,
+    *,
+    resume: bool,
+    say: Say,
+    last: int,
+) -> tuple[RunReport, int]:
     with world.on_stream(), closing(open_session(config, records, world)) as session:
-        return Trainer(session, out, say).fit(resume)
+        trainer = Trainer(session, out, say)
+        return trainer.fit(resume, last), trainer.stopped_by
 
 
 @dataclass
@@ -149,10 +193,9 @@ class Trainer:
             for launch in self.step.train_epoch(self.session.feed, epoch, first_step):
                 self.wait_s += launch.wait_s
                 if self.config.log_ids:
-                    path = idlog.path_of(self.out, self.world.rank, epoch)
-                    idlog.append(path, launch.batch, done)
+                    path = idlog.path_of(self.out, self.world, epoch, first_step)
+                    idlog.append(path, launch.batch, first=done == first_step)
                 done += launch.num_steps
-                self.world.at(before + done, "training")
                 if done < self.steps_per_epoch and self.pulse.is_due(before + done):
                     self._meet(epoch, done)
                     if self.stopped_by:
@@ -219,11 +262,12 @@ class Trainer:
         """Evaluate the validation split, and keep the best."""
         loss, accuracy = self._timed_evaluate("val")
         position = self.position
+        if not math.isfinite(loss):
+            where = f"after epoch {position.epoch}"
+            raise UserError(f"the validation loss is not finite {where}; lower optim.learning_rate")
         if accuracy > (position.best_val_accuracy_fraction or -1.0):
             position = replace(
-                position,
-                best_val_accuracy_fraction=accuracy,
-                best_num_steps=position.num_steps if self._saves_epoch() else None,
+                position, best_val_accuracy_fraction=accuracy, best_num_steps=position.num_steps
             )
         if 0 < self.config.target_accuracy <= accuracy and not position.time_to_target_s:
             position = replace(position, time_to_target_s=position.train_s)
@@ -231,8 +275,11 @@ class Trainer:
         return loss, accuracy
 
     def _saves_epoch(self) -> bool:
-        every, epoch = self.cadence.epochs, self.position.epoch
-        return bool(every) and epoch % every == 0 or epoch >= self.config.epochs
+        """Whether a checkpoint is due at an epoch's end: the last is, and the best so far."""
+        every, position = self.cadence.epochs, self.position
+        by_count = bool(every) and position.epoch % every == 0
+        is_best = position.best_num_steps == position.num_steps
+        return by_count or is_best or position.epoch >= self.config.epochs
 
     def _timed_evaluate(self, split: str) -> tuple[float, float]:
         start = time.perf_counter()

@@ -25,7 +25,8 @@ from engine.config import RunConfig, override
 from engine.data.records import Records, open_records
 from engine.data.sample import ensure_sample
 from engine.errors import UserError
-from engine.train.checkpoint import Position, load_checkpoint, save_checkpoint
+from engine.train.checkpoint import checkpoint_tensors, load_checkpoint, write_checkpoint
+from engine.train.folder import Manifest, Position
 from engine.train.session import open_session
 from engine.train.step import TrainStep
 from engine.world import World, cannot_fuse, end_rank, start_world
@@ -119,21 +120,23 @@ def trained(config: RunConfig, records: Records, world: World) -> State:
 
 def resumed(config: RunConfig, records: Records, world: World) -> State:
     """Trained, saved after the first epoch, and resumed in another session."""
-    marks: dict[str, Any] = {"digest": config.digest(), "fingerprint": records.fingerprint}
-    unknown: dict[str, Any] = {
-        "train_s": 0.0,
-        "best_val_accuracy_fraction": None,
-        "time_to_target_s": None,
-    }
-    position = Position(num_epochs=1, num_steps=STEPS, **unknown)
+    manifest = Manifest(
+        training=config.training_settings(),
+        dataset_fingerprint=records.fingerprint,
+        position=Position(epoch=1, num_steps=STEPS),
+        scaler={},
+        sha256={},
+    )
     with tempfile.TemporaryDirectory() as folder:
         with closing(open_session(config, records, world)) as session:
             losses = train_epochs(session, range(1))
             step = session.step
-            save_checkpoint(Path(folder), position, step.state, **marks)
+            state = step.state
+            manifest = replace(manifest, scaler=state.scaler_numbers())
+            write_checkpoint(Path(folder), manifest, checkpoint_tensors(state))
         with closing(open_session(config, records, world)) as session:
             step = session.step
-            load_checkpoint(Path(folder), step.state, **marks)
+            load_checkpoint(Path(folder), step.state)
             step.resume_at(STEPS)
             return state_of(step, losses + train_epochs(session, range(1, EPOCHS)))
 

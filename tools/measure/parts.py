@@ -212,7 +212,7 @@ def _fit(shared: Round, world: World, settings: Settings) -> RunReport:
         settings = settings | {"epochs": 1, "global_batch": 512}
     config = override(RunConfig(), FAST | settings, "tools.gpu")
     with tempfile.TemporaryDirectory() as folder:
-        return fit(config, shared.records, world, Path(folder), resume=False, say=click.echo)
+        return fit(config, shared.records, world, Path(folder), resume=False, say=click.echo)[0]
 
 
 def bench_kernels(shared: Round) -> list[str]:
