@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from engine.errors import UserError, printable
 from engine.heart import Heart, Watch
 from engine.host import env_local_rank, env_rank, env_world_size
+from engine.stop import Stopped
 
 JOIN_TIMEOUT = timedelta(seconds=120)
 """For all ranks to come: machines start at different moments, and one may pack the sample first."""
@@ -24,6 +25,10 @@ LEAVE_TIMEOUT = timedelta(seconds=5)
 """For all ranks to have read why they end."""
 REASON_S = 3.0
 """How long a rank whose collective broke looks for another rank's reason."""
+DIED = (
+    "another rank has ended without a word, perhaps killed; "
+    "start the run again with --resume, and look at the memory of its machine"
+)
 T = TypeVar("T")
 
 
@@ -97,9 +102,14 @@ class Ranks:
             if isinstance(error, UserError) and not isinstance(error, OtherRankFailed):
                 self._leave_reason(error)
                 raise _spoken(f"rank {self.rank}: {error}", True) from None
-            found = self._reason(REASON_S)
-            if not found:
+            try:
+                found = self._reason(REASON_S)
+            except Stopped:  # torchrun ends the others as soon as one has ended
+                found = self._reason()
+            if not found and not _is_broken_collective(error):
                 raise
+            if not found:
+                raise _spoken(DIED, self._is_first_to_speak()) from None
             machine, text = found
             elsewhere = machine != _machine()  # where it failed, that rank itself speaks
             raise _spoken(text, self.local_rank == 0 and elsewhere) from None
@@ -150,6 +160,12 @@ class Ranks:
             return int(machine), text if alike else f"rank {failed[0]}: {text}"
         return None
 
+    def _is_first_to_speak(self) -> bool:
+        """Whether no other rank of this machine has asked before."""
+        with suppress(RuntimeError):
+            return bool(self.store.add(f"speakers of machine {_machine()}", 1) == 1)
+        return self.local_rank == 0
+
     def _has_reason(self, rank: int) -> bool:
         return bool(self.store.check([f"reason of {rank}"]))
 
@@ -189,6 +205,13 @@ def join_ranks() -> Ranks:
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # nothing of an earlier try is read
     ranks.store = PrefixStore(f"restart {restart}", store)
     return ranks
+
+
+def _is_broken_collective(error: Exception) -> bool:
+    """Whether it is what torch raises where another rank is gone: gloo's has no type of its own."""
+    from torch.distributed import DistError
+
+    return isinstance(error, DistError) or "gloo" in str(error)
 
 
 def _machine() -> int:
