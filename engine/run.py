@@ -24,7 +24,7 @@ from engine.flags import flag_settings, setting_options
 from engine.host import cache_notes, env_rank, prepare_process
 from engine.paths import PATH, path_text, written_path
 from engine.ranks import Ranks, join_ranks
-from engine.stop import STOP
+from engine.stop import STOP, end_with_launcher
 from engine.train.folder import (
     check_new,
     check_records,
@@ -86,6 +86,7 @@ def main(
     """
     with exit_on_user_error():
         STOP.install()
+        end_with_launcher()
         ranks = join_ranks()
         ranks.agree(prepare_process)  # a rank's cache folder may be the one that cannot be made
         stored = ranks.from_first(lambda: _stored_config(resume, out))
