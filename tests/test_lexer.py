@@ -14,13 +14,14 @@ from engine.data.lexer import (
     SLACK_BYTES,
     Fault,
     Layout,
+    Lexer,
     check_text,
     lex_plainly,
     read_header,
     read_row,
 )
 from engine.data.lexer_jit import lex
-from engine.data.pack import Lexer, find_lexer
+from engine.data.pack import find_lexer
 from engine.host import ROOT
 
 TMNIST = read_header(b"names,labels,1,2,3,4,5,6,7,8,9\n")

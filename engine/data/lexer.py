@@ -14,6 +14,7 @@ a row.
 import csv
 import io
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import isqrt
 
@@ -219,3 +220,7 @@ def _encoded(texts: list[str]) -> tuple[list[str], np.ndarray]:
     """The different texts as they come, and each one's index among them."""
     index = {text: number for number, text in enumerate(dict.fromkeys(texts))}
     return list(index), np.array([index[text] for text in texts], np.int32)
+
+
+Lexer = Callable[[Layout, np.ndarray, int, int, np.ndarray], Rows]
+"""lex_plainly or its compiled twin."""

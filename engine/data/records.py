@@ -26,7 +26,8 @@ from typing import Any
 
 import numpy as np
 
-from engine.data.record_file import FileEntry, Table, are_counts, write_file
+from engine.data.record_file import FileEntry, are_counts, write_file
+from engine.data.table import Table
 from engine.durable import (
     MANIFEST,
     Damaged,

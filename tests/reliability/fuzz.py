@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from engine.data.pack import _read, _Spool, check, pack
+from engine.data.collect import _Spool
+from engine.data.pack import _read, check, pack
 from engine.data.records import Records, _fingerprint, open_records
 from engine.data.source import open_source
 from engine.errors import UserError
