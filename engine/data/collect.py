@@ -21,12 +21,61 @@ MAX_FAULTS = 100
 SPOOL_WINDOW_BYTES = 8 * 2**20
 
 
-class _Collector:
+class Spool:
+    """Rows of pixels in an unnamed file on the target's disk."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
+        self._num_pixels = 0
+
+    def append(self, image_RP: np.ndarray) -> None:
+        self._num_pixels = image_RP.shape[1]
+        view = image_RP.reshape(-1).data
+        while len(view):
+            view = view[self._file.write(view) :]
+
+    def take(self, row_M: np.ndarray) -> np.ndarray:
+        """The pixels (M, P) of ascending row numbers; may be called from several threads."""
+        out_MP = np.empty((len(row_M), self._num_pixels), np.uint8)
+        window_WP = np.empty(
+            (max(SPOOL_WINDOW_BYTES // self._num_pixels, 1), self._num_pixels), np.uint8
+        )
+        start = 0
+        while start < len(row_M):
+            first = int(row_M[start])
+            stop = int(np.searchsorted(row_M, first + len(window_WP)))
+            num_rows = int(row_M[stop - 1]) - first + 1
+            got = os.preadv(
+                self._file.fileno(), [window_WP[:num_rows].data], first * self._num_pixels
+            )
+            assert got == num_rows * self._num_pixels, "the spool ended early"
+            np.take(
+                window_WP, row_M[start:stop] - first, axis=0, out=out_MP[start:stop], mode="clip"
+            )
+            start = stop
+        return out_MP
+
+    def check_space(self, source: Source, layout: Layout, line_bytes: float) -> None:
+        """Refuse what will not fit, by its first lines, before a byte is written."""
+        free = shutil.disk_usage(self.folder).free
+        needed = int(2 * source.size / line_bytes * layout.num_pixels) if source.size else 0
+        if needed > free:
+            raise UserError(
+                f"{self.folder}: has {free:,} bytes free, want {needed:,} "
+                f"for the records and a copy"
+            )
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Collector:
     """The rows of all blocks in order: texts in one index, pixels in the spool; the first fault
     is an error, or the first MAX_FAULTS go into `faults`."""
 
     def __init__(
-        self, source: str, header: bytes, spool: "_Spool | None", faults: list[str] | None
+        self, source: str, header: bytes, spool: Spool | None, faults: list[str] | None
     ) -> None:
         try:
             self.layout = read_header(header)
@@ -139,52 +188,3 @@ def _sorted(index: dict[str, int]) -> tuple[tuple[str, ...], np.ndarray]:
     """The texts by code point, and each id's place among them."""
     texts = sorted(index)
     return tuple(texts), np.argsort([index[text] for text in texts]).astype(np.int32)
-
-
-class _Spool:
-    """Rows of pixels in an unnamed file on the target's disk."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
-        self._num_pixels = 0
-
-    def append(self, image_RP: np.ndarray) -> None:
-        self._num_pixels = image_RP.shape[1]
-        view = image_RP.reshape(-1).data
-        while len(view):
-            view = view[self._file.write(view) :]
-
-    def take(self, row_M: np.ndarray) -> np.ndarray:
-        """The pixels (M, P) of ascending row numbers; may be called from several threads."""
-        out_MP = np.empty((len(row_M), self._num_pixels), np.uint8)
-        window_WP = np.empty(
-            (max(SPOOL_WINDOW_BYTES // self._num_pixels, 1), self._num_pixels), np.uint8
-        )
-        start = 0
-        while start < len(row_M):
-            first = int(row_M[start])
-            stop = int(np.searchsorted(row_M, first + len(window_WP)))
-            num_rows = int(row_M[stop - 1]) - first + 1
-            got = os.preadv(
-                self._file.fileno(), [window_WP[:num_rows].data], first * self._num_pixels
-            )
-            assert got == num_rows * self._num_pixels, "the spool ended early"
-            np.take(
-                window_WP, row_M[start:stop] - first, axis=0, out=out_MP[start:stop], mode="clip"
-            )
-            start = stop
-        return out_MP
-
-    def check_space(self, source: Source, layout: Layout, line_bytes: float) -> None:
-        """Refuse what will not fit, by its first lines, before a byte is written."""
-        free = shutil.disk_usage(self.folder).free
-        needed = int(2 * source.size / line_bytes * layout.num_pixels) if source.size else 0
-        if needed > free:
-            raise UserError(
-                f"{self.folder}: has {free:,} bytes free, want {needed:,} "
-                f"for the records and a copy"
-            )
-
-    def close(self) -> None:
-        self._file.close()

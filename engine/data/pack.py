@@ -19,13 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from engine.data.collect import MAX_FAULTS, _Collector, _Spool
+from engine.data.collect import MAX_FAULTS, Collector, Spool
 from engine.data.foreign import HEAD_BYTES
 from engine.data.lexer import Lexer, Rows, lex_plainly
 from engine.data.records import write_records
 from engine.data.source import BLOCK_BYTES, Source, blocks, buffer_bytes, open_source
 from engine.data.split import SplitMode, draw_splits
-from engine.data.table import _count, _warnings
+from engine.data.table import odd_counts, warnings_of
 from engine.durable import MANIFEST, locked, publish_directory, remove_leftovers, writing
 from engine.errors import UserError
 from engine.host import num_cpus
@@ -79,7 +79,7 @@ def pack(
             _check_head(opened, block_bytes)  # another name for OUT would not help a wrong source
             raise
         remove_leftovers(out)
-        with closing(_Spool(out.parent)) as spool:
+        with closing(Spool(out.parent)) as spool:
             table = _read(opened, spool, workers, block_bytes, progress).table()
             opened.check_unchanged(source)
             num = len(table.classes)
@@ -98,11 +98,11 @@ def pack(
             )
             facts = {
                 "options": {"split": mode, "balance": balance, "seed": seed},
-                "source_rows": _count(table),
+                "source_rows": odd_counts(table),
             }
             with publish_directory(out) as directory:
                 manifest = write_records(directory, table, spool.take, rows, facts)
-    return PackReport(manifest, _warnings(table, manifest["source_rows"]))
+    return PackReport(manifest, warnings_of(table, manifest["source_rows"]))
 
 
 def check(source: Path) -> tuple[int, list[str], list[str]]:
@@ -117,7 +117,7 @@ def check(source: Path) -> tuple[int, list[str], list[str]]:
         note = f"only the first {MAX_FAULTS} faults are listed"
         return collector.row, faults, [note] if len(faults) == MAX_FAULTS else []
     table = collector.table()
-    return collector.row, [], _warnings(table, _count(table))
+    return collector.row, [], warnings_of(table, odd_counts(table))
 
 
 def find_lexer() -> Lexer:
@@ -136,12 +136,12 @@ def find_lexer() -> Lexer:
 
 def _read(
     source: Source,
-    spool: "_Spool | None" = None,
+    spool: Spool | None = None,
     workers: int | None = None,
     block_bytes: int = BLOCK_BYTES,
     progress: Progress = lambda rows, part: None,
     faults: list[str] | None = None,
-) -> "_Collector":
+) -> Collector:
     """The whole source: blocks are lexed by several threads, and collected in order."""
     workers = workers or min(num_cpus(), MAX_WORKERS)
     buffers = deque(bytearray(buffer_bytes(block_bytes)) for _ in range(workers + 2))
@@ -150,7 +150,7 @@ def _read(
     lex = find_lexer()
     collector = None
 
-    def collect(collector: _Collector) -> bool:
+    def collect(collector: Collector) -> bool:
         """Take the oldest block; whether to go on."""
         buffer, stop, image_RP, future = pending.popleft()
         goes_on = collector.add_block(future.result(), lex, buffer, stop, image_RP)
@@ -165,7 +165,7 @@ def _read(
             if collector is None:
                 source.refuse_foreign(bytes(buffer[:HEAD_BYTES][:stop]))
                 start = buffer.index(b"\n") + 1
-                collector = _Collector(source.name, bytes(buffer[:start]), spool, faults)
+                collector = Collector(source.name, bytes(buffer[:start]), spool, faults)
                 images.extend(collector.layout.images(len(buffer)) for _ in buffers)
                 if spool is not None:
                     spool.check_space(source, collector.layout, stop / buffer.count(b"\n", 0, stop))
@@ -188,7 +188,7 @@ def _check_head(source: Source, block_bytes: int) -> None:
         room = bytearray(buffer_bytes(block_bytes))
         for buffer, stop in blocks(source, lambda: room, block_bytes):
             source.refuse_foreign(bytes(buffer[:HEAD_BYTES][:stop]))
-            _Collector(source.name, bytes(buffer[: buffer.index(b"\n") + 1]), None, None)
+            Collector(source.name, bytes(buffer[: buffer.index(b"\n") + 1]), None, None)
             break
 
 

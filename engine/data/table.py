@@ -35,7 +35,7 @@ class Table:
         }
 
 
-def _count(table: Table) -> dict[str, int]:
+def odd_counts(table: Table) -> dict[str, int]:
     """What is odd about the rows; their pixels are compared by 64-bit hashes."""
     labelled_N = table.hash_N + table.label_N.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     whole_N = labelled_N + table.font_N.astype(np.uint64) * np.uint64(0xC2B2AE3D27D4EB4F)
@@ -47,7 +47,7 @@ def _count(table: Table) -> dict[str, int]:
     }
 
 
-def _warnings(table: Table, counts: dict[str, int]) -> list[str]:
+def warnings_of(table: Table, counts: dict[str, int]) -> list[str]:
     texts = []
     if len(table.classes) == 1:
         texts.append("there is one class only")

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.data.collect import _Spool
+from engine.data.collect import Spool
 from engine.data.pack import _read, check, pack
 from engine.data.records import Records, _fingerprint, open_records
 from engine.data.source import open_source
@@ -258,7 +258,7 @@ def _table(rng: random.Random) -> bytes:
 def _pack_verdict(path: Path, folder: Path, block_bytes: int) -> tuple[Any, list[Any]]:
     """The packer's own pass over a CSV, as `judge` answers."""
     try:
-        with open_source(path) as source, closing(_Spool(folder)) as spool:
+        with open_source(path) as source, closing(Spool(folder)) as spool:
             table = _read(source, spool, 1, block_bytes).table()
             pixels = spool.take(np.arange(len(table.label_N)))
     except UserError as error:
