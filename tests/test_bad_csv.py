@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.data.pack import check, pack
+from engine.data.pack import PackOptions, check, pack
 from engine.data.records import Records, open_records
 from engine.errors import UserError
 from tests.conftest import Command, assert_refused
@@ -29,7 +29,7 @@ ROW = "F,a,0,0,0,0\n"
 def packed(data: bytes | str, tmp_path: Path) -> Records:
     source = tmp_path / "in.csv"
     source.write_bytes(data if isinstance(data, bytes) else data.encode())
-    pack(source, tmp_path / "out", mode="none")
+    pack(source, tmp_path / "out", PackOptions(split="none"))
     return open_records(tmp_path / "out")
 
 
@@ -263,10 +263,10 @@ def test_37_archives(tmp_path: Path) -> None:
 
 def test_41_42_too_few_or_too_many_classes(tmp_path: Path) -> None:
     (tmp_path / "in.csv").write_text(HEADER + ROW * 5)
-    report = pack(tmp_path / "in.csv", tmp_path / "one", mode="none")
+    report = pack(tmp_path / "in.csv", tmp_path / "one", PackOptions(split="none"))
     assert "there is one class only" in report.warnings
     with pytest.raises(UserError, match="has 1 labels, want 94"):
-        pack(tmp_path / "in.csv", tmp_path / "out", mode="none", num_classes=94)
+        pack(tmp_path / "in.csv", tmp_path / "out", PackOptions(split="none", classes=94))
     (tmp_path / "few.csv").write_text(HEADER + ROW * 5 + label_row("b") * 2)
     with pytest.raises(UserError, match="the class 'b' has 2 rows, want at least 3"):
         pack(tmp_path / "few.csv", tmp_path / "out")
@@ -275,9 +275,9 @@ def test_41_42_too_few_or_too_many_classes(tmp_path: Path) -> None:
         UserError,
         match=r"many.csv:258 \(row 257, .*\): more than 256 labels; are names and labels swap",
     ):
-        pack(tmp_path / "many.csv", tmp_path / "out", mode="none")
+        pack(tmp_path / "many.csv", tmp_path / "out", PackOptions(split="none"))
     (tmp_path / "edge.csv").write_text(HEADER + "".join(label_row(f"l{i}") for i in range(256)))
-    pack(tmp_path / "edge.csv", tmp_path / "edge", mode="none")
+    pack(tmp_path / "edge.csv", tmp_path / "edge", PackOptions(split="none"))
     assert open_records(tmp_path / "edge").split("train").label_N.max() == 255
     assert not (tmp_path / "out").exists()
 
@@ -287,7 +287,7 @@ def test_9_43_44_oddities_are_counted(tmp_path: Path) -> None:
         ROW * 3 + label_row("b") + "F,a,1,2,3,4\nG,a,1,2,3,4\nF, a,9,9,9,9\nF,b,255,255,255,255\n"
     )
     (tmp_path / "in.csv").write_text(HEADER + rows)
-    report = pack(tmp_path / "in.csv", tmp_path / "out", mode="none")
+    report = pack(tmp_path / "in.csv", tmp_path / "out", PackOptions(split="none"))
     assert report.manifest["source_rows"] == {
         "rows": 8,
         "duplicates": 2,
@@ -303,14 +303,8 @@ def test_56_the_end_at_every_place_in_a_block(end: str, tmp_path: Path) -> None:
     """Blocks of every size around the file's, so that its last bytes come alone, together, and not at all."""
     (tmp_path / "in.csv").write_bytes((HEADER + ROW * 3).rstrip("\n").encode() + end.encode())
     for block_bytes in range(1, 90):
-        report = pack(
-            tmp_path / "in.csv",
-            tmp_path / "out",
-            mode="none",
-            force=True,
-            block_bytes=block_bytes,
-            workers=1,
-        )
+        options = PackOptions(split="none", force=True, block_bytes=block_bytes, workers=1)
+        report = pack(tmp_path / "in.csv", tmp_path / "out", options)
         assert report.manifest["source_rows"]["rows"] == 3
     (tmp_path / "in.csv").write_bytes((HEADER + ROW * 3 + "\n\n").encode())
     for block_bytes in range(1, 90):
@@ -320,9 +314,7 @@ def test_56_the_end_at_every_place_in_a_block(end: str, tmp_path: Path) -> None:
             pack(
                 tmp_path / "in.csv",
                 tmp_path / "out",
-                force=True,
-                block_bytes=block_bytes,
-                workers=1,
+                PackOptions(force=True, block_bytes=block_bytes, workers=1),
             )
 
 
@@ -431,12 +423,12 @@ def test_55_56_60_neither_blocks_nor_workers_nor_surroundings_show(
     def content(folder: Path) -> dict[str, bytes]:
         return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
 
-    pack(source, tmp_path / "whole", workers=1, block_bytes=2**24)
+    pack(source, tmp_path / "whole", PackOptions(workers=1, block_bytes=2**24))
     wanted = content(tmp_path / "whole")
     for number, (workers, block_bytes) in enumerate(
         [(1, 4096), (8, 4097), (3, 5001), (8, 100_000)]
     ):
-        pack(source, tmp_path / f"{number}", workers=workers, block_bytes=block_bytes)
+        pack(source, tmp_path / f"{number}", PackOptions(workers=workers, block_bytes=block_bytes))
         assert content(tmp_path / f"{number}") == wanted
     code = "import sys, pathlib; from engine.data.pack import pack; pack(*map(pathlib.Path, sys.argv[1:]))"
     os.utime(source, (0, 0))

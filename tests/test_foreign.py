@@ -20,7 +20,7 @@ from PIL import Image
 from pyarrow import feather, parquet
 
 from engine.data.headers import header_hint
-from engine.data.pack import check, pack
+from engine.data.pack import PackOptions, check, pack
 from engine.errors import UserError
 from engine.host import ROOT
 
@@ -193,9 +193,9 @@ def test_more_labels_than_classes_without_names_and_images_too_small(tmp_path: P
     header, rest = TABLE.decode().splitlines(keepends=True)[0], ",0,0,0,0\n"
     (tmp_path / "in.csv").write_text(header + "".join(f"{i}{rest}" for i in range(257)))
     with pytest.raises(UserError, match=r"more than 256 labels; is the column an id, a row num"):
-        pack(tmp_path / "in.csv", tmp_path / "out", mode="none")
+        pack(tmp_path / "in.csv", tmp_path / "out", PackOptions(split="none"))
     (tmp_path / "in.csv").write_bytes(TABLE)
-    report = pack(tmp_path / "in.csv", tmp_path / "out", mode="none")
+    report = pack(tmp_path / "in.csv", tmp_path / "out", PackOptions(split="none"))
     assert any("images of 2 x 2 pixels cannot be trained on" in text for text in report.warnings)
 
 

@@ -21,7 +21,7 @@ import pytest
 from engine import durable
 from engine.data import record_file
 from engine.data import records as records_module
-from engine.data.pack import pack
+from engine.data.pack import PackOptions, pack
 from engine.data.records import Records, Split, open_records, verify_records
 from engine.durable import write_manifest
 from engine.errors import UserError
@@ -103,7 +103,7 @@ def test_images_on_disk_are_verified_when_they_are_read(tmp_path: Path) -> None:
     rows = [
         ["F", "a", *(str((i + j) % 256) for j in range(1024))] for i in range(3000)
     ]  # 3 MB, three blocks
-    pack(write_csv(tmp_path / "in.csv", rows, side=32), tmp_path / "out", mode="none")
+    pack(write_csv(tmp_path / "in.csv", rows, side=32), tmp_path / "out", PackOptions(split="none"))
     images = open_records(tmp_path / "out", in_memory=False).split("train").image_NHW
     with open(tmp_path / "out" / "train-00000.arrow", "r+b") as file:
         file.seek(2**20 + 12345)
@@ -126,7 +126,7 @@ def test_a_replaced_directory_is_read_as_it_was(
 ) -> None:
     pack(small_csv, tmp_path / "out")
     images = open_records(tmp_path / "out", in_memory=False).split("train").image_NHW
-    pack(small_csv, tmp_path / "out", seed=7, force=True)
+    pack(small_csv, tmp_path / "out", PackOptions(seed=7, force=True))
     assert np.array_equal(images[:], small.split("train").image_NHW)
     assert not np.array_equal(open_records(tmp_path / "out").split("train").image_NHW, images[:])
 
@@ -363,7 +363,7 @@ def test_a_failed_exchange_keeps_the_old(
 
     monkeypatch.setattr(durable, "_LIBC", SimpleNamespace(renameat2=refuses))
     with pytest.raises(UserError, match=text):
-        pack(small_csv, tmp_path / "out", seed=1, force=True)
+        pack(small_csv, tmp_path / "out", PackOptions(seed=1, force=True))
     assert open_records(tmp_path / "out").fingerprint == small.fingerprint
     assert os.listdir(tmp_path) == ["out"]
 

@@ -10,7 +10,7 @@ from fontTools import subset
 from fontTools.ttLib import TTCollection, TTFont
 from PIL import ImageFont
 
-from engine.data.pack import pack
+from engine.data.pack import PackOptions, pack
 from engine.data.records import open_records
 from engine.errors import UserError
 from tests.conftest import Command, assert_refused
@@ -46,7 +46,7 @@ def test_a_folder_becomes_a_csv_that_packs(fonts: Path, tmp_path: Path, command:
         "1 with the name of another",
         "2 unreadable",
     ]
-    pack(tmp_path / "out.csv", tmp_path / "records", mode="none")
+    pack(tmp_path / "out.csv", tmp_path / "records", PackOptions(split="none"))
     records = open_records(tmp_path / "records")
     assert records.fonts == ("Aileron-Regular", "Other,Name-Bold")
     assert records.classes == tuple(CHARACTERS) and len(records.split("train")) == 2 * 94

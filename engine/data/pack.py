@@ -24,8 +24,8 @@ from engine.data.foreign import HEAD_BYTES
 from engine.data.lexer import Lexer, Rows, lex_plainly
 from engine.data.records import write_records
 from engine.data.source import BLOCK_BYTES, Source, blocks, buffer_bytes, open_source
-from engine.data.split import SplitMode, draw_splits
-from engine.data.table import odd_counts, warnings_of
+from engine.data.split import SplitOptions, draw_splits
+from engine.data.table import Table, odd_counts, warnings_of
 from engine.durable import MANIFEST, locked, publish_directory, remove_leftovers, writing
 from engine.errors import UserError
 from engine.host import num_cpus
@@ -46,27 +46,32 @@ class PackReport:
     warnings: list[str]
 
 
+@dataclass(frozen=True, kw_only=True)
+class PackOptions(SplitOptions):
+    """What the command's flags of the same names say."""
+
+    force: bool = False
+    classes: int | None = None
+    """Refuse a CSV with another number of labels."""
+    workers: int | None = None
+    """Lexing threads; by default one for each core this process may use."""
+    block_bytes: int = BLOCK_BYTES
+    """What is lexed at once."""
+
+    def for_manifest(self) -> dict[str, Any]:
+        return {"split": self.split, "balance": self.balance, "seed": self.seed}
+
+
 def pack(
     source: Path,
     out: Path,
-    *,
-    mode: SplitMode = "random",
-    balance: bool = False,
-    seed: int = 42,
-    force: bool = False,
-    num_classes: int | None = None,
-    workers: int | None = None,
-    block_bytes: int = BLOCK_BYTES,
+    options: PackOptions = PackOptions(),
     progress: Progress = lambda rows, part: None,
 ) -> PackReport:
     """Read a CSV (plain, .gz, a .zip holding one, or a pipe) and publish it as a record directory.
 
     The same rows and options give the same bytes, whatever the container, workers and machine.
 
-    Args:
-        num_classes: refuse a CSV with another number of labels.
-        workers: lexing threads; by default one for each core this process may use.
-        block_bytes: what is lexed at once.
     Raises:
         UserError: the source is refused, or `out` may not be replaced; nothing was published.
     """
@@ -74,35 +79,33 @@ def pack(
     out = Path(os.path.realpath(out))
     with writing(out), open_source(source) as opened, locked(out, wait=False):
         try:
-            _check_target(out, force)
+            _check_target(out, options.force)
         except UserError:
-            _check_head(opened, block_bytes)  # another name for OUT would not help a wrong source
+            # Another name for OUT would not help a wrong source.
+            _check_head(opened, options.block_bytes)
             raise
         remove_leftovers(out)
         with closing(Spool(out.parent)) as spool:
-            table = _read(opened, spool, workers, block_bytes, progress).table()
+            table = _read(opened, options, spool, progress).table()
             opened.check_unchanged(source)
-            num = len(table.classes)
-            if num_classes not in (None, num):
-                raise UserError(
-                    f"{source}: has {num} labels, want {num_classes}; give another --classes"
-                )
-            rows = draw_splits(
-                table.label_N,
-                table.font_N,
-                table.classes,
-                table.fonts,
-                mode=mode,
-                balance=balance,
-                seed=seed,
-            )
-            facts = {
-                "options": {"split": mode, "balance": balance, "seed": seed},
-                "source_rows": odd_counts(table),
-            }
-            with publish_directory(out) as directory:
-                manifest = write_records(directory, table, spool.take, rows, facts)
-    return PackReport(manifest, warnings_of(table, manifest["source_rows"]))
+            return _publish(source, out, options, table, spool)
+
+
+def _publish(
+    source: Path, out: Path, options: PackOptions, table: Table, spool: Spool
+) -> PackReport:
+    """Split the rows, and publish them as records."""
+    num = len(table.classes)
+    if options.classes not in (None, num):
+        raise UserError(
+            f"{source}: has {num} labels, want {options.classes}; give another --classes"
+        )
+    rows = draw_splits(table.label_N, table.font_N, table.classes, table.fonts, options)
+    counts = odd_counts(table)
+    facts = {"options": options.for_manifest(), "source_rows": counts}
+    with publish_directory(out) as directory:
+        manifest = write_records(directory, table, spool.take, rows, facts)
+    return PackReport(manifest, warnings_of(table, counts))
 
 
 def check(source: Path) -> tuple[int, list[str], list[str]]:
@@ -136,15 +139,14 @@ def find_lexer() -> Lexer:
 
 def _read(
     source: Source,
+    options: PackOptions = PackOptions(),
     spool: Spool | None = None,
-    workers: int | None = None,
-    block_bytes: int = BLOCK_BYTES,
     progress: Progress = lambda rows, part: None,
     faults: list[str] | None = None,
 ) -> Collector:
     """The whole source: blocks are lexed by several threads, and collected in order."""
-    workers = workers or min(num_cpus(), MAX_WORKERS)
-    buffers = deque(bytearray(buffer_bytes(block_bytes)) for _ in range(workers + 2))
+    workers = options.workers or min(num_cpus(), MAX_WORKERS)
+    buffers = deque(bytearray(buffer_bytes(options.block_bytes)) for _ in range(workers + 2))
     images: deque[np.ndarray] = deque()
     pending: deque[tuple[bytearray, int, np.ndarray, Future[Rows]]] = deque()
     lex = find_lexer()
@@ -160,7 +162,7 @@ def _read(
         return goes_on
 
     with ThreadPoolExecutor(workers) as pool:
-        for buffer, stop in blocks(source, lambda: buffers[0], block_bytes):
+        for buffer, stop in blocks(source, lambda: buffers[0], options.block_bytes):
             start = 0
             if collector is None:
                 source.refuse_foreign(bytes(buffer[:HEAD_BYTES][:stop]))

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.data.pack import pack
+from engine.data.pack import PackOptions, pack
 from engine.data.records import _fingerprint, open_records
 from engine.host import ROOT
 from tests.reliability.common import Tally, beside, glyph_csv, run, warm
@@ -71,7 +71,7 @@ def corpus(tally: Tally) -> None:
     place = tally.folder / "place"
     canary = place / "canary"
     good = tally.folder / "good"
-    pack(glyph_csv(tally.folder / "good.csv", 60, 4), good, mode="none")
+    pack(glyph_csv(tally.folder / "good.csv", 60, 4), good, PackOptions(split="none"))
     cases: dict[str, Callable[[Path], Any]] = {}
     for name, changes in MANIFESTS.items():
         cases[name] = lambda path, changes=changes: _forge(path, changes)
