@@ -398,7 +398,7 @@ def test_49_50_51_targets(small_csv: Path, tmp_path: Path, command: Command) -> 
         with pytest.raises(UserError, match=text):
             pack(small_csv, out)
     with pytest.raises(UserError, match="is no record directory"):
-        pack(small_csv, tmp_path / "file", force=True)
+        pack(small_csv, tmp_path / "file", PackOptions(force=True))
     assert_refused(command("tools/pack_tmnist", small_csv), "name the record directory")
     assert_refused(
         command("tools/pack_tmnist", tmp_path / "gone.csv", tmp_path / "out"),

@@ -279,8 +279,8 @@ FOREIGN: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "checksum": (lambda m: first_file(m)["crc32"].__setitem__(0, 0), "want 00000000"),
     "fonts": (lambda m: m["fonts"].update(bytes=1), "fonts.json has not the SHA-256"),
     "mean": (lambda m: m["train_pixels"].update(mean="x"), "malformed"),
-    "nan": (lambda m: m["train_pixels"].update(std="nan"), "cannot be those of pixels"),
-    "infinite": (lambda m: m["train_pixels"].update(std="inf"), "cannot be those of pixels"),
+    "nan": (lambda m: m["train_pixels"].update(std="nan"), "pixels cannot have a mean of"),
+    "infinite": (lambda m: m["train_pixels"].update(std="inf"), "pixels cannot have a mean of"),
     "twice": (
         lambda m: m["splits"]["val"].update(files=2 * m["splits"]["val"]["files"], rows=96),
         "listed twice",

@@ -131,9 +131,9 @@ def write_records(
         OSError: the disk refused.
     """
     fonts_json = json.dumps(table.fonts, ensure_ascii=False).encode()
+    (directory / FONTS).write_bytes(fonts_json)
     room = FILE_LIMIT_BYTES - ARROW_OVERHEAD_BYTES - 2 * len(fonts_json)
     rows_per_file = max(room // (table.side**2 + ROW_OVERHEAD_BYTES), 1)
-    (directory / FONTS).write_bytes(fonts_json)
 
     def write(name: str, number: int, row_M: np.ndarray) -> dict[str, Any]:
         return write_file(directory / f"{name}-{number:05}.arrow", table, row_M, take(row_M))
@@ -146,9 +146,7 @@ def write_records(
         splits = {
             name: {
                 "rows": len(row_M),
-                "rows_per_class": np.bincount(
-                    table.label_N[row_M], minlength=len(table.classes)
-                ).tolist(),
+                "rows_per_class": table.rows_per_class(row_M),
                 "files": list(files[name]),
             }
             for name, row_M in rows.items()
@@ -293,32 +291,8 @@ class StoredImages:
 def _open(directory: Path, in_memory: bool) -> Records:
     manifest = read_manifest(directory, FORMAT, VERSION)
     try:
-        height_width = manifest["height"], manifest["width"]
-        classes = manifest["classes"]
-        splits = manifest["splits"]
-        if not are_counts(*height_width) or not 0 < height_width[0] * height_width[1] <= MAX_PIXELS:
-            raise Damaged(f"images of {height_width} pixels cannot be")
-        if not _are_texts(classes) or not 0 < len(classes) <= MAX_CLASSES:
-            raise Damaged(f"the classes are not 1 to {MAX_CLASSES} different texts")
-        if "train" not in splits or not set(splits) <= set(SPLITS):
-            raise Damaged(f"the splits are {sorted(splits)}, want train, or {', '.join(SPLITS)}")
-        files = {
-            name: [FileEntry(**file) for file in splits[name]["files"]]
-            for name in SPLITS
-            if name in splits
-        }
-        for name, entries in files.items():
-            for file in entries:
-                file.check(name, height_width[0] * height_width[1])
-            if sum(file.rows for file in entries) != splits[name]["rows"]:
-                raise Damaged(f"the files of split {name} do not add up to its rows")
-        if manifest["fingerprint"] != _fingerprint(manifest):
-            raise Damaged("the fingerprint does not belong to the files listed")
-        mean, std = (float(manifest["train_pixels"][key]) for key in ("mean", "std"))
-        if not (0 <= mean <= 255 and 0 <= std <= 127.5):  # also of NaN
-            raise Damaged(
-                f"a mean of {mean} and a standard deviation of {std} cannot be those of pixels"
-            )
+        files = _checked_files(manifest)
+        mean, std = _checked_pixels(manifest)
         names = [file.name for split in files.values() for file in split]
         if len(set(names)) < len(names):
             raise Damaged("a file is listed twice")
@@ -326,26 +300,57 @@ def _open(directory: Path, in_memory: bool) -> Records:
         fonts = _read_fonts(directory, manifest["fonts"])
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise Damaged(f"{MANIFEST} is malformed ({error!r})") from None
-    opened = {
-        name: _read_split(directory, split, height_width, in_memory)
-        for name, split in files.items()
-    }
-    for name, split in opened.items():
-        label_N = split.label_N
-        font_N = split.font_N
-        if len(split) and not (
-            label_N.max() < len(classes) and 0 <= font_N.min() <= font_N.max() < len(fonts)
-        ):
+    height_width = manifest["height"], manifest["width"]
+    classes = tuple(manifest["classes"])
+    splits = {}
+    for name, entries in files.items():
+        splits[name] = split = _read_split(directory, entries, height_width, in_memory)
+        if not _lie_in(split.label_N, classes) or not _lie_in(split.font_N, fonts):
             raise Damaged(f"split {name}: a label or font index lies outside its table")
     return Records(
-        splits=opened,
-        classes=tuple(classes),
+        splits=splits,
+        classes=classes,
         fonts=fonts,
         fingerprint=manifest["fingerprint"],
         pixel_mean=mean,
         pixel_std=std,
         path=str(directory),
     )
+
+
+def _checked_files(manifest: dict[str, Any]) -> dict[str, list[FileEntry]]:
+    """Each split's files, where all that the manifest says of them agrees."""
+    height_width = manifest["height"], manifest["width"]
+    classes = manifest["classes"]
+    splits = manifest["splits"]
+    if not are_counts(*height_width) or not 0 < height_width[0] * height_width[1] <= MAX_PIXELS:
+        raise Damaged(f"images of {height_width} pixels cannot be")
+    if not _are_texts(classes) or not 0 < len(classes) <= MAX_CLASSES:
+        raise Damaged(f"the classes are not 1 to {MAX_CLASSES} different texts")
+    if "train" not in splits or not set(splits) <= set(SPLITS):
+        raise Damaged(f"the splits are {sorted(splits)}, want train, or {', '.join(SPLITS)}")
+    files = {}
+    for name in SPLITS:
+        if name in splits:
+            files[name] = [FileEntry(**file) for file in splits[name]["files"]]
+            for file in files[name]:
+                file.check(name, height_width[0] * height_width[1])
+            if sum(file.rows for file in files[name]) != splits[name]["rows"]:
+                raise Damaged(f"the files of split {name} do not add up to its rows")
+    if manifest["fingerprint"] != _fingerprint(manifest):
+        raise Damaged("the fingerprint does not belong to the files listed")
+    return files
+
+
+def _checked_pixels(manifest: dict[str, Any]) -> tuple[float, float]:
+    mean, std = (float(manifest["train_pixels"][key]) for key in ("mean", "std"))
+    if not (0 <= mean <= 255 and 0 <= std <= 127.5):  # also of NaN
+        raise Damaged(f"pixels cannot have a mean of {mean} and a standard deviation of {std}")
+    return mean, std
+
+
+def _lie_in(index_N: np.ndarray, names: tuple[str, ...]) -> bool:
+    return not len(index_N) or 0 <= index_N.min() <= index_N.max() < len(names)
 
 
 def _read_split(

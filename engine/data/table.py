@@ -25,6 +25,9 @@ class Table:
     squares_N: np.ndarray
     hash_N: np.ndarray
 
+    def rows_per_class(self, row_M: np.ndarray) -> list[int]:
+        return np.bincount(self.label_N[row_M], minlength=len(self.classes)).tolist()
+
     def pixels(self, row_M: np.ndarray) -> dict[str, float]:
         """Mean and standard deviation (0..255) of some rows' pixels, from exact sums."""
         num = len(row_M) * self.side**2
