@@ -70,7 +70,7 @@ class Packing:
 
 def kills(tally: Tally) -> None:
     """SIGKILL at random instants, and at the k-th call of each system call that changes the disk."""
-    packing = Packing(tally.folder)
+    packing = Packing(tally.fast)
     usual = median(run(*packing.reset(False)).seconds for _ in range(5))
     num = tally.count(6, 40, 100)
     for number in range(num):
@@ -97,7 +97,7 @@ def kills(tally: Tally) -> None:
     for force in (False, True):
         hits = 0
         for name in SYSCALLS if tally.level != "tiny" else ("fsync", "unlinkat"):
-            for k in range(1, 1000, tally.count(4, 1, 1)):
+            for k in range(1 + force, 1000, tally.count(4, 2, 1)):
                 inject = f"inject={name}:signal=KILL:when={k}"
                 if (
                     run(*packing.reset(force), strace=("-e", f"trace={name}", "-e", inject)).code

@@ -25,7 +25,7 @@ def flips(tally: Tally) -> None:
     pack(glyph_csv(tally.folder / "small.csv", 300, 28), small)
     pack(glyph_csv(tally.folder / "large.csv", 3500, 28), large, PackOptions(split="none"))
     for file in sorted(tiny.iterdir()):
-        for bit in range(0, 8 * file.stat().st_size, tally.count(97, 1, 1)):
+        for bit in range(0, 8 * file.stat().st_size, tally.count(97, 3, 1)):
             _flip(tally, tiny, [(file, bit)], in_memory=bit % 2 == 0)
     arrows = sorted(small.glob("*.arrow"))
     bits = [(file, 8 * file.stat().st_size) for file in arrows]

@@ -32,13 +32,14 @@ CLONE_NEWNS, MS_RDONLY, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE, MNT_DETACH = (
 NOBODY = 65534
 FAILING = ("write", "pwrite64", "ftruncate", "fsync", "close", "?mkdir", "?mkdirat", "?rename", "?renameat",
            "?renameat2", "?unlink", "unlinkat")  # fmt: skip
+ERRORS = ("ENOSPC", "EIO")
 PACKERS = 8
 REFUSED_S = 2.0
 
 
 def disks(tally: Tally) -> None:
     """File systems of many sizes, limits of a file's size, and errors of the k-th system call."""
-    packing = Packing(tally.folder)
+    packing = Packing(tally.fast)
     _check_small_disks(tally, packing)
     for size in (0, 10, 5000, 40_000, 100_000, 168_000, 200_000):
         limit = (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
@@ -51,12 +52,14 @@ def disks(tally: Tally) -> None:
     if why_no_strace():
         return tally.skip("errors of system calls", why_no_strace())
     failures = 0
-    for name in FAILING if tally.level != "tiny" else ("fsync",):
-        for error, force in product(("ENOSPC", "EIO"), (False, True)):
-            for k in range(1, 1000, tally.count(4, 1, 1)):
-                if not _fail_once(tally, packing, force, name, error, k):
-                    break
-                failures += 1
+    names = FAILING if tally.level != "tiny" else ("fsync",)
+    for name, number, force in product(names, range(len(ERRORS)), (False, True)):
+        # A commit's counts give each call one of the errors, a release's both.
+        first = 1 + (number + force) % tally.count(2, 2, 1)
+        for k in range(first, 1000, tally.count(4, 2, 1)):
+            if not _fail_once(tally, packing, force, name, ERRORS[number], k):
+                break
+            failures += 1
     tally.check(failures > 0, "no system call was made to fail")
     tally.note(f"{failures} system calls were made to fail")
 
