@@ -54,6 +54,8 @@ ARROW_OVERHEAD_BYTES = 2**16  # schema, messages, the classes, paddings
 WRITERS = 2
 READERS = 4
 REMEDY = "pack the CSV again with tools/pack_tmnist"
+Take = Callable[[np.ndarray], np.ndarray]
+"""Row numbers (M,), ascending -> their pixels (M, P) uint8; called from several threads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +117,7 @@ class Records:
 def write_records(
     directory: Path,
     table: Table,
-    take: Callable[[np.ndarray], np.ndarray],
+    take: Take,
     rows: dict[str, np.ndarray],
     facts: dict[str, Any],
 ) -> dict[str, Any]:
@@ -124,7 +126,6 @@ def write_records(
     The same arguments give the same bytes. Memory: WRITERS files of at most 64 MiB at a time.
 
     Args:
-        take: row numbers (M,), ascending -> their pixels (M, P) uint8; called from several threads.
         rows: each split's row numbers, ascending.
         facts: what else the manifest says.
     Raises:
@@ -135,22 +136,6 @@ def write_records(
     room = FILE_LIMIT_BYTES - ARROW_OVERHEAD_BYTES - 2 * len(fonts_json)
     rows_per_file = max(room // (table.side**2 + ROW_OVERHEAD_BYTES), 1)
 
-    def write(name: str, number: int, row_M: np.ndarray) -> dict[str, Any]:
-        return write_file(directory / f"{name}-{number:05}.arrow", table, row_M, take(row_M))
-
-    with ThreadPoolExecutor(WRITERS) as pool:
-        files = {}
-        for name, row_M in rows.items():
-            parts = np.split(row_M, range(rows_per_file, len(row_M), rows_per_file))
-            files[name] = pool.map(write, repeat(name), count(), parts)
-        splits = {
-            name: {
-                "rows": len(row_M),
-                "rows_per_class": table.rows_per_class(row_M),
-                "files": list(files[name]),
-            }
-            for name, row_M in rows.items()
-        }
     manifest = facts | {
         "format": FORMAT,
         "version": VERSION,
@@ -159,11 +144,34 @@ def write_records(
         "classes": list(table.classes),
         "fonts": {"bytes": len(fonts_json), "sha256": hashlib.sha256(fonts_json).hexdigest()},
         "train_pixels": table.pixels(rows["train"]),
-        "splits": splits,
+        "splits": _write_splits(directory, table, take, rows, rows_per_file),
     }
     manifest["fingerprint"] = _fingerprint(manifest)
     write_manifest(directory, manifest)
     return manifest
+
+
+def _write_splits(
+    directory: Path, table: Table, take: Take, rows: dict[str, np.ndarray], rows_per_file: int
+) -> dict[str, Any]:
+    """Write the Arrow files; what the manifest says of each split."""
+
+    def write(name: str, number: int, row_M: np.ndarray) -> dict[str, Any]:
+        return write_file(directory / f"{name}-{number:05}.arrow", table, row_M, take(row_M))
+
+    with ThreadPoolExecutor(WRITERS) as pool:
+        files = {}
+        for name, row_M in rows.items():
+            parts = np.split(row_M, range(rows_per_file, len(row_M), rows_per_file))
+            files[name] = pool.map(write, repeat(name), count(), parts)
+        return {
+            name: {
+                "rows": len(row_M),
+                "rows_per_class": table.rows_per_class(row_M),
+                "files": list(files[name]),
+            }
+            for name, row_M in rows.items()
+        }
 
 
 def open_records(path: str | Path, *, in_memory: bool = True) -> Records:
@@ -214,14 +222,12 @@ def _refusing(directory: Path) -> Iterator[None]:
     except Disturbed as error:
         raise UserError(f"{directory}: {error}") from None
     except Damaged as error:
-        kind = (
-            "damaged" if (directory / MANIFEST).exists() else "incomplete or not a record directory"
-        )
+        is_there = (directory / MANIFEST).exists()
+        kind = "damaged" if is_there else "incomplete or not a record directory"
         raise UserError(f"{directory}: {kind}: {error}; {REMEDY}") from None
     except OSError as error:
-        raise UserError(
-            f"{directory}: cannot be read ({error.strerror or error}); {REMEDY}"
-        ) from None
+        reason = error.strerror or error
+        raise UserError(f"{directory}: cannot be read ({reason}); {REMEDY}") from None
 
 
 class StoredImages:
@@ -244,7 +250,7 @@ class StoredImages:
         self._directory = directory
         self.files = files
         self.handles: list[int] = []
-        for file in files:
+        for file in files:  # one by one: where one cannot be opened, the others are closed
             self.handles.append(file.open(directory))
         self.edges = [0, *accumulate(file.rows for file in files)]
         """The first row of each file, and N."""
@@ -276,9 +282,8 @@ class StoredImages:
         if len(row_M) and not 0 <= row_M.min() <= row_M.max() < len(self):
             raise IndexError(f"rows {row_M.min()} to {row_M.max()} of {len(self)}")
         out_MP = np.empty((len(row_M), self.shape[1] * self.shape[2]), np.uint8)
-        for start, stop in pairwise(
-            [0, *(np.flatnonzero(np.diff(row_M) != 1) + 1).tolist(), len(row_M)]
-        ):
+        jumps = (np.flatnonzero(np.diff(row_M) != 1) + 1).tolist()
+        for start, stop in pairwise([0, *jumps, len(row_M)]):
             if start < stop:
                 self.read_into(int(row_M[start]), out_MP[start:stop])
         return out_MP.reshape(len(row_M), *self.shape[1:])

@@ -1,4 +1,4 @@
-"""R3 and R4: flipped bits, cut, longer, exchanged and foreign files, and files that change under their reader."""
+"""R3 and R4: flipped bits, files cut, exchanged and foreign, and changed under their reader."""
 
 import os
 import shutil
@@ -19,7 +19,7 @@ WRONG_DATA, NEVER_NOTICED = 3, 4
 
 
 def flips(tally: Tally) -> None:
-    """Every bit of a tiny record directory, and in larger ones single bits, pairs, zeroed and exchanged blocks."""
+    """Bits of a tiny record directory; in larger ones bits, pairs, zeroed and exchanged blocks."""
     tiny, small, large = tally.fast / "tiny", tally.fast / "small", tally.fast / "large"
     pack(glyph_csv(tally.folder / "tiny.csv", 12, 2), tiny, PackOptions(split="none"))
     pack(glyph_csv(tally.folder / "small.csv", 300, 28), small)
@@ -91,7 +91,7 @@ def cuts(tally: Tally) -> None:
 
 
 def live(tally: Tally) -> None:
-    """Another process cuts, overwrites or extends a file while it is read: right pixels or a refusal, no signal."""
+    """A file is cut, overwritten or extended while it is read: right pixels or a refusal."""
     whole, copy = tally.fast / "whole", tally.fast / "copy"
     pack(glyph_csv(tally.folder / "large.csv", 3500, 28), whole, PackOptions(split="none"))
     images = open_records(whole).split("train").image_NHW

@@ -28,14 +28,17 @@ from tests.reliability.oracle import judge
 SLOW_S = 1.0
 GROWTH_BYTES = 64 * 2**20
 RAW = "@raw@"
-VALUES = (None, True, False, 0, 1, -1, 2, 255, 256, 257, 2**31, 2**32, 2**53 + 1, 2**62, 2**63, 2**64, 10**15, 10**30,
-          -(2**63), 0.0, 0.5, 1.0, 2.0, 1e300, -1.5, float("nan"), float("inf"), "", "0", "nan", "1e400", "../x.arrow",
-          "/etc/passwd", "train-00001.arrow", "val-00000.arrow", "train-٠٠٠٠٠.arrow", "\ud800", "\0", "é", "x" * 5000,
-          [], {}, [[]], [0], [-1], ["a", "a"], ["\udfff"], {"train": []}, {"": 0}, [2**40, 1], RAW)  # fmt: skip
+VALUES = (
+    None, True, False, 0, 1, -1, 2, 255, 256, 257, 2**31, 2**32, 2**53 + 1, 2**62, 2**63, 2**64,
+    10**15, 10**30, -(2**63), 0.0, 0.5, 1.0, 2.0, 1e300, -1.5, float("nan"), float("inf"), "", "0",
+    "nan", "1e400", "../x.arrow", "/etc/passwd", "train-00001.arrow", "val-00000.arrow",
+    "train-٠٠٠٠٠.arrow", "\ud800", "\0", "é", "x" * 5000, [], {}, [[]], [0], [-1], ["a", "a"],
+    ["\udfff"], {"train": []}, {"": 0}, [2**40, 1], RAW,
+)  # fmt: skip
 
 
 def manifests(tally: Tally) -> None:
-    """Manifests of wrong values, types and shapes, with right hashes: refused, or opened to consistent arrays."""
+    """Manifests of wrong values with right hashes: refused, or opened to consistent arrays."""
     place = tally.fast / "records"
     pack(glyph_csv(tally.folder / "tiny.csv", 40, 2), place)
     manifest, fonts = (
@@ -178,7 +181,7 @@ def _inconsistency(records: Records) -> str:
 
 
 def tables(tally: Tally) -> None:
-    """Mutated CSVs: the same verdict, faulty row, labels, typefaces and pixels as the oracle finds."""
+    """Mutated CSVs: verdict, faulty row, labels, typefaces and pixels as the oracle finds."""
     warm()
     path, spool_folder = tally.fast / "mutant.csv", tally.fast
     start = _peak_bytes()

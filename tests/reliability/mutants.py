@@ -1,4 +1,4 @@
-"""Small CSVs with a few faults or unusual spellings, which the lexers and the packer are tried with."""
+"""Small CSVs with a few faults or unusual spellings, to try the lexers and the packer with."""
 
 import random
 

@@ -45,7 +45,7 @@ CASES: tuple[tuple[Callable[[Path], None], tuple[str, ...], str], ...] = (
 
 
 def machines(tally: Tally) -> None:
-    """Something is wrong on the second machine: before the process group, and in the middle of training."""
+    """The second machine fails before the process group, or in the middle of training."""
     for number, (spoil, flags, sentence) in enumerate(CASES[: tally.count(1, 4, 4)]):
         folders = [tally.folder / f"{number}-{machine}" for machine in (0, 1)]
         for folder in folders:

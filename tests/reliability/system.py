@@ -20,18 +20,13 @@ from engine.host import ROOT
 from tests.reliability.common import LIBC, Child, Done, Tally, beside, digest, run, why_no_strace
 from tests.reliability.crash import Packing
 
-CLONE_NEWNS, MS_RDONLY, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE, MNT_DETACH = (
-    0x20000,
-    1,
-    32,
-    4096,
-    16384,
-    1 << 18,
-    2,
-)
+CLONE_NEWNS, MNT_DETACH = 0x20000, 2
+MS_RDONLY, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 32, 4096, 16384, 1 << 18
 NOBODY = 65534
-FAILING = ("write", "pwrite64", "ftruncate", "fsync", "close", "?mkdir", "?mkdirat", "?rename", "?renameat",
-           "?renameat2", "?unlink", "unlinkat")  # fmt: skip
+FAILING = (
+    "write", "pwrite64", "ftruncate", "fsync", "close", "?mkdir", "?mkdirat", "?rename",
+    "?renameat", "?renameat2", "?unlink", "unlinkat",
+)  # fmt: skip
 ERRORS = ("ENOSPC", "EIO")
 PACKERS = 8
 REFUSED_S = 2.0
@@ -65,7 +60,7 @@ def disks(tally: Tally) -> None:
 
 
 def _check_small_disks(tally: Tally, packing: Packing) -> None:
-    """Pack over existing records, from a file and from a pipe, where less and less space is left."""
+    """Pack over records, from a file and from a pipe, where less and less space is left."""
     if not _own_mounts():
         return tally.skip("disks of many sizes", "no right to mount; run it under unshare -rm")
     place = packing.target.parent
@@ -240,11 +235,21 @@ def _check_reader(tally: Tally, packing: Packing) -> None:
 
 
 def places(tally: Tally) -> None:
-    """Other users, folders without permission, read-only mounts, odd names, and a folder that goes away."""
+    """Other users, permissions, read-only mounts, odd names, and a folder that goes away."""
     packing = Packing(tally.folder)
-    words = packing.reset(False)
     fault = tally.folder / "fault.csv"
     fault.write_text("names,labels,1\nF,a,999\n")  # read, it would be refused for its pixel
+    _check_permissions(tally, packing, fault)
+    _check_read_only_mount(tally, packing, fault)
+    if tally.level != "tiny":
+        _check_no_cache(tally, packing)
+    _check_names(tally, packing)
+    for seconds in (0.0, 0.2):  # before and after the pixels' own file is there
+        _check_folder_removed(tally, packing, seconds)
+
+
+def _check_permissions(tally: Tally, packing: Packing, fault: Path) -> None:
+    words = packing.reset(False)
     packing.csv.chmod(0o644)
     records = shutil.copytree(packing.old, tally.folder / "read only")
     for path in (*records.iterdir(), records):
@@ -253,44 +258,33 @@ def places(tally: Tally) -> None:
     tally.check(done.code == 0, f"read-only records, as another user: {done}")
     records.chmod(0o755)
     (records / "fonts.json").chmod(0)
-    _check_refused(
-        tally, run("--verify", records, before=_lower), "records without permission", "fonts.json"
-    )
+    done = run("--verify", records, before=_lower)
+    _check_refused(tally, done, "records without permission", "fonts.json")
     packing.target.parent.chmod(0o555)
-    _check_refused(
-        tally,
-        run(fault, packing.target, before=_lower),
-        "an unwritable folder",
-        "cannot be written",
-    )
-    _check_refused(
-        tally,
-        run(fault, "/proc/records", before=_lower),
-        "a folder of the system",
-        "cannot be written",
-    )
+    done = run(fault, packing.target, before=_lower)
+    _check_refused(tally, done, "an unwritable folder", "cannot be written")
+    done = run(fault, "/proc/records", before=_lower)
+    _check_refused(tally, done, "a folder of the system", "cannot be written")
     packing.target.parent.chmod(0o755)
     packing.csv.chmod(0)
-    _check_refused(
-        tally, run(*words, before=_lower), "a table without permission", "cannot be read"
-    )
+    done = run(*words, before=_lower)
+    _check_refused(tally, done, "a table without permission", "cannot be read")
     packing.csv.chmod(0o644)
-    _check_read_only_mount(tally, packing, fault)
-    if tally.level != "tiny":
-        _check_no_cache(tally, packing)
-    _check_names(tally, packing)
-    for seconds in (0.0, 0.2):  # before and after the pixels' own file is there
-        packing.reset(False)
-        child, feed = _fed_packer(packing)
-        time.sleep(seconds)
-        shutil.rmtree(packing.target.parent)
-        with contextlib.suppress(BrokenPipeError):
-            os.write(feed, packing.csv.read_bytes()[5000:])
-        os.close(feed)
-        done = child.wait()
-        whole = done.code == 0 and digest(packing.target) == digest(packing.new)
-        tally.check(done.refused or whole, f"the folder removed while it is packed into: {done}")
-        tally.note(f"the folder removed {seconds} s after the lock was taken: exit {done.code}")
+
+
+def _check_folder_removed(tally: Tally, packing: Packing, seconds: float) -> None:
+    """The folder goes while it is packed into, so long after the lock was taken."""
+    packing.reset(False)
+    child, feed = _fed_packer(packing)
+    time.sleep(seconds)
+    shutil.rmtree(packing.target.parent)
+    with contextlib.suppress(BrokenPipeError):
+        os.write(feed, packing.csv.read_bytes()[5000:])
+    os.close(feed)
+    done = child.wait()
+    whole = done.code == 0 and digest(packing.target) == digest(packing.new)
+    tally.check(done.refused or whole, f"the folder removed while it is packed into: {done}")
+    tally.note(f"the folder removed {seconds} s after the lock was taken: exit {done.code}")
 
 
 def _lower() -> None:
