@@ -99,7 +99,7 @@ def test_images_on_disk_are_indexed_like_an_array(
 
 
 def test_images_on_disk_are_verified_when_they_are_read(tmp_path: Path) -> None:
-    """The blocks of labels and fonts are read at opening, those of pixels when they are asked for."""
+    """Blocks of labels and fonts are read at opening, those of pixels when asked for."""
     rows = [
         ["F", "a", *(str((i + j) % 256) for j in range(1024))] for i in range(3000)
     ]  # 3 MB, three blocks
@@ -132,7 +132,7 @@ def test_a_replaced_directory_is_read_as_it_was(
 
 
 def test_every_flipped_bit_is_refused(small_dir: Path, tmp_path: Path) -> None:
-    """200 random bits over all files, and each byte of the manifest's first and last 40 and of its hash."""
+    """200 random bits of all files; the manifest's first and last 40 bytes, and its hash."""
     copy = tmp_path / "copy"
     shutil.copytree(small_dir, copy)
     rng = random.Random(0)
@@ -292,7 +292,7 @@ FOREIGN: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
 def test_a_manifest_that_is_whole_but_lies_is_refused(
     case: str, small_dir: Path, tmp_path: Path
 ) -> None:
-    """Signed anew with its hash and fingerprint, so that only the check in question can refuse it."""
+    """Signed anew, so that only the check in question can refuse it."""
     change, text = FOREIGN[case]
     copy = tmp_path / "copy"
     shutil.copytree(small_dir, copy)
@@ -371,7 +371,7 @@ def test_a_failed_exchange_keeps_the_old(
 def test_publishing_leaves_the_umask_of_the_process_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two threads that set it and set it back could leave it at 0, and every later file open to all users."""
+    """Two threads that set it and set it back could leave every later file open to all."""
     before = os.umask(0o027)
     try:
         monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""Typefaces -> CSV: every character in its place and size, unusable files counted, and the packer takes the result."""
+"""Typefaces -> CSV: characters in place and size, unusable files counted; the packer takes it."""
 
 import io
 import shutil
@@ -22,7 +22,8 @@ def fonts(tmp_path: Path) -> Path:
     """A folder with a typeface (the one inside Pillow), and with all that cannot be used."""
     folder = tmp_path / "fonts"
     (folder / "below").mkdir(parents=True)
-    (folder / "Aileron-Regular.ttf").write_bytes(ImageFont.load_default(20).path.getvalue())  # type: ignore[union-attr]
+    aileron = ImageFont.load_default(20).path
+    (folder / "Aileron-Regular.ttf").write_bytes(aileron.getvalue())  # type: ignore[union-attr]
     shutil.copy(folder / "Aileron-Regular.ttf", folder / "below" / "Other,Name-Bold.OTF")
     shutil.copy(folder / "Aileron-Regular.ttf", folder / "below" / "Aileron-Regular.ttf")
     (folder / "broken.ttf").write_bytes((folder / "Aileron-Regular.ttf").read_bytes()[:5000])
