@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,13 +18,15 @@ import pandas as pd
 import polars
 import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as some
 
 from engine import durable
 from engine.data import record_file
 from engine.data import records as records_module
 from engine.data.pack import PackOptions, pack
 from engine.data.records import Records, Split, open_records, verify_records
-from engine.durable import write_manifest
+from engine.durable import Damaged, parse_json, write_manifest
 from engine.errors import UserError
 from tests.conftest import write_csv
 
@@ -312,7 +315,6 @@ def test_a_manifest_that_is_whole_but_lies_is_refused(
     ("data", "text"),
     [
         (b'{"a": 1, "a": 2}', "a key occurs twice"),
-        (b'{"a": NaN}', "NaN is no number"),
         (b"[" * 100_000, "is not JSON"),
         (b"[1]", "is not a JSON object"),
         (b"\xff", "is not JSON"),
@@ -324,6 +326,38 @@ def test_what_is_no_manifest(data: bytes, text: str, tmp_path: Path) -> None:
     (tmp_path / "manifest.sha256").write_text(hashlib.sha256(data).hexdigest() + "\n")
     with pytest.raises(UserError, match=text):
         open_records(tmp_path)
+
+
+HOLE = "@hole@"
+leaves = some.none() | some.booleans() | some.integers() | some.text()
+leaves |= some.floats(allow_nan=False, allow_infinity=False)
+trees = some.recursive(
+    leaves, lambda inner: some.lists(inner) | some.dictionaries(some.text(), inner)
+)
+with_a_hole = some.recursive(
+    some.just(HOLE),
+    lambda inner: (
+        some.builds(lambda items, hole: [*items, hole], some.lists(trees, max_size=3), inner)
+        | some.dictionaries(some.text(), inner, min_size=1, max_size=1)
+    ),
+)
+
+
+@given(trees)
+def test_strict_json_takes_what_json_can_say(tree: Any) -> None:
+    assert parse_json(json.dumps(tree).encode(), "x") == tree
+
+
+@given(with_a_hole, some.sampled_from(["NaN", "-Infinity", '{"a": 1, "a": 1}', "01", "'a'", "1 2"]))
+def test_strict_json_refuses_what_is_none_wherever_it_stands(tree: Any, wrong: str) -> None:
+    with pytest.raises(Damaged, match="x is not JSON"):
+        parse_json(json.dumps(tree).replace(json.dumps(HOLE), wrong, 1).encode(), "x")
+
+
+@given(some.binary())
+def test_strict_json_raises_nothing_else_whatever_the_bytes(data: bytes) -> None:
+    with suppress(Damaged):
+        parse_json(data, "x")
 
 
 def test_a_label_outside_the_table_is_refused(small_dir: Path, tmp_path: Path) -> None:
