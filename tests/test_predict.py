@@ -14,8 +14,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from engine.config import DataConfig, RunConfig, load_toml
-from engine.data.pack import pack
+from engine.data.pack import PackOptions, pack
 from engine.data.records import Records, open_records
+from engine.data.split import SplitMode
 from engine.errors import UserError
 from engine.models import make_model
 from engine.report import read_report, write_json
@@ -36,15 +37,19 @@ def trained(out: Path, records: Path) -> Path:
     return out
 
 
-def packed(folder: Path, side: int, num: int = 16, mode: str = "random", label: str = "{}") -> Path:
+def packed(
+    folder: Path, side: int, num: int = 16, split: SplitMode = "random", label: str = "{}"
+) -> Path:
     """Records of two classes, `num` images each."""
     rng = np.random.default_rng(side)
     rows = [
         [f"font{n}", label.format(n % 2), *map(str, rng.integers(0, 256, side * side))]
         for n in range(2 * num)
     ]
-    pack(write_csv(folder / f"{side}.csv", rows, side), folder / f"records{side}", mode=mode)
-    return folder / f"records{side}"
+    records = folder / f"records{side}"
+    csv = write_csv(folder / f"{side}.csv", rows, side)
+    pack(csv, records, PackOptions(split=split))
+    return records
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +252,7 @@ def test_a_report_is_read_as_it_was_written(run: Path, small_dir: Path, tmp_path
 
 
 def test_records_without_a_test_split_show_the_next_best(tmp_path: Path) -> None:
-    records = packed(tmp_path, 8, mode="none", label="a class with a long name, number {}")
+    records = packed(tmp_path, 8, split="none", label="a class with a long name, number {}")
     out = trained(tmp_path / "run", records)
     done = call(out, "--out", tmp_path / "p.png")
     assert done.exit_code == 0 and "of the train split, for want of a test split" in done.output

@@ -28,7 +28,7 @@ import numpy as np
 
 from engine.data.records import Records, Split, open_records
 from engine.data.sample import ensure_sample
-from engine.data.split import draw_splits
+from engine.data.split import SplitOptions, draw_splits
 from engine.durable import take_folder, write_file, writing
 from engine.errors import UserError, exit_on_user_error, sentence
 from engine.host import prepare_process
@@ -233,7 +233,7 @@ def records_from_npz(path: Path) -> Records:
     everything = Split(
         image_NHW=image_FKHW.reshape(-1, height, width), label_N=label_N, font_N=font_N
     )
-    rows = draw_splits(label_N, font_N, classes, fonts, mode="random", balance=False, seed=42)
+    rows = draw_splits(label_N, font_N, classes, fonts, SplitOptions())
     splits = {name: everything.take(row_M) for name, row_M in rows.items()}
     train_NHW = splits["train"].image_NHW
     return Records(

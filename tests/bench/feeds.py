@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from engine.data.pack import pack
+from engine.data.pack import PackOptions, pack
 from engine.host import ROOT
 from engine.report import Environment, read_report
 from tests.bench.pack import TMNIST_ROWS, repeated_sample
@@ -48,7 +48,11 @@ def bench(out: Path, seconds: float, num_rows: int = TMNIST_ROWS) -> None:
     rows, claims = [], []
     with tempfile.TemporaryDirectory(dir=out) as folder:
         records = Path(folder) / "records"
-        pack(repeated_sample(Path(folder) / "tmnist.csv", num_rows), records, mode="none")
+        pack(
+            repeated_sample(Path(folder) / "tmnist.csv", num_rows),
+            records,
+            PackOptions(split="none"),
+        )
         (Path(folder) / "tmnist.csv").unlink()
         for found in measure_all(records, 2048, seconds):
             name, rate = found.name, found.samples_per_s

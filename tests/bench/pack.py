@@ -1,4 +1,4 @@
-"""Packing TMNIST's CSV against polars.read_csv of it, and opening the records; whole processes, interleaved."""
+"""Packing TMNIST's CSV against polars.read_csv of it, and opening the records, interleaved."""
 
 import gzip
 import json
@@ -26,7 +26,8 @@ print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 
 """
 POLARS = TIMED.format(work="import polars; polars.read_csv(sys.argv[1])")
 PACK = TIMED.format(
-    work="from pathlib import Path; from engine.data.pack import pack; pack(*map(Path, sys.argv[1:3]))"
+    work="from pathlib import Path; from engine.data.pack import pack; "
+    "pack(*map(Path, sys.argv[1:3]))"
 )
 OPEN = TIMED.format(
     work="from engine.data.records import open_records; open_records(sys.argv[2])"
@@ -34,7 +35,7 @@ OPEN = TIMED.format(
 
 
 def measure(code: str, *arguments: Path) -> tuple[float, float]:
-    """(seconds, peak MiB) of a process that runs `code`; imports count unless `code` makes them before."""
+    """(seconds, peak MiB) of a process that runs `code`, with the imports that it times."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
     done = subprocess.run(
         command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=600
