@@ -156,7 +156,7 @@ def report(folder: Path, out: Path | None) -> None:
 def feeds(
     data: Path | None, batch_size: int, seconds: float, json_file: Path | None, out: Path | None
 ) -> None:
-    """Measure what every feed carries, and torch's TensorDataset, without a step."""
+    """Measure what every feed carries, without a step."""
     with exit_on_user_error():
         from tools.measure.feeds import profile_feeds
 
