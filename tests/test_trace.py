@@ -62,7 +62,7 @@ def test_graphs_are_set_aside_and_come_back(session: Session) -> None:
         next(endless(session))
 
 
-def test_operators_carry_the_profilers_flops_and_an_estimate_of_bytes(session: Session) -> None:
+def test_operators_carry_the_profilers_flops(session: Session) -> None:
     traced = trace.traced(session, 3, detailed=True)
     frame = trace.operators(traced, torch.device("cpu"))
     assert frame["ms"].is_monotonic_decreasing and 0.3 < frame["share_fraction"].sum() <= 1
@@ -70,14 +70,6 @@ def test_operators_carry_the_profilers_flops_and_an_estimate_of_bytes(session: S
     flops = 2 * 9 * 32 * 64 * 14 * 14 * 32
     assert conv2["operator"] == "conv2d" and conv2["calls"] == 1
     assert conv2["tflop_per_s"] * conv2["ms"] * 1e9 == pytest.approx(flops)
-    assert conv2["input_mb_estimate"] == pytest.approx(
-        (32 * 32 * 14 * 14 + 64 * 32 * 9 + 64) * 4 / 1e6
-    )
-    assert (
-        frame.loc[frame["operator"].isin(["view", "to", "index_select"]), "gb_per_s_estimate"]
-        .isna()
-        .all()
-    )
     assert frame.loc[frame["operator"] == "cross_entropy_loss", "tflop_per_s"].isna().all(), (
         "scalars are no work"
     )
