@@ -82,6 +82,7 @@ def test_rungs_add_up(tmp_path: Path) -> None:
         and not a.accuracy
         and (a.repetitions, d.repetitions) == (3, 2)
     )
+    assert (b16.rung, b16.base) == ("b", "") and (c2.rung, c2.base) == ("c", "a")
     assert [cell.ladder for cell in cells] == [True, True, True, False, False, False]
     assert [cell.num_threads for cell in cells] == [0, 0, 0, 1, 1, 0], (
         "1 rank has the threads of those beside it"

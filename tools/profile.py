@@ -6,7 +6,7 @@ TrainStep and feeds of training, in processes of their own (tools/measure/matrix
 
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +19,7 @@ from engine.errors import UserError, exit_on_user_error, printable
 from engine.host import cache_notes, env_world_size, prepare_process
 from engine.paths import PATH, full_path
 from engine.ui import guard_outputs
-from tools.report.outputs import check_file, check_folder
+from tools.report.outputs import check_file
 
 if TYPE_CHECKING:
     from tools.measure.results import Profile
@@ -29,7 +29,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 DEFAULT = {"step.precision": "bf16", "step.cuda_graphs": True}
 """What `torchrun -m engine.run --amp --cuda-graphs` trains with."""
 SHOWN = (
-    "id", "name", "num", "samples_per_s", "samples_per_s_low95", "samples_per_s_high95", "gain", "speedup",
+    "id", "name", "num", "samples_per_s", "samples_per_s_low95", "samples_per_s_high95", "base", "gain", "speedup",
     "efficiency", "steps_per_launch", "step_ms", "data_wait_fraction", "host_peak_rss_gib", "torch_peak_gib",
     "device_used_gib", "gpu_utilisation_percent", "power_w", "energy_j_per_ksample", "train_s",
     "test_accuracy_fraction",
@@ -118,9 +118,9 @@ def compare(a: Path, b: Path, out: Path | None) -> None:
     with exit_on_user_error():
         from tools.report.compare import compare_profiles, compare_runs
 
-        if out:
-            check_folder(out)
-        click.echo((compare_profiles if (a / "profile.json").exists() else compare_runs)(a, b, out))
+        side_by_side = compare_profiles if (a / "profile.json").exists() else compare_runs
+        with take_folder(out) if out else nullcontext():
+            click.echo(side_by_side(a, b, out))
         if out:
             click.echo(f"report: {out / 'comparison.md'}")
 
@@ -133,8 +133,8 @@ def report(folder: Path, out: Path | None) -> None:
     with exit_on_user_error():
         from tools.report.page import write_report
 
-        check_folder(out or folder)
-        click.echo(f"report: {write_report(folder, out or folder)}")
+        with take_folder(out or folder) as place:
+            click.echo(f"report: {write_report(folder, place)}")
 
 
 @main.command()

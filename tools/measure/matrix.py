@@ -40,6 +40,9 @@ class Cell:
 
     id: str = ""
     name: str
+    rung: str = ""
+    base: str = ""
+    """The rung that its own adds to, where it names one; else it is the rung before."""
     ladder: bool = False
     """A rung that is compared with the one before; not those of several ranks or with accuracy."""
     axes: Settings
@@ -193,6 +196,8 @@ def _group(table: Tree, settings: Settings, where: str) -> Iterator[Cell]:
         varied = [f"{axis} {value}" for axis, value in chosen.items() if len(axes[axis]) > 1]
         yield Cell(
             name=", ".join([name] * bool(name) + varied) or Path(where).stem,
+            rung=name,
+            base=table.get("base", ""),
             ladder="rung" in table and "ranks" not in of_rung and not accuracy,
             axes=chosen,
             settings=dotted,

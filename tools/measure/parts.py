@@ -80,9 +80,8 @@ class Round:
             settings = cell.settings | {"global_batch": QUICK_BATCH, "step.compile": "off"}
             if settings.get("step.steps_per_launch", 1) > QUICK_STEPS:
                 settings["step.steps_per_launch"] = QUICK_STEPS
-            name = rung(cell)
-            small.setdefault(name, replace(
-                cell, name=name, settings=settings, axes={"batch": QUICK_BATCH, "ranks": 1},
+            small.setdefault(cell.rung, replace(
+                cell, name=cell.rung, settings=settings, axes={"batch": QUICK_BATCH, "ranks": 1},
                 repetitions=1))  # fmt: skip
         return list(small.values())
 
@@ -135,11 +134,6 @@ def facts_of(world: World) -> Environment:
     return environment(num_threads=torch.get_num_threads(), allocator=world.allocator, gpu=gpu)
 
 
-def rung(cell: Cell) -> str:
-    """The name of a cell's rung."""
-    return cell.name.partition(", batch ")[0]
-
-
 def part_of(cell: Cell) -> str:
     """The name of the part that measures a cell."""
     config = override(RunConfig(), cell.settings, cell.name)
@@ -150,7 +144,7 @@ def part_of(cell: Cell) -> str:
     if config.step.compile != "off":
         return "compile"
     batch = config.global_batch
-    return "first" if rung(cell) in FIRST and batch in FIRST_BATCHES else "ladder"
+    return "first" if cell.rung in FIRST and batch in FIRST_BATCHES else "ladder"
 
 
 def measure_cells(shared: Round, name: str) -> list[str]:

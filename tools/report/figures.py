@@ -40,7 +40,7 @@ FIGURES = {
     "samples_per_s_p90": Figure("p90"),
     "samples_per_s_low95": Figure("95 % from"),
     "samples_per_s_high95": Figure("to"),
-    "gain": Figure("over the rung before", form=times),
+    "gain": Figure("over its base", form=times),
     "speedup": Figure("speed-up", form=times),
     "efficiency": Figure("efficiency", form=percent),
     "steps_per_launch": Figure("steps per launch"),

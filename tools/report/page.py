@@ -70,7 +70,9 @@ class Section:
 
 
 def write_report(folder: Path, out: Path) -> Path:
-    """Write OUT/report.html, report.md and figures/<section>.csv, .svg, .png from FOLDER; returns the page's path.
+    """Write OUT/report.html, report.md, figures/cells.csv, and figures/<section>.svg and .png.
+
+    Returns the page's path.
 
     Raises:
         UserError: FOLDER holds no profile, or OUT cannot be written.
@@ -82,8 +84,8 @@ def write_report(folder: Path, out: Path) -> Path:
     figures = out / "figures"
     with writing(out):
         figures.mkdir(parents=True, exist_ok=True)
+        write_file(figures / "cells.csv", csv_text(cells_frame(profile)).encode())
         for section in sections:
-            write_file(figures / f"{section.key}.csv", csv_text(section.frame).encode())
             if section.picture:
                 write_file(figures / f"{section.key}.svg", section.picture.svg.encode())
                 write_file(figures / f"{section.key}.png", section.picture.png)
@@ -118,15 +120,16 @@ def _ladder(frame: pd.DataFrame) -> Section:
     gains = ["" if np.isnan(gain) else f" ({gain:.2f} x)" for gain in rungs["gain"]]
     texts = [number(rate) + gain for rate, gain in zip(rungs[RATE], gains, strict=True)]
     seen = (
-        "Each rung adds one change to the one before: median throughput of whole training steps, its 95 % interval "
-        "(bootstrap over 3 repetitions or more) and the gain over the rung before."
+        "Each rung adds one change to its base, which is the rung before unless it names another: "
+        "median throughput of whole training steps, its 95 % interval (bootstrap over 3 "
+        "repetitions or more) and the gain over the base."
     )
     spread = rungs[[LOW, HIGH]].sub(rungs[RATE], axis=0).abs().to_numpy().T
     make = partial(
         charts.bars, rungs["name"], rungs[RATE], texts, "samples/s over all ranks", spread
     )
     return Section(
-        "ladder", "The ladder", seen, rungs[["name", "num", RATE, LOW, HIGH, "gain"]], make
+        "ladder", "The ladder", seen, rungs[["name", "num", RATE, LOW, HIGH, "base", "gain"]], make
     )
 
 

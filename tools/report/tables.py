@@ -20,18 +20,31 @@ def cells_frame(profile: Profile) -> pd.DataFrame:
     """A row a cell: id, name, ladder, device, axes, num (repetitions), medians; NaN where there is none.
 
     samples_per_s is a median, with _p10, _p90, _low95 and _high95 (interval of the median; NaN
-    below 3 repetitions); `gain` is a rung's over the rung before, `speedup` over the cell that
-    differs only in having 1 rank (on a CPU: of as many threads), `efficiency` the speed-up of a
-    rank.
+    below 3 repetitions). `gain` is a rung's over the cell named in `base`. `speedup` is over the
+    cell that differs only in having 1 rank (on a CPU: of as many threads), and `efficiency` is the
+    speed-up per rank.
     """
     frame = pd.DataFrame([_row(cell) for cell in profile.cells])
-    rungs = frame[frame["ladder"] & frame[RATE].notna()]
-    frame["gain"] = rungs[RATE] / rungs.groupby(["device", "batch"], dropna=False)[RATE].shift()
+    base = _bases(profile, frame)
+    frame["base"] = base.map(frame["name"])
+    frame["gain"] = frame[RATE] / base.map(frame[RATE])
     key = pd.Series([_like(cell) for cell in profile.cells], index=frame.index)
     alone = frame[(frame["ranks"] == 1) & frame[RATE].notna()].groupby(key)[RATE].first()
     frame["speedup"] = frame[RATE] / key.map(alone)
     frame["efficiency"] = frame["speedup"] / frame["ranks"]
     return frame
+
+
+def _bases(profile: Profile, frame: pd.DataFrame) -> pd.Series:
+    """The row of what each rung adds to, at the same batch on the same device; NaN if not known."""
+    found = pd.Series(np.nan, index=frame.index)
+    latest: dict[tuple[object, ...], int] = {}
+    for row in frame.index[frame["ladder"] & frame[RATE].notna()]:
+        cell = profile.cells[row]
+        place = (frame["device"][row], cell.axes.get("batch"))
+        found[row] = latest.get((*place, cell.base), np.nan)
+        latest[*place, ""] = latest[*place, cell.rung] = row
+    return found
 
 
 def parts_frame(profile: Profile, field: str) -> pd.DataFrame:
