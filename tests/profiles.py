@@ -1,4 +1,4 @@
-"""Profiles as `tools/profile run` writes them, generated: for tests of the report and its benchmark."""
+"""Profiles as `tools/profile run` writes them, generated for tests and the report's benchmark."""
 
 import base64
 import string
@@ -29,7 +29,7 @@ RUNGS = (
 def make_profile(
     names: list[str] | None = None, classes: tuple[str, ...] = LABELS, num: int = 50
 ) -> dict[str, Any]:
-    """A profile of `num` cells: a ladder, batch sizes x precisions x ranks, a failed cell and some not measured."""
+    """A ladder, then batch sizes x precisions x ranks; one cell failed, one was not measured."""
     rng = np.random.default_rng(0)
     cells = [
         _cell(rng, rung, True, 512, 1, {"step.rung": k}, 1.25**k) for k, rung in enumerate(RUNGS)

@@ -182,7 +182,8 @@ def smoke(tmp_path: Path, small_dir: Path, **changed: Any) -> Run:
         """
         steps = 2
         rung = [
-          { name = "x", set = { data.feed = "resident", epochs = 1 }, batches = [16], ranks = [1, 2], accuracy = true },
+          { name = "x", set = { data.feed = "resident", epochs = 1 },
+            batches = [16], ranks = [1, 2], accuracy = true },
           { name = "too large", set = {}, batches = [100_000] },
           { name = "too many", set = {}, ranks = [1000] },
         ]

@@ -1,4 +1,4 @@
-"""tools.predict on runs, records and places of all kinds; images too small, and just large enough."""
+"""tools.predict on runs, records and places of all kinds; images as small as can be."""
 
 import json
 import shutil

@@ -149,7 +149,7 @@ def is_running(pid: int) -> bool:
 def test_what_breaks_a_part_leaves_the_others_and_their_figures(
     tmp_path: Path, small: Records, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Parts that raise, crash, hang with a child of their own, and one for which no time is left."""
+    """Parts that raise, crash, hang with a child of their own, and one that has no time left."""
     shared = round_of(tmp_path, small)
 
     def good(shared: parts.Round) -> list[str]:
@@ -188,7 +188,7 @@ def test_what_breaks_a_part_leaves_the_others_and_their_figures(
 def test_a_cell_that_fails_is_reported_and_its_neighbours_measured(
     tmp_path: Path, small: Records, world: World
 ) -> None:
-    """One too large for the records, one trained to NaN, and one that is fine; measured again, the last is kept."""
+    """One is too large, one trained to NaN, one is fine; only the last is not measured again."""
     shared = round_of(tmp_path, small)
     base = next(cell for cell in shared.cells if cell.name == "ReLU after pool")
     settings = base.settings | {"step.precision": "fp32", "global_batch": 16}

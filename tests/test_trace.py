@@ -1,4 +1,4 @@
-"""Spans, the traced pass and its tables, on the real step; a device's events as the profiler would hand them over."""
+"""Spans, the traced pass and its tables on the real step, and events as a GPU's would be."""
 
 import gzip
 import json
@@ -134,7 +134,7 @@ def event(name: str, start: float, end: float, on_device: bool = False, **more: 
 
 
 def test_kernels_of_a_device_go_to_the_span_that_launched_them() -> None:
-    """As on a GPU: kernels run later than they are launched, on two streams, some from autograd's thread."""
+    """As on a GPU: kernels run after their launch, on two streams, some from autograd's thread."""
 
     def kernel(name: str, us: float) -> Any:
         return SimpleNamespace(name=name, duration=us)

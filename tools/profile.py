@@ -29,10 +29,10 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 DEFAULT = {"step.precision": "bf16", "step.cuda_graphs": True}
 """What `torchrun -m engine.run --amp --cuda-graphs` trains with."""
 SHOWN = (
-    "id", "name", "num", "samples_per_s", "samples_per_s_low95", "samples_per_s_high95", "base", "gain", "speedup",
-    "efficiency", "steps_per_launch", "step_ms", "data_wait_fraction", "host_peak_rss_gib", "torch_peak_gib",
-    "device_used_gib", "gpu_utilisation_percent", "power_w", "energy_j_per_ksample", "train_s",
-    "test_accuracy_fraction",
+    "id", "name", "num", "samples_per_s", "samples_per_s_low95", "samples_per_s_high95", "base",
+    "gain", "speedup", "efficiency", "steps_per_launch", "step_ms", "data_wait_fraction",
+    "host_peak_rss_gib", "torch_peak_gib", "device_used_gib", "gpu_utilisation_percent", "power_w",
+    "energy_j_per_ksample", "train_s", "test_accuracy_fraction",
 )  # fmt: skip
 """The table's columns."""
 
@@ -76,12 +76,10 @@ def main(context: click.Context) -> None:
 def run(
     configs: tuple[Path, ...],
     data: Path | None,
-    steps: int | None,
-    repetitions: int | None,
-    batch_size: int | None,
     out: Path | None,
     resume: bool,
     device: str,
+    **amounts: int | None,
 ) -> None:
     """Measure CONFIGS: matrices and run configs (bench_configs/*.toml); none: the default.
 
@@ -91,13 +89,14 @@ def run(
         from tools.measure.matrix import config_cell, read_cells
         from tools.measure.runner import Run, in_child
 
+        batch_size = amounts["batch_size"]
         title = "default"
         cells = [config_cell("default", DEFAULT, batch_size)]
         if configs:
             title, cells = read_cells(list(configs), batch_size)
-        if steps:
+        if steps := amounts["steps"]:
             cells = [replace(cell, num_steps=steps, accuracy=False) for cell in cells]
-        if repetitions:
+        if repetitions := amounts["repetitions"]:
             cells = [replace(cell, repetitions=repetitions) for cell in cells]
         num_gpus = _num_gpus(device)
         records = str(full_path(data)) if data else ""

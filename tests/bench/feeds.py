@@ -15,6 +15,7 @@ import click
 from engine.data.pack import pack
 from engine.host import ROOT
 from engine.report import Environment
+from tests.bench import OUT
 from tests.bench.pack import TMNIST_ROWS, repeated_sample
 from tests.bench.peers import measure_peers
 from tools.measure.feeds import FEEDS, measure_all
@@ -70,9 +71,7 @@ def bench(out: Path, seconds: float, num_rows: int = TMNIST_ROWS) -> None:
 
 
 @click.command()
-@click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("runs/bench"), show_default=True
-)
+@OUT
 @click.option("--seconds", default=8.0, show_default=True, help="For each feed.")
 def main(out: Path, seconds: float) -> None:
     """Benchmark the feeds."""

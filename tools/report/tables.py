@@ -1,4 +1,4 @@
-"""profile.json as DataFrames: a row a cell, with medians, intervals, speed-ups. It computes, and draws nothing.
+"""profile.json as DataFrames: a row per cell, with medians, intervals, speed-ups.
 
 Only cells of the same device name are ever put into a ratio, and figures of others ("published")
 into none.
@@ -17,7 +17,7 @@ from tools.report.statistics import median_interval95
 
 
 def cells_frame(profile: Profile) -> pd.DataFrame:
-    """A row a cell: id, name, ladder, device, axes, num (repetitions), medians; NaN where there is none.
+    """A row per cell: id, name, ladder, device, axes, num (repetitions), medians; NaN for none.
 
     samples_per_s is a median, with _p10, _p90, _low95 and _high95 (interval of the median; NaN
     below 3 repetitions). `gain` is a rung's over the cell named in `base`. `speedup` is over the
@@ -48,7 +48,7 @@ def _bases(profile: Profile, frame: pd.DataFrame) -> pd.Series:
 
 
 def parts_frame(profile: Profile, field: str) -> pd.DataFrame:
-    """`memory_gib_by_owner` or `stage_ms` in long form: id, name, part, value (median), in the cells' order."""
+    """`memory_gib_by_owner` or `stage_ms` in long form: id, name, part, value (median)."""
     rows = [
         {"id": cell.id, "name": cell.name, "part": part, "value": value}
         for cell in profile.cells
@@ -60,7 +60,7 @@ def parts_frame(profile: Profile, field: str) -> pd.DataFrame:
 
 
 def epochs_frame(profile: Profile) -> pd.DataFrame:
-    """The validation curve of each cell's first repetition: id, name, and the columns of metrics.jsonl."""
+    """Each cell's validation curve, of its first repetition: id, name, and metrics.jsonl's keys."""
     rows = [
         {"id": cell.id, "name": cell.name} | asdict(line)
         for cell in profile.cells
