@@ -181,12 +181,20 @@ def smoke(tmp_path: Path, small_dir: Path, **changed: Any) -> Run:
     (tmp_path / "s.toml").write_text(
         """
         steps = 2
-        rung = [
-          { name = "x", set = { data.feed = "resident", epochs = 1 },
-            batches = [16], ranks = [1, 2], accuracy = true },
-          { name = "too large", set = {}, batches = [100_000] },
-          { name = "too many", set = {}, ranks = [1000] },
-        ]
+        [[rung]]
+        name = "x"
+        set = { data.feed = "resident", epochs = 1 }
+        batches = [16]
+        ranks = [1, 2]
+        accuracy = true
+        [[rung]]
+        name = "too large"
+        set = {}
+        batches = [100_000]
+        [[rung]]
+        name = "too many"
+        set = {}
+        ranks = [1000]
         """
     )
     title, cells = read_cells([tmp_path / "s.toml"])
