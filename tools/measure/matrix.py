@@ -171,27 +171,18 @@ def _group(table: Tree, settings: Settings, where: str) -> Iterator[Cell]:
 
     What it has of several ranks makes all of it one thread a rank.
     """
-    of_rung = {
-        axis: table[key] for axis, key in (("batch", "batches"), ("ranks", "ranks")) if key in table
-    }
-    axes = {"batch": [table.get("batch", RunConfig().global_batch)], "ranks": [1]} | table.get(
-        "axes", of_rung
-    )
-    name, accuracy = table.get("name", ""), table.get("accuracy", False)
+    keys = {"batch": "batches", "ranks": "ranks"}
+    of_rung = {axis: table[key] for axis, key in keys.items() if key in table}
+    axes = {"batch": [table.get("batch", RunConfig().global_batch)], "ranks": [1]}
+    axes |= table.get("axes", of_rung)
+    name = table.get("name", "")
+    accuracy = table.get("accuracy", False)
     num_steps = _number(table.get("steps", NUM_STEPS), f"{where}: steps")
     repetitions = _number(table.get("repetitions", 1), f"{where}: repetitions")
-    for axis, values in axes.items():
-        if type(values) is not list or not values:
-            raise UserError(
-                f"{where}: {name or 'axes'}: {axis} is {values!r}; give a list of values"
-            )
-        if axis in ("batch", "ranks"):
-            [_number(value, f"{where}: {name or 'axes'}: {axis}") for value in values]
+    _check_axes(axes, f"{where}: {name or 'axes'}")
     for values in product(*axes.values()):
         chosen = dict(zip(axes, values, strict=True))
-        dotted = settings | {
-            axis: value for axis, value in chosen.items() if axis not in ("batch", "ranks")
-        }
+        dotted = settings | {axis: chosen[axis] for axis in chosen if axis not in keys}
         if "global_batch" in dotted:
             why = "which is batch times ranks here; give batch, samples a rank"
             raise UserError(f"{where}: sets global_batch, {why}")
@@ -210,6 +201,15 @@ def _group(table: Tree, settings: Settings, where: str) -> Iterator[Cell]:
             repetitions=repetitions,
             num_threads=int(max(axes["ranks"]) > 1),
         )
+
+
+def _check_axes(axes: Tree, where: str) -> None:
+    for axis, values in axes.items():
+        if type(values) is not list or not values:
+            raise UserError(f"{where}: {axis} is {values!r}; give a list of values")
+        if axis in ("batch", "ranks"):
+            for value in values:
+                _number(value, f"{where}: {axis}")
 
 
 def _publish(cells: list[Cell], figures: Tree, where: str) -> None:
