@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import pandas as pd
@@ -151,7 +150,7 @@ def is_running(pid: int) -> bool:
 def test_what_breaks_a_part_leaves_the_others_and_their_figures(
     tmp_path: Path, small: Records, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Parts that raise, crash, hang with a child of their own, and one for which no time is left."""
+    """Parts that raise, crash, hang with a child of their own, and one that has no time left."""
     shared = round_of(tmp_path, small)
 
     def good(shared: parts.Round) -> list[str]:
@@ -190,7 +189,7 @@ def test_what_breaks_a_part_leaves_the_others_and_their_figures(
 def test_a_cell_that_fails_is_reported_and_its_neighbours_measured(
     tmp_path: Path, small: Records, world: World
 ) -> None:
-    """One too large for the records, one trained to NaN, and one that is fine; measured again, the last is kept."""
+    """One is too large, one trained to NaN, one is fine; only the last is not measured again."""
     shared = round_of(tmp_path, small)
     base = next(cell for cell in shared.cells if cell.name == "ReLU after pool")
     settings = base.settings | {"step.precision": "fp32", "global_batch": 16}
@@ -383,14 +382,12 @@ def test_profile_feeds_measures_all_of_them(
     done = command("tools/profile", "feeds", *flags, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     feeds = json.loads((tmp_path / "f.json").read_text())["feeds"]
-    assert [row["name"] for row in feeds] == [
-        name for name in FEEDS if name != "FFCV" or find_spec("ffcv")
-    ]
+    assert [row["name"] for row in feeds] == [*FEEDS]
     assert all(
         row["samples_per_s"] > 0 and row["threads"] == 1 and row["cpu_s_per_million"] > 0
         for row in feeds
     )
-    assert {row["order"] for row in feeds} >= {"exact", "blocked", "torch's"}
+    assert {row["order"] for row in feeds} >= {"exact", "blocked"}
     with Image.open(tmp_path / "out" / "feeds.png") as chart:
         assert chart.width > 500
     assert_refused(
