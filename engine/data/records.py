@@ -277,7 +277,8 @@ class StoredImages:
 
     def __getitem__(self, rows: Any) -> np.ndarray:
         if isinstance(rows, (int, np.integer)):
-            return self[np.array([rows])][0]
+            image_HW: np.ndarray = self[np.array([rows])][0]
+            return image_HW
         row_M = np.arange(*rows.indices(len(self))) if isinstance(rows, slice) else np.asarray(rows)
         if len(row_M) and not 0 <= row_M.min() <= row_M.max() < len(self):
             raise IndexError(f"rows {row_M.min()} to {row_M.max()} of {len(self)}")

@@ -26,7 +26,8 @@ class Table:
     hash_N: np.ndarray
 
     def rows_per_class(self, row_M: np.ndarray) -> list[int]:
-        return np.bincount(self.label_N[row_M], minlength=len(self.classes)).tolist()
+        count_C = np.bincount(self.label_N[row_M], minlength=len(self.classes))
+        return list(count_C.tolist())
 
     def pixels(self, row_M: np.ndarray) -> dict[str, float]:
         """Mean and standard deviation (0..255) of some rows' pixels, from exact sums."""

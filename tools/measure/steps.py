@@ -104,4 +104,6 @@ def _mark(on_gpu: bool) -> Any:
 
 
 def _elapsed_ms(start: Any, end: Any) -> float:
-    return (end - start) * 1000 if isinstance(start, float) else start.elapsed_time(end)
+    if isinstance(start, float):
+        return float((end - start) * 1000)
+    return float(start.elapsed_time(end))

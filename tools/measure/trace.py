@@ -272,7 +272,7 @@ def _circumstances(session: Session, trace: Traced) -> dict[str, object]:
 
 def _records(frame: pd.DataFrame) -> list[Any]:
     """The rows of a table for JSON, which has no NaN."""
-    return frame.astype(object).where(frame.notna(), None).to_dict("records")
+    return list(frame.astype(object).where(frame.notna(), None).to_dict("records"))
 
 
 def launch_gaps(trace: Traced) -> dict[str, float] | None:

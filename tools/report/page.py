@@ -425,4 +425,5 @@ def csv_text(frame: pd.DataFrame) -> str:
             else value
         )
 
-    return frame.map(guard).rename(columns=guard).to_csv(index=False, lineterminator="\n")
+    guarded = frame.map(guard).rename(columns=guard)
+    return str(guarded.to_csv(index=False, lineterminator="\n"))
