@@ -38,7 +38,7 @@ class Stopwatch:
             end = torch.cuda.Event(enable_timing=True)
             end.record()
             end.synchronize()
-            lap_s = self._begin.elapsed_time(end) / 1000
+            lap_s = float(self._begin.elapsed_time(end)) / 1000
         else:
             lap_s = time.perf_counter() - self._wall_s
         self.total_s += lap_s

@@ -123,7 +123,8 @@ class Windows:
         row: np.ndarray = position - start
         if not self.keys:
             return row
-        return permute(row, stop - start, round_keys(*self.keys, "window", window))
+        shuffled: np.ndarray = permute(row, stop - start, round_keys(*self.keys, "window", window))
+        return shuffled
 
     def ids(self, window: int, row: np.ndarray) -> np.ndarray:
         """The samples that lie at rows of a window."""

@@ -1,4 +1,4 @@
-"""A real browser for tests: headless Chromium, driven by the DevTools protocol over a pipe; no library is needed."""
+"""A real browser for tests: headless Chromium, driven by the DevTools protocol over a pipe."""
 
 import base64
 import fcntl
@@ -13,7 +13,8 @@ from typing import Any
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars",
-         "--disable-dev-shm-usage", "--disable-background-networking", "--remote-debugging-pipe")  # fmt: skip
+         "--disable-dev-shm-usage", "--disable-background-networking",
+         "--remote-debugging-pipe")  # fmt: skip
 
 
 class Browser:

@@ -1,4 +1,4 @@
-"""Profiles as `tools/profile run` writes them, generated: for tests of the report and its benchmark."""
+"""Profiles as `tools/profile run` writes them, generated for tests and the report's benchmark."""
 
 import base64
 import string
@@ -29,19 +29,15 @@ RUNGS = (
 def make_profile(
     names: list[str] | None = None, classes: tuple[str, ...] = LABELS, num: int = 50
 ) -> dict[str, Any]:
-    """A profile of `num` cells: a ladder, batch sizes x precisions x ranks, a failed cell and some not measured."""
+    """A ladder, then batch sizes x precisions x ranks; one cell failed, one was not measured."""
     rng = np.random.default_rng(0)
-    cells = [
-        _cell(rng, rung, True, 512, 1, {"step.rung": k}, 1.25**k) for k, rung in enumerate(RUNGS)
-    ]
+    cells = [_cell(rng, rung, 512, 1, {"step.rung": k}, 1.25**k) for k, rung in enumerate(RUNGS)]
     for precision in PRECISIONS:
         for batch in BATCHES:
             for ranks in (1, 2, 4, 8):
                 speed = (1 + (precision == "bf16")) * batch / (batch + 256) * ranks**0.95
                 name = f"{precision}, batch {batch}, {ranks} ranks"
-                cells.append(
-                    _cell(rng, name, False, batch, ranks, {"step.precision": precision}, speed)
-                )
+                cells.append(_cell(rng, name, batch, ranks, {"step.precision": precision}, speed))
     cells = cells[:num]
     cells[0]["repetitions"][0]["confusion"] = _confusion(rng, classes)
     cells[-1]["repetitions"] = [
@@ -70,12 +66,12 @@ def make_profile(
 def _cell(
     rng: np.random.Generator,
     name: str,
-    ladder: bool,
     batch: int,
     ranks: int,
     settings: dict[str, Any],
     speed: float,
 ) -> dict[str, Any]:
+    ladder = "step.rung" in settings
     axes = {"batch": batch, "ranks": ranks} | ({} if ladder else settings)
     repetitions = [_repetition(rng, seed, batch, ranks, speed, settings) for seed in range(3)]
     cell = {

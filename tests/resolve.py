@@ -1,11 +1,11 @@
 """python -m tests.resolve: what set-up asks for resolves on every Python allowed, with PyPI alone.
 
-Each case is a stranger's: this machine's configuration and wheel folders are switched off, nothing is
-installed, no wheel is fetched. One line per case; a conflict is named and gives exit code 1, and so does an
-index that cannot be reached.
+Each case is a stranger's: this machine's configuration and wheel folders are switched off, nothing
+is installed, no wheel is fetched. One line per case; a conflict is named and gives exit code 1, and
+so does an index that cannot be reached.
 
-By uv, whose resolution follows the same metadata as pip's: pip's own --dry-run downloads every wheel, 3 GB per
-case, from an index that serves no metadata apart from them.
+By uv, whose resolution follows the same metadata as pip's. Pip's own --dry-run downloads every
+wheel, 3 GB per case, from an index that serves no metadata apart from them.
 """
 
 import os
@@ -35,7 +35,7 @@ class Case:
 
 
 def cases(folder: Path) -> list[Case]:
-    """On each Python: the oldest and the newest torch, and the whole range beside the test tools."""
+    """On each Python: the oldest torch, the newest, and the whole range beside the test tools."""
     project = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))
     engine = tuple(project["project"]["dependencies"])
     tools = tuple(project["dependency-groups"]["test"])

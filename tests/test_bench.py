@@ -7,7 +7,6 @@ import pytest
 
 from tests.bench import feeds, fullsize, measuring, pack, precision, ranks, report, step
 from tests.conftest import FAST_PRECISION
-from tools.measure import feeds as measure_feeds
 
 pytestmark = pytest.mark.slow
 
@@ -28,7 +27,7 @@ def test_pack(tmp_path: Path) -> None:
 
 
 def test_feeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure_feeds, "FEEDS", ("stream", "dali augmented"))
+    monkeypatch.setattr(feeds, "FEEDS", ("stream", "dali augmented"))
     monkeypatch.setattr(feeds, "WANTED", {"stream": 1.0})
     feeds.bench(tmp_path, seconds=0.1, num_rows=3000)
     assert checked(tmp_path / "cpu_feeds.json") == [

@@ -1,4 +1,4 @@
-"""Captions: drawn in a font that has the characters or shown as code points, told apart, side by side."""
+"""Captions: drawn in a font that has the characters or shown as code points, and told apart."""
 
 import unicodedata
 import warnings

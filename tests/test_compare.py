@@ -1,4 +1,4 @@
-"""Comparing runs and profiles: the interval against a known case and by simulation, the sentences, the files."""
+"""Comparing runs and profiles: the interval, by a known case and by simulation; what is said."""
 
 import json
 from copy import deepcopy

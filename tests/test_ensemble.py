@@ -1,4 +1,4 @@
-"""Networks side by side: the same whichever worker trains them; the vote, its interval, the file."""
+"""Networks side by side, the same whichever worker trains them; the vote and its interval."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from tools.measure.ensemble import Arm, train_all, vote_over_singles
 
 
 def test_the_vote_of_a_known_case() -> None:
-    """Three networks, each wrong at another sample: two of three are right everywhere, and so is the vote."""
+    """Of three networks each is wrong at another sample: two are right, and so is the vote."""
     label_N = np.array([0, 1, 0])
     probability_MNK = np.zeros((3, 3, 2))
     for network in range(3):
@@ -29,7 +29,7 @@ def test_the_vote_of_a_known_case() -> None:
 
 
 def test_the_interval_of_the_gain_holds_the_truth() -> None:
-    """A vote that is right where single networks are right 8 times of 10: the gain is 0.2, within its interval."""
+    """The vote is right where single networks are right 8 times of 10: the gain is 0.2."""
     rng = np.random.default_rng(0)
     probability_MNK = np.zeros((10, 400, 2))
     for sample in range(400):

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from engine.config import AugmentConfig, DataConfig, RunConfig
-from engine.data.pack import pack
+from engine.data.pack import PackOptions, pack
 from engine.data.records import Records, open_records
 from engine.errors import UserError
 from engine.feeds import build as feeds
@@ -242,7 +242,7 @@ def test_stream_holds_what_it_says_and_no_more(tmp_path: Path) -> None:
     (tmp_path / "in.csv").write_text(
         "\n".join([header, *(f"F,{i % 7},{glyph}" for i in range(100_000))])
     )
-    pack(tmp_path / "in.csv", tmp_path / "big", mode="none")
+    pack(tmp_path / "in.csv", tmp_path / "big", PackOptions(split="none"))
     code = """
 import sys, torch
 from engine.config import DataConfig, RunConfig

@@ -1,4 +1,4 @@
-"""What is given as a CSV and is none: files told by their bytes, headers of other tables, folders, closed pipes."""
+"""What is given as a CSV and is none: other files, headers of other tables, folders, pipes."""
 
 import bz2
 import gzip
@@ -19,8 +19,8 @@ import pytest
 from PIL import Image
 from pyarrow import feather, parquet
 
-from engine.data.headers import header_hint
-from engine.data.pack import check, pack
+from engine.data.lexer import Fault, read_header
+from engine.data.pack import PackOptions, check, pack
 from engine.errors import UserError
 from engine.host import ROOT
 
@@ -158,7 +158,7 @@ HEADERS: dict[str, tuple[list[str], str]] = {
     "no header, digits": (["Face-1", "3", *ROW], "put the line names,labels,1,...,16 first"),
     "no label": (pixels("pixel", 0), "there is no label column; is this a test set"),
     "an id": (["id", *pixels("pixel", 0)], "there is no label column ('id' is none)"),
-    "saved again": (["0", *(f"0.{i}" for i in range(1, 17))], "pandas took for names"),
+    "saved again": (["0", *(f"0.{i}" for i in range(1, 17))], "pandas took a row for names"),
     "numbered": (pixels("", 0, 17), "rename 0..16 to label,pixel0,...,pixel15"),
     "row numbers": (["", "names", "labels", *pixels("", 1)], "drop the first column"),
     "row numbers, too": (["Unnamed: 0", "label", *RESHAPED], "first column, pandas' row numbers"),
@@ -186,16 +186,19 @@ HEADERS: dict[str, tuple[list[str], str]] = {
 @pytest.mark.parametrize("case", HEADERS)
 def test_a_header_of_another_table_gets_a_hint_that_fits(case: str) -> None:
     columns, text = HEADERS[case]
-    assert text in header_hint(columns)
+    line = ",".join(f'"{column}"' if "," in column else column for column in columns)
+    with pytest.raises(Fault) as refused:
+        read_header(line.encode())
+    assert text in str(refused.value) and len(str(refused.value)) <= 220
 
 
 def test_more_labels_than_classes_without_names_and_images_too_small(tmp_path: Path) -> None:
     header, rest = TABLE.decode().splitlines(keepends=True)[0], ",0,0,0,0\n"
     (tmp_path / "in.csv").write_text(header + "".join(f"{i}{rest}" for i in range(257)))
     with pytest.raises(UserError, match=r"more than 256 labels; is the column an id, a row num"):
-        pack(tmp_path / "in.csv", tmp_path / "out", mode="none")
+        pack(tmp_path / "in.csv", tmp_path / "out", PackOptions(split="none"))
     (tmp_path / "in.csv").write_bytes(TABLE)
-    report = pack(tmp_path / "in.csv", tmp_path / "out", mode="none")
+    report = pack(tmp_path / "in.csv", tmp_path / "out", PackOptions(split="none"))
     assert any("images of 2 x 2 pixels cannot be trained on" in text for text in report.warnings)
 
 

@@ -203,15 +203,18 @@ def test_the_kernels_train_as_pytorchs_operations(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("batch", [1, 37, 2048])
 def test_the_kernels_agree_with_float64(batch: int, dtype: torch.dtype, gpu_world: World) -> None:
-    """Forward and gradient, each on what the kernel was given; tolerances are those of the type."""
+    """Forward and gradient on what the kernel was given, within what type and sums allow."""
     close = 3 * {torch.float32: 4e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
     image = torch.randint(256, (batch, 28, 28), dtype=torch.uint8)
     weight, bias = torch.randn(32, 1, 3, 3).to(dtype).float(), torch.randn(32)
     x = torch.randn(batch, 64, 14, 14).to(dtype).contiguous(memory_format=torch.channels_last)
     logits, label = torch.randn(batch, 94).to(dtype), torch.randint(94, (batch,), dtype=torch.uint8)
+
+    def first(i: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return conv_pool_relu(i, w, b, w.dtype if w.dtype == torch.float64 else dtype)
+
     cases: list[tuple[Any, tuple[torch.Tensor, ...]]] = [
-        (lambda i, w, b: conv_pool_relu(i, w, b, w.dtype if w.dtype == torch.float64 else dtype),
-         (image, weight, bias)),
+        (first, (image, weight, bias)),
         (bias_pool_relu, (x, bias.repeat(2))),
         (lambda a, b: softmax_cross_entropy(a, b, 0.05)[0], (logits, label)),
     ]  # fmt: skip
@@ -225,9 +228,8 @@ def test_the_kernels_agree_with_float64(batch: int, dtype: torch.dtype, gpu_worl
         wanted.backward(grad)
         for a, b in zip(ours, exact, strict=True):
             if a.grad is not None and b.grad is not None:
-                assert (a.grad.cpu().double() - b.grad).norm() <= max(
-                    5 * close, 5e-3
-                ) * b.grad.norm()  # some winners change
+                apart = (a.grad.cpu().double() - b.grad).norm()
+                assert apart <= max(5 * close, 5e-3) * b.grad.norm()  # some winners change
 
 
 def test_the_gather_kernel_is_index_select_on_the_gpu(gpu_world: World) -> None:

@@ -28,6 +28,7 @@ from engine.feeds.synthetic import random_batch
 from engine.host import ROOT
 from engine.models import make_model
 from engine.order import Order
+from engine.train import available
 from engine.train.available import effective_config
 from engine.train.objective import Objective
 from engine.world import World
@@ -227,6 +228,17 @@ def test_other_feeds_are_warped_by_torch(small: Records) -> None:
         next(feed.batches(0))
     assert "grid_sampler_2d" in seen.names
     assert "gather_warp" not in seen.names
+
+
+def test_a_run_whose_feed_gathers_itself_does_not_name_the_gather(
+    small: Records, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(available, "cannot_fuse", lambda device: "")
+    for feed, used in (("resident", set(kernels.NAMES)), ("loader", set(kernels.NAMES) - GATHER)):
+        config = override(RunConfig(), {"kernels": "all", "data.feed": feed}, "test")
+        effective, notes = effective_config(config, small, world)
+        assert set(effective.kernels) == used
+        assert any("gather_warp is not used" in note for note in notes) == (feed == "loader")
 
 
 def test_distorted_batches_cannot_be_gathered_in_a_launch(small: Records) -> None:

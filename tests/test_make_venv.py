@@ -1,4 +1,4 @@
-"""How .venv is made: which build of torch is chosen, how large it is said to be, what goes wrong."""
+"""How .venv is made: the build of torch that is chosen, its size as said, what goes wrong."""
 
 import subprocess
 import sys

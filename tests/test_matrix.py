@@ -82,6 +82,7 @@ def test_rungs_add_up(tmp_path: Path) -> None:
         and not a.accuracy
         and (a.repetitions, d.repetitions) == (3, 2)
     )
+    assert (b16.rung, b16.base) == ("b", "") and (c2.rung, c2.base) == ("c", "a")
     assert [cell.ladder for cell in cells] == [True, True, True, False, False, False]
     assert [cell.num_threads for cell in cells] == [0, 0, 0, 1, 1, 0], (
         "1 rank has the threads of those beside it"
@@ -180,11 +181,20 @@ def smoke(tmp_path: Path, small_dir: Path, **changed: Any) -> Run:
     (tmp_path / "s.toml").write_text(
         """
         steps = 2
-        rung = [
-          { name = "x", set = { data.feed = "resident", epochs = 1 }, batches = [16], ranks = [1, 2], accuracy = true },
-          { name = "too large", set = {}, batches = [100_000] },
-          { name = "too many", set = {}, ranks = [1000] },
-        ]
+        [[rung]]
+        name = "x"
+        set = { data.feed = "resident", epochs = 1 }
+        batches = [16]
+        ranks = [1, 2]
+        accuracy = true
+        [[rung]]
+        name = "too large"
+        set = {}
+        batches = [100_000]
+        [[rung]]
+        name = "too many"
+        set = {}
+        ranks = [1000]
         """
     )
     title, cells = read_cells([tmp_path / "s.toml"])

@@ -10,15 +10,13 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from engine.data.pack import pack
+from engine.data.pack import PackOptions, pack
 from engine.data.records import Records, open_records
-from engine.data.split import draw_splits, family
 from engine.durable import locked
 from engine.errors import UserError
 from engine.host import ROOT
@@ -26,7 +24,7 @@ from tests.conftest import CLASSES, NUM_FONTS, Command, assert_refused
 
 
 def test_pixels_labels_and_fonts_arrive_unchanged(small_csv: Path, tmp_path: Path) -> None:
-    pack(small_csv, tmp_path / "out", mode="none")
+    pack(small_csv, tmp_path / "out", PackOptions(split="none"))
     records = open_records(tmp_path / "out")
     with open(small_csv, newline="", encoding="utf-8") as file:
         rows = list(csv.reader(file))[1:]
@@ -68,87 +66,21 @@ def test_every_container_and_spelling_gives_the_same_records(
     assert files[0] == files[1]
 
 
-def draw(label_N: np.ndarray, mode: str = "random", **options: Any) -> dict[str, np.ndarray]:
-    font_N = np.zeros(len(label_N), np.int32)
-    options = {"balance": False, "seed": 1} | options
-    return draw_splits(label_N, font_N, ("a", "b", "c"), ("Font",), mode=mode, **options)
-
-
-def test_the_split_is_stratified_disjoint_and_whole() -> None:
-    label_N = np.random.default_rng(0).permutation(
-        np.repeat(np.arange(3, dtype=np.uint8), [100, 40, 20])
-    )
-    rows = draw(label_N)
-    counts = {name: np.bincount(label_N[row_M]).tolist() for name, row_M in rows.items()}
-    assert counts == {"train": [70, 28, 14], "val": [15, 6, 3], "test": [15, 6, 3]}
-    assert np.array_equal(np.sort(np.concatenate(list(rows.values()))), np.arange(160))
-    assert not np.array_equal(rows["val"], draw(label_N, seed=2)["val"])
-    balanced = draw(label_N, balance=True)
-    assert np.bincount(label_N[np.concatenate(list(balanced.values()))]).tolist() == [20, 20, 20]
-    assert np.bincount(label_N[draw(label_N, "none", balance=True)["train"]]).tolist() == [
-        20,
-        20,
-        20,
-    ]
-
-
-@pytest.mark.parametrize(
-    ("font", "wanted"),
-    [
-        ("RedHatDisplay-Italic[wght]", "redhatdisplay"),
-        ("RobotoSerif_Condensed-Light", "robotoserif"),
-        ("IBMPlexSansCondensed-SemiBold", "ibmplexsans"),
-        ("antpoltcond-bold", "antpolt"),
-        ("Courier Prime Bold", "courier"),
-        ("ffmr10", "ffmr"),
-        ("Black-Regular", "black"),
-        ("-x", "-x"),
-    ],
-)
-def test_a_file_name_tells_the_family(font: str, wanted: str) -> None:
-    assert family(font) == wanted
-
-
-def test_a_font_split_keeps_families_together() -> None:
-    rng = np.random.default_rng(1)
-    fonts = tuple(
-        f"Family{'abcdefghijklmnopqrstuvwxyz'[i // 3]}-{('Bold', 'Light', 'Italic')[i % 3]}"
-        for i in range(78)
-    )
-    font_N = rng.integers(0, 78, 5000).astype(np.int32)
-    label_N = rng.integers(0, 3, 5000).astype(np.uint8)
-    rows = draw_splits(label_N, font_N, ("a", "b", "c"), fonts, mode="font", balance=False, seed=1)
-    assert np.array_equal(np.sort(np.concatenate(list(rows.values()))), np.arange(5000))
-    families = {name: {family(fonts[i]) for i in font_N[row_M]} for name, row_M in rows.items()}
-    assert not families["train"] & families["val"] and not families["test"] & (
-        families["train"] | families["val"]
-    )
-    assert all(500 <= len(rows[name]) <= 750 for name in ("val", "test"))
-    with pytest.raises(UserError, match="of 2 typeface families, want at least 3"):
-        draw_splits(
-            label_N, font_N % 6, ("a", "b", "c"), fonts[:6], mode="font", balance=False, seed=1
-        )
-    with pytest.raises(UserError, match="too large to leave one for val"):
-        draw_splits(
-            label_N, font_N % 9, ("a", "b", "c"), fonts[:9], mode="font", balance=False, seed=1
-        )
-
-
 def test_an_existing_target_is_kept_unless_forced(small_csv: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    before = pack(small_csv, out, seed=1).manifest["fingerprint"]
+    before = pack(small_csv, out, PackOptions(seed=1)).manifest["fingerprint"]
     with pytest.raises(UserError, match="give --force"):
-        pack(small_csv, out, seed=2)
+        pack(small_csv, out, PackOptions(seed=2))
     assert open_records(out).fingerprint == before
     assert (
-        pack(small_csv, out, seed=2, force=True).manifest["fingerprint"]
+        pack(small_csv, out, PackOptions(seed=2, force=True)).manifest["fingerprint"]
         == open_records(out).fingerprint
         != before
     )
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "thesis.txt").write_text("x")
     with pytest.raises(UserError, match="no record directory"):
-        pack(small_csv, tmp_path / "precious", force=True)
+        pack(small_csv, tmp_path / "precious", PackOptions(force=True))
     assert (tmp_path / "precious" / "thesis.txt").exists()
     assert {p.name for p in tmp_path.iterdir()} == {"out", "precious"}
 
@@ -172,7 +104,7 @@ def test_the_mnist_layout_packs_and_trains_unchanged(
     )
     assert open_records(tmp_path / "out").fonts == ("",)
     with pytest.raises(UserError, match="1 typeface families, want at least 3; use --split random"):
-        pack(tmp_path / "mnist.csv", tmp_path / "by_font", mode="font")
+        pack(tmp_path / "mnist.csv", tmp_path / "by_font", PackOptions(split="font"))
     if first:
         flags = (
             "--data",

@@ -1,4 +1,4 @@
-"""tools.predict on runs, records and places of all kinds; images too small, and large enough."""
+"""tools.predict on runs, records and places of all kinds; images as small as can be."""
 
 import json
 import shutil
@@ -14,8 +14,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from engine.config import DataConfig, RunConfig, load_toml
-from engine.data.pack import pack
+from engine.data.pack import PackOptions, pack
 from engine.data.records import Records, open_records
+from engine.data.split import SplitMode
 from engine.errors import UserError
 from engine.models import make_model
 from engine.report import read_report, write_json
@@ -36,15 +37,19 @@ def trained(out: Path, records: Path) -> Path:
     return out
 
 
-def packed(folder: Path, side: int, num: int = 16, mode: str = "random", label: str = "{}") -> Path:
+def packed(
+    folder: Path, side: int, num: int = 16, split: SplitMode = "random", label: str = "{}"
+) -> Path:
     """Records of two classes, `num` images each."""
     rng = np.random.default_rng(side)
     rows = [
         [f"font{n}", label.format(n % 2), *map(str, rng.integers(0, 256, side * side))]
         for n in range(2 * num)
     ]
-    pack(write_csv(folder / f"{side}.csv", rows, side), folder / f"records{side}", mode=mode)
-    return folder / f"records{side}"
+    records = folder / f"records{side}"
+    csv = write_csv(folder / f"{side}.csv", rows, side)
+    pack(csv, records, PackOptions(split=split))
+    return records
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +117,7 @@ def test_a_folder_that_cannot_be_made_is_refused_before_the_work(
     (tmp_path / "file").write_bytes(b"")
     out = str(tmp_path / "file" / "out")
     done = CliRunner().invoke(profile.main, [*words, "--out", out])
-    asked = words[0] in ("compare", "report")  # the others take their folder
-    refused(done, "is not a folder" if asked else "cannot be written (Not a directory)")
+    refused(done, "cannot be written (Not a directory)")
     if words == ["feeds"]:
         json_file = [*words, "--out", str(tmp_path / "o"), "--json", str(tmp_path)]
         refused(CliRunner().invoke(profile.main, json_file), "is a folder")
@@ -247,7 +251,7 @@ def test_a_report_is_read_as_it_was_written(run: Path, small_dir: Path, tmp_path
 
 
 def test_records_without_a_test_split_show_the_next_best(tmp_path: Path) -> None:
-    records = packed(tmp_path, 8, mode="none", label="a class with a long name, number {}")
+    records = packed(tmp_path, 8, split="none", label="a class with a long name, number {}")
     out = trained(tmp_path / "run", records)
     done = call(out, "--out", tmp_path / "p.png")
     assert done.exit_code == 0 and "of the train split, for want of a test split" in done.output

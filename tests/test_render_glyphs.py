@@ -1,4 +1,4 @@
-"""Typefaces -> CSV: every character in its place and size, unusable files counted, and the packer takes the result."""
+"""Typefaces -> CSV: characters in place and size, unusable files counted; the packer takes it."""
 
 import io
 import shutil
@@ -10,7 +10,7 @@ from fontTools import subset
 from fontTools.ttLib import TTCollection, TTFont
 from PIL import ImageFont
 
-from engine.data.pack import pack
+from engine.data.pack import PackOptions, pack
 from engine.data.records import open_records
 from engine.errors import UserError
 from tests.conftest import Command, assert_refused
@@ -22,7 +22,8 @@ def fonts(tmp_path: Path) -> Path:
     """A folder with a typeface (the one inside Pillow), and with all that cannot be used."""
     folder = tmp_path / "fonts"
     (folder / "below").mkdir(parents=True)
-    (folder / "Aileron-Regular.ttf").write_bytes(ImageFont.load_default(20).path.getvalue())  # type: ignore[union-attr]
+    aileron = ImageFont.load_default(20).path
+    (folder / "Aileron-Regular.ttf").write_bytes(aileron.getvalue())  # type: ignore[union-attr]
     shutil.copy(folder / "Aileron-Regular.ttf", folder / "below" / "Other,Name-Bold.OTF")
     shutil.copy(folder / "Aileron-Regular.ttf", folder / "below" / "Aileron-Regular.ttf")
     (folder / "broken.ttf").write_bytes((folder / "Aileron-Regular.ttf").read_bytes()[:5000])
@@ -46,7 +47,7 @@ def test_a_folder_becomes_a_csv_that_packs(fonts: Path, tmp_path: Path, command:
         "1 with the name of another",
         "2 unreadable",
     ]
-    pack(tmp_path / "out.csv", tmp_path / "records", mode="none")
+    pack(tmp_path / "out.csv", tmp_path / "records", PackOptions(split="none"))
     records = open_records(tmp_path / "records")
     assert records.fonts == ("Aileron-Regular", "Other,Name-Bold")
     assert records.classes == tuple(CHARACTERS) and len(records.split("train")) == 2 * 94

@@ -1,4 +1,4 @@
-"""Spans, the traced pass and its tables, on the real step; a device's events as the profiler would hand them over."""
+"""Spans, the traced pass and its tables on the real step, and events as a GPU's would be."""
 
 import gzip
 import json
@@ -61,7 +61,7 @@ def test_graphs_are_set_aside_and_come_back(session: Session) -> None:
         next(endless(session))
 
 
-def test_operators_carry_the_profilers_flops_and_an_estimate_of_bytes(session: Session) -> None:
+def test_operators_carry_the_profilers_flops(session: Session) -> None:
     traced = trace.traced(session, 3, detailed=True)
     frame = trace.operators(traced, torch.device("cpu"))
     assert frame["ms"].is_monotonic_decreasing and 0.3 < frame["share_fraction"].sum() <= 1
@@ -69,14 +69,6 @@ def test_operators_carry_the_profilers_flops_and_an_estimate_of_bytes(session: S
     flops = 2 * 9 * 32 * 64 * 14 * 14 * 32
     assert conv2["operator"] == "conv2d" and conv2["calls"] == 1
     assert conv2["tflop_per_s"] * conv2["ms"] * 1e9 == pytest.approx(flops)
-    assert conv2["input_mb_estimate"] == pytest.approx(
-        (32 * 32 * 14 * 14 + 64 * 32 * 9 + 64) * 4 / 1e6
-    )
-    assert (
-        frame.loc[frame["operator"].isin(["view", "to", "index_select"]), "gb_per_s_estimate"]
-        .isna()
-        .all()
-    )
     assert frame.loc[frame["operator"] == "cross_entropy_loss", "tflop_per_s"].isna().all(), (
         "scalars are no work"
     )
@@ -140,7 +132,7 @@ def event(name: str, start: float, end: float, on_device: bool = False, **more: 
 
 
 def test_kernels_of_a_device_go_to_the_span_that_launched_them() -> None:
-    """As on a GPU: kernels run later than they are launched, on two streams, some from autograd's thread."""
+    """As on a GPU: kernels run after their launch, on two streams, some from autograd's thread."""
 
     def kernel(name: str, us: float) -> Any:
         return SimpleNamespace(name=name, duration=us)

@@ -1,8 +1,8 @@
-"""python3 -m tools.gpu: everything that only a GPU can show, as one offline command of at most 9 minutes.
+"""python3 -m tools.gpu: everything that only a GPU can show, offline, in at most 9 minutes.
 
 Its parts (tools/measure/parts.py) run one after the other, what is wanted most first, each in a
 process of its own: one that crashes, hangs or breaks the GPU's context takes nothing with it. OUT
-gets the ladder of the step as profile.json (`tools/profile report OUT` draws it), gpu_training.json,
+gets the ladder of the step as profile.json (for `tools/profile report OUT`), gpu_training.json,
 gpu_kernels.json, gpu_feeds.json, tests.txt, verify.txt, what the parts printed (log.txt), and all
 tables with what became of each part (summary.md), all written as they come. What an earlier round
 left in OUT stays until it is measured again.
@@ -28,7 +28,7 @@ import numpy as np
 
 from engine.data.records import Records, Split, open_records
 from engine.data.sample import ensure_sample
-from engine.data.split import draw_splits
+from engine.data.split import SplitOptions, draw_splits
 from engine.durable import take_folder, write_file, writing
 from engine.errors import UserError, exit_on_user_error, sentence
 from engine.host import prepare_process
@@ -51,7 +51,7 @@ RESULTS = ("gpu_training.json", "gpu_kernels.json", "gpu_feeds.json")
 COLUMNS = ("name", "num", RATE, f"{RATE}_low95", f"{RATE}_high95", "steps_per_launch", "power_w",
            "energy_j_per_ksample", "roofline_fraction")  # fmt: skip
 _PROCESSES = multiprocessing.get_context("fork")
-"""A part starts with the records and all modules loaded; this process itself never touches the GPU."""
+"""A part starts with the records and all modules loaded; this process never touches the GPU."""
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ def ladder_table(profile: Profile) -> list[str]:
 
 
 def records_from_npz(path: Path) -> Records:
-    """A random split of names (F,) and images (F, K, H, W) uint8, characters '!' and up; nothing is written.
+    """A random split of names (F,) and images (F, K, H, W) uint8, characters '!' and up.
 
     Raises:
         UserError: not such an archive.
@@ -233,7 +233,7 @@ def records_from_npz(path: Path) -> Records:
     everything = Split(
         image_NHW=image_FKHW.reshape(-1, height, width), label_N=label_N, font_N=font_N
     )
-    rows = draw_splits(label_N, font_N, classes, fonts, mode="random", balance=False, seed=42)
+    rows = draw_splits(label_N, font_N, classes, fonts, SplitOptions())
     splits = {name: everything.take(row_M) for name, row_M in rows.items()}
     train_NHW = splits["train"].image_NHW
     return Records(

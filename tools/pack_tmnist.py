@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from engine.data.pack import check, pack
+from engine.data.pack import PackOptions, check, pack
 from engine.data.records import verify_records
 from engine.errors import EXIT_USER_ERROR, UserError, exit_on_user_error, printable
 from engine.host import cache_notes, prepare_process
@@ -97,20 +97,13 @@ def main(
                 f"tools/pack_tmnist {source} OUT"
             )
         else:
-            _pack(source, out, **options)
+            _pack(source, out, PackOptions(**options))
 
 
-def _pack(source: Path, out: Path, classes: int | None, **options: Any) -> None:
+def _pack(source: Path, out: Path, options: PackOptions) -> None:
     start = time.perf_counter()
     with progress_bar(f"packing {printable(source.name)}", 1.0) as show:
-        report = pack(
-            source,
-            out,
-            mode=options.pop("split"),
-            num_classes=classes,
-            progress=lambda rows, part: show(part, f"{rows:,} rows"),
-            **options,
-        )
+        report = pack(source, out, options, lambda rows, part: show(part, f"{rows:,} rows"))
     manifest = report.manifest
     pixels = manifest["train_pixels"]
     took_s = time.perf_counter() - start

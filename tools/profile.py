@@ -6,7 +6,7 @@ TrainStep and feeds of training, in processes of their own (tools/measure/matrix
 
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +19,7 @@ from engine.errors import UserError, exit_on_user_error, printable
 from engine.host import cache_notes, env_world_size, prepare_process
 from engine.paths import PATH, full_path
 from engine.ui import guard_outputs
-from tools.report.outputs import check_file, check_folder
+from tools.report.outputs import check_file
 
 if TYPE_CHECKING:
     from tools.measure.results import Profile
@@ -29,10 +29,10 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 DEFAULT = {"step.precision": "bf16", "step.cuda_graphs": True}
 """What `torchrun -m engine.run --amp --cuda-graphs` trains with."""
 SHOWN = (
-    "id", "name", "num", "samples_per_s", "samples_per_s_low95", "samples_per_s_high95", "gain", "speedup",
-    "efficiency", "steps_per_launch", "step_ms", "data_wait_fraction", "host_peak_rss_gib", "torch_peak_gib",
-    "device_used_gib", "gpu_utilisation_percent", "power_w", "energy_j_per_ksample", "train_s",
-    "test_accuracy_fraction",
+    "id", "name", "num", "samples_per_s", "samples_per_s_low95", "samples_per_s_high95", "base",
+    "gain", "speedup", "efficiency", "steps_per_launch", "step_ms", "data_wait_fraction",
+    "host_peak_rss_gib", "torch_peak_gib", "device_used_gib", "gpu_utilisation_percent", "power_w",
+    "energy_j_per_ksample", "train_s", "test_accuracy_fraction",
 )  # fmt: skip
 """The table's columns."""
 
@@ -76,12 +76,10 @@ def main(context: click.Context) -> None:
 def run(
     configs: tuple[Path, ...],
     data: Path | None,
-    steps: int | None,
-    repetitions: int | None,
-    batch_size: int | None,
     out: Path | None,
     resume: bool,
     device: str,
+    **amounts: int | None,
 ) -> None:
     """Measure CONFIGS: matrices and run configs (bench_configs/*.toml); none: the default.
 
@@ -91,13 +89,14 @@ def run(
         from tools.measure.matrix import config_cell, read_cells
         from tools.measure.runner import Run, in_child
 
+        batch_size = amounts["batch_size"]
         title = "default"
         cells = [config_cell("default", DEFAULT, batch_size)]
         if configs:
             title, cells = read_cells(list(configs), batch_size)
-        if steps:
+        if steps := amounts["steps"]:
             cells = [replace(cell, num_steps=steps, accuracy=False) for cell in cells]
-        if repetitions:
+        if repetitions := amounts["repetitions"]:
             cells = [replace(cell, repetitions=repetitions) for cell in cells]
         num_gpus = _num_gpus(device)
         records = str(full_path(data)) if data else ""
@@ -118,9 +117,9 @@ def compare(a: Path, b: Path, out: Path | None) -> None:
     with exit_on_user_error():
         from tools.report.compare import compare_profiles, compare_runs
 
-        if out:
-            check_folder(out)
-        click.echo((compare_profiles if (a / "profile.json").exists() else compare_runs)(a, b, out))
+        side_by_side = compare_profiles if (a / "profile.json").exists() else compare_runs
+        with take_folder(out) if out else nullcontext():
+            click.echo(side_by_side(a, b, out))
         if out:
             click.echo(f"report: {out / 'comparison.md'}")
 
@@ -133,8 +132,8 @@ def report(folder: Path, out: Path | None) -> None:
     with exit_on_user_error():
         from tools.report.page import write_report
 
-        check_folder(out or folder)
-        click.echo(f"report: {write_report(folder, out or folder)}")
+        with take_folder(out or folder) as place:
+            click.echo(f"report: {write_report(folder, place)}")
 
 
 @main.command()
@@ -156,7 +155,7 @@ def report(folder: Path, out: Path | None) -> None:
 def feeds(
     data: Path | None, batch_size: int, seconds: float, json_file: Path | None, out: Path | None
 ) -> None:
-    """Measure what every feed carries, and torch's TensorDataset, without a step."""
+    """Measure what every feed carries, without a step."""
     with exit_on_user_error():
         from tools.measure.feeds import profile_feeds
 

@@ -65,17 +65,15 @@ _MAGIC = (  # (first bytes, what it is, what to do; {name} is the file's, quoted
     (b"%!PS", "a PostScript document", "name the CSV"),
     (b"@relation", "an ARFF file", CONVERT),
     (b"@RELATION", "an ARFF file", CONVERT),
+    (b"\0\0\xfe\xff", "UTF-32 text", "save it as UTF-8"),
+    (b"\xff\xfe", "UTF-16 or UTF-32 text", "save it as UTF-8"),
+    (b"\xfe\xff", "UTF-16 text", "save it as UTF-8"),
 )  # fmt: skip
 _TEXT = (  # what follows a byte order mark and white space, too; in lower case
     (b"<?xml", "an XML file", CONVERT),
     (b"<", "an HTML page", "log in and download again"),
     (b"{", "a JSON file", CONVERT),
     (b"[", "a JSON file", CONVERT),
-)
-_ENCODINGS = (
-    (b"\0\0\xfe\xff", "UTF-32 text", "save it as UTF-8"),
-    (b"\xff\xfe", "UTF-16 or UTF-32 text", "save it as UTF-8"),
-    (b"\xfe\xff", "UTF-16 text", "save it as UTF-8"),
 )
 _IDX_TYPES = {8: "uint8", 9: "int8", 11: "int16", 12: "int32", 13: "float32", 14: "float64"}
 _PICKLES = re.compile(
@@ -109,24 +107,27 @@ def _kind(head: bytes, size: int | None) -> tuple[str, str]:
         return "a safetensors file", CONVERT
     if _is_tfrecord(head, size):
         return "a TFRecord file", CONVERT
-    if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
-        return "a WebP picture", PICTURE
-    if head.startswith(b"BM") and head[6:10] == bytes(4):
-        return "a BMP picture", PICTURE
-    if re.match(rb"P[1-6]\s+[0-9#]", head):
-        return "a PGM or PPM picture", PICTURE
-    for start, what, remedy in (*_MAGIC, *_ENCODINGS):
-        if head.startswith(start):
-            return what, remedy
+    if picture := _picture(head):
+        return picture, PICTURE
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    for start, what, remedy in _TEXT:
-        if text.startswith(start):
-            return what, remedy
+    for data, table in ((head, _MAGIC), (text, _TEXT)):
+        for start, what, remedy in table:
+            if data.startswith(start):
+                return what, remedy
     if _PICKLES.match(head):
         return "a Python pickle, which could run code", CONVERT
     if head.startswith(b"\0"):
         return "NUL bytes", "copy or download it again"
     return "", ""
+
+
+def _picture(head: bytes) -> str:
+    """A picture that its first bytes alone do not tell."""
+    if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
+        return "a WebP picture"
+    if head.startswith(b"BM") and head[6:10] == bytes(4):
+        return "a BMP picture"
+    return "a PGM or PPM picture" if re.match(rb"P[1-6]\s+[0-9#]", head) else ""
 
 
 def _idx(head: bytes) -> str:

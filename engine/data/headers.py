@@ -15,7 +15,9 @@ _PIXEL_NAME = re.compile(r"[^0-9]*[0-9]+(?:[^0-9]+[0-9]+)?[^0-9]?", re.ASCII)
 _SEPARATORS = (("semicolons", ";"), ("tabs", "\t"), ("vertical bars", "|"), ("spaces", " "))
 _IDS = ("", "id", "imageid", "image_id", "index", "unnamed: 0", "filename", "file", "image", "row")
 _PIXELS_IN_ONE = ("pixels", "pixel", "image", "img", "image_data", "data", "features")
-_MOST_NAMED = 5
+_MOST_NAMED = 3
+_LAYOUTS = ((["names", "labels"], 1, ""), (["label"], 0, "pixel"), (["label"], 1, "pixel"))
+"""(Columns before the pixels, the first pixel's number, what stands before the numbers)."""
 
 
 def header_hint(columns: Sequence[str]) -> str:
@@ -57,10 +59,7 @@ def _too_few(columns: Sequence[str]) -> str:
 def _in_one_column(columns: Sequence[str]) -> str:
     for column in columns:
         if column.strip().lower() in _PIXELS_IN_ONE:
-            return (
-                f"the pixels stand in one column, {column!r}; "
-                f"write a column for each: label,pixel0,pixel1,..."
-            )
+            return f"the pixels stand in one column, {column!r}; write a column for each"
     return "there are no columns of pixels; is this another table?"
 
 
@@ -69,14 +68,12 @@ def _numbers(columns: Sequence[str]) -> str:
     num = len(columns)
     if not _square(num - 1) and not _square(num):
         return (
-            f"the first line is numbers, not names, and {num - 1} pixels behind a label are no "
-            f"square; put the line label,pixel0,pixel1,... first and pad the images to squares"
+            f"the first line is a row, and {num - 1} pixels behind a label are no square; "
+            f"write a header first, and pad the images"
         )
     if len(set(columns)) == num and any(_MANGLED.fullmatch(column) for column in columns):
-        return (
-            "the first line is a row that pandas took for names; read the original with "
-            f"header=None and write it with the header {_header(num - 1)}"
-        )
+        header = _header(num - 1)
+        return f"pandas took a row for names; read it with header=None, and write {header}"
     if not _square(num - 1):
         return f"there is no label column, only {num} numbers; is this a test set without labels?"
     if list(columns) in ([str(i) for i in range(num)], [str(i) for i in range(1, num + 1)]):
@@ -96,23 +93,23 @@ def _spelling(columns: Sequence[str]) -> str:
     if columns[0].lower() in ("", "index", "unnamed: 0"):
         rest = columns[1:]
         then = "" if is_layout(rest) else header_hint(rest)
-        hint = "drop the first column, pandas' row numbers (to_csv(..., index=False))"
+        hint = "drop the first column, pandas' row numbers (index=False)"
         return f"{hint}; then {then}" if then else hint
     return ""
 
 
 def is_layout(columns: Sequence[str]) -> bool:
-    """Whether it is a header of lexer.py, of any square."""
-    for text, first, prefix in (
-        (["names", "labels"], 1, ""),
-        (["label"], 0, "pixel"),
-        (["label"], 1, "pixel"),
-    ):
-        num = len(columns) - len(text)
+    return num_texts(columns) > 0
+
+
+def num_texts(columns: Sequence[str]) -> int:
+    """Of a header of ours, of any square, the columns before the pixels; 0 of another."""
+    for texts, first, prefix in _LAYOUTS:
+        num = len(columns) - len(texts)
         pixels = [f"{prefix}{number}" for number in range(first, first + num)]
-        if _square(num) and list(columns) == text + pixels:
-            return True
-    return False
+        if _square(num) and list(columns) == texts + pixels:
+            return len(texts)
+    return 0
 
 
 def _names(columns: Sequence[str]) -> str:
@@ -183,7 +180,7 @@ def _texts(columns: Sequence[str], texts: list[str], pixels: list[str]) -> str:
     if len(texts) > 1:
         keep = next((text for text in texts if text.lower() in ("label", "labels")), None)
         drop = [text for text in texts if text != keep]
-        dropped = ", ".join(map(repr, drop[:_MOST_NAMED])) + (", ..." if drop[5:] else "")
+        dropped = ", ".join(map(repr, drop[:_MOST_NAMED])) + (", ..." if drop[_MOST_NAMED:] else "")
         if keep is None:
             return f"keep one column, the label, and call it label; the others are {dropped}"
         rest = [column for column in columns if column not in drop]

@@ -14,12 +14,13 @@ a row.
 import csv
 import io
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import isqrt
 
 import numpy as np
 
-from engine.data.headers import header_hint
+from engine.data.headers import header_hint, num_texts
 
 FIELD_LIMIT_BYTES = 4096
 LINE_LIMIT_BYTES = 2**20
@@ -86,22 +87,15 @@ class Rows:
 def read_header(line: bytes) -> Layout:
     """The layout that a first line declares; a Fault if it is no header of TMNIST or MNIST."""
     columns = tuple(_fields(line.removeprefix(b"\xef\xbb\xbf")))
-    for text, first, prefix in (
-        (("names", "labels"), 1, ""),
-        (("label",), 0, "pixel"),
-        (("label",), 1, "pixel"),
-    ):
-        num_pixels = len(columns) - len(text)
-        pixels = tuple(f"{prefix}{number}" for number in range(first, first + num_pixels))
-        side = isqrt(max(num_pixels, 0))
-        if 0 < num_pixels == side**2 and columns == text + pixels:
-            return Layout(columns, len(text) == 2, len(text), num_pixels, side)
+    if num_text := num_texts(columns):
+        num_pixels = len(columns) - num_text
+        return Layout(columns, num_text == 2, num_text, num_pixels, isqrt(num_pixels))
     got = ",".join(columns)
-    got = got if len(got) <= 60 else f"{got[:40]}...{got[-17:]}"
-    hint = header_hint(columns)
+    got = got if len(got) <= 40 else f"{got[:24]}...{got[-13:]}"
+    hint = header_hint(columns) or "with as many pixels as a square has"
     raise Fault(
-        f"got the header {got!r} of {len(columns)} columns, want names,labels,1,2,... or "
-        f"label,pixel0,pixel1,... with as many pixels as a square has{hint and '; '}{hint}"
+        f"got the header {got!r} of {len(columns)} columns, "
+        f"want names,labels,1,2,... or label,pixel0,...; {hint}"
     )
 
 
@@ -113,21 +107,13 @@ def read_row(line: bytes, layout: Layout) -> tuple[str, str, bytes]:
     want = len(layout.columns)
     if len(fields) != want:
         decimals = len(fields) == 2 * layout.num_pixels + layout.num_text
-        hint = (
-            "; delete the blank line"
-            if fields == [""]
-            else "; are decimals written with a comma?"
-            if decimals
-            else ""
-        )
+        hint = "; are decimals written with a comma?" if decimals else ""
+        if fields == [""]:
+            hint = "; delete the blank line"
         raise Fault(f"got {len(fields)} fields, want {want}{hint}")
-    text = [
-        check_text(field, column) for column, field in enumerate(fields[: layout.num_text], start=1)
-    ]
-    pixels = bytes(
-        _pixel(field, column)
-        for column, field in enumerate(fields[len(text) :], start=len(text) + 1)
-    )
+    columns = list(enumerate(fields, start=1))
+    text = [check_text(field, column) for column, field in columns[: layout.num_text]]
+    pixels = bytes(_pixel(field, column) for column, field in columns[layout.num_text :])
     return text[0] if layout.has_fonts else "", text[-1], pixels
 
 
@@ -219,3 +205,7 @@ def _encoded(texts: list[str]) -> tuple[list[str], np.ndarray]:
     """The different texts as they come, and each one's index among them."""
     index = {text: number for number, text in enumerate(dict.fromkeys(texts))}
     return list(index), np.array([index[text] for text in texts], np.int32)
+
+
+Lexer = Callable[[Layout, np.ndarray, int, int, np.ndarray], Rows]
+"""lex_plainly or its compiled twin."""

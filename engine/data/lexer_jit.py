@@ -12,7 +12,7 @@ import secrets
 from collections.abc import Callable
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
@@ -38,6 +38,29 @@ FACTOR = U(0x9E3779B97F4A7C15)  # 2**64 / golden ratio (Knuth, TAOCP 6.4)
 SEED = U(secrets.randbits(64))
 """Of this process, so that nobody writes a file whose names collide; no output depends on it. An
 argument of what is compiled, since numba would keep a global's value in its cache."""
+
+
+class Texts(NamedTuple):
+    """The different texts of a column: text e is arena_A[end_E[e] : end_E[e + 1]]."""
+
+    seed: Any
+    arena_A: np.ndarray
+    end_E: np.ndarray
+    slots: np.ndarray
+    """A hash table of their numbers; -1 is free."""
+    num: np.ndarray
+    """How many there are, as an array of one."""
+
+
+class Room(NamedTuple):
+    """Where rows are left."""
+
+    image_RP: np.ndarray
+    text_2R: np.ndarray
+    """Numbers of the fonts, then of the labels."""
+    number_R3: np.ndarray
+    """Each row's offset, sum, and sum of squares."""
+    hash_R: np.ndarray
 
 
 def _jit(function: Callable[..., Any]) -> Any:
@@ -69,13 +92,13 @@ def _mix(code, word):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _text(buffer, i, seed, arena_A, end_E, slots, count):  # type: ignore[no-untyped-def]
-    """Look up the field at `i`, unquoted.
+def _text(buffer, i, texts):  # type: ignore[no-untyped-def]
+    """Look up the field at `i`, unquoted, and keep it if it is new.
 
-    Returns (offset behind its comma, index of its text), or (-1, 0). Text e is
-    arena_A[end_E[e] : end_E[e + 1]]; one that is new is kept.
+    Returns (offset behind its comma, its number), or (-1, 0).
     """
-    tail = end_E[count[0]]
+    seed, arena_A, end_E, slots, num = texts
+    tail = end_E[num[0]]
     length = 0
     code = seed
     quoted = buffer[i] == QUOTE
@@ -108,10 +131,10 @@ def _text(buffer, i, seed, arena_A, end_E, slots, count):  # type: ignore[no-unt
             if k == length:
                 return i + 1, entry
         slot = (slot + 1) & (len(slots) - 1)
-    entry = np.int32(count[0])
+    entry = np.int32(num[0])
     slots[slot] = entry
     end_E[entry + 1] = tail + length
-    count[0] += 1
+    num[0] += 1
     return i + 1, entry
 
 
@@ -198,25 +221,19 @@ def _pixels(buffer, i, image_P):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _lex(  # type: ignore[no-untyped-def]
-    buffer, start, stop, seed, tables, has_fonts, text_2R, image_RP, number_R3, hash_R
-):
+def _lex(buffer, start, stop, has_fonts, fonts_labels, room):  # type: ignore[no-untyped-def]
     """Rows of buffer[start:stop] up to the first line that is none.
 
     Returns (number of rows, that line's offset or -1).
-
-    `tables` are the last arguments of `_text`, stacked, and `text_2R` the indices, first of fonts,
-    then of labels; `number_R3` takes each row's offset, sum, and sum of squares.
     """
-    arena_2A, end_2E, slots_2, count_2 = tables
+    image_RP, text_2R, number_R3, hash_R = room
     num_pixels = image_RP.shape[1]
+    seed = fonts_labels[0].seed
     row = 0
     while start < stop:
         i = start
         for k in range(0 if has_fonts else 1, 2):
-            i, text_2R[k, row] = _text(
-                buffer, i, seed, arena_2A[k], end_2E[k], slots_2[k], count_2[k : k + 1]
-            )
+            i, text_2R[k, row] = _text(buffer, i, fonts_labels[k])
             if i < 0:
                 return row, start
         image_P = image_RP[row]
@@ -250,25 +267,17 @@ def lex(layout: Layout, block: np.ndarray, start: int, stop: int, image_RP: np.n
     assert start == stop or block[stop - 1] == LF
     assert len(block) >= stop + SLACK_BYTES
     assert len(image_RP) >= most and image_RP.shape[1] == layout.num_pixels
-    arena_2A = np.empty((2, num_bytes), np.uint8)
-    end_2E = np.zeros((2, most + 1), np.int64)
-    tables = (
-        arena_2A,
-        end_2E,
-        np.full((2, 1 << (2 * most).bit_length()), -1, np.int32),
-        np.zeros(2, np.int64),
-    )
+    fonts_labels = _texts(num_bytes, most), _texts(num_bytes, most)
     text_2R = np.zeros((2, most), np.int32)
     number_R3 = np.empty((most, 3), np.int64)
     hash_R = np.empty(most, U)
-    rows, fault = _lex(
-        block, start, stop, SEED, tables, layout.has_fonts, text_2R, image_RP, number_R3, hash_R
-    )
+    room = Room(image_RP, text_2R, number_R3, hash_R)
+    rows, fault = _lex(block, start, stop, layout.has_fonts, fonts_labels, room)
     font_R, label_R = text_2R[:, :rows]
-    labels, seen = _texts(arena_2A[1], end_2E[1], label_R, layout.num_text)
+    labels, seen = _read(fonts_labels[1], label_R, layout.num_text)
     fonts = [""]
     if layout.has_fonts:
-        fonts, good = _texts(arena_2A[0], end_2E[0], font_R, 1)
+        fonts, good = _read(fonts_labels[0], font_R, 1)
         seen = min(seen, good)
     header_R = np.array([label == layout.columns[layout.num_text - 1] for label in labels], bool)[
         label_R[:seen]
@@ -290,12 +299,17 @@ def lex(layout: Layout, block: np.ndarray, start: int, stop: int, image_RP: np.n
     )
 
 
-def _texts(
-    arena_A: np.ndarray, end_E: np.ndarray, index_R: np.ndarray, column: int
-) -> tuple[list[str], int]:
+def _texts(num_bytes: int, most: int) -> Texts:
+    """Room for the texts of so many bytes and rows."""
+    slots = np.full(1 << (2 * most).bit_length(), -1, np.int32)
+    arena_A = np.empty(num_bytes, np.uint8)
+    return Texts(SEED, arena_A, np.zeros(most + 1, np.int64), slots, np.zeros(1, np.int64))
+
+
+def _read(found: Texts, index_R: np.ndarray, column: int) -> tuple[list[str], int]:
     """The texts of a block's rows, and how many rows come before the first bad one."""
-    ends = end_E[: index_R.max(initial=-1) + 2].tolist()
-    data = arena_A[: ends[-1]].tobytes()
+    ends = found.end_E[: index_R.max(initial=-1) + 2].tolist()
+    data = found.arena_A[: ends[-1]].tobytes()
     texts = list[str]()
     for start, stop in pairwise(ends):
         try:

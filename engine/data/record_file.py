@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from engine.data.table import Table
 from engine.durable import Damaged, Disturbed, fsync, open_regular
 
 BLOCK_BYTES = 2**20
@@ -101,30 +102,6 @@ class FileEntry:
         self.read(handle, start, memoryview(tail))
         label_M = np.frombuffer(tail, np.uint8, self.rows, self.label_offset - start)
         return label_M, np.frombuffer(tail, "<i4", self.rows, self.font_offset - start)
-
-
-@dataclass(frozen=True)
-class Table:
-    """All rows of a CSV but their pixels: label_N uint8 into `classes`, font_N int32 into
-    `fonts`, the others as in lexer.Rows; `side` is the images' height and width."""
-
-    side: int
-    classes: tuple[str, ...]
-    fonts: tuple[str, ...]
-    label_N: np.ndarray
-    font_N: np.ndarray
-    sum_N: np.ndarray
-    squares_N: np.ndarray
-    hash_N: np.ndarray
-
-    def pixels(self, row_M: np.ndarray) -> dict[str, float]:
-        """Mean and standard deviation (0..255) of some rows' pixels, from exact sums."""
-        num = len(row_M) * self.side**2
-        mean = int(self.sum_N[row_M].sum()) / num
-        return {
-            "mean": mean,
-            "std": max(int(self.squares_N[row_M].sum()) / num - mean**2, 0.0) ** 0.5,
-        }
 
 
 def write_file(path: Path, table: Table, row_M: np.ndarray, image_MP: np.ndarray) -> dict[str, Any]:

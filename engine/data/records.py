@@ -26,7 +26,8 @@ from typing import Any
 
 import numpy as np
 
-from engine.data.record_file import FileEntry, Table, are_counts, write_file
+from engine.data.record_file import FileEntry, are_counts, write_file
+from engine.data.table import Table
 from engine.durable import (
     MANIFEST,
     Damaged,
@@ -53,6 +54,8 @@ ARROW_OVERHEAD_BYTES = 2**16  # schema, messages, the classes, paddings
 WRITERS = 2
 READERS = 4
 REMEDY = "pack the CSV again with tools/pack_tmnist"
+Take = Callable[[np.ndarray], np.ndarray]
+"""Row numbers (M,), ascending -> their pixels (M, P) uint8; called from several threads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +117,7 @@ class Records:
 def write_records(
     directory: Path,
     table: Table,
-    take: Callable[[np.ndarray], np.ndarray],
+    take: Take,
     rows: dict[str, np.ndarray],
     facts: dict[str, Any],
 ) -> dict[str, Any]:
@@ -123,16 +126,35 @@ def write_records(
     The same arguments give the same bytes. Memory: WRITERS files of at most 64 MiB at a time.
 
     Args:
-        take: row numbers (M,), ascending -> their pixels (M, P) uint8; called from several threads.
         rows: each split's row numbers, ascending.
         facts: what else the manifest says.
     Raises:
         OSError: the disk refused.
     """
     fonts_json = json.dumps(table.fonts, ensure_ascii=False).encode()
+    (directory / FONTS).write_bytes(fonts_json)
     room = FILE_LIMIT_BYTES - ARROW_OVERHEAD_BYTES - 2 * len(fonts_json)
     rows_per_file = max(room // (table.side**2 + ROW_OVERHEAD_BYTES), 1)
-    (directory / FONTS).write_bytes(fonts_json)
+
+    manifest = facts | {
+        "format": FORMAT,
+        "version": VERSION,
+        "height": table.side,
+        "width": table.side,
+        "classes": list(table.classes),
+        "fonts": {"bytes": len(fonts_json), "sha256": hashlib.sha256(fonts_json).hexdigest()},
+        "train_pixels": table.pixels(rows["train"]),
+        "splits": _write_splits(directory, table, take, rows, rows_per_file),
+    }
+    manifest["fingerprint"] = _fingerprint(manifest)
+    write_manifest(directory, manifest)
+    return manifest
+
+
+def _write_splits(
+    directory: Path, table: Table, take: Take, rows: dict[str, np.ndarray], rows_per_file: int
+) -> dict[str, Any]:
+    """Write the Arrow files; what the manifest says of each split."""
 
     def write(name: str, number: int, row_M: np.ndarray) -> dict[str, Any]:
         return write_file(directory / f"{name}-{number:05}.arrow", table, row_M, take(row_M))
@@ -142,29 +164,14 @@ def write_records(
         for name, row_M in rows.items():
             parts = np.split(row_M, range(rows_per_file, len(row_M), rows_per_file))
             files[name] = pool.map(write, repeat(name), count(), parts)
-        splits = {
+        return {
             name: {
                 "rows": len(row_M),
-                "rows_per_class": np.bincount(
-                    table.label_N[row_M], minlength=len(table.classes)
-                ).tolist(),
+                "rows_per_class": table.rows_per_class(row_M),
                 "files": list(files[name]),
             }
             for name, row_M in rows.items()
         }
-    manifest = facts | {
-        "format": FORMAT,
-        "version": VERSION,
-        "height": table.side,
-        "width": table.side,
-        "classes": list(table.classes),
-        "fonts": {"bytes": len(fonts_json), "sha256": hashlib.sha256(fonts_json).hexdigest()},
-        "train_pixels": table.pixels(rows["train"]),
-        "splits": splits,
-    }
-    manifest["fingerprint"] = _fingerprint(manifest)
-    write_manifest(directory, manifest)
-    return manifest
 
 
 def open_records(path: str | Path, *, in_memory: bool = True) -> Records:
@@ -215,14 +222,12 @@ def _refusing(directory: Path) -> Iterator[None]:
     except Disturbed as error:
         raise UserError(f"{directory}: {error}") from None
     except Damaged as error:
-        kind = (
-            "damaged" if (directory / MANIFEST).exists() else "incomplete or not a record directory"
-        )
+        is_there = (directory / MANIFEST).exists()
+        kind = "damaged" if is_there else "incomplete or not a record directory"
         raise UserError(f"{directory}: {kind}: {error}; {REMEDY}") from None
     except OSError as error:
-        raise UserError(
-            f"{directory}: cannot be read ({error.strerror or error}); {REMEDY}"
-        ) from None
+        reason = error.strerror or error
+        raise UserError(f"{directory}: cannot be read ({reason}); {REMEDY}") from None
 
 
 class StoredImages:
@@ -245,7 +250,7 @@ class StoredImages:
         self._directory = directory
         self.files = files
         self.handles: list[int] = []
-        for file in files:
+        for file in files:  # one by one: where one cannot be opened, the others are closed
             self.handles.append(file.open(directory))
         self.edges = [0, *accumulate(file.rows for file in files)]
         """The first row of each file, and N."""
@@ -272,14 +277,14 @@ class StoredImages:
 
     def __getitem__(self, rows: Any) -> np.ndarray:
         if isinstance(rows, (int, np.integer)):
-            return self[np.array([rows])][0]
+            image_HW: np.ndarray = self[np.array([rows])][0]
+            return image_HW
         row_M = np.arange(*rows.indices(len(self))) if isinstance(rows, slice) else np.asarray(rows)
         if len(row_M) and not 0 <= row_M.min() <= row_M.max() < len(self):
             raise IndexError(f"rows {row_M.min()} to {row_M.max()} of {len(self)}")
         out_MP = np.empty((len(row_M), self.shape[1] * self.shape[2]), np.uint8)
-        for start, stop in pairwise(
-            [0, *(np.flatnonzero(np.diff(row_M) != 1) + 1).tolist(), len(row_M)]
-        ):
+        jumps = (np.flatnonzero(np.diff(row_M) != 1) + 1).tolist()
+        for start, stop in pairwise([0, *jumps, len(row_M)]):
             if start < stop:
                 self.read_into(int(row_M[start]), out_MP[start:stop])
         return out_MP.reshape(len(row_M), *self.shape[1:])
@@ -292,32 +297,8 @@ class StoredImages:
 def _open(directory: Path, in_memory: bool) -> Records:
     manifest = read_manifest(directory, FORMAT, VERSION)
     try:
-        height_width = manifest["height"], manifest["width"]
-        classes = manifest["classes"]
-        splits = manifest["splits"]
-        if not are_counts(*height_width) or not 0 < height_width[0] * height_width[1] <= MAX_PIXELS:
-            raise Damaged(f"images of {height_width} pixels cannot be")
-        if not _are_texts(classes) or not 0 < len(classes) <= MAX_CLASSES:
-            raise Damaged(f"the classes are not 1 to {MAX_CLASSES} different texts")
-        if "train" not in splits or not set(splits) <= set(SPLITS):
-            raise Damaged(f"the splits are {sorted(splits)}, want train, or {', '.join(SPLITS)}")
-        files = {
-            name: [FileEntry(**file) for file in splits[name]["files"]]
-            for name in SPLITS
-            if name in splits
-        }
-        for name, entries in files.items():
-            for file in entries:
-                file.check(name, height_width[0] * height_width[1])
-            if sum(file.rows for file in entries) != splits[name]["rows"]:
-                raise Damaged(f"the files of split {name} do not add up to its rows")
-        if manifest["fingerprint"] != _fingerprint(manifest):
-            raise Damaged("the fingerprint does not belong to the files listed")
-        mean, std = (float(manifest["train_pixels"][key]) for key in ("mean", "std"))
-        if not (0 <= mean <= 255 and 0 <= std <= 127.5):  # also of NaN
-            raise Damaged(
-                f"a mean of {mean} and a standard deviation of {std} cannot be those of pixels"
-            )
+        files = _checked_files(manifest)
+        mean, std = _checked_pixels(manifest)
         names = [file.name for split in files.values() for file in split]
         if len(set(names)) < len(names):
             raise Damaged("a file is listed twice")
@@ -325,26 +306,57 @@ def _open(directory: Path, in_memory: bool) -> Records:
         fonts = _read_fonts(directory, manifest["fonts"])
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise Damaged(f"{MANIFEST} is malformed ({error!r})") from None
-    opened = {
-        name: _read_split(directory, split, height_width, in_memory)
-        for name, split in files.items()
-    }
-    for name, split in opened.items():
-        label_N = split.label_N
-        font_N = split.font_N
-        if len(split) and not (
-            label_N.max() < len(classes) and 0 <= font_N.min() <= font_N.max() < len(fonts)
-        ):
+    height_width = manifest["height"], manifest["width"]
+    classes = tuple(manifest["classes"])
+    splits = {}
+    for name, entries in files.items():
+        splits[name] = split = _read_split(directory, entries, height_width, in_memory)
+        if not _lie_in(split.label_N, classes) or not _lie_in(split.font_N, fonts):
             raise Damaged(f"split {name}: a label or font index lies outside its table")
     return Records(
-        splits=opened,
-        classes=tuple(classes),
+        splits=splits,
+        classes=classes,
         fonts=fonts,
         fingerprint=manifest["fingerprint"],
         pixel_mean=mean,
         pixel_std=std,
         path=str(directory),
     )
+
+
+def _checked_files(manifest: dict[str, Any]) -> dict[str, list[FileEntry]]:
+    """Each split's files, where all that the manifest says of them agrees."""
+    height_width = manifest["height"], manifest["width"]
+    classes = manifest["classes"]
+    splits = manifest["splits"]
+    if not are_counts(*height_width) or not 0 < height_width[0] * height_width[1] <= MAX_PIXELS:
+        raise Damaged(f"images of {height_width} pixels cannot be")
+    if not _are_texts(classes) or not 0 < len(classes) <= MAX_CLASSES:
+        raise Damaged(f"the classes are not 1 to {MAX_CLASSES} different texts")
+    if "train" not in splits or not set(splits) <= set(SPLITS):
+        raise Damaged(f"the splits are {sorted(splits)}, want train, or {', '.join(SPLITS)}")
+    files = {}
+    for name in SPLITS:
+        if name in splits:
+            files[name] = [FileEntry(**file) for file in splits[name]["files"]]
+            for file in files[name]:
+                file.check(name, height_width[0] * height_width[1])
+            if sum(file.rows for file in files[name]) != splits[name]["rows"]:
+                raise Damaged(f"the files of split {name} do not add up to its rows")
+    if manifest["fingerprint"] != _fingerprint(manifest):
+        raise Damaged("the fingerprint does not belong to the files listed")
+    return files
+
+
+def _checked_pixels(manifest: dict[str, Any]) -> tuple[float, float]:
+    mean, std = (float(manifest["train_pixels"][key]) for key in ("mean", "std"))
+    if not (0 <= mean <= 255 and 0 <= std <= 127.5):  # also of NaN
+        raise Damaged(f"pixels cannot have a mean of {mean} and a standard deviation of {std}")
+    return mean, std
+
+
+def _lie_in(index_N: np.ndarray, names: tuple[str, ...]) -> bool:
+    return not len(index_N) or 0 <= index_N.min() <= index_N.max() < len(names)
 
 
 def _read_split(

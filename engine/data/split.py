@@ -4,6 +4,7 @@ Shapes: N rows of the CSV, M of them.
 """
 
 import re
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -22,43 +23,52 @@ _STYLE = re.compile(
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class SplitOptions:
+    """How rows are dealt to splits; the records' manifest holds it."""
+
+    split: SplitMode = "random"
+    balance: bool = False
+    """First cut each class to the smallest one's size."""
+    seed: int = 42
+
+
 def draw_splits(
     label_N: np.ndarray,
     font_N: np.ndarray,
     classes: tuple[str, ...],
     fonts: tuple[str, ...],
-    *,
-    mode: SplitMode,
-    balance: bool,
-    seed: int,
+    options: SplitOptions,
 ) -> dict[str, np.ndarray]:
     """Row numbers of each split, ascending.
 
-    `balance` first cuts each class to the smallest one's size. `random` is stratified: within each
-    class the rows stand in the order of a keyed bijection of (seed, class name); its head is val,
-    then test, the rest train. `font` deals whole families (see `family`) to val and test, in such
-    an order, as long as they fit into their part of all rows.
+    `random` is stratified: within each class the rows stand in the order of a keyed bijection of
+    (seed, class name); its head is val, then test, the rest train. `font` deals whole families
+    (see `family`) to val and test, in such an order, as long as they fit into their part.
 
     Raises:
         UserError: a class, or the number of families, is too small for three splits.
     """
     counts = np.bincount(label_N, minlength=len(classes))
+    rows_by_class = np.split(np.argsort(label_N, kind="stable"), np.cumsum(counts)[:-1])
     kept = []
-    for name, row_M in zip(
-        classes, np.split(np.argsort(label_N, kind="stable"), np.cumsum(counts)[:-1]), strict=True
-    ):
-        num = int(counts.min()) if balance else len(row_M)
-        if mode == "random" and num < 3:
+    for name, row_M in zip(classes, rows_by_class, strict=True):
+        num = int(counts.min()) if options.balance else len(row_M)
+        if options.split == "random" and num < 3:
             raise UserError(
                 f"the class {name!r} has {num} rows, want at least 3 to split; use --split none"
             )
-        kept.append(
-            row_M[permute(np.arange(len(row_M)), len(row_M), round_keys(seed, "split", name))[:num]]
-        )
-    if mode == "none":
-        return {"train": np.sort(np.concatenate(kept))}
-    if mode == "font":
-        return _draw_fonts(np.sort(np.concatenate(kept)), font_N, fonts, seed)
+        key = round_keys(options.seed, "split", name)
+        kept.append(row_M[permute(np.arange(len(row_M)), len(row_M), key)[:num]])
+    if options.split == "random":
+        return _draw_random(kept)
+    row_M = np.sort(np.concatenate(kept))
+    if options.split == "none":
+        return {"train": row_M}
+    return _draw_fonts(row_M, font_N, fonts, options.seed)
+
+
+def _draw_random(kept: list[np.ndarray]) -> dict[str, np.ndarray]:
     parts = []
     for row_M in kept:
         held_out = max(1, round(len(row_M) * EVAL_FRACTION))
@@ -79,22 +89,19 @@ def _draw_fonts(
     row_M: np.ndarray, font_N: np.ndarray, fonts: tuple[str, ...], seed: int
 ) -> dict[str, np.ndarray]:
     families = sorted({family(font) for font in fonts})
-    if len(families) < 3:
+    num = len(families)
+    if num < 3:
         raise UserError(
-            f"the rows are of {len(families)} typeface families, want at least 3; "
-            f"use --split random"
+            f"the rows are of {num} typeface families, want at least 3; use --split random"
         )
     number_of = {name: number for number, name in enumerate(families)}
     family_M = np.array([number_of[family(font)] for font in fonts])[font_N[row_M]]
-    sizes = np.bincount(family_M, minlength=len(families))
-    split_of = np.full(len(families), "train")
+    sizes = np.bincount(family_M, minlength=num)
+    split_of = np.full(num, "train")
     room = {"val": EVAL_FRACTION * len(row_M), "test": EVAL_FRACTION * len(row_M), "train": np.inf}
-    for number in permute(
-        np.arange(len(families)), len(families), round_keys(seed, "split", "fonts")
-    ):
-        split = split_of[number] = next(
-            name for name, rows in room.items() if sizes[number] <= rows
-        )
+    for number in permute(np.arange(num), num, round_keys(seed, "split", "fonts")):
+        split = next(name for name, rows in room.items() if sizes[number] <= rows)
+        split_of[number] = split
         room[split] -= sizes[number]
     rows = {name: row_M[(split_of == name)[family_M]] for name in ("train", "val", "test")}
     for name, drawn in rows.items():

@@ -88,6 +88,13 @@ def _feed(config: RunConfig, records: Records, world: World) -> Changes:
         yield replace(config, data=data), f"the feed is {feed}: {why}"
 
 
+def _gather(config: RunConfig, records: Records, world: World) -> Changes:
+    if "gather_warp" in config.kernels and config.data.feed != "resident":
+        others = tuple(name for name in config.kernels if name != "gather_warp")
+        why = f"the feed {config.data.feed} gathers in its own way"
+        yield replace(config, kernels=others), f"the kernel gather_warp is not used: {why}"
+
+
 def _stream(config: RunConfig, records: Records, world: World) -> Changes:
     if config.data.feed == "stream":
         window = min(
@@ -112,6 +119,7 @@ RULES: tuple[Callable[[RunConfig, Records, World], Changes], ...] = (
     _compile,
     _launches,
     _feed,
+    _gather,
     _stream,
     _distortion,
 )

@@ -4,16 +4,14 @@ from pathlib import Path
 
 import click
 
-from tests.bench import feeds, fullsize, measuring, pack, precision, ranks, report, step
+from tests.bench import OUT, feeds, fullsize, measuring, pack, precision, ranks, report, step
 
 
 @click.command()
 @click.option(
     "--data", type=click.Path(path_type=Path), help="Records of all typefaces for whole trainings."
 )
-@click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("runs/bench"), show_default=True
-)
+@OUT
 def main(data: Path | None, out: Path) -> None:
     """Run the benchmarks and print the files they left."""
     pack.bench(out, csv=None, rounds=7)

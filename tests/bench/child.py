@@ -1,4 +1,4 @@
-"""One measurement in processes of its own, so that no side of a comparison inherits the other's heap."""
+"""One measurement in processes of its own: no side of a comparison inherits the other's heap."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +13,7 @@ from tools.measure.runner import Run, in_child
 def samples_per_s(
     config: str, *, batch_size: int, num_steps: int, num_ranks: int = 1, num_threads: int = 0
 ) -> tuple[float, Environment]:
-    """Throughput of bench_configs/`config`.toml over all ranks, as tools/profile measures it on the CPU."""
+    """Throughput of bench_configs/`config`.toml on the CPU over all ranks, as by tools/profile."""
     settings = flatten(read_toml(ROOT / "bench_configs" / f"{config}.toml"))
     cell = config_cell(config, settings, batch_size * num_ranks)
     axes = {"batch": batch_size, "ranks": num_ranks}

@@ -1,4 +1,7 @@
-"""What every feed carries at batch 2048, and how long training at batch 512 waits for it; full-size set, split none."""
+"""What every feed and its peers carry at batch 2048, and how long training waits for a feed.
+
+Training is at batch 512, on a set of full size, packed with split none.
+"""
 
 import subprocess
 import sys
@@ -8,11 +11,13 @@ from pathlib import Path
 
 import click
 
-from engine.data.pack import pack
+from engine.data.pack import PackOptions, pack
 from engine.host import ROOT
 from engine.report import Environment, read_report
+from tests.bench import OUT
 from tests.bench.pack import TMNIST_ROWS, repeated_sample
-from tools.measure.feeds import measure_all
+from tests.bench.peers import measure_peers
+from tools.measure.feeds import FEEDS, measure_all
 from tools.report.rows import claim, row, write_result
 
 WANTED = {"resident": 12e6, "dali": 5e6, "stream": 3e6}
@@ -21,20 +26,10 @@ AUGMENT = ("shift_pixels=2", "rotate_degrees=10", "shear_degrees=5", "scale_frac
 
 def train(records: Path, feed: str, augmented: bool, folder: Path) -> tuple[float, Environment]:
     """One epoch of the fast recipe; the percentage of it that the host waited for the feed."""
-    command = [
-        sys.executable,
-        "-m",
-        "engine.run",
-        "--amp",
-        "--device=cpu",
-        "--epochs=1",
-        f"--data={records}",
-    ]
-    command += [
-        f"--feed={feed}",
-        f"--order={'blocked' if feed == 'stream' else 'exact'}",
-        f"--out={folder}",
-    ]
+    order = "blocked" if feed == "stream" else "exact"
+    flags = ["--amp", "--device=cpu", "--epochs=1", f"--feed={feed}", f"--order={order}"]
+    places = [f"--data={records}", f"--out={folder}"]
+    command = [sys.executable, "-m", "engine.run", *flags, *places]
     if augmented:
         command += [word for amount in AUGMENT for word in ("--set", f"augment.{amount}")]
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
@@ -48,9 +43,14 @@ def bench(out: Path, seconds: float, num_rows: int = TMNIST_ROWS) -> None:
     rows, claims = [], []
     with tempfile.TemporaryDirectory(dir=out) as folder:
         records = Path(folder) / "records"
-        pack(repeated_sample(Path(folder) / "tmnist.csv", num_rows), records, mode="none")
+        pack(
+            repeated_sample(Path(folder) / "tmnist.csv", num_rows),
+            records,
+            PackOptions(split="none"),
+        )
         (Path(folder) / "tmnist.csv").unlink()
-        for found in measure_all(records, 2048, seconds):
+        measured = measure_all(records, 2048, seconds, names=FEEDS)
+        for found in measured + measure_peers(records, 2048, seconds):
             name, rate = found.name, found.samples_per_s
             passes = [found.low, rate, found.high]
             line = row(f"{name}, {found.order} order", passes, "samples/s")
@@ -74,9 +74,7 @@ def bench(out: Path, seconds: float, num_rows: int = TMNIST_ROWS) -> None:
 
 
 @click.command()
-@click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("runs/bench"), show_default=True
-)
+@OUT
 @click.option("--seconds", default=8.0, show_default=True, help="For each feed.")
 def main(out: Path, seconds: float) -> None:
     """Benchmark the feeds."""

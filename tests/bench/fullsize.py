@@ -1,7 +1,4 @@
-"""The default fast recipe against --baseline, both trained to their end on the same records.
-
-In turn: fast, baseline, fast.
-"""
+"""The default fast recipe against --baseline, both to their end: fast, baseline, fast."""
 
 import subprocess
 import sys
@@ -13,6 +10,7 @@ import click
 
 from engine.host import ROOT
 from engine.report import RunReport, read_report
+from tests.bench import OUT
 from tools.report.rows import claim, row, write_result
 
 FAST = ("--amp", "--cuda-graphs")
@@ -62,8 +60,8 @@ def bench(out: Path, data: Path, rounds: int, extra: tuple[str, ...] = ()) -> No
         claim("fast test accuracy (%)", rows[1].value, 87.7),
     ]
     first = reports[FAST][0]
-    images = f"{first.num_train_samples:,} images"
-    title = f"Training on {images}, two cores: the default fast recipe and the baseline"
+    size = f"{first.num_train_samples:,} images, two cores"
+    title = f"Training on {size}: the default fast recipe and the baseline"
     write_result(
         out / "cpu_fullsize.json",
         title=title,
@@ -80,9 +78,7 @@ def bench(out: Path, data: Path, rounds: int, extra: tuple[str, ...] = ()) -> No
     required=True,
     help="Records of all typefaces, --split random.",
 )
-@click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("runs/bench"), show_default=True
-)
+@OUT
 @click.option("--rounds", default=1, show_default=True, help="Baseline runs; one fast run more.")
 def main(data: Path, out: Path, rounds: int) -> None:
     """Benchmark whole trainings."""

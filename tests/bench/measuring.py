@@ -1,4 +1,4 @@
-"""What measuring costs: steps with tools/measure/steps.py's marks and readings, and the same steps bare, in turn.
+"""What measuring costs: steps with the marks and readings of steps.py, and bare ones, in turn.
 
 Both sides are of one session in one process, so that weights and heap are the same.
 """
@@ -16,6 +16,7 @@ from engine.meters import Nvml
 from engine.report import Environment
 from engine.train.session import Session, open_session
 from engine.world import start_world
+from tests.bench import OUT
 from tools.measure.steps import NUM_UNTIMED, endless, measure
 from tools.report.rows import claim, row, write_result
 
@@ -71,9 +72,7 @@ def _bare(session: Session, num_steps: int) -> float:
 
 
 @click.command()
-@click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("runs/bench"), show_default=True
-)
+@OUT
 @click.option("--rounds", default=9, show_default=True)
 @click.option("--steps", default=60, show_default=True)
 def main(out: Path, rounds: int, steps: int) -> None:

@@ -1,12 +1,13 @@
-"""What the engine adds to PyTorch's own operations: its step and a bare loop of the same operations, in turn.
+"""What the engine adds to PyTorch's own operations: its step and a bare loop of them, in turn.
 
-python -m tests.bench.minimal BATCH ROUNDS STEPS prints two lists of milliseconds: the median step of each round of
-STEPS steps. Both sides train the same network by the same optimiser in one process: how fast a step is depends on the
-weights (other learning rates changed it by 5 %) and on where the heap's blocks lie (as much from process to process).
+python -m tests.bench.minimal BATCH ROUNDS STEPS prints two lists of milliseconds: the median step
+of each round of STEPS steps. Both sides train the same network by the same optimiser in one
+process, since how fast a step is depends on the weights (other learning rates changed it by 5 %)
+and on where the heap's blocks lie (as much from process to process).
 
-The operations are those of `rung_bf16`: gather by id from uint8 images, scale to 0..1, channels-last, bf16 autocast,
-cross entropy with smoothing, fused AdamW. The engine adds the order's ids, the table of rates, right answers, the check
-of the gradients, the log.
+The operations are those of `rung_bf16`: gather by id from uint8 images, scale to 0..1,
+channels-last, bf16 autocast, cross entropy with smoothing, fused AdamW. The engine adds the order's
+ids, the table of rates, right answers, the check of the gradients, the log.
 """
 
 import json
@@ -34,7 +35,8 @@ def bare(session: Session, records: Records, batch_size: int) -> Iterator[object
     while True:
         for id_B in torch.randperm(len(train)).split(batch_size)[: len(train) // batch_size]:
             image_BHW = image_NHW.index_select(0, id_B)
-            optimizer.found_inf = None  # type: ignore[attr-defined]  # the engine's check is not part of it
+            # the engine's check of the gradients is not part of it
+            optimizer.found_inf = None  # type: ignore[attr-defined]
             optimizer.zero_grad(set_to_none=True)
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 logits_BC = model(image_BHW)  # casts, scales and lays out, as a user would

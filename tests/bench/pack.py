@@ -1,4 +1,4 @@
-"""Packing TMNIST's CSV against polars.read_csv of it, and opening the records; whole processes, interleaved."""
+"""Packing TMNIST's CSV against polars.read_csv of it, and opening the records, in turn."""
 
 import gzip
 import json
@@ -14,6 +14,7 @@ import click
 from engine.data import sample
 from engine.host import ROOT
 from engine.report import environment
+from tests.bench import OUT
 from tools.report.rows import claim, row, write_result
 
 TMNIST_ROWS = 274_093
@@ -26,7 +27,8 @@ print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 
 """
 POLARS = TIMED.format(work="import polars; polars.read_csv(sys.argv[1])")
 PACK = TIMED.format(
-    work="from pathlib import Path; from engine.data.pack import pack; pack(*map(Path, sys.argv[1:3]))"
+    work="from pathlib import Path; from engine.data.pack import pack\n"
+    "pack(*map(Path, sys.argv[1:3]))"
 )
 OPEN = TIMED.format(
     work="from engine.data.records import open_records; open_records(sys.argv[2])"
@@ -34,7 +36,7 @@ OPEN = TIMED.format(
 
 
 def measure(code: str, *arguments: Path) -> tuple[float, float]:
-    """(seconds, peak MiB) of a process that runs `code`; imports count unless `code` makes them before."""
+    """(seconds, peak MiB) of a process that runs `code`."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
     done = subprocess.run(
         command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=600
@@ -105,9 +107,7 @@ def bench(out: Path, csv: Path | None, rounds: int, num_rows: int = TMNIST_ROWS)
     type=click.Path(path_type=Path),
     help="TMNIST's CSV.  [default: the sample's rows, repeated]",
 )
-@click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("runs/bench"), show_default=True
-)
+@OUT
 @click.option("--rounds", default=7, show_default=True)
 def main(csv: Path | None, out: Path, rounds: int) -> None:
     """Benchmark the packer."""

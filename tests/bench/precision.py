@@ -1,4 +1,4 @@
-"""bf16 against fp32: the default recipe on the same records, trained with both from the same seeds, pair by pair."""
+"""bf16 against fp32: the default recipe trained with both from the same seeds, pair by pair."""
 
 import tempfile
 from dataclasses import replace
@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from engine.report import Environment
+from tests.bench import OUT
 from tests.bench.fullsize import train
 from tools.report.rows import claim, row, write_result
 from tools.report.statistics import mean_interval95
@@ -38,7 +39,8 @@ def bench(out: Path, data: Path, pairs: int, extra: tuple[str, ...] = ()) -> Non
             "the interval's end that is farther from 0 (points)", max(-low, high), 0.3, at_most=True
         )
     ]
-    title = f"bf16 against fp32: {report['num_epochs']} epochs on {report['num_train_samples']:,} images"
+    size = f"{report['num_epochs']} epochs on {report['num_train_samples']:,} images"
+    title = f"bf16 against fp32: {size}"
     environment = Environment(**report["environment"])
     write_result(
         out / "cpu_precision.json", title=title, environment=environment, rows=rows, claims=claims
@@ -49,9 +51,7 @@ def bench(out: Path, data: Path, pairs: int, extra: tuple[str, ...] = ()) -> Non
 @click.option(
     "--data", type=click.Path(path_type=Path), required=True, help="Records of all typefaces."
 )
-@click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("runs/bench"), show_default=True
-)
+@OUT
 @click.option("--pairs", default=5, show_default=True, type=click.IntRange(2, 10))
 def main(data: Path, out: Path, pairs: int) -> None:
     """Benchmark the accuracy of bf16."""

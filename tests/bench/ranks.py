@@ -1,6 +1,6 @@
-"""Two ranks of one thread against one rank of one thread, batch 512 a rank, whole processes in turn.
+"""Two ranks of one thread against one rank of one thread, batch 512 per rank, in turn.
 
-What two cores can do at most is measured beside them: two runs of one rank side by side that share nothing.
+What two cores can do at most is measured beside them: two runs of one rank that share nothing.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from tests.bench import OUT
 from tests.bench.child import samples_per_s
 from tools.report.rows import claim, row, write_result
 
@@ -53,9 +54,7 @@ def bench(out: Path, pairs: int, num_steps: int) -> None:
 
 
 @click.command()
-@click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("runs/bench"), show_default=True
-)
+@OUT
 @click.option("--pairs", default=5, show_default=True)
 @click.option("--steps", default=100, show_default=True)
 def main(out: Path, pairs: int, steps: int) -> None:

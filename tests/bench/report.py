@@ -1,4 +1,4 @@
-"""How long `tools/profile report` takes for 50 cells, as a whole command, and how large its page is."""
+"""How long `tools/profile report` takes for 50 cells, as a whole command; its page's size."""
 
 import json
 import subprocess
@@ -11,6 +11,7 @@ import click
 
 from engine.host import ROOT
 from engine.report import environment
+from tests.bench import OUT
 from tests.profiles import make_profile
 from tools.report.rows import claim, row, write_result
 
@@ -37,9 +38,7 @@ def bench(out: Path, rounds: int) -> None:
 
 
 @click.command()
-@click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("runs/bench"), show_default=True
-)
+@OUT
 @click.option("--rounds", default=5, show_default=True)
 def main(out: Path, rounds: int) -> None:
     """Benchmark the report."""

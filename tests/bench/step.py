@@ -1,5 +1,7 @@
-"""The fast step against eager fp32 NCHW, processes in turn with the same allocator setting; and what the engine adds to
-the bare operations (tests/bench/minimal.py)."""
+"""The fast step against eager fp32 NCHW, and what the engine adds to the bare operations.
+
+Processes run in turn with the same allocator setting; the latter is tests/bench/minimal.py.
+"""
 
 import json
 import subprocess
@@ -9,6 +11,7 @@ from pathlib import Path
 import click
 
 from engine.host import ROOT
+from tests.bench import OUT
 from tests.bench.child import samples_per_s
 from tools.report.rows import claim, row, write_result
 
@@ -51,9 +54,7 @@ def bench(out: Path, rounds: int, num_steps: int) -> None:
 
 
 @click.command()
-@click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("runs/bench"), show_default=True
-)
+@OUT
 @click.option("--rounds", default=7, show_default=True)
 @click.option("--steps", default=60, show_default=True)
 def main(out: Path, rounds: int, steps: int) -> None:

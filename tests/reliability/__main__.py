@@ -35,9 +35,8 @@ def main(level: str | None, only: str, report: Path | None) -> None:
     for result in results:
         print(line(result), *(f"     {note}" for note in result["notes"]), sep="\n")
     failed = sum(result["failed"] for result in results)
-    print(
-        f"{failed} failed of {sum(r['tried'] for r in results):,}, {time.perf_counter() - start:.0f} s in all"
-    )
+    tried = sum(result["tried"] for result in results)
+    print(f"{failed} failed of {tried:,}, {time.perf_counter() - start:.0f} s in all")
     if report:
         facts = environment(num_threads=1, allocator="none", gpu={})
         write_json({"environment": asdict(facts), "seed": SEED, "rows": results}, report)

@@ -1,4 +1,4 @@
-"""What the rows share: a tally, small data, and the real command in a child that can be killed, traced and limited."""
+"""What the rows share: a tally, small data, and the command in a child that can be killed."""
 
 import ctypes
 import functools
@@ -69,7 +69,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class Done:
-    """How a child ended: its exit code (minus the signal; None: it had to be stopped) and all it printed."""
+    """How a child ended: its exit code (None: it had to be stopped), and all it printed."""
 
     code: int | None
     text: str
@@ -85,7 +85,7 @@ class Done:
 
 
 def fork(function: Callable[[], int | None]) -> int:
-    """Run `function` in a child; its result is the exit code, 1 with a traceback if it raises. Returns the pid."""
+    """Run `function` in a child, whose exit code is its result or, if it raises, 1; the pid."""
     sys.stdout.flush()
     pid = os.fork()
     if pid:
@@ -104,10 +104,10 @@ def fork(function: Callable[[], int | None]) -> int:
 
 
 class Child:
-    """The command pack_tmnist in a child forked from this warmed process: as real as an exec, and 20 times as fast.
+    """The command pack_tmnist, forked from this warmed process: 20 times as fast as an exec.
 
-    With `strace` (its options) a tracer is attached before the command begins, so that it counts the command's own
-    system calls; its log is in `trace`. With `held` the command begins at `go()`.
+    With `strace` (its options) a tracer is attached before the command begins, so that it counts
+    the command's own system calls; its log is in `trace`. With `held` it begins at `go()`.
     """
 
     def __init__(
@@ -222,7 +222,7 @@ def digest(directory: Path) -> str:
 
 
 def verdict(directory: Path, in_memory: bool = True) -> str:
-    """What opening and reading a record directory comes to: its fingerprint, missing, refused, or a foreign error."""
+    """What reading a record directory comes to: its fingerprint, missing, refused, or an error."""
     if not os.path.lexists(directory):
         return "missing"
     try:

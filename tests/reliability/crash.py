@@ -25,8 +25,10 @@ from tests.reliability.common import (
     why_no_strace,
 )
 
-SYSCALLS = ("write", "pwrite64", "ftruncate", "fsync", "?mkdir", "?mkdirat", "?rename", "?renameat", "?renameat2",
-            "?unlink", "unlinkat", "?rmdir")  # fmt: skip
+SYSCALLS = (
+    "write", "pwrite64", "ftruncate", "fsync", "?mkdir", "?mkdirat", "?rename", "?renameat",
+    "?renameat2", "?unlink", "unlinkat", "?rmdir",
+)  # fmt: skip
 Operation = tuple[str, str, str | int]
 """(kind, path, second path or number of bytes)."""
 
@@ -53,7 +55,7 @@ class Packing:
         return (self.csv, self.target, *(["--force"] if force else []))
 
     def check(self, tally: Tally, force: bool, what: str) -> None:
-        """After a crash: old, new, or (without --force) refused or nothing; and the next pack puts all in order."""
+        """After a crash: old, new, or without --force nothing; the next pack puts all in order."""
         found = verdict(self.target)
         allowed = (
             {self.new_print, self.old_print} if force else {self.new_print, "missing", "refused"}
@@ -69,8 +71,8 @@ class Packing:
 
 
 def kills(tally: Tally) -> None:
-    """SIGKILL at random instants, and at the k-th call of each system call that changes the disk."""
-    packing = Packing(tally.folder)
+    """SIGKILL at random instants, and at each system call that changes the disk."""
+    packing = Packing(tally.fast)
     usual = median(run(*packing.reset(False)).seconds for _ in range(5))
     num = tally.count(6, 40, 100)
     for number in range(num):
@@ -97,7 +99,7 @@ def kills(tally: Tally) -> None:
     for force in (False, True):
         hits = 0
         for name in SYSCALLS if tally.level != "tiny" else ("fsync", "unlinkat"):
-            for k in range(1, 1000, tally.count(4, 1, 1)):
+            for k in range(1 + force, 1000, tally.count(4, 2, 1)):
                 inject = f"inject={name}:signal=KILL:when={k}"
                 if (
                     run(*packing.reset(force), strace=("-e", f"trace={name}", "-e", inject)).code
@@ -163,7 +165,7 @@ def _operations(trace: str, target: Path) -> Iterator[Operation]:
 
 
 def _check_order(tally: Tally, operations: list[Operation], target: Path, force: bool) -> None:
-    """Data fsynced < directory fsynced < rename < parent fsynced < the old deleted; the manifest comes last."""
+    """fsync of data < of the directory < rename < fsync of the parent < the old is deleted."""
     place = {}
     for number, (kind, path, _) in enumerate(operations):
         place[kind, path] = number  # the last of its kind
@@ -235,7 +237,7 @@ def _check_states(
 def _state(
     operations: list[Operation], new: dict[str, bytes], rng: random.Random
 ) -> tuple[dict[str, bytes], bool, set[str]]:
-    """A power cut's leftover: the new directory's files, whether it is in place, and what the old one lost."""
+    """What a power cut leaves: new files, whether they are in place, and what the old lost."""
     late = next(number for number, (kind, _, _) in enumerate(operations) if kind == "rename")
     stop = rng.randint(rng.choice((0, late)), len(operations))
     kept = rng.choice((0.0, 0.5, 0.5, 0.9, 1.0))

@@ -1,4 +1,4 @@
-"""R3 and R4: flipped bits, cut, longer, exchanged and foreign files, and files that change under their reader."""
+"""R3 and R4: flipped bits, files cut, exchanged and foreign, and changed under their reader."""
 
 import os
 import shutil
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.data.pack import pack
+from engine.data.pack import PackOptions, pack
 from engine.data.records import open_records
 from engine.errors import UserError
 from tests.reliability.common import Tally, fork, glyph_csv, verdict
@@ -19,13 +19,13 @@ WRONG_DATA, NEVER_NOTICED = 3, 4
 
 
 def flips(tally: Tally) -> None:
-    """Every bit of a tiny record directory, and in larger ones single bits, pairs, zeroed and exchanged blocks."""
+    """Bits of a tiny record directory; in larger ones bits, pairs, zeroed and exchanged blocks."""
     tiny, small, large = tally.fast / "tiny", tally.fast / "small", tally.fast / "large"
-    pack(glyph_csv(tally.folder / "tiny.csv", 12, 2), tiny, mode="none")
+    pack(glyph_csv(tally.folder / "tiny.csv", 12, 2), tiny, PackOptions(split="none"))
     pack(glyph_csv(tally.folder / "small.csv", 300, 28), small)
-    pack(glyph_csv(tally.folder / "large.csv", 3500, 28), large, mode="none")
+    pack(glyph_csv(tally.folder / "large.csv", 3500, 28), large, PackOptions(split="none"))
     for file in sorted(tiny.iterdir()):
-        for bit in range(0, 8 * file.stat().st_size, tally.count(97, 1, 1)):
+        for bit in range(0, 8 * file.stat().st_size, tally.count(97, 3, 1)):
             _flip(tally, tiny, [(file, bit)], in_memory=bit % 2 == 0)
     arrows = sorted(small.glob("*.arrow"))
     bits = [(file, 8 * file.stat().st_size) for file in arrows]
@@ -91,9 +91,9 @@ def cuts(tally: Tally) -> None:
 
 
 def live(tally: Tally) -> None:
-    """Another process cuts, overwrites or extends a file while it is read: right pixels or a refusal, no signal."""
+    """A file is cut, overwritten or extended while it is read: right pixels or a refusal."""
     whole, copy = tally.fast / "whole", tally.fast / "copy"
-    pack(glyph_csv(tally.folder / "large.csv", 3500, 28), whole, mode="none")
+    pack(glyph_csv(tally.folder / "large.csv", 3500, 28), whole, PackOptions(split="none"))
     images = open_records(whole).split("train").image_NHW
     file = copy / "train-00000.arrow"
     for number in range(tally.count(4, 20, 50)):

@@ -1,4 +1,4 @@
-"""R6 and R15: files made to do harm, files of other kinds and other versions; and the golden records that must open."""
+"""R6 and R15: files made to do harm, of other kinds and versions; golden records that must open."""
 
 import copy
 import gzip
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.data.pack import pack
+from engine.data.pack import PackOptions, pack
 from engine.data.records import _fingerprint, open_records
 from engine.host import ROOT
 from tests.reliability.common import Tally, beside, glyph_csv, run, warm
@@ -54,6 +54,34 @@ MANIFESTS: dict[str, Changes] = {
     "a split ../x": ((("splits", "../x"), {"rows": 0, "files": []}),),
     "fonts of 2^40 bytes": ((("fonts", "bytes"), 2**40),),
 }
+ZEROS = os.makedev(1, 5)
+TRAIN = "train-00000.arrow"
+ODD_FILES: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "a link": (TRAIN, lambda file: file.symlink_to("/etc/passwd")),
+    "a link to a FIFO": (
+        TRAIN,
+        lambda file: (os.mkfifo(file.parent.parent / "fifo"), file.symlink_to("../fifo")),
+    ),
+    "a link to itself as fonts": ("fonts.json", lambda file: file.symlink_to(file.name)),
+    "a hard link to another file": (
+        TRAIN,
+        lambda file: file.hardlink_to(file.parent.parent / "canary"),
+    ),
+    "a FIFO": (TRAIN, os.mkfifo),
+    "a directory": (TRAIN, os.mkdir),
+    "the device of zeros": (TRAIN, lambda file: os.mknod(file, 0o20666, ZEROS)),
+    "a FIFO as manifest": ("manifest.json", os.mkfifo),
+    "a link to /dev/zero as manifest": (
+        "manifest.json",
+        lambda file: file.symlink_to("/dev/zero"),
+    ),
+    "the device of zeros as hash": (
+        "manifest.sha256",
+        lambda file: os.mknod(file, 0o20666, ZEROS),
+    ),
+    "a FIFO as fonts": ("fonts.json", os.mkfifo),
+}
+"""What stands in a file's place."""
 TEXTS = {
     "depth 10^5": lambda text: text.replace('"seed": 42', '"seed": ' + "[" * 100_000),
     "a key twice": lambda text: text.replace('"version": 2', '"version": 2, "version": 2'),
@@ -66,12 +94,12 @@ TEXTS = {
 
 
 def corpus(tally: Tally) -> None:
-    """Each hostile file under a limit of memory and time: one line, exit code 2, and nothing else touched."""
+    """Each hostile file, in little memory and time: one line, exit code 2, nothing touched."""
     warm()
     place = tally.folder / "place"
     canary = place / "canary"
     good = tally.folder / "good"
-    pack(glyph_csv(tally.folder / "good.csv", 60, 4), good, mode="none")
+    pack(glyph_csv(tally.folder / "good.csv", 60, 4), good, PackOptions(split="none"))
     cases: dict[str, Callable[[Path], Any]] = {}
     for name, changes in MANIFESTS.items():
         cases[name] = lambda path, changes=changes: _forge(path, changes)
@@ -79,7 +107,7 @@ def corpus(tally: Tally) -> None:
         cases[name] = lambda path, change=change: _sign(
             path, change((path / "manifest.json").read_text())
         )
-    cases |= {f"records: {name}": change for name, change in _odd_files(canary).items()}
+    cases |= {f"records: {name}": change for name, change in _odd_files().items()}
     if tally.level == "tiny":
         cases = dict(list(cases.items())[::4])
     for name, change in cases.items():
@@ -137,73 +165,45 @@ def _sign(directory: Path, text: str | bytes) -> None:
     (directory / "manifest.sha256").write_text(hashlib.sha256(data).hexdigest() + "\n")
 
 
-def _odd_files(canary: Path) -> dict[str, Callable[[Path], object]]:
+def _odd_files() -> dict[str, Callable[[Path], object]]:
     """Changes of a record directory that need more than another manifest."""
-
-    def instead(name: str, make: Callable[[Path], object]) -> Callable[[Path], object]:
-        return lambda path: ((path / name).unlink(), make(path / name))
-
-    def column(key: str, value: bytes) -> Callable[[Path], object]:
-        """A right hash over an index that is none."""
-
-        def change(path: Path) -> None:
-            entry = json.loads((path / "manifest.json").read_text())["splits"]["train"]["files"][0]
-            data = bytearray((path / entry["name"]).read_bytes())
-            data[entry[key] : entry[key] + len(value)] = value
-            (path / entry["name"]).write_bytes(data)
-            _forge(
-                path,
-                (
-                    ((*FILE, "crc32"), [zlib.crc32(data)]),
-                    ((*FILE, "sha256"), hashlib.sha256(data).hexdigest()),
-                ),
-            )
-
-        return change
-
-    def repeated(path: Path) -> None:
-        manifest = json.loads((path / "manifest.json").read_text())
-        train = manifest["splits"]["train"]
-        _forge(
-            path,
-            (
-                (
-                    ("splits", "train"),
-                    train | {"rows": 100 * train["rows"], "files": 100 * train["files"]},
-                ),
-            ),
-        )
-
-    device = os.makedev(1, 5)
-    return {
-        "a link": instead("train-00000.arrow", lambda file: file.symlink_to("/etc/passwd")),
-        "a link to a FIFO": instead(
-            "train-00000.arrow",
-            lambda file: (os.mkfifo(file.parent.parent / "fifo"), file.symlink_to("../fifo")),
-        ),
-        "a link to itself as fonts": instead("fonts.json", lambda file: file.symlink_to(file.name)),
-        "a hard link to another file": instead(
-            "train-00000.arrow", lambda file: file.hardlink_to(canary)
-        ),
-        "a FIFO": instead("train-00000.arrow", os.mkfifo),
-        "a directory": instead("train-00000.arrow", os.mkdir),
-        "the device of zeros": instead(
-            "train-00000.arrow", lambda file: os.mknod(file, 0o20666, device)
-        ),
-        "a FIFO as manifest": instead("manifest.json", os.mkfifo),
-        "a link to /dev/zero as manifest": instead(
-            "manifest.json", lambda file: file.symlink_to("/dev/zero")
-        ),
-        "the device of zeros as hash": instead(
-            "manifest.sha256", lambda file: os.mknod(file, 0o20666, device)
-        ),
-        "a FIFO as fonts": instead("fonts.json", os.mkfifo),
+    return {what: _instead(name, make) for what, (name, make) in ODD_FILES.items()} | {
         "fonts of 8 GB": lambda path: os.truncate(path / "fonts.json", 8 * 2**30),
-        "a label index = number of labels": column("label_offset", b"\x06"),
-        "a font index past the end": column("font_offset", struct.pack("<i", 2**31 - 1)),
-        "a font index below 0": column("font_offset", struct.pack("<i", -1)),
-        "one file listed 100 times": repeated,
+        "a label index = number of labels": _column("label_offset", b"\x06"),
+        "a font index past the end": _column("font_offset", struct.pack("<i", 2**31 - 1)),
+        "a font index below 0": _column("font_offset", struct.pack("<i", -1)),
+        "one file listed 100 times": _repeat_file,
     }
+
+
+def _instead(name: str, make: Callable[[Path], object]) -> Callable[[Path], object]:
+    """Delete a file and make something of its name."""
+    return lambda path: ((path / name).unlink(), make(path / name))
+
+
+def _column(key: str, value: bytes) -> Callable[[Path], object]:
+    """A right hash over an index that is none."""
+
+    def change(path: Path) -> None:
+        entry = _train_of(path)["files"][0]
+        data = bytearray((path / entry["name"]).read_bytes())
+        data[entry[key] : entry[key] + len(value)] = value
+        (path / entry["name"]).write_bytes(data)
+        sha256 = hashlib.sha256(data).hexdigest()
+        _forge(path, (((*FILE, "crc32"), [zlib.crc32(data)]), ((*FILE, "sha256"), sha256)))
+
+    return change
+
+
+def _repeat_file(path: Path) -> None:
+    train = _train_of(path)
+    more = {"rows": 100 * train["rows"], "files": 100 * train["files"]}
+    _forge(path, ((("splits", "train"), train | more),))
+
+
+def _train_of(path: Path) -> dict[str, Any]:
+    train: dict[str, Any] = json.loads((path / "manifest.json").read_text())["splits"]["train"]
+    return train
 
 
 def _hostile_tables(level: str) -> dict[str, Any]:
@@ -258,7 +258,7 @@ def _patched(archive: bytes, offset: int, value: bytes) -> bytes:
 
 
 def foreign(tally: Tally) -> None:
-    """Files of other kinds and versions are refused by name; the golden records of this version open."""
+    """Files of other kinds and versions are refused by name; the golden records open."""
     table = glyph_csv(tally.folder / "good.csv", 60, 4)
     good = tally.folder / "good"
     pack(table, good)

@@ -1,4 +1,4 @@
-"""What a CSV must come to, by other means than the product's: csv.reader over the whole text, and the integer rule."""
+"""What a CSV must come to, by other means than the product's: csv.reader over the whole text."""
 
 import csv
 import io
@@ -14,7 +14,7 @@ Row = tuple[str, str, list[int]]
 
 
 def judge(data: bytes) -> tuple[int | None, list[Row]]:
-    """(number of the first faulty row, the rows before it): None if all is well, 0 for the header or no rows at all."""
+    """(first faulty row, the rows before it); None: all is well, 0: the header, or no rows."""
     text = data.removeprefix(b"\xef\xbb\xbf").decode(
         errors="surrogateescape"
     )  # a bad byte is a lone surrogate
@@ -69,7 +69,7 @@ def _is_header(fields: list[str], num_text: int) -> bool:
 
 
 def _is_whole(fields: list[str], raw: str) -> bool:
-    """Whether a record is one line, ended by LF or CRLF, and each quote in it encloses a field or is doubled there."""
+    """Whether it is one line, and each quote in it encloses a field or is doubled there."""
     line = raw.removesuffix("\n").removesuffix("\r")
     if "\n" in line or "\r" in line:
         return False
@@ -98,7 +98,7 @@ def _row(fields: list[str], header: list[str], num_text: int) -> Row | None:
 
 
 def _is_text(text: str) -> bool:
-    """Not empty, not long, without controls (but the tab), line separators and what changes the text's direction."""
+    """Neither empty nor long, without controls but the tab, and what changes lines or direction."""
     for char in text:
         kind = unicodedata.category(char)
         if kind in ("Cs", "Zl", "Zp") or (kind == "Cc" and char != "\t") or char in "\u200e\u200f":

@@ -1,10 +1,12 @@
-"""R10: what one machine of a job lacks or loses is one sentence on every machine, by two torchruns on this one."""
+"""R10: what one machine lacks or loses is one sentence on every machine; two torchruns on this one.
 
+The torchruns are forked from this process, which has imported torch for both.
+"""
+
+import multiprocessing
 import os
 import shutil
 import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,7 +45,7 @@ CASES: tuple[tuple[Callable[[Path], None], tuple[str, ...], str], ...] = (
 
 
 def machines(tally: Tally) -> None:
-    """Something is wrong on the second machine: before the process group, and in the middle of training."""
+    """The second machine fails before the process group, or in the middle of training."""
     for number, (spoil, flags, sentence) in enumerate(CASES[: tally.count(1, 4, 4)]):
         folders = [tally.folder / f"{number}-{machine}" for machine in (0, 1)]
         for folder in folders:
@@ -61,19 +63,35 @@ def machines(tally: Tally) -> None:
 
 def torchruns(folders: list[Path], *words: str) -> list[str]:
     """What torchrun prints on each of two machines, each with a folder of its own; all must end."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
-    place = ["--master-addr=127.0.0.1", f"--master-port={free_port()}"]
-    variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    children = []
-    for number, folder in enumerate(folders):
-        line = [*torchrun, f"--node-rank={number}", *place, "-m", "engine.run", *words]
-        options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-        children.append(subprocess.Popen(line, cwd=folder, env=variables, **options))
+    import torch.distributed.run  # noqa: F401 - before the fork
+
+    place = ["--nnodes=2", "--nproc-per-node=1", "--master-addr=127.0.0.1"]
+    line = [*place, f"--master-port={free_port()}", "-m", "engine.run", *words]
+    forked = multiprocessing.get_context("fork")
+    machines = [
+        forked.Process(target=torchrun, args=(folder, [f"--node-rank={rank}", *line]))
+        for rank, folder in enumerate(folders)
+    ]
+    for machine in machines:
+        machine.start()
     try:
-        return [child.communicate(timeout=ENDS_S)[1].decode() for child in children]
+        for machine in machines:
+            machine.join(ENDS_S)
+            assert machine.exitcode is not None, f"did not end within {ENDS_S} s"
     finally:
-        for child in children:
-            child.kill()
+        for machine in machines:
+            machine.kill()
+    return [(folder / "stderr").read_text() for folder in folders]
+
+
+def torchrun(folder: Path, line: list[str]) -> None:
+    from torch.distributed.run import main
+
+    os.chdir(folder)
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    os.dup2(os.open("stderr", os.O_WRONLY | os.O_CREAT), 2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    main(line)
 
 
 def free_port() -> int:

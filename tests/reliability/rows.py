@@ -35,8 +35,8 @@ def run_row(number: int, level: str) -> dict[str, Any]:
     if not tally.tried and not any(note.startswith("skipped") for note in tally.notes):
         tally.check(False, "nothing was tried")
     seconds = round(time.perf_counter() - start, 2)
-    return {"row": name, "what": what, "tried": tally.tried, "failed": tally.failed, "notes": tally.notes,
-            "seconds": seconds}  # fmt: skip
+    counts = {"tried": tally.tried, "failed": tally.failed}
+    return {"row": name, "what": what, **counts, "notes": tally.notes, "seconds": seconds}
 
 
 def run_rows(level: str, only: set[str]) -> list[dict[str, Any]]:

@@ -20,25 +20,21 @@ from engine.host import ROOT
 from tests.reliability.common import LIBC, Child, Done, Tally, beside, digest, run, why_no_strace
 from tests.reliability.crash import Packing
 
-CLONE_NEWNS, MS_RDONLY, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE, MNT_DETACH = (
-    0x20000,
-    1,
-    32,
-    4096,
-    16384,
-    1 << 18,
-    2,
-)
+CLONE_NEWNS, MNT_DETACH = 0x20000, 2
+MS_RDONLY, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 32, 4096, 16384, 1 << 18
 NOBODY = 65534
-FAILING = ("write", "pwrite64", "ftruncate", "fsync", "close", "?mkdir", "?mkdirat", "?rename", "?renameat",
-           "?renameat2", "?unlink", "unlinkat")  # fmt: skip
+FAILING = (
+    "write", "pwrite64", "ftruncate", "fsync", "close", "?mkdir", "?mkdirat", "?rename",
+    "?renameat", "?renameat2", "?unlink", "unlinkat",
+)  # fmt: skip
+ERRORS = ("ENOSPC", "EIO")
 PACKERS = 8
 REFUSED_S = 2.0
 
 
 def disks(tally: Tally) -> None:
     """File systems of many sizes, limits of a file's size, and errors of the k-th system call."""
-    packing = Packing(tally.folder)
+    packing = Packing(tally.fast)
     _check_small_disks(tally, packing)
     for size in (0, 10, 5000, 40_000, 100_000, 168_000, 200_000):
         limit = (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
@@ -51,18 +47,20 @@ def disks(tally: Tally) -> None:
     if why_no_strace():
         return tally.skip("errors of system calls", why_no_strace())
     failures = 0
-    for name in FAILING if tally.level != "tiny" else ("fsync",):
-        for error, force in product(("ENOSPC", "EIO"), (False, True)):
-            for k in range(1, 1000, tally.count(4, 1, 1)):
-                if not _fail_once(tally, packing, force, name, error, k):
-                    break
-                failures += 1
+    names = FAILING if tally.level != "tiny" else ("fsync",)
+    for name, number, force in product(names, range(len(ERRORS)), (False, True)):
+        # A commit's counts give each call one of the errors, a release's both.
+        first = 1 + (number + force) % tally.count(2, 2, 1)
+        for k in range(first, 1000, tally.count(4, 2, 1)):
+            if not _fail_once(tally, packing, force, name, ERRORS[number], k):
+                break
+            failures += 1
     tally.check(failures > 0, "no system call was made to fail")
     tally.note(f"{failures} system calls were made to fail")
 
 
 def _check_small_disks(tally: Tally, packing: Packing) -> None:
-    """Pack over existing records, from a file and from a pipe, where less and less space is left."""
+    """Pack over records, from a file and from a pipe, where less and less space is left."""
     if not _own_mounts():
         return tally.skip("disks of many sizes", "no right to mount; run it under unshare -rm")
     place = packing.target.parent
@@ -237,11 +235,21 @@ def _check_reader(tally: Tally, packing: Packing) -> None:
 
 
 def places(tally: Tally) -> None:
-    """Other users, folders without permission, read-only mounts, odd names, and a folder that goes away."""
+    """Other users, permissions, read-only mounts, odd names, and a folder that goes away."""
     packing = Packing(tally.folder)
-    words = packing.reset(False)
     fault = tally.folder / "fault.csv"
     fault.write_text("names,labels,1\nF,a,999\n")  # read, it would be refused for its pixel
+    _check_permissions(tally, packing, fault)
+    _check_read_only_mount(tally, packing, fault)
+    if tally.level != "tiny":
+        _check_no_cache(tally, packing)
+    _check_names(tally, packing)
+    for seconds in (0.0, 0.2):  # before and after the pixels' own file is there
+        _check_folder_removed(tally, packing, seconds)
+
+
+def _check_permissions(tally: Tally, packing: Packing, fault: Path) -> None:
+    words = packing.reset(False)
     packing.csv.chmod(0o644)
     records = shutil.copytree(packing.old, tally.folder / "read only")
     for path in (*records.iterdir(), records):
@@ -250,44 +258,33 @@ def places(tally: Tally) -> None:
     tally.check(done.code == 0, f"read-only records, as another user: {done}")
     records.chmod(0o755)
     (records / "fonts.json").chmod(0)
-    _check_refused(
-        tally, run("--verify", records, before=_lower), "records without permission", "fonts.json"
-    )
+    done = run("--verify", records, before=_lower)
+    _check_refused(tally, done, "records without permission", "fonts.json")
     packing.target.parent.chmod(0o555)
-    _check_refused(
-        tally,
-        run(fault, packing.target, before=_lower),
-        "an unwritable folder",
-        "cannot be written",
-    )
-    _check_refused(
-        tally,
-        run(fault, "/proc/records", before=_lower),
-        "a folder of the system",
-        "cannot be written",
-    )
+    done = run(fault, packing.target, before=_lower)
+    _check_refused(tally, done, "an unwritable folder", "cannot be written")
+    done = run(fault, "/proc/records", before=_lower)
+    _check_refused(tally, done, "a folder of the system", "cannot be written")
     packing.target.parent.chmod(0o755)
     packing.csv.chmod(0)
-    _check_refused(
-        tally, run(*words, before=_lower), "a table without permission", "cannot be read"
-    )
+    done = run(*words, before=_lower)
+    _check_refused(tally, done, "a table without permission", "cannot be read")
     packing.csv.chmod(0o644)
-    _check_read_only_mount(tally, packing, fault)
-    if tally.level != "tiny":
-        _check_no_cache(tally, packing)
-    _check_names(tally, packing)
-    for seconds in (0.0, 0.2):  # before and after the pixels' own file is there
-        packing.reset(False)
-        child, feed = _fed_packer(packing)
-        time.sleep(seconds)
-        shutil.rmtree(packing.target.parent)
-        with contextlib.suppress(BrokenPipeError):
-            os.write(feed, packing.csv.read_bytes()[5000:])
-        os.close(feed)
-        done = child.wait()
-        whole = done.code == 0 and digest(packing.target) == digest(packing.new)
-        tally.check(done.refused or whole, f"the folder removed while it is packed into: {done}")
-        tally.note(f"the folder removed {seconds} s after the lock was taken: exit {done.code}")
+
+
+def _check_folder_removed(tally: Tally, packing: Packing, seconds: float) -> None:
+    """The folder goes while it is packed into, so long after the lock was taken."""
+    packing.reset(False)
+    child, feed = _fed_packer(packing)
+    time.sleep(seconds)
+    shutil.rmtree(packing.target.parent)
+    with contextlib.suppress(BrokenPipeError):
+        os.write(feed, packing.csv.read_bytes()[5000:])
+    os.close(feed)
+    done = child.wait()
+    whole = done.code == 0 and digest(packing.target) == digest(packing.new)
+    tally.check(done.refused or whole, f"the folder removed while it is packed into: {done}")
+    tally.note(f"the folder removed {seconds} s after the lock was taken: exit {done.code}")
 
 
 def _lower() -> None:

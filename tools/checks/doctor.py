@@ -174,7 +174,7 @@ def _device(world: World) -> Iterator[Finding]:
         yield Finding(
             "ok", "power", f"limit {limit_w:.0f} W" if limit_w else "NVML reports no limit"
         )
-    nccl = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]
+    nccl = torch.cuda.nccl.version()
     yield Finding("ok", "NCCL", ".".join(map(str, nccl)))
 
 

@@ -1,4 +1,4 @@
-"""What a network answers to images, batch by batch. Shapes: N images, B of a batch, H x W pixels."""
+"""What a network answers to images, batch by batch. Shapes: N images of H x W pixels."""
 
 from collections.abc import Callable
 from typing import Any

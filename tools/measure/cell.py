@@ -1,4 +1,4 @@
-"""One repetition of one cell: the child that tools/measure/runner.py starts, alone or under torchrun.
+"""One repetition of one cell: the child of tools/measure/runner.py, alone or under torchrun.
 
 python -m tools.measure.cell JOB RESULT reads what to measure from JOB and leaves figures in RESULT,
 both JSON. In this order: whole epochs and evaluation (where accuracy is asked for), the timed
@@ -134,7 +134,7 @@ def timed(session: Session, num_steps: int, bandwidth: Bandwidth = copy_bandwidt
 
 
 def _energy(session: Session, measured: Measured) -> float | None:
-    """J of all GPUs for a thousand samples; None where a rank's NVML does not tell, or too coarsely."""
+    """J of all GPUs per thousand samples; None where a rank's NVML does not tell it."""
     used_j = measured.energy_j
     if used_j is None or measured.step_ms_S.sum() < 1000 * LEAST_ENERGY_S:
         used_j = np.nan

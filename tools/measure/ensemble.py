@@ -1,9 +1,10 @@
-"""tools/profile ensemble: N networks trained side by side on CPU cores by joblib, and what their soft vote is worth.
+"""tools/profile ensemble: networks trained side by side on CPU cores, and what their vote is worth.
 
-Each network sees the whole training set through the TrainStep of training, with a seed of its own. Workers are loky's
-processes, not threads: torch's random state and number of threads belong to a process, and so does the interpreter's
-lock. Workers x threads = cores, each worker keeps to its own cores, and the resident feed replaces the recipe's loader:
-it hands out the same batches, and no loader processes compete for the cores. Probabilities come back as arrays.
+Each network sees the whole training set through the TrainStep of training, with a seed of its own.
+Workers are joblib's processes, not threads: torch's random state and number of threads belong to a
+process, and so does the interpreter's lock. Workers x threads = cores, and each worker keeps to its
+own. The resident feed replaces the recipe's loader: it hands out the same batches, and no loader
+processes compete for the cores. Probabilities come back as arrays.
 
 Shapes: M networks, N test samples, K classes.
 """
@@ -77,7 +78,8 @@ def profile_ensemble(config: RunConfig, num_networks: int, num_workers: int, out
         )
     ]
     size = f"{len(records.split('train')):,} images"
-    title = f"{num_networks} networks by joblib, workers x threads; {config.epochs} epochs each on {size}"
+    trained = f"{num_networks} networks by joblib, workers x threads"
+    title = f"{trained}; {config.epochs} epochs each on {size}"
     with writing(out):
         write_result(
             out / "ensemble.json", title=title, environment=facts, rows=rows, claims=claims
@@ -89,7 +91,10 @@ def profile_ensemble(config: RunConfig, num_networks: int, num_workers: int, out
 def train_all(
     config: RunConfig, num_networks: int, arm: Arm
 ) -> tuple[float, np.ndarray, Environment]:
-    """Seconds from all workers ready to the last network's answers, probability_MNK, and the workers' circumstances."""
+    """(seconds, probability_MNK, circumstances of a worker).
+
+    The clock runs from when all workers are ready to the last network's answers.
+    """
     networks = [replace(config, seed=config.seed + number) for number in range(num_networks)]
     cores = sorted(os.sched_getaffinity(0))[: num_cpus()]
     with (
@@ -112,7 +117,7 @@ def train_all(
 def _train_share(
     networks: list[RunConfig], place: int, cores: list[int], arm: Arm, folder: str
 ) -> tuple[float, float, list[np.ndarray], Environment]:
-    """A worker's part: it keeps to its cores, waits until all are ready, and trains its networks in turn."""
+    """A worker's part: keep to its cores, wait until all are ready, train its networks in turn."""
     own = cores[place * arm.num_threads : (place + 1) * arm.num_threads]
     for thread in os.listdir("/proc/self/task"):
         os.sched_setaffinity(int(thread), own)
@@ -175,11 +180,11 @@ def _rows(arms: list[Arm], measured: dict[Arm, Any], label_N: np.ndarray) -> lis
 def vote_over_singles(
     probability_MNK: np.ndarray, label_N: np.ndarray
 ) -> tuple[np.ndarray, float, float, float, float]:
-    """Accuracy of each network, of the mean of their probabilities, and what it gains over the mean network.
+    """Accuracy of each network, of the mean of their probabilities, and the gain over the mean.
 
     Returns:
-        single_M, vote, gain, and the gain's 95 % interval: a bootstrap over test samples with a fixed seed, for these
-        networks. All are fractions.
+        single_M, vote, gain, and the gain's 95 % interval: for these networks, by a bootstrap over
+        test samples with a fixed seed. All are fractions.
     """
     right_MN = probability_MNK.argmax(2) == label_N
     vote_N = probability_MNK.mean(0).argmax(1) == label_N

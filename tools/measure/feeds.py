@@ -1,25 +1,22 @@
-"""What each feed carries, alone: each in a process of its own, on the same records, uint8 batches with their ids.
+"""What each feed carries, alone: in a process of its own, on the same records, batches with ids.
 
-python -m tools.measure.feeds NAME RECORDS BATCH SECONDS measures one and prints JSON; `measure_all` runs them in turn.
+python -m tools.measure.feeds NAME RECORDS BATCH SECONDS measures one and prints JSON; `measure_all`
+runs them in turn. tests/bench/peers.py measures what others have in the same way.
 """
 
 import json
 import resource
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
-from torch.utils.data import DataLoader, TensorDataset
 
 from engine.config import AugmentConfig, RunConfig, override
 from engine.data.records import open_records
@@ -33,17 +30,21 @@ from engine.train.session import check_batch, make_order
 from engine.typed import typed
 from tools.report.rows import number
 
-FEEDS = ("resident", "dali", "stream", "resident augmented", "dali augmented", "loader_batched", "loader",
-         "TensorDataset", "FFCV", "index_select")  # fmt: skip
-"""The last three are not feeds of ours. FFCV is measured where it is installed; index_select is torch's gather of ids
-that were drawn before: what the memory allows."""
-Opened = tuple[Callable[[int], Iterable[Any]], str, Callable[[], object]]
-"""Something of each batch of an epoch that is as long as it, the order's name, and what closes the feed."""
+FEEDS = (
+    "resident", "dali", "stream", "resident augmented", "dali augmented", "loader_batched", "loader"
+)  # fmt: skip
+DISTORTION = AugmentConfig(shift_pixels=2, rotate_degrees=10, shear_degrees=5, scale_fraction=0.1)
+Epoch = Callable[[int], Iterable[Any]]
+"""Something of each batch of an epoch that is as long as the batch."""
+Opened = tuple[Epoch, str, Callable[[], object]]
+"""The epochs, the order's name, and what closes the feed."""
+Open = Callable[[str, Path, int], Opened]
+"""Opens a feed by its name, for a record directory and a batch size."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeedRate:
-    """What a feed carries: the median over passes, the lowest and the highest, and what it takes."""
+    """What a feed carries, as the median, lowest and highest of passes, and what it takes."""
 
     name: str
     samples_per_s: float
@@ -57,21 +58,18 @@ class FeedRate:
     cpu_s_per_million: float
 
 
-def measure_all(records: Path, batch_size: int, seconds: float) -> list[FeedRate]:
-    """A row for each of FEEDS, each measured for about `seconds`."""
+def measure_all(
+    records: Path,
+    batch_size: int,
+    seconds: float,
+    *,
+    names: Sequence[str] = FEEDS,
+    module: str = "tools.measure.feeds",
+) -> list[FeedRate]:
+    """What each of `names` carries; `module` measures each for about `seconds`."""
     rows = []
-    for name in FEEDS:
-        if name == "FFCV" and find_spec("ffcv") is None:
-            continue
-        command = [
-            sys.executable,
-            "-m",
-            "tools.measure.feeds",
-            name,
-            str(records),
-            str(batch_size),
-            str(seconds),
-        ]
+    for name in names:
+        command = [sys.executable, "-m", module, name, str(records), str(batch_size), str(seconds)]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, encoding="utf-8")
         last = done.stdout.splitlines()[-1]
         rows.append(typed(FeedRate, json.loads(last), name))
@@ -88,54 +86,50 @@ def profile_feeds(
     """
     import pandas as pd  # not above: what the children load counts as their memory
 
-    from tools.report import charts
-
     records = data or ensure_sample()
     check_batch(RunConfig(global_batch=batch_size), open_records(records, in_memory=False), 1)
     frame = pd.DataFrame(map(asdict, measure_all(records, batch_size, seconds)))
-    facts = asdict(
-        environment(num_threads=torch.get_num_threads(), allocator="keep_large_blocks", gpu={})
-    )
-    tree = {"environment": facts, "batch_size": batch_size, "feeds": frame.to_dict("records")}
-    rates, xlabel = (
-        frame["samples_per_s"],
-        f"samples/s, batch {batch_size}: median, lowest and highest epoch",
-    )
-    spread = frame[["low", "high"]].sub(rates, axis=0).abs().to_numpy().T
-    chart = partial(charts.bars, frame["name"], rates, [*map(number, rates)], xlabel, spread)
+    num_threads = torch.get_num_threads()
+    facts = environment(num_threads=num_threads, allocator="keep_large_blocks", gpu={})
+    rows = frame.to_dict("records")
+    tree = {"environment": asdict(facts), "batch_size": batch_size, "feeds": rows}
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         for file in (out / "feeds.json", *([json_file] if json_file else [])):
             write_json(tree, file)
-        write_file(out / "feeds.png", charts.draw("feeds", chart).png)
-    shown = frame[
-        ["name", "samples_per_s", "order", "first_batch_s", "peak_mib", "cpu_s_per_million"]
-    ]
-    table = shown.to_string(index=False, float_format=number)
+        write_file(out / "feeds.png", _chart(frame, batch_size))
+    columns = ["name", "samples_per_s", "order", "first_batch_s", "peak_mib", "cpu_s_per_million"]
+    table = frame[columns].to_string(index=False, float_format=number)
     return f"{table}\nwritten: {out / 'feeds.json'}, {out / 'feeds.png'}"
 
 
-def measure(name: str, records: Path, batch_size: int, seconds: float) -> FeedRate:
-    """Throughput (median over passes, after one that warms up), time to the first batch, memory, CPU time."""
+def _chart(frame: Any, batch_size: int) -> bytes:
+    """The feeds' rates as a PNG."""
+    from tools.report import charts
+
+    rates = frame["samples_per_s"]
+    xlabel = f"samples/s, batch {batch_size}: median, lowest and highest epoch"
+    spread = frame[["low", "high"]].sub(rates, axis=0).abs().to_numpy().T
+    bars = partial(charts.bars, frame["name"], rates, [*map(number, rates)], xlabel, spread)
+    return charts.draw("feeds", bars).png
+
+
+def measure(open_feed: Open, name: str, records: Path, batch_size: int, seconds: float) -> FeedRate:
+    """Throughput over passes after one that warms up, time to the first batch, memory, CPU time."""
     keep_large_blocks()
-    before_gib, start = host_peak_rss_gib(), time.perf_counter()
-    others = {"TensorDataset": _tensor_dataset, "FFCV": _ffcv, "index_select": _index_select}
-    epoch, order, close = others.get(name, partial(_ours, name))(records, batch_size)
+    before_gib = host_peak_rss_gib()
+    start = time.perf_counter()
+    epoch, order, close = open_feed(name, records, batch_size)
     batches = iter(epoch(0))
     next(batches)
     first_batch_s = time.perf_counter() - start
     warmed = _pass(batches, seconds / 2)[0]
-    rates: list[float] = []
-    counted, cpu_s = 0, time.process_time()
-    deadline = time.perf_counter() + seconds
-    while not rates or time.perf_counter() < deadline:
-        seen, took_s = _pass(epoch(1 + len(rates)), max(deadline - time.perf_counter(), 0.1))
-        rates.append(seen / took_s)
-        counted += seen
-    cpu_s = time.process_time() - cpu_s
+    start_cpu_s = time.process_time()
+    seen, rates = _passes(epoch, seconds)
+    cpu_s = time.process_time() - start_cpu_s
     close()
     children = resource.getrusage(resource.RUSAGE_CHILDREN)  # over all passes, the first included
-    cpu_s += (children.ru_utime + children.ru_stime) * counted / (counted + warmed)
+    cpu_s += (children.ru_utime + children.ru_stime) * seen / (seen + warmed)
     return FeedRate(
         name=name,
         samples_per_s=median(rates),
@@ -146,13 +140,27 @@ def measure(name: str, records: Path, batch_size: int, seconds: float) -> FeedRa
         threads=torch.get_num_threads(),
         first_batch_s=first_batch_s,
         peak_mib=1024 * (host_peak_rss_gib() - before_gib),
-        cpu_s_per_million=cpu_s / counted * 1e6,
+        cpu_s_per_million=cpu_s / seen * 1e6,
     )
+
+
+def _passes(epoch: Epoch, seconds: float) -> tuple[int, list[float]]:
+    """(samples, the rate of each pass) of epochs from number 1 on, in about `seconds`."""
+    rates: list[float] = []
+    counted = 0
+    deadline = time.perf_counter() + seconds
+    while not rates or time.perf_counter() < deadline:
+        left_s = max(deadline - time.perf_counter(), 0.1)
+        seen, took_s = _pass(epoch(1 + len(rates)), left_s)
+        rates.append(seen / took_s)
+        counted += seen
+    return counted, rates
 
 
 def _pass(batches: Iterable[Any], seconds: float) -> tuple[int, float]:
     """(samples, seconds) of an epoch, or of what part of it fits into `seconds`."""
-    start, seen = time.perf_counter(), 0
+    start = time.perf_counter()
+    seen = 0
     for batch in batches:
         seen += len(batch)
         if time.perf_counter() - start > seconds:
@@ -160,22 +168,17 @@ def _pass(batches: Iterable[Any], seconds: float) -> tuple[int, float]:
     return seen, time.perf_counter() - start
 
 
-def _ours(name: str, records: Path, batch_size: int) -> Opened:
+def open_feed(name: str, records: Path, batch_size: int) -> Opened:
+    """One of FEEDS."""
     kind, _, augmented = name.partition(" ")
-    settings = {
-        "data.feed": kind,
-        "data.order": "blocked" if kind == "stream" else "exact",
-        "global_batch": batch_size,
-    }
+    order_name = "blocked" if kind == "stream" else "exact"
+    settings = {"data.feed": kind, "data.order": order_name, "global_batch": batch_size}
     config = override(RunConfig(), settings, name)
-    distortion = AugmentConfig(
-        shift_pixels=2, rotate_degrees=10, shear_degrees=5, scale_fraction=0.1
-    )
     opened = open_for(config.data, records)
     train = opened.split("train")
     order = make_order(config, len(train), rank=0, world_size=1)
     if augmented:
-        config = replace(config, augment=distortion)
+        config = replace(config, augment=DISTORTION)
     feed = make_feed(config, train, order, len(opened.classes), torch.device("cpu"))
     return (
         lambda epoch: (batch.id_B for batch in feed.batches(epoch)),
@@ -184,72 +187,12 @@ def _ours(name: str, records: Path, batch_size: int) -> Opened:
     )
 
 
-def _tensor_dataset(records: Path, batch_size: int) -> Opened:
-    """What a tutorial writes: torch's own shuffle, TensorDataset, two workers."""
-    train = open_records(records).split("train")
-    tensors = (torch.from_numpy(array) for array in (train.image_NHW, train.label_N))
-    data = TensorDataset(*tensors, torch.arange(len(train)))
-    # a list, so that closing lets go of the loader, and with it of its workers
-    loaders = [
-        DataLoader(
-            data, batch_size, shuffle=True, drop_last=True, num_workers=2, persistent_workers=True
-        )
-    ]
-    return lambda epoch: (label_B for _, label_B, _ in loaders[0]), "torch's", loaders.clear
-
-
-def _ffcv(records: Path, batch_size: int) -> Opened:
-    """FFCV with two workers, its file in the page cache, its own shuffle."""
-    from ffcv.fields import IntField, NDArrayField
-    from ffcv.fields.decoders import IntDecoder, NDArrayDecoder
-    from ffcv.loader import Loader, OrderOption
-    from ffcv.transforms import ToTensor
-    from ffcv.writer import DatasetWriter
-
-    train = open_records(records).split("train")
-    folder = tempfile.TemporaryDirectory()
-    path = str(Path(folder.name) / "train.beton")
-    fields = {
-        "image": NDArrayField(np.dtype("uint8"), train.height_width),
-        "label": IntField(),
-        "id": IntField(),
-    }
-    DatasetWriter(path, fields, num_workers=1).from_indexed_dataset(
-        _Rows(train.image_NHW, train.label_N)
-    )
-    pipelines = {
-        "image": [NDArrayDecoder(), ToTensor()],
-        "label": [IntDecoder(), ToTensor()],
-        "id": [IntDecoder()],
-    }
-    how = {"num_workers": 2, "order": OrderOption.RANDOM, "os_cache": True, "drop_last": True}
-    loader = Loader(path, batch_size, pipelines=pipelines, **how)
-    return lambda epoch: (label_B for _, label_B, _ in loader), "FFCV's", folder.cleanup
-
-
-def _index_select(records: Path, batch_size: int) -> Opened:
-    train = open_records(records).split("train")
-    image_NP = torch.from_numpy(train.image_NHW).view(len(train), -1)
-    out_BP = torch.from_numpy(np.empty((batch_size, image_NP.shape[1]), np.uint8))
-    ids = torch.randperm(len(train))[: len(train) // batch_size * batch_size].split(batch_size)
-    gather = partial(torch.index_select, image_NP, 0, out=out_BP)
-    return lambda epoch: map(gather, ids), "drawn", lambda: None
-
-
-class _Rows:
-    """What FFCV's writer reads, row by row."""
-
-    def __init__(self, image_NHW: np.ndarray, label_N: np.ndarray) -> None:
-        self._image_NHW, self._label_N = image_NHW, label_N
-
-    def __len__(self) -> int:
-        return len(self._label_N)
-
-    def __getitem__(self, row: int) -> tuple[np.ndarray, int, int]:
-        return self._image_NHW[row], int(self._label_N[row]), row
+def main(open_feed: Open) -> None:
+    """Measure as the command line says, and print JSON."""
+    name, records, batch_size, seconds = sys.argv[1:]
+    found = measure(open_feed, name, Path(records), int(batch_size), float(seconds))
+    print(json.dumps(asdict(found)))
 
 
 if __name__ == "__main__":
-    feed, folder, samples, duration_s = sys.argv[1:]
-    found = measure(feed, Path(folder), int(samples), float(duration_s))
-    print(json.dumps(asdict(found)))
+    main(open_feed)

@@ -1,9 +1,12 @@
-"""Each of kernels/ against PyTorch's operations, as they are and by torch.compile: time, GB/s, part of the bandwidth.
+"""Each of kernels/ against PyTorch's operations, as they are and by torch.compile.
+
+What is measured is time, GB/s and the part of the bandwidth.
 
 The bytes are the roofline model's (roofline.py), the same for all three ways, so that GB/s compare.
-Between repetitions 1 GiB is read: the second-level cache holds nothing of the last, and nothing that
-must be written back while the next is measured; and the host gets ahead of the GPU, so that its own
-time is not measured. The ways are measured in turn, the copy bandwidth in the same run.
+Between repetitions 1 GiB is read. Then the second-level cache holds nothing of the last, and
+nothing that must be written back while the next is measured. The host gets ahead of the GPU, too,
+so that its own time is not measured. The ways are measured in turn, the copy bandwidth in the same
+run.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,11 +1,13 @@
 """Matrices: TOML files as cells. Nothing is measured here: tools/measure/runner.py does that.
 
-A file with `[[rung]]` (each adds its `set` to that of the rung before, or of the one that `base` names) or `[axes]`
-(the full product of its lists) is a matrix; any other is a run config and one cell. `batch` is samples a rank.
+A file with `[[rung]]` or `[axes]` is a matrix; any other is a run config and one cell. A rung adds
+its `set` to that of the rung before, or of the one that `base` names. Axes are the full product of
+their lists. `batch` is samples per rank.
 
-Threads: torchrun gives each of several ranks one thread, but a process alone takes all cores, and beside that 2 ranks
-on two cores would gain nothing. So where a rung, or the axes, have a cell of several ranks, each of their cells has one
-thread a rank, those of 1 rank too; all others have what torch takes. The loader's workers come on top of both.
+Threads: torchrun gives each of several ranks one thread, but a process alone takes all cores, and
+beside that 2 ranks on two cores would gain nothing. So where a rung, or the axes, have a cell of
+several ranks, each of their cells has one thread per rank, those of 1 rank too. All others have
+what torch takes. The loader's workers come on top of both.
 """
 
 from collections.abc import Iterator
@@ -23,14 +25,16 @@ NUM_STEPS = 100
 Tree = dict[str, Any]
 """A table of TOML, before it is checked."""
 MATRIX_KEYS: dict[str, type] = {
-    "title": str, "repetitions": int, "steps": int, "accuracy": bool, "batch": int, "set": dict, "rung": list,
-    "axes": dict, "published": list, "expected": list,
+    "title": str, "repetitions": int, "steps": int, "accuracy": bool, "batch": int, "set": dict,
+    "rung": list, "axes": dict, "published": list, "expected": list,
 }  # fmt: skip
 RUNG_KEYS: dict[str, type] = {
-    "name": str, "set": dict, "base": str, "batches": list, "ranks": list, "accuracy": bool, "repetitions": int
+    "name": str, "set": dict, "base": str, "batches": list, "ranks": list, "accuracy": bool,
+    "repetitions": int,
 }  # fmt: skip
 PUBLISHED_KEYS: dict[str, type] = {
-    "axes": dict, "samples_per_s": float, "train_s": float, "test_accuracy_fraction": float, "gpu": str, "source": str
+    "axes": dict, "samples_per_s": float, "train_s": float, "test_accuracy_fraction": float,
+    "gpu": str, "source": str,
 }  # fmt: skip
 
 
@@ -40,6 +44,9 @@ class Cell:
 
     id: str = ""
     name: str
+    rung: str = ""
+    base: str = ""
+    """The rung that its own adds to, where it names one; else it is the rung before."""
     ladder: bool = False
     """A rung that is compared with the one before; not those of several ranks or with accuracy."""
     axes: Settings
@@ -60,7 +67,7 @@ class Cell:
         return int(self.axes["ranks"])
 
     def not_measured(self, num_gpus: int) -> str:
-        """Why this machine cannot measure it; empty where it can. Without GPUs a rank needs a core."""
+        """Why this machine cannot measure it, if so. Without GPUs a rank needs a core."""
         num_cores = num_cpus()
         if self.num_ranks <= (num_gpus or num_cores):
             return ""
@@ -89,7 +96,7 @@ def read_cells(paths: list[Path], batch: int | None = None) -> tuple[str, list[C
 
 
 def _with_settings(tree: Tree, file: Path) -> Tree:
-    """A file's tables, with the settings in them dotted, its recipe's among them, and paths absolute."""
+    """A file's tables, their settings dotted and those of the recipe added, paths absolute."""
     if not is_matrix(tree):
         return full_settings(tree, file)
     tree = dict(tree)
@@ -148,9 +155,8 @@ def _matrix(where: str, tree: Tree, batch: int | None) -> list[Cell]:
     if batch:
         raise UserError(f"{where}: names its batches itself; leave out --batch-size")
     if not tree.get("rung", tree.get("axes")) or ("rung" in tree and "axes" in tree):
-        raise UserError(
-            f"{where}: wants either rungs or axes, at least one; give a [[rung]], or [axes] with a list"
-        )
+        remedy = "give a [[rung]], or [axes] with a list"
+        raise UserError(f"{where}: wants either rungs or axes, at least one; {remedy}")
     groups = rungs(tree, where) if "rung" in tree else [({}, flatten(tree.get("set", {})))]
     cells = [cell for rung, settings in groups for cell in _group(tree | rung, settings, where)]
     for figures in tree.get("published", []):
@@ -159,40 +165,34 @@ def _matrix(where: str, tree: Tree, batch: int | None) -> list[Cell]:
 
 
 def _group(table: Tree, settings: Settings, where: str) -> Iterator[Cell]:
-    """Cells of the axes, or of a rung with the matrix's values where it has none: the product of its lists.
+    """Cells of the axes, or of a rung: the product of its lists.
+
+    A rung has the matrix's values where it has none of its own.
 
     What it has of several ranks makes all of it one thread a rank.
     """
-    of_rung = {
-        axis: table[key] for axis, key in (("batch", "batches"), ("ranks", "ranks")) if key in table
-    }
-    axes = {"batch": [table.get("batch", RunConfig().global_batch)], "ranks": [1]} | table.get(
-        "axes", of_rung
-    )
-    name, accuracy = table.get("name", ""), table.get("accuracy", False)
+    keys = {"batch": "batches", "ranks": "ranks"}
+    of_rung = {axis: table[key] for axis, key in keys.items() if key in table}
+    axes = {"batch": [table.get("batch", RunConfig().global_batch)], "ranks": [1]}
+    axes |= table.get("axes", of_rung)
+    name = table.get("name", "")
+    accuracy = table.get("accuracy", False)
     num_steps = _number(table.get("steps", NUM_STEPS), f"{where}: steps")
     repetitions = _number(table.get("repetitions", 1), f"{where}: repetitions")
-    for axis, values in axes.items():
-        if type(values) is not list or not values:
-            raise UserError(
-                f"{where}: {name or 'axes'}: {axis} is {values!r}; give a list of values"
-            )
-        if axis in ("batch", "ranks"):
-            [_number(value, f"{where}: {name or 'axes'}: {axis}") for value in values]
+    _check_axes(axes, f"{where}: {name or 'axes'}")
     for values in product(*axes.values()):
         chosen = dict(zip(axes, values, strict=True))
-        dotted = settings | {
-            axis: value for axis, value in chosen.items() if axis not in ("batch", "ranks")
-        }
+        dotted = settings | {axis: chosen[axis] for axis in chosen if axis not in keys}
         if "global_batch" in dotted:
-            raise UserError(
-                f"{where}: sets global_batch, which is batch times ranks here; give batch, samples a rank"
-            )
+            why = "which is batch times ranks here; give batch, samples a rank"
+            raise UserError(f"{where}: sets global_batch, {why}")
         dotted["global_batch"] = chosen["batch"] * chosen["ranks"]
         override(RunConfig(), dotted, where)
         varied = [f"{axis} {value}" for axis, value in chosen.items() if len(axes[axis]) > 1]
         yield Cell(
             name=", ".join([name] * bool(name) + varied) or Path(where).stem,
+            rung=name,
+            base=table.get("base", ""),
             ladder="rung" in table and "ranks" not in of_rung and not accuracy,
             axes=chosen,
             settings=dotted,
@@ -203,14 +203,22 @@ def _group(table: Tree, settings: Settings, where: str) -> Iterator[Cell]:
         )
 
 
+def _check_axes(axes: Tree, where: str) -> None:
+    for axis, values in axes.items():
+        if type(values) is not list or not values:
+            raise UserError(f"{where}: {axis} is {values!r}; give a list of values")
+        if axis in ("batch", "ranks"):
+            for value in values:
+                _number(value, f"{where}: {axis}")
+
+
 def _publish(cells: list[Cell], figures: Tree, where: str) -> None:
     _check_keys(figures, PUBLISHED_KEYS, {"axes", "gpu", "source"}, where)
     given = {name: value for name, value in figures.items() if name != "axes"}
     fit = [number for number, cell in enumerate(cells) if cell.axes | figures["axes"] == cell.axes]
     if len(fit) != 1 or cells[fit[0]].published:
-        raise UserError(
-            f"{where}: axes {figures['axes']} fit {len(fit)} cells; name one that has no figures yet"
-        )
+        fault = f"axes {figures['axes']} fit {len(fit)} cells"
+        raise UserError(f"{where}: {fault}; name one that has no figures yet")
     cells[fit[0]] = replace(cells[fit[0]], published=Published(**given))
 
 

@@ -1,4 +1,4 @@
-"""The parts of the GPU round, in the order in which their figures are wanted; tools/gpu.py runs each in a process.
+"""The parts of the GPU round, what is wanted most first; tools/gpu.py runs each in a process.
 
 A part gets the Round and leaves its figures in OUT as they come: rows in a result file, or cells in
 profile.json. It returns a sentence for everything that failed.
@@ -41,7 +41,7 @@ FIRST_BATCHES = (64, 2048)
 QUICK_BATCH = 64
 QUICK_STEPS = 2
 STUDY_ACCURACY = 0.8765
-"""What the study's own recipe reaches on typefaces.npz after 12 epochs (random split, two CPU cores)."""
+"""What the study's recipe reaches on typefaces.npz in 12 epochs (random split, two CPU cores)."""
 FAST: Settings = {
     "step.precision": "bf16",
     "step.cuda_graphs": True,
@@ -49,7 +49,10 @@ FAST: Settings = {
     "data.feed": "resident",
 }
 LARGE: Settings = {"global_batch": 8192, "optim.learning_rate": 0.04, "epochs": 12}
-"""The recipe at a global batch of 8192: of 0.02, 0.04 and 0.08 the best on two cores, 88.12 % against 88.7 % at 512."""
+"""The recipe at a global batch of 8192.
+
+Of the rates 0.02, 0.04 and 0.08 the best on two cores: 88.12 %, against 88.7 % at 512.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,9 +83,8 @@ class Round:
             settings = cell.settings | {"global_batch": QUICK_BATCH, "step.compile": "off"}
             if settings.get("step.steps_per_launch", 1) > QUICK_STEPS:
                 settings["step.steps_per_launch"] = QUICK_STEPS
-            name = rung(cell)
-            small.setdefault(name, replace(
-                cell, name=name, settings=settings, axes={"batch": QUICK_BATCH, "ranks": 1},
+            small.setdefault(cell.rung, replace(
+                cell, name=cell.rung, settings=settings, axes={"batch": QUICK_BATCH, "ranks": 1},
                 repetitions=1))  # fmt: skip
         return list(small.values())
 
@@ -114,7 +116,7 @@ class Part:
 
 
 class Sheet:
-    """A result file that is written anew with every row: what was measured stays, whatever comes."""
+    """A result file that is written anew with every row, so that what was measured stays."""
 
     def __init__(self, shared: Round, name: str, title: str, facts: Environment) -> None:
         self._path = shared.out / f"{name}.json"
@@ -135,11 +137,6 @@ def facts_of(world: World) -> Environment:
     return environment(num_threads=torch.get_num_threads(), allocator=world.allocator, gpu=gpu)
 
 
-def rung(cell: Cell) -> str:
-    """The name of a cell's rung."""
-    return cell.name.partition(", batch ")[0]
-
-
 def part_of(cell: Cell) -> str:
     """The name of the part that measures a cell."""
     config = override(RunConfig(), cell.settings, cell.name)
@@ -150,7 +147,7 @@ def part_of(cell: Cell) -> str:
     if config.step.compile != "off":
         return "compile"
     batch = config.global_batch
-    return "first" if rung(cell) in FIRST and batch in FIRST_BATCHES else "ladder"
+    return "first" if cell.rung in FIRST and batch in FIRST_BATCHES else "ladder"
 
 
 def measure_cells(shared: Round, name: str) -> list[str]:
@@ -174,12 +171,12 @@ def measure_cells(shared: Round, name: str) -> list[str]:
 
 
 def _has_threads(cell: Cell) -> bool:
-    """Whether its feed has threads of its own, which would disturb the capture of a graph: such come last."""
+    """Whether its feed has threads of its own: they would disturb a capture, so it comes last."""
     return cell.settings.get("data.feed", "resident") not in ("resident", "synthetic")
 
 
 def train(shared: Round) -> list[str]:
-    """The default recipe until the study's accuracy; twelve epochs of it, and of the one for a batch of 8192."""
+    """The default recipe until the study's accuracy, then 12 epochs of it and of LARGE."""
     accuracy = {}
     with shared.world() as world:
         size = f"{len(shared.records.split('train')):,} images"
@@ -216,7 +213,7 @@ def _fit(shared: Round, world: World, settings: Settings) -> RunReport:
 
 
 def bench_kernels(shared: Round) -> list[str]:
-    """Each Triton kernel against PyTorch's operations; one that fails leaves the others their turn."""
+    """Each Triton kernel against PyTorch's operations; if one fails, the others still run."""
     failures = []
     batch, repetitions = (QUICK_BATCH, 1) if shared.quick else (8192, 20)
     with shared.world() as world:
@@ -232,7 +229,7 @@ def bench_kernels(shared: Round) -> list[str]:
 
 
 def measure_feeds(shared: Round) -> list[str]:
-    """The feeds without a step, and the step fed by DALI, last: its threads would disturb a capture."""
+    """The feeds without a step; last the step fed by DALI, whose threads disturb a capture."""
     failures = []
     with shared.world() as world:
         facts = facts_of(world)

@@ -151,6 +151,9 @@ class CellResult:
 
     id: str
     name: str
+    rung: str = ""
+    base: str = ""
+    """The rung that a rung's gain is over, where it names one; else it is the rung before."""
     ladder: bool
     axes: Settings
     """batch, ranks, and the settings that vary."""
@@ -173,8 +176,8 @@ class CellResult:
         return [repetition for repetition in self.repetitions if not repetition.failed]
 
 
-RESERVED = {"id", "name", "ladder", "device", "num", "gain", "speedup", "efficiency", "published",
-            *Repetition.__dataclass_fields__} - {"seed"}  # fmt: skip
+RESERVED = {"id", "name", "ladder", "device", "num", "base", "gain", "speedup", "efficiency",
+            "published", *Repetition.__dataclass_fields__} - {"seed"}  # fmt: skip
 """Columns of the tables that an axis must not take."""
 
 

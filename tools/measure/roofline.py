@@ -1,10 +1,13 @@
-"""The roofline of the baseline network's training step: bytes through device memory and FLOPs of each kernel.
+"""The roofline of the baseline network's training step: bytes and FLOPs of each kernel.
 
-Every tensor is counted once for each kernel that reads or writes it; weights and the optimiser are left out (1.7 MB a
-step, not a sample). Three ways to run: `eager`, as PyTorch's operations come after one another; `kernels`, with all of
-kernels/ around the library's second convolution; `floor`, eight kernels that fuse all that can be. What is predicted is
-the sum over the kernels of the longer of two times: bytes over a measured copy bandwidth, FLOPs over the datasheet's
-peak. There is no prediction for hardware whose peak is not listed.
+Bytes are those through device memory. Every tensor is counted once for each kernel that reads or
+writes it. Weights and the optimiser are left out: they are 1.7 MB per step, not per sample.
+
+There are three ways to run: `eager`, PyTorch's operations one after another; `kernels`, with all of
+kernels/ around the library's second convolution; `floor`, eight kernels that fuse all that can be.
+
+What is predicted is the sum over the kernels of the longer of two times: bytes over a measured copy
+bandwidth, FLOPs over the datasheet's peak. Hardware whose peak is not listed has no prediction.
 """
 
 from collections.abc import Iterable
@@ -32,7 +35,7 @@ PEAK_FLOPS = {
     "NVIDIA A100-PCIE-40GB": _AMPERE,
     "NVIDIA A100 80GB PCIe": _AMPERE,
 }
-"""Dense peaks by NVIDIA's datasheets, by the device's whole name: cards of one family differ by a third."""
+"""Dense peaks by NVIDIA's datasheets, by the device's whole name: a family differs by a third."""
 FLOOR_BITS = 2
 """Of a pooled value, in the floor: which of four won."""
 
@@ -82,7 +85,7 @@ class Shapes:
 
 
 def floor(s: Shapes) -> list[Work]:
-    """Eight kernels, each tensor read or written once by each: what no step with these activations goes below."""
+    """Eight kernels that read or write each tensor once: no such step can go below."""
     return [
         Work("gather + normalise", s.pixels, s.image),
         Work("conv1 + bias + ReLU + pool", s.image, s.pool1 + s.code1, s.conv1_flops),
@@ -119,7 +122,10 @@ def kernels(s: Shapes) -> list[Work]:
 
 
 def eager(s: Shapes) -> list[Work]:
-    """PyTorch's operations of the `fast` model under autocast, channels-last: no fusion, int64 indices of the pools."""
+    """PyTorch's operations of the `fast` model under autocast, channels-last.
+
+    Nothing is fused, and the pools keep int64 indices.
+    """
     fp32 = 4 * s.pixels
     return [
         Work("gather", 2 * 9 + s.pixels, s.pixels + 9),
@@ -151,7 +157,7 @@ def eager(s: Shapes) -> list[Work]:
 
 
 def predicted_s(works: Iterable[Work], bandwidth_bytes_per_s: float, flops_per_s: float) -> float:
-    """Seconds of a step for each of its samples: kernel after kernel, each as its bytes or its FLOPs let it."""
+    """Seconds per sample: kernel after kernel, each as its bytes or its FLOPs let it."""
     return sum(max(w.num_bytes / bandwidth_bytes_per_s, w.flops / flops_per_s) for w in works)
 
 
@@ -160,8 +166,13 @@ def peak_flops(device_name: str | None, precision: str) -> float | None:
     return PEAK_FLOPS.get(device_name or "", {}).get(precision)
 
 
-def roofline_fraction(samples_per_s: float, device_name: str | None, precision: str,
-                      bandwidth_bytes_per_s: float | None, shape: tuple[int, int, int]) -> float | None:  # fmt: skip
+def roofline_fraction(
+    samples_per_s: float,
+    device_name: str | None,
+    precision: str,
+    bandwidth_bytes_per_s: float | None,
+    shape: tuple[int, int, int],
+) -> float | None:
     """What a measured rate of one device is of the floor's; None where there is no prediction.
 
     Args:
@@ -177,7 +188,7 @@ def roofline_fraction(samples_per_s: float, device_name: str | None, precision: 
 
 
 def copy_bandwidth(device: torch.device) -> float | None:
-    """Bytes read and written a second by a copy of 1 GiB within the GPU's memory, median of 9; None on a CPU."""
+    """Bytes read and written per second by a copy of 1 GiB, median of 9; None on a CPU."""
     if device.type != "cuda":
         return None
     source = torch.empty(2**30, dtype=torch.uint8, device=device)

@@ -138,6 +138,8 @@ class Run:
         return CellResult(
             id=cell.id,
             name=cell.name,
+            rung=cell.rung,
+            base=cell.base,
             ladder=cell.ladder,
             axes=cell.axes,
             settings=without_folders(cell.settings),

@@ -27,7 +27,7 @@ class Measured:
     """Times of the steps of one rank."""
 
     step_ms_S: np.ndarray
-    """Milliseconds of each step, its waiting for data included; those of one launch share its time."""
+    """Milliseconds of each step with its waiting for data; steps of one launch share its time."""
     wait_ms: float
     """Milliseconds the host waited for the feed, in all."""
     samples_per_s: float
@@ -40,11 +40,12 @@ class Measured:
 
 
 def measure(session: Session, num_steps: int, nvml: Nvml = UNREAD) -> Measured:
-    """Train at least `num_steps` steps on the clock, in whole launches; call inside world.on_stream().
+    """Train at least `num_steps` steps on the clock, in whole launches, inside world.on_stream().
 
     Args:
-        nvml: read once for utilisation and power, between two launches in the middle, while the device works on what
-            was launched before (a thread of its own would contend with the host's launches); and for the energy.
+        nvml: read for the energy, and once for utilisation and power: between two launches in the
+            middle, while the device works on what was launched before. (A thread of its own would
+            contend with the host's launches.)
     """
     launches = endless(session)
     for _ in islice(launches, NUM_UNTIMED):
@@ -85,7 +86,7 @@ def endless(session: Session) -> Iterator[Launch]:
 
 
 def train_epochs(session: Session, epochs: range) -> list[np.ndarray]:
-    """Train these epochs off the clock; loss_S of each. A loss that is not finite is refused (UserError)."""
+    """Train these epochs off the clock; loss_S of each. UserError if one is not finite."""
     losses = []
     for epoch in epochs:
         for _ in session.step.train_epoch(session.feed, epoch):
@@ -103,4 +104,6 @@ def _mark(on_gpu: bool) -> Any:
 
 
 def _elapsed_ms(start: Any, end: Any) -> float:
-    return (end - start) * 1000 if isinstance(start, float) else start.elapsed_time(end)
+    if isinstance(start, float):
+        return float((end - start) * 1000)
+    return float(start.elapsed_time(end))

@@ -64,7 +64,7 @@ def font_with(text: str) -> Path | None:
 
 @cache
 def installed_fonts() -> tuple[Path, ...]:
-    """DejaVu, which comes with matplotlib, then the system's: upright ones of normal weight first."""
+    """DejaVu, which comes with matplotlib, then the system's, upright normal ones first."""
     from matplotlib import font_manager  # here: it takes longer to import than most commands
 
     dejavu = Path(font_manager.findfont("DejaVu Sans"))

@@ -1,7 +1,8 @@
-"""The report's charts: horizontal bars, stacked bars, lines, a confusion matrix; the same input gives the same bytes.
+"""The report's charts: horizontal bars, stacked bars, lines, a confusion matrix.
 
-Text is never parsed as mathematics, and every label stands beside what it names. Colours are those of PALETTE; in the
-page each becomes a CSS variable, so that one picture serves light and dark.
+The same input gives the same bytes. Text is never parsed as mathematics, and every label stands
+beside what it names. Colours are those of PALETTE; in the page each becomes a CSS variable, so that
+one picture serves light and dark.
 """
 
 import io
@@ -26,13 +27,14 @@ from tools.report.captions import characters_of, distinct, pieces, shown
 
 INK, MUTED, RULE, PAPER = "#1c2024", "#666d74", "#dfe2e6", "#fefefe"
 SERIES = ("#1f6fb4", "#c8500a", "#00805d", "#9a4fa0", "#8a6a00", "#2b93b8", "#c2457a", "#5f6671")
-"""Told apart with any colour vision together with MARKERS; 3:1 against the paper, as NIGHT's against its own."""
+"""With MARKERS told apart by any colour vision; 3:1 against the paper, as NIGHT's against its."""
 PALETTE = {INK: "ink", MUTED: "muted", RULE: "rule", PAPER: "paper"} | {
     c: f"s{n}" for n, c in enumerate(SERIES)
 }
 NIGHT = {
-    "ink": "#e6e9ec", "muted": "#98a1ab", "rule": "#30363c", "paper": "#14171a", "s0": "#63b0f0", "s1": "#f58a4b",
-    "s2": "#3cc79c", "s3": "#cf8fd6", "s4": "#d3b04a", "s5": "#6fcbe8", "s6": "#f08ab2", "s7": "#a6adb6",
+    "ink": "#e6e9ec", "muted": "#98a1ab", "rule": "#30363c", "paper": "#14171a",
+    "s0": "#63b0f0", "s1": "#f58a4b", "s2": "#3cc79c", "s3": "#cf8fd6", "s4": "#d3b04a",
+    "s5": "#6fcbe8", "s6": "#f08ab2", "s7": "#a6adb6",
 }  # fmt: skip
 MARKERS = "os^DvPX*"
 MOST = len(SERIES)
@@ -40,12 +42,14 @@ MONO = "DejaVu Sans Mono"
 """Tells l, I, 1 and | apart."""
 WIDTH_IN, BAR_IN = 5.4, 0.36
 STYLE: Any = {
-    "font.family": ["DejaVu Sans"], "font.size": 9.5, "text.parse_math": False, "text.usetex": False,
-    "svg.fonttype": "none", "text.color": INK, "axes.labelcolor": MUTED, "axes.edgecolor": RULE,
-    "axes.facecolor": "none", "figure.facecolor": PAPER, "savefig.facecolor": PAPER, "xtick.color": MUTED,
-    "ytick.color": MUTED, "xtick.labelcolor": MUTED, "grid.color": RULE, "grid.linewidth": 0.8,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False, "xtick.major.size": 0,
-    "ytick.major.size": 0, "axes.unicode_minus": False, "legend.frameon": False, "lines.linewidth": 1.8,
+    "font.family": ["DejaVu Sans"], "font.size": 9.5, "text.parse_math": False,
+    "text.usetex": False, "svg.fonttype": "none", "text.color": INK, "axes.labelcolor": MUTED,
+    "axes.edgecolor": RULE, "axes.facecolor": "none", "figure.facecolor": PAPER,
+    "savefig.facecolor": PAPER, "xtick.color": MUTED, "ytick.color": MUTED,
+    "xtick.labelcolor": MUTED, "grid.color": RULE, "grid.linewidth": 0.8, "axes.spines.top": False,
+    "axes.spines.right": False, "axes.spines.left": False, "xtick.major.size": 0,
+    "ytick.major.size": 0, "axes.unicode_minus": False, "legend.frameon": False,
+    "lines.linewidth": 1.8,
 }  # fmt: skip
 
 
@@ -57,7 +61,7 @@ class Picture:
     png: bytes
 
     def inline(self, title: str) -> str:
-        """The SVG as an element of a page that sets the palette's variables, without ids that other pictures have."""
+        """The SVG as an element of a page that sets the palette's variables, without its ids."""
 
         def adapt(tag: re.Match[str]) -> str:
             """Tags only: what data says stands between them, its < and > escaped."""
@@ -187,7 +191,7 @@ def matrix(share_TR: np.ndarray, names: Sequence[str]) -> Figure:
 
 
 def draw(name: str, make: Callable[[], Figure]) -> Picture:
-    """Draw what `make` builds, in the report's style; `name` keeps the ids of several pictures in one page apart."""
+    """Draw what `make` builds, in the report's style; `name` keeps the ids of pictures apart."""
     svg, png = io.StringIO(), io.BytesIO()
     with rc_context(), warnings.catch_warnings():
         warnings.filterwarnings(
@@ -205,7 +209,7 @@ def draw(name: str, make: Callable[[], Figure]) -> Picture:
 
 
 def show_all_characters(figure: Figure) -> None:
-    """Give each text of the figure fonts that have its characters, or code points in their place."""
+    """Give each text fonts that have its characters, or code points in their place."""
     for axes in figure.axes:
         for axis in (axes.xaxis, axes.yaxis):
             labels = axis.get_majorticklabels()
@@ -259,7 +263,7 @@ def short_names(names: Sequence[str], length: int) -> list[str]:
 
 
 def _name_ends(axes: Axes, drawn: Sequence[Line]) -> None:
-    """The lines' names to the right of their ends, pushed apart where they would cover one another."""
+    """The lines' names to the right of their ends, pushed apart where they would overlap."""
     low, high = axes.get_ylim()
     names = short_names([line.name for line in drawn], 26)
     ends = [

@@ -1,4 +1,4 @@
-"""tools/profile compare: two runs, or two profiles cell by cell. Says "no difference shown" where that is so.
+"""tools/profile compare: two runs, or two profiles cell by cell.
 
 Throughput is compared by the ratio B / A of paired repetitions (the same number of repetition,
 measured close together in time). It measures nothing, and compares nothing across devices.
@@ -29,7 +29,7 @@ from tools.report.statistics import paired_ratio
 from tools.report.tables import devices
 
 LOSS_TOLERANCE, ACCURACY_TOLERANCE = 1e-3, 5e-3
-"""What the same training may differ by when numbers are added in another order, or rounded to bf16."""
+"""What the same training may differ by: sums in another order, or numbers rounded to bf16."""
 NO_DIFFERENCE = "no difference shown"
 
 
@@ -58,7 +58,9 @@ class Compared:
 
 
 def compare_profiles(folder_a: Path, folder_b: Path, out: Path | None) -> str:
-    """A row for each cell that both folders have; OUT/comparison.md and .json where asked for. Returns the text.
+    """A row for each cell that both folders have, as text.
+
+    Writes OUT/comparison.md and .json where asked for.
 
     Raises:
         UserError: a folder holds no profile, or the two have no cell in common.
@@ -135,7 +137,8 @@ def agreement(pairs: list[tuple[float, float]], tolerance: float) -> str:
     largest = max(abs(x - y) for x, y in pairs)
     if largest == 0:
         return "equal to the bit"
-    return f"{f'within {tolerance:g}' if largest <= tolerance else 'different'}: at most {largest:.2g} apart"
+    verdict = f"within {tolerance:g}" if largest <= tolerance else "different"
+    return f"{verdict}: at most {largest:.2g} apart"
 
 
 def compare_runs(folder_a: Path, folder_b: Path, out: Path | None) -> str:

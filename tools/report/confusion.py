@@ -1,6 +1,6 @@
 """What a network reads in place of what: counted over the test split, and as tables for the report.
 
-Shapes: N samples, B of a batch, C classes, T x R true and read classes, H x W pixels. torch is imported only to count.
+Shapes: N samples, T x R true and read classes, H x W pixels. torch is imported only to count.
 """
 
 import base64
@@ -23,9 +23,9 @@ NUM_EXAMPLES = 24
 
 
 def confusion_of(session: "Session") -> Confusion:
-    """Classes, all nonzero [true, read, count], and one glyph of each of the most frequent confusions.
+    """What is read in place of what in the test split, and a glyph of each frequent confusion.
 
-    Of the test split, by the step's own logits, in the order of the split; on one rank, which reads all of it.
+    By the step's own logits, in the order of the split, on one rank, which reads all of it.
     """
     from tools.measure.answers import answers
 
@@ -74,7 +74,7 @@ def class_table(classes: list[str], count_TR: np.ndarray) -> pd.DataFrame:
 def lookalikes(
     classes: list[str], count_TR: np.ndarray, most: int
 ) -> tuple[pd.DataFrame, list[int]]:
-    """Confusions within the groups of look-alikes, most frequent first, and the classes of the most confused groups."""
+    """Confusions within LOOKALIKES, most frequent first, and the most confused groups' classes."""
     index = {label: number for number, label in enumerate(classes)}
     groups = [[index[label] for label in group if label in index] for group in LOOKALIKES]
     inner = [

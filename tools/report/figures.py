@@ -1,11 +1,12 @@
-"""The figures that results have: what each is called, its unit, and how it is written. One table for all reports."""
+"""The figures that results have: what each is called, its unit, how it is written; one table."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 
+from tools.measure.results import RATE, Repetition
 from tools.report.rows import number
 
 Form = Callable[[float], str]
@@ -40,7 +41,7 @@ FIGURES = {
     "samples_per_s_p90": Figure("p90"),
     "samples_per_s_low95": Figure("95 % from"),
     "samples_per_s_high95": Figure("to"),
-    "gain": Figure("over the rung before", form=times),
+    "gain": Figure("over its base", form=times),
     "speedup": Figure("speed-up", form=times),
     "efficiency": Figure("efficiency", form=percent),
     "steps_per_launch": Figure("steps per launch"),
@@ -68,16 +69,16 @@ FIGURES = {
     "feed": Figure("feed"),
     "cuda_graphs": Figure("CUDA graphs"),
 }
-MEDIANS = (
-    "steps_per_launch", "step_ms", "step_p10_ms", "step_p90_ms", "data_wait_fraction", "host_peak_rss_gib",
-    "torch_peak_gib", "device_used_gib", "gpu_utilisation_percent", "power_w", "energy_j_per_ksample",
-    "roofline_fraction", "train_s", "time_to_target_s", "val_accuracy_fraction", "test_accuracy_fraction",
-)  # fmt: skip
+MEDIANS = tuple(
+    name
+    for name, kind in get_type_hints(Repetition).items()
+    if kind == float | None and name != RATE
+)
 """Figures of a repetition of which a cell shows the median, beside the throughput."""
 
 
 def heading(column: str) -> str:
-    """What a table calls a column, its unit in brackets; one that is no figure goes by its own words."""
+    """What a table calls a column, with its unit; one that is no figure goes by its own words."""
     known = FIGURES.get(column.removeprefix("published "))
     if known:
         return known.heading if column in FIGURES else f"published {known.heading}"

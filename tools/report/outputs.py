@@ -1,4 +1,4 @@
-"""Is there room for a command's results? Asked before the work, so that none is done for nothing."""
+"""Is there room for a command's file? Asked before the work, so that none is done in vain."""
 
 import os
 from pathlib import Path
@@ -14,19 +14,6 @@ def check_file(path: Path) -> None:
         raise UserError(f"{path}: is no ordinary file; choose another name")
     if not path.parent.is_dir():
         raise UserError(f"{path}: there is no folder {path.parent}; make it, or name another place")
-    _check_access(path.parent, path)
-
-
-def check_folder(path: Path) -> None:
-    """UserError unless files can be written in the folder `path`, which may have to be made."""
-    above = next(folder for folder in (path, *path.absolute().parents) if os.path.lexists(folder))
-    if not above.is_dir():
-        raise UserError(f"{path}: {above} is not a folder; name another place")
-    _check_access(above, path)
-
-
-def _check_access(folder: Path, path: Path) -> None:
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(
-            f"{path}: cannot be written (no permission in {folder}); choose another place"
-        )
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        why = f"no permission in {path.parent}"
+        raise UserError(f"{path}: cannot be written ({why}); choose another place")

@@ -1,7 +1,8 @@
-"""`tools/profile report`: what DIR holds as one page, as pictures and tables, and as Markdown. It measures nothing.
+"""`tools/profile report`: what DIR holds as one page, as pictures, and as Markdown.
 
-All that comes from data passes `clean` when it is read (controls as \\xNN) and is escaped where it is written: by
-Jinja's autoescape in the page, by matplotlib in pictures, by `markdown_text` and `csv_text`. It names no file.
+All that comes from data passes `clean` when it is read (controls as \\xNN) and is escaped where it
+is written: by Jinja's autoescape in the page, by matplotlib in pictures, by `markdown_text` and
+`csv_text`. It names no file.
 """
 
 import json
@@ -30,17 +31,31 @@ from tools.report.tables import cells_frame, epochs_frame, parts_frame
 
 TEMPLATE = Path(__file__).with_name("page.html")
 EXTRA = {
-    "ensemble": ("Ensemble", "ensemble.json", "rows"), "kernels": ("Kernels", "gpu_kernels.json", "rows"),
+    "ensemble": ("Ensemble", "ensemble.json", "rows"),
+    "kernels": ("Kernels", "gpu_kernels.json", "rows"),
     "trace": ("What a step runs", "tables.json", "operators"),
 }  # fmt: skip
 """Sections from files of other commands: title, file, and the table's key in it."""
+STACKED = {
+    "memory": (
+        "Memory by owner", "memory_gib_by_owner", "GiB",
+        "Device memory by what made it grow: the difference around the creation of each owner.",
+    ),
+    "stages": (
+        "Stage times", "stage_ms", "ms a step, traced",
+        "From a separate traced pass, not from the timed steps: tracing slows it; read the shares. "
+        "The step's time stands in the table of all cells.",
+    ),
+}  # fmt: skip
+"""Sections of stacked bars: title, field of a repetition, unit, what is seen."""
+ALL_CELLS = "Medians of n repetitions, made in turn so that drift favours none."
 NUM_WORST, NUM_MATRIX, NUM_BARS = 20, 16, 12
 LOW, HIGH = f"{RATE}_low95", f"{RATE}_high95"
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the report: a sentence on what is seen and how it was measured, a table, perhaps a picture of it."""
+    """A part of the report: what is seen and how it was measured, a table, perhaps a picture."""
 
     key: str
     title: str
@@ -70,7 +85,9 @@ class Section:
 
 
 def write_report(folder: Path, out: Path) -> Path:
-    """Write OUT/report.html, report.md and figures/<section>.csv, .svg, .png from FOLDER; returns the page's path.
+    """Write OUT/report.html, report.md, figures/cells.csv, and figures/<section>.svg and .png.
+
+    Returns the page's path.
 
     Raises:
         UserError: FOLDER holds no profile, or OUT cannot be written.
@@ -82,8 +99,8 @@ def write_report(folder: Path, out: Path) -> Path:
     figures = out / "figures"
     with writing(out):
         figures.mkdir(parents=True, exist_ok=True)
+        write_file(figures / "cells.csv", csv_text(cells_frame(profile)).encode())
         for section in sections:
-            write_file(figures / f"{section.key}.csv", csv_text(section.frame).encode())
             if section.picture:
                 write_file(figures / f"{section.key}.svg", section.picture.svg.encode())
                 write_file(figures / f"{section.key}.png", section.picture.png)
@@ -97,20 +114,23 @@ def make_sections(profile: Profile) -> list[Section]:
     frame = cells_frame(profile)
     axes = [c for c in frame.columns if c in {axis for cell in profile.cells for axis in cell.axes}]
     others = [axis for axis in axes if axis not in ("batch", "ranks")] + ["device"]
+    figures = [RATE, f"{RATE}_p10", f"{RATE}_p90", *MEDIANS]
+    table = frame.loc[frame["num"] > 0, ["name", *axes, "num", *figures]]
     return [
-        _ladder(frame), _batches(frame, others), _ranks(frame, others),
-        _stacked("memory", "Memory by owner", "Device memory by what made it grow: the difference around the creation "
-                 "of each owner.", parts_frame(profile, "memory_gib_by_owner"), frame, "GiB"),
+        _ladder(frame),
+        _batches(frame, others),
+        _ranks(frame, others),
+        _stacked("memory", profile, frame),
         _roofline(frame),
-        _stacked("stages", "Stage times", "From a separate traced pass, not from the timed steps: tracing slows it; "
-                 "read the shares. The step's time stands in the table of all cells.",
-                 parts_frame(profile, "stage_ms"), frame, "ms a step, traced"),
-        _learning(profile), _target(frame), *_confusion(profile), _published(profile, frame),
-        Section("cells", "All cells", "Medians of n repetitions, made in turn so that drift favours none.",
-                frame.loc[frame["num"] > 0, ["name", *axes, "num", RATE, f"{RATE}_p10", f"{RATE}_p90", *MEDIANS]]
-                .dropna(axis="columns", how="all")),
-        _failures(profile), _circumstances(profile),
-    ]  # fmt: skip
+        _stacked("stages", profile, frame),
+        _learning(profile),
+        _target(frame),
+        *_confusion(profile),
+        _published(profile, frame),
+        Section("cells", "All cells", ALL_CELLS, table.dropna(axis="columns", how="all")),
+        _failures(profile),
+        _circumstances(profile),
+    ]
 
 
 def _ladder(frame: pd.DataFrame) -> Section:
@@ -118,15 +138,16 @@ def _ladder(frame: pd.DataFrame) -> Section:
     gains = ["" if np.isnan(gain) else f" ({gain:.2f} x)" for gain in rungs["gain"]]
     texts = [number(rate) + gain for rate, gain in zip(rungs[RATE], gains, strict=True)]
     seen = (
-        "Each rung adds one change to the one before: median throughput of whole training steps, its 95 % interval "
-        "(bootstrap over 3 repetitions or more) and the gain over the rung before."
+        "Each rung adds one change to its base, which is the rung before unless it names another: "
+        "median throughput of whole training steps, its 95 % interval (bootstrap over 3 "
+        "repetitions or more) and the gain over the base."
     )
     spread = rungs[[LOW, HIGH]].sub(rungs[RATE], axis=0).abs().to_numpy().T
     make = partial(
         charts.bars, rungs["name"], rungs[RATE], texts, "samples/s over all ranks", spread
     )
     return Section(
-        "ladder", "The ladder", seen, rungs[["name", "num", RATE, LOW, HIGH, "gain"]], make
+        "ladder", "The ladder", seen, rungs[["name", "num", RATE, LOW, HIGH, "base", "gain"]], make
     )
 
 
@@ -134,7 +155,10 @@ def _batches(frame: pd.DataFrame, others: list[str]) -> Section:
     known = frame[frame[RATE].notna() & ~frame["ladder"]]
     known = known[known["ranks"] == known["ranks"].min()]
     drawn = _lines(known, "batch", RATE, others)
-    seen = "Median throughput of training steps over the samples in a rank's batch, at the smallest number of ranks."
+    seen = (
+        "Median throughput of training steps over the samples in a rank's batch, at the smallest "
+        "number of ranks."
+    )
     table = known[["name", "batch", "ranks", "num", RATE, f"{RATE}_p10", f"{RATE}_p90"]].head(
         len(drawn) and len(known)
     )
@@ -166,9 +190,9 @@ def _ranks(frame: pd.DataFrame, others: list[str]) -> Section:
     )
 
 
-def _stacked(
-    key: str, title: str, seen: str, parts: pd.DataFrame, frame: pd.DataFrame, unit: str
-) -> Section:
+def _stacked(key: str, profile: Profile, frame: pd.DataFrame) -> Section:
+    title, field, unit, seen = STACKED[key]
+    parts = parts_frame(profile, field)
     wide = parts.pivot(index="id", columns="part", values="value")[
         list(dict.fromkeys(parts["part"]))
     ]
@@ -182,7 +206,10 @@ def _roofline(frame: pd.DataFrame) -> Section:
     known = frame[frame["roofline_fraction"].notna()]
     table = known[["name", RATE, "roofline_fraction"]]
     table.insert(1, "roofline samples/s", known[RATE] / known["roofline_fraction"])
-    seen = "What the device's memory and arithmetic allow by the model of the step, what was measured, and its share."
+    seen = (
+        "What the device's memory and arithmetic allow by the model of the step, what was "
+        "measured, and its share."
+    )
     make = partial(_bars, _few(known), "roofline_fraction", "% of the roofline")
     return Section("roofline", "Roofline", seen, table, make)
 
@@ -194,7 +221,10 @@ def _learning(profile: Profile) -> Section:
         Line(g["name"].iloc[0], list(g["train_s"]), list(g["val_accuracy_fraction"]))
         for g in groups
     ]
-    seen = "Accuracy on the validation split after each epoch over training time without evaluation; first repetition."
+    seen = (
+        "Accuracy on the validation split after each epoch over training time without evaluation; "
+        "first repetition."
+    )
     panels = [("validation accuracy (%)", drawn[: charts.MOST], "")]
     make = partial(charts.lines, panels, "training time (s)", log_x=False)
     return Section("learning", "Learning curves", seen, epochs.drop(columns="id"), make)
@@ -205,7 +235,10 @@ def _target(frame: pd.DataFrame) -> Section:
     table = known[
         ["name", "num", "time_to_target_s", "val_accuracy_fraction", "test_accuracy_fraction"]
     ]
-    seen = "Training time until the validation split first reached the accuracy asked for; median of the repetitions."
+    seen = (
+        "Training time until the validation split first reached the accuracy asked for; median of "
+        "the repetitions."
+    )
     make = partial(_bars, _few(known), "time_to_target_s", "training time (s)")
     return Section("target", "Time to accuracy", seen, table, make)
 
@@ -217,11 +250,17 @@ def _confusion(profile: Profile) -> Iterator[Section]:
         classes = confusion.classes
         count_TR, share_TR = matrices(confusion)
         table = class_table(classes, count_TR)
-        seen = f"Test accuracy of each class in the first repetition of “{name}”; drawn are the {NUM_WORST} lowest."
+        seen = (
+            f"Test accuracy of each class in the first repetition of “{name}”; "
+            f"drawn are the {NUM_WORST} lowest."
+        )
         make = partial(_bars, table.head(NUM_WORST), "accuracy_fraction", "% read rightly")
         yield Section("classes", "Per-class accuracy", seen, table, make)
         table, chosen = lookalikes(classes, count_TR, NUM_MATRIX)
-        seen = f"What the first repetition of “{name}” read in place of characters that look alike; below, test images."
+        seen = (
+            f"What the first repetition of “{name}” read in place of characters that look alike; "
+            "below, test images."
+        )
         make = partial(
             charts.matrix, share_TR[np.ix_(chosen, chosen)], [classes[number] for number in chosen]
         )
@@ -238,7 +277,10 @@ def _published(profile: Profile, frame: pd.DataFrame) -> Section:
     table = ours.replace({"device": {"": "not measured here"}}).join(theirs)[
         theirs.notna().any(axis=1)
     ]
-    seen = "Published figures as their source gives them, beside ours; the hardware differs, so no ratio is drawn."
+    seen = (
+        "Published figures as their source gives them, beside ours; the hardware differs, so no "
+        "ratio is drawn."
+    )
     return Section("published", "Published figures", seen, table)
 
 
@@ -298,7 +340,7 @@ def _bars(frame: pd.DataFrame, column: str, xlabel: str) -> Figure:
 
 
 def _lines(frame: pd.DataFrame, x: str, y: str, keys: list[str]) -> list[Line]:
-    """A line for each combination of `keys` that has two points; its name tells the keys that vary."""
+    """A line for each combination of `keys` that has two points, named by the keys that vary."""
     varying = [key for key in keys if frame[key].nunique(dropna=False) > 1]
     drawn = []
     for _, group in frame.groupby(keys, dropna=False, sort=False):
@@ -369,7 +411,7 @@ def markdown(profile: Profile, sections: list[Section]) -> str:
 
 
 def markdown_text(text: str) -> str:
-    """`text` with all that Markdown or HTML would read as more than text as character references."""
+    """`text`, what Markdown or HTML would read as more than text as character references."""
     return re.sub(r"[^\w\s.,%/()+=“”-]|_|(?<=www)\.", lambda m: f"&#{ord(m[0])};", text)
 
 
@@ -383,4 +425,5 @@ def csv_text(frame: pd.DataFrame) -> str:
             else value
         )
 
-    return frame.map(guard).rename(columns=guard).to_csv(index=False, lineterminator="\n")
+    guarded = frame.map(guard).rename(columns=guard)
+    return str(guarded.to_csv(index=False, lineterminator="\n"))

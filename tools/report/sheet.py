@@ -24,7 +24,7 @@ Colour = tuple[int, int, int]
 def draw_sheet(
     image_MHW: np.ndarray, captions: Sequence[str], colours: Sequence[Colour]
 ) -> Image.Image:
-    """At least one image, black on white, in rows of COLUMNS, each with its caption of one or more lines.
+    """At least one image, black on white, in rows of COLUMNS, each with its caption.
 
     Cells are as wide as the images, or wider than the widest caption: neighbours never touch.
     """
@@ -56,7 +56,7 @@ def class_captions(classes: Sequence[str]) -> list[str]:
 
 
 def check_picture(path: Path) -> None:
-    """UserError if `path` is no name for a picture, or cannot be written; call it before the work."""
+    """UserError if `path` is no picture's name, or cannot be written; call it before the work."""
     check_file(path)
     if path.suffix.lower() not in FORMATS:
         raise UserError(f"{path}: is no picture's name; let it end in {', '.join(FORMATS)}")

@@ -16,7 +16,7 @@ STUDENT_T = (
     inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
     2.145,
 )  # fmt: skip
-"""97.5 % quantiles of Student's t for 0, 1, ... degrees of freedom; beyond, the last one (a little too wide)."""
+"""97.5 % quantiles of Student's t for 0, 1, ... degrees of freedom; the last one for more."""
 NUM_RESAMPLES, SEED = 2000, 0
 AT_ONCE = 10**6
 """Values drawn at once: memory stays small, and few values need no loop."""

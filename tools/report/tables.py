@@ -1,4 +1,4 @@
-"""profile.json as DataFrames: a row a cell, with medians, intervals, speed-ups. It computes, and draws nothing.
+"""profile.json as DataFrames: a row per cell, with medians, intervals, speed-ups.
 
 Only cells of the same device name are ever put into a ratio, and figures of others ("published")
 into none.
@@ -17,16 +17,17 @@ from tools.report.statistics import median_interval95
 
 
 def cells_frame(profile: Profile) -> pd.DataFrame:
-    """A row a cell: id, name, ladder, device, axes, num (repetitions), medians; NaN where there is none.
+    """A row per cell: id, name, ladder, device, axes, num (repetitions), medians; NaN for none.
 
     samples_per_s is a median, with _p10, _p90, _low95 and _high95 (interval of the median; NaN
-    below 3 repetitions); `gain` is a rung's over the rung before, `speedup` over the cell that
-    differs only in having 1 rank (on a CPU: of as many threads), `efficiency` the speed-up of a
-    rank.
+    below 3 repetitions). `gain` is a rung's over the cell named in `base`. `speedup` is over the
+    cell that differs only in having 1 rank (on a CPU: of as many threads), and `efficiency` is the
+    speed-up per rank.
     """
     frame = pd.DataFrame([_row(cell) for cell in profile.cells])
-    rungs = frame[frame["ladder"] & frame[RATE].notna()]
-    frame["gain"] = rungs[RATE] / rungs.groupby(["device", "batch"], dropna=False)[RATE].shift()
+    base = _bases(profile, frame)
+    frame["base"] = base.map(frame["name"])
+    frame["gain"] = frame[RATE] / base.map(frame[RATE])
     key = pd.Series([_like(cell) for cell in profile.cells], index=frame.index)
     alone = frame[(frame["ranks"] == 1) & frame[RATE].notna()].groupby(key)[RATE].first()
     frame["speedup"] = frame[RATE] / key.map(alone)
@@ -34,8 +35,20 @@ def cells_frame(profile: Profile) -> pd.DataFrame:
     return frame
 
 
+def _bases(profile: Profile, frame: pd.DataFrame) -> pd.Series:
+    """The row of what each rung adds to, at the same batch on the same device; NaN if not known."""
+    found = pd.Series(np.nan, index=frame.index)
+    latest: dict[tuple[object, ...], int] = {}
+    for row in frame.index[frame["ladder"] & frame[RATE].notna()]:
+        cell = profile.cells[row]
+        place = (frame["device"][row], cell.axes.get("batch"))
+        found[row] = latest.get((*place, cell.base), np.nan)
+        latest[*place, ""] = latest[*place, cell.rung] = row
+    return found
+
+
 def parts_frame(profile: Profile, field: str) -> pd.DataFrame:
-    """`memory_gib_by_owner` or `stage_ms` in long form: id, name, part, value (median), in the cells' order."""
+    """`memory_gib_by_owner` or `stage_ms` in long form: id, name, part, value (median)."""
     rows = [
         {"id": cell.id, "name": cell.name, "part": part, "value": value}
         for cell in profile.cells
@@ -47,7 +60,7 @@ def parts_frame(profile: Profile, field: str) -> pd.DataFrame:
 
 
 def epochs_frame(profile: Profile) -> pd.DataFrame:
-    """The validation curve of each cell's first repetition: id, name, and the columns of metrics.jsonl."""
+    """Each cell's validation curve, of its first repetition: id, name, and metrics.jsonl's keys."""
     rows = [
         {"id": cell.id, "name": cell.name} | asdict(line)
         for cell in profile.cells

@@ -1,0 +1,96 @@
+"""Did a run see the samples it should have, in their order, with the right pixels?
+
+The evidence is what the run wrote with `--set log_ids=true` (engine/train/idlog.py).
+
+Shapes: N images of the train split, S steps of a rank's batches of B samples.
+"""
+
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from engine.config import RunConfig, load_toml
+from engine.data.records import open_records
+from engine.data.sample import sample_path
+from engine.errors import UserError
+from engine.order import Order
+from engine.report import read_report
+from engine.train import idlog
+from engine.train.session import make_order
+
+ROWS_READ = 4096
+
+
+def check_order(run: Path, data: str | None) -> tuple[int, list[str]]:
+    """(samples checked, a sentence for each fault).
+
+    Raises:
+        UserError: RUN has no ids, or its records are others now.
+    """
+    report = read_report(run)
+    config = load_toml(RunConfig(), run / "config.toml")
+    path = data or config.data.path or sample_path()
+    records = open_records(path, in_memory=config.data.feed != "stream")
+    if records.fingerprint != report.dataset_fingerprint:
+        raise UserError(f"{records.path}: are not the records of {run}; name them by --data")
+    image_NHW = records.split("train").image_NHW
+    crc_N = None if config.augment.is_on else _checksums(image_NHW)
+    ranks = range(report.num_ranks)
+    orders = [make_order(config, len(image_NHW), rank, len(ranks)) for rank in ranks]
+    faults: list[str] = []
+    checked = 0
+    for epoch in range(report.num_epochs):
+        id_X = _check_epoch(run, epoch, orders, crc_N, faults)
+        checked += len(id_X)
+        if len(np.unique(id_X)) < len(id_X):
+            faults.append(f"epoch {epoch}: a sample came twice")
+        if len(image_NHW) - len(id_X) >= config.global_batch and not faults:
+            faults.append(f"epoch {epoch}: more samples were left out than one batch less one")
+    return checked, faults
+
+
+def _checksums(image_NHW: np.ndarray) -> np.ndarray:
+    starts = range(0, len(image_NHW), ROWS_READ)
+    parts = (image_NHW[start : start + ROWS_READ] for start in starts)
+    return np.array([zlib.crc32(image) for part in parts for image in part])
+
+
+def _check_epoch(
+    run: Path, epoch: int, orders: list[Order], crc_N: np.ndarray | None, faults: list[str]
+) -> np.ndarray:
+    """The ids of all ranks that are the order's; what is wrong goes into `faults`."""
+    seen = [np.empty(0, np.int64)]
+    for rank, order in enumerate(orders):
+        path = idlog.path_of(run, rank, epoch)
+        if not path.exists():
+            raise UserError(
+                f"{run}: holds no ids of rank {rank}, epoch {epoch}; "
+                f"train it with --set log_ids=true"
+            )
+        id_SB, crc_SB = idlog.read(path, order.rank_batch)
+        where = f"epoch {epoch}, rank {rank}"
+        if fault := _fault_of_ids(id_SB, order, epoch):
+            faults.append(f"{where}: {fault}")
+            continue
+        if crc_N is not None and (fault := _fault_of_images(id_SB, crc_SB, crc_N)):
+            faults.append(f"{where}: {fault}")
+        seen.append(id_SB.reshape(-1))
+    return np.concatenate(seen)
+
+
+def _fault_of_ids(id_SB: np.ndarray, order: Order, epoch: int) -> str:
+    if len(id_SB) != order.steps_per_epoch:
+        return f"{len(id_SB)} steps, want {order.steps_per_epoch}"
+    wrong_SB = id_SB != order.ids(epoch, 0, len(id_SB))
+    if not wrong_SB.any():
+        return ""
+    return f"step {np.argwhere(wrong_SB)[0][0]} is the first that has other samples"
+
+
+def _fault_of_images(id_SB: np.ndarray, crc_SB: np.ndarray, crc_N: np.ndarray) -> str:
+    wrong_SB = crc_N[id_SB] != crc_SB
+    if not wrong_SB.any():
+        return ""
+    step, row = np.argwhere(wrong_SB)[0]
+    return f"step {step}, row {row}: the image is not that of sample {id_SB[step, row]}"
