@@ -6,6 +6,7 @@ Shapes: N images of the train split, S steps of a rank's batches of B samples.
 """
 
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,6 @@ from engine.config import RunConfig, load_toml
 from engine.data.records import open_records
 from engine.data.sample import sample_path
 from engine.errors import UserError
-from engine.order import Order
 from engine.report import read_report
 from engine.train import idlog
 from engine.train.session import make_order
@@ -36,12 +36,10 @@ def check_order(run: Path, data: str | None) -> tuple[int, list[str]]:
         raise UserError(f"{records.path}: are not the records of {run}; name them by --data")
     image_NHW = records.split("train").image_NHW
     crc_N = None if config.augment.is_on else _checksums(image_NHW)
-    ranks = range(report.num_ranks)
-    orders = [make_order(config, len(image_NHW), rank, len(ranks)) for rank in ranks]
     faults: list[str] = []
     checked = 0
     for epoch in range(report.num_epochs):
-        id_X = _check_epoch(run, epoch, orders, crc_N, faults)
+        id_X = _check_epoch(run, epoch, Planned(config, len(image_NHW), crc_N), faults)
         checked += len(id_X)
         if len(np.unique(id_X)) < len(id_X):
             faults.append(f"epoch {epoch}: a sample came twice")
@@ -56,39 +54,54 @@ def _checksums(image_NHW: np.ndarray) -> np.ndarray:
     return np.array([zlib.crc32(image) for part in parts for image in part])
 
 
-def _check_epoch(
-    run: Path, epoch: int, orders: list[Order], crc_N: np.ndarray | None, faults: list[str]
-) -> np.ndarray:
+@dataclass(frozen=True)
+class Planned:
+    """What a run should have seen."""
+
+    config: RunConfig
+    num_samples: int
+    crc_N: np.ndarray | None
+    """Of the stored images; None where training distorted them."""
+
+
+def _check_epoch(run: Path, epoch: int, planned: Planned, faults: list[str]) -> np.ndarray:
     """The ids of all ranks that are the order's; what is wrong goes into `faults`."""
     seen = [np.empty(0, np.int64)]
-    for rank, order in enumerate(orders):
-        path = idlog.path_of(run, rank, epoch)
-        if not path.exists():
-            raise UserError(
-                f"{run}: holds no ids of rank {rank}, epoch {epoch}; "
-                f"train it with --set log_ids=true"
-            )
-        id_SB, crc_SB = idlog.read(path, order.rank_batch)
-        where = f"epoch {epoch}, rank {rank}"
-        if fault := _fault_of_ids(id_SB, order, epoch):
-            faults.append(f"{where}: {fault}")
-            continue
-        if crc_N is not None and (fault := _fault_of_images(id_SB, crc_SB, crc_N)):
-            faults.append(f"{where}: {fault}")
-        seen.append(id_SB.reshape(-1))
+    pieces = idlog.pieces(run, epoch)
+    if not pieces or pieces[0].first_step:
+        remedy = "train it with --set log_ids=true"
+        raise UserError(f"{run}: holds no ids of epoch {epoch} from its first step on; {remedy}")
+    for piece in pieces:
+        if len(piece.paths) != piece.num_ranks:
+            what = f"holds ids of {len(piece.paths)} of {piece.num_ranks} ranks for epoch {epoch}"
+            raise UserError(f"{run}: {what}; bring the others' files to OUT/ids too")
+        for rank, path in enumerate(piece.paths):
+            order = make_order(planned.config, planned.num_samples, rank, len(piece.paths))
+            last_step = piece.last_step or order.steps_per_epoch
+            num_steps = last_step - piece.first_step
+            id_SB, crc_SB = (x_SB[:num_steps] for x_SB in idlog.read(path, order.rank_batch))
+            where = f"epoch {epoch}, {path.stem.split('-')[-1]}"
+            if fault := _fault_of_ids(id_SB, order.ids(epoch, piece.first_step, num_steps)):
+                faults.append(f"{where}: {fault}")
+                continue
+            if fault := _fault_of_images(id_SB, crc_SB, planned.crc_N):
+                faults.append(f"{where}: {fault}")
+            seen.append(id_SB.reshape(-1))
     return np.concatenate(seen)
 
 
-def _fault_of_ids(id_SB: np.ndarray, order: Order, epoch: int) -> str:
-    if len(id_SB) != order.steps_per_epoch:
-        return f"{len(id_SB)} steps, want {order.steps_per_epoch}"
-    wrong_SB = id_SB != order.ids(epoch, 0, len(id_SB))
+def _fault_of_ids(id_SB: np.ndarray, wanted_SB: np.ndarray) -> str:
+    if len(id_SB) != len(wanted_SB):
+        return f"{len(id_SB)} steps, want {len(wanted_SB)}"
+    wrong_SB = id_SB != wanted_SB
     if not wrong_SB.any():
         return ""
     return f"step {np.argwhere(wrong_SB)[0][0]} is the first that has other samples"
 
 
-def _fault_of_images(id_SB: np.ndarray, crc_SB: np.ndarray, crc_N: np.ndarray) -> str:
+def _fault_of_images(id_SB: np.ndarray, crc_SB: np.ndarray, crc_N: np.ndarray | None) -> str:
+    if crc_N is None:
+        return ""
     wrong_SB = crc_N[id_SB] != crc_SB
     if not wrong_SB.any():
         return ""
