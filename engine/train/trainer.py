@@ -83,7 +83,7 @@ def fit(
 
 
 def _unfinished(config: RunConfig, out: Path, resume: bool, world: World) -> tuple[float, float]:
-    """(global batch, epoch) of an epoch that was begun with another batch; zeros if there is none."""
+    """(global batch, epoch) of an epoch begun with another batch; zeros if there is none."""
     manifest = newest_manifest(out) if resume and world.is_first else None
     if manifest is None or not manifest.position.step:
         return 0, 0
