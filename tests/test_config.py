@@ -163,7 +163,7 @@ def test_flags_are_made_from_the_fields() -> None:
     wanted = {"step.precision": "fp16", "global_batch": 16, "step.cuda_graphs": True}
     assert flag_settings(given, num_ranks=2) == wanted
     others = {"amp", "batch_size", "recipe", "config_file", "assignments", "out"}
-    assert set(options) == others | {"resume", "device"}
+    assert set(options) == others | {"resume", "keep_schedule", "device"}
 
 
 def test_recipes_are_typed_once(tmp_path: Path) -> None:

@@ -15,7 +15,20 @@ from engine.host import ROOT
 from engine.report import Environment, RunReport
 
 FLOORS = (
-    ("errors", "ui", "host", "paths", "ranks", "config", "order", "report", "typed", "durable"),
+    (
+        "errors",
+        "ui",
+        "host",
+        "paths",
+        "ranks",
+        "heart",
+        "stop",
+        "config",
+        "order",
+        "report",
+        "typed",
+        "durable",
+    ),
     ("data",),
     ("world", "meters", "feeds", "models"),
     ("train",),
@@ -29,6 +42,8 @@ NO_TORCH = (
     "host",
     "paths",
     "ranks",
+    "heart",
+    "stop",
     "config",
     "order",
     "report",

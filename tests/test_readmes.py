@@ -199,7 +199,7 @@ def check_options(module: str, words: list[str]) -> None:
     if module == "engine.run":
         options = dict(context.params)
         given = parse_assignments(options.pop("assignments"))
-        own = ("config_file", "recipe", "out", "resume", "device")
+        own = ("config_file", "recipe", "out", "resume", "keep_schedule", "device")
         flags = {name: value for name, value in options.items() if name not in own}
         override(override(RunConfig(), given, "--set"), flag_settings(flags, 1), "flags")
 

@@ -92,7 +92,7 @@ def test_a_resumed_run_ends_bit_identical(
     shutil.copytree(alone, tmp_path / "run")
     for name in ("report.json", "model.safetensors"):
         (tmp_path / "run" / name).unlink()
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "epoch-0003")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000000021")
     done = train(command, "--resume", tmp_path / "run", "--device", "cpu")
     assert done.returncode == 0 and "resumed after epoch 2 of 3" in done.stdout, done.stderr
     assert metrics(tmp_path / "run") == metrics(alone)
@@ -106,7 +106,7 @@ def test_a_damaged_checkpoint_is_skipped_and_named(
     damage: str, alone: Path, command: Command, tmp_path: Path
 ) -> None:
     shutil.copytree(alone, tmp_path / "run")
-    newest = tmp_path / "run" / "checkpoints" / "epoch-0003"
+    newest = tmp_path / "run" / "checkpoints" / "step-000000021"
     data = (newest / "model.safetensors").read_bytes()
     if damage == "bit":
         (newest / "model.safetensors").write_bytes(
@@ -116,7 +116,9 @@ def test_a_damaged_checkpoint_is_skipped_and_named(
         (newest / "optim.safetensors").unlink()
     done = train(command, "--resume", tmp_path / "run", "--device", "cpu")
     assert done.returncode == 0, done.stderr
-    assert "note: epoch-0003 was skipped" in done.stdout and "resumed after epoch 2" in done.stdout
+    assert (
+        "note: step-000000021 was skipped" in done.stdout and "resumed after epoch 2" in done.stdout
+    )
     assert metrics(tmp_path / "run") == metrics(alone)
 
 
@@ -246,9 +248,9 @@ def test_a_run_is_resumed_only_as_what_it_was(
 ) -> None:
     shutil.copytree(alone, tmp_path / "run")
     run = ("--resume", tmp_path / "run", "--device", "cpu")
-    assert_refused(train(command, *run, "--seed", 1), "another configuration")
+    assert_refused(train(command, *run, "--seed", 1), "seed was 42 and is 1")
     command("tools/pack_tmnist", small_csv, tmp_path / "other", "--seed", 1)
-    assert_refused(train(command, *run, "--data", tmp_path / "other"), "other records")
+    assert_refused(train(command, *run, "--data", tmp_path / "other"), "was trained on records")
 
 
 def test_under_torchrun_one_rank_speaks_and_all_exit_2(command: Command, tmp_path: Path) -> None:
@@ -289,7 +291,7 @@ def test_tensorboard_shows_the_epochs_of_a_resumed_run_once(
     out = tmp_path / "out"
     done = train(command, "--data", small_dir, *SHORT, "--tensorboard", "--out", out)
     assert done.returncode == 0 and not done.stderr, done.stderr
-    newest = out / "checkpoints" / "epoch-0003"
+    newest = out / "checkpoints" / "step-000000021"
     shutil.rmtree(newest)  # as if the run had been stopped before
     assert train(command, "--resume", out).returncode == 0
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

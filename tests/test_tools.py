@@ -340,15 +340,15 @@ def fewer_steps(data: bytearray) -> None:
 @pytest.mark.parametrize(
     ("change", "fault"),
     [
-        (another_checksum, "epoch 1, rank 1: step 0, row 0: the image is not that of sample"),
-        (another_sample, "epoch 1, rank 1: step 3 is the first that has other samples"),
-        (fewer_steps, "epoch 1, rank 1: 2 steps, want 7"),
+        (another_checksum, "epoch 1, rank1of2: step 0, row 0: the image is not that of sample"),
+        (another_sample, "epoch 1, rank1of2: step 3 is the first that has other samples"),
+        (fewer_steps, "epoch 1, rank1of2: 2 steps, want 7"),
     ],
 )
 def test_verify_order_finds_what_was_changed(
     change: Callable[[bytearray], None], fault: str, command: Command, logged_run: Path
 ) -> None:
-    file = logged_run / "ids" / "rank1-epoch1.bin"
+    file = logged_run / "ids" / "epoch1-step0-rank1of2.bin"
     before = file.read_bytes()
     data = bytearray(before)
     change(data)
@@ -359,11 +359,11 @@ def test_verify_order_finds_what_was_changed(
 
 
 def test_verify_order_needs_the_ids(command: Command, logged_run: Path) -> None:
-    file = logged_run / "ids" / "rank1-epoch1.bin"
+    file = logged_run / "ids" / "epoch1-step0-rank1of2.bin"
     file.rename(logged_run / "away")
     done = command("tools/verify", "order", logged_run)
     (logged_run / "away").rename(file)
-    assert_refused(done, "holds no ids of rank 1, epoch 1")
+    assert_refused(done, "holds ids of 1 of 2 ranks for epoch 1")
 
 
 def test_profile_feeds_measures_all_of_them(

@@ -53,18 +53,14 @@ class Saver:
         """`checkpoint` was read, so it verifies."""
         self._sound.add(checkpoint)
 
-    def save(self, manifest: Manifest, loss_S: torch.Tensor, wait: bool) -> bool:
+    def save(self, manifest: Manifest, loss_S: torch.Tensor) -> bool:
         """Copy the state and let the thread write it; device work that nothing waits for.
 
-        Args:
-            wait: for the one before, if it is still being written; else this one is left out.
         Returns:
-            Whether it will be written.
+            Whether it will be written: not while an earlier one still is.
         Raises:
             UserError: a number of an earlier one was not finite.
         """
-        if wait:
-            self.wait()
         self._raise_error()
         if not self._idle.is_set():
             return False

@@ -38,6 +38,11 @@ class TrainState:
             if isinstance(value, torch.Tensor)
         }
 
+    def num_bytes(self) -> int:
+        """What a checkpoint of it takes."""
+        tensors = (self.model_tensors() | self.optimizer_tensors()).values()
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
     def scaler_numbers(self) -> dict[str, float]:
         """The loss scale and its growth counter; empty where there is none."""
         found = self.scaler.state_dict()

@@ -12,7 +12,7 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from engine import meters
 from engine.config import RunConfig
 from engine.data.records import Records
 from engine.errors import UserError
-from engine.report import RunReport, Segment, without_folders
+from engine.report import RunReport
 from engine.stop import STOP
 from engine.train import idlog
 from engine.train.checkpoint import checkpoint_tensors, load_checkpoint
@@ -32,9 +32,11 @@ from engine.train.folder import (
     Position,
     check_same_records,
     checkpoint_path,
+    checkpoints,
     newest_manifest,
 )
 from engine.train.journal import Journal
+from engine.train.progress import Progress, run_report
 from engine.train.pulse import Cadence, Pulse
 from engine.train.saver import Saver
 from engine.train.session import Session, evaluate, open_session, switches
@@ -43,12 +45,10 @@ from engine.typed import typed
 from engine.ui import progress_bar
 from engine.world import World, check_ranks
 
-CLOCK_INCLUDES = (
-    "every training step with its data, and checkpoints within an epoch; "
-    "not: start-up, warm-up, capture, evaluation, checkpoints at an epoch's end, reports"
-)
 NUM_CHECKPOINTS_AT_ONCE = 4
 """On the disk at the same moment: two kept, the best, and the one being written."""
+CHANCE = 1.5
+"""Times the share of one class, of equal ones: what accuracy is no better than guessing."""
 Say = Callable[[str], None]
 
 
@@ -115,12 +115,6 @@ class Trainer:
     """The folder for report.json, metrics.jsonl, model.safetensors, config.toml, checkpoints/."""
     say: Say
     """Prints a line on rank 0."""
-    position: Position = field(default_factory=Position)
-    """Where the run stands at the last reading of the log."""
-    segments: list[Segment] = field(default_factory=list)
-    """Those before this process."""
-    wait_s: float = 0.0
-    utilisation_percent: list[float] = field(default_factory=list)
     stopped_by: int = 0
     """The signal that all ranks stop by."""
 
@@ -131,12 +125,15 @@ class Trainer:
         self.watch = meters.Stopwatch(self.world.device)
         self.nvml = meters.Nvml(self.world.device)
         self.steps_per_epoch = session.feed.order.steps_per_epoch
-        self.has_val = "val" in session.records.splits
         self.cadence = Cadence.of(self.config.checkpoint_every)
         self.pulse = Pulse(self.world, self.cadence)
         self.journal = Journal(self.out, self.say)
         self.saver = Saver(self.out, self.step.state) if self.world.is_first else None
-        self.log = TrainLog.empty()
+        self.progress = Progress(session)
+
+    @property
+    def position(self) -> Position:
+        return self.progress.position
 
     def fit(self, resume: bool, last_epoch: int | None = None) -> RunReport:
         """Train all epochs that are left, evaluate, and write OUT.
@@ -153,18 +150,17 @@ class Trainer:
             self.say(f"note: {note}")
         if resume:
             self._resume()
-        self.start = self.position
+        self.progress.start = self.position
         self.world.first(self._start_files)
         self.pulse.start(self.position.num_steps)
         energy_j = self.nvml.energy_j()
         with STOP.polled():
             self._train(min(last_epoch or self.config.epochs, self.config.epochs))
-        used_j = self.nvml.energy_since(energy_j)
-        if self.saver:
-            self.saver.wait()
-        if self.stopped_by or self.position.epoch < self._last_epoch():
-            return self._stop(used_j)
-        return self._end(used_j)
+            used_j = self.nvml.energy_since(energy_j)
+            self._wait_for_disk()
+            if self.stopped_by or self.position.epoch < self._last_epoch():
+                return self._stop(used_j)
+            return self._end(used_j)
 
     def _last_epoch(self) -> int:
         """Where the training ends: the target may be reached before the last one."""
@@ -173,11 +169,9 @@ class Trainer:
     def _train(self, last_epoch: int) -> None:
         while self.position.epoch < min(last_epoch, self._last_epoch()):
             self._train_epoch()
-            if self.stopped_by:
-                return
-            self._end_epoch()
-            wishes = self.pulse.meet(self.position.num_steps)
-            self.stopped_by = wishes.signal
+            if not self.stopped_by:
+                self._end_epoch()
+                self.stopped_by = self.pulse.meet(self.position.num_steps).signal
             if self.stopped_by:
                 return
 
@@ -191,48 +185,37 @@ class Trainer:
         with progress_bar(title, self.steps_per_epoch, enabled=self.world.is_first) as show:
             done = first_step
             for launch in self.step.train_epoch(self.session.feed, epoch, first_step):
-                self.wait_s += launch.wait_s
+                self.progress.wait_s += launch.wait_s
                 if self.config.log_ids:
                     path = idlog.path_of(self.out, self.world, epoch, first_step)
                     idlog.append(path, launch.batch, first=done == first_step)
                 done += launch.num_steps
                 if done < self.steps_per_epoch and self.pulse.is_due(before + done):
-                    self._meet(epoch, done)
+                    show(done)
+                    self._meet(done)
                     if self.stopped_by:
                         break
-                    show(done)
-        self._read_log(epoch, done)
+        self._read_log(done)
         self.watch.stop()
 
-    def _meet(self, epoch: int, done: int) -> None:
+    def _meet(self, done: int) -> None:
         """Agree with the other ranks on saving and stopping, in the middle of an epoch."""
-        wishes = self.pulse.meet(epoch * self.steps_per_epoch + done)
+        wishes = self.pulse.meet(self.position.epoch * self.steps_per_epoch + done)
         self.stopped_by = wishes.signal
         if wishes.save:
-            self._read_log(epoch, done)
+            self._read_log(done)
             self._save(wait=bool(wishes.signal))
 
-    def _read_log(self, epoch: int, done: int) -> None:
+    def _read_log(self, done: int) -> None:
         """Add what was trained since the last reading to the position. Collective."""
         log = self.step.read_training()
-        self.log = self.log.and_then(log)
-        lap_s = self.watch.lap()
-        position = self.position
-        self.position = replace(
-            position,
-            step=done,
-            num_steps=epoch * self.steps_per_epoch + done,
-            train_s=position.train_s + lap_s,
-            num_skipped_steps=position.num_skipped_steps + log.num_skipped,
-            epoch_train_s=position.epoch_train_s + lap_s,
-            epoch_correct=self.log.num_correct,
-        )
+        self.progress.trained(log, done, self.watch.lap())
 
     def _end_epoch(self) -> None:
         """Evaluate, write the epoch's line, and save."""
         if (percent := self.nvml.utilisation_percent()) is not None:
-            self.utilisation_percent.append(percent)
-        position, log = self.position, self.log
+            self.progress.utilisation_percent.append(percent)
+        position, log = self.position, self.progress.log
         rate = log.num_samples / max(position.epoch_train_s, 1e-9)
         metrics: dict[str, Any] = {
             "epoch": position.epoch + 1,
@@ -244,11 +227,8 @@ class Trainer:
         }
         line = f"epoch {position.epoch + 1:>3}/{self.config.epochs}"
         line += f"  loss {log.loss:.4f}  train {log.accuracy:7.2%}"
-        self.position = replace(
-            position, epoch=position.epoch + 1, step=0, epoch_train_s=0.0, epoch_correct=0
-        )
-        self.log = TrainLog.empty()
-        if self.has_val:
+        self.progress.end_epoch()
+        if "val" in self.session.records.splits:
             val_loss, val = self._validate()
             metrics |= {"val_loss": val_loss, "val_accuracy_fraction": val}
             line += f"  val {val:7.2%}"
@@ -260,197 +240,152 @@ class Trainer:
 
     def _validate(self) -> tuple[float, float]:
         """Evaluate the validation split, and keep the best."""
-        loss, accuracy = self._timed_evaluate("val")
-        position = self.position
+        loss, accuracy = self._evaluate("val")
         if not math.isfinite(loss):
-            where = f"after epoch {position.epoch}"
+            where = f"after epoch {self.position.epoch}"
             raise UserError(f"the validation loss is not finite {where}; lower optim.learning_rate")
-        if accuracy > (position.best_val_accuracy_fraction or -1.0):
-            position = replace(
-                position, best_val_accuracy_fraction=accuracy, best_num_steps=position.num_steps
-            )
-        if 0 < self.config.target_accuracy <= accuracy and not position.time_to_target_s:
-            position = replace(position, time_to_target_s=position.train_s)
-        self.position = position
+        self.progress.validated(accuracy, self.config.target_accuracy)
         return loss, accuracy
 
     def _saves_epoch(self) -> bool:
         """Whether a checkpoint is due at an epoch's end: the last is, and the best so far."""
-        every, position = self.cadence.epochs, self.position
-        by_count = bool(every) and position.epoch % every == 0
-        is_best = position.best_num_steps == position.num_steps
-        return by_count or is_best or position.epoch >= self.config.epochs
+        every, epoch = self.cadence.epochs, self.position.epoch
+        by_count = bool(every) and epoch % every == 0
+        return by_count or self.progress.is_best or epoch >= self.config.epochs
 
-    def _timed_evaluate(self, split: str) -> tuple[float, float]:
+    def _evaluate(self, split: str) -> tuple[float, float]:
+        """Loss and accuracy of a whole split."""
         start = time.perf_counter()
         loss, accuracy = evaluate(self.session, split)
-        eval_s = self.position.eval_s + time.perf_counter() - start
-        self.position = replace(self.position, eval_s=eval_s)
+        self.progress.evaluated(time.perf_counter() - start)
         return loss, accuracy
 
     def _save(self, wait: bool) -> None:
         """Begin a checkpoint of the position, which all ranks have reached."""
         if self.saver:
+            if wait:
+                self._wait_for_disk()
+            loss_S = torch.from_numpy(self.progress.log.loss_S.copy())
+            self.saver.save(self.progress.manifest(), loss_S)
             if self.saver.failure:
                 self.journal.refused(self.saver.failure)
-            loss_S = torch.from_numpy(self.log.loss_S.copy())
-            self.saver.save(self._manifest(), loss_S, wait)
         self.pulse.saved(self.position.num_steps)
 
-    def _manifest(self) -> Manifest:
-        return Manifest(
-            training=self.config.training_settings(),
-            dataset_fingerprint=self.session.records.fingerprint,
-            position=self.position,
-            segments=self._segments(),
-            scaler=self.step.state.scaler_numbers(),
-            sha256={},
-        )
-
-    def _segments(self) -> list[Segment]:
-        """What the run consists of so far, this process's part last."""
-        start, position = self.start, self.position
-        if position.num_steps == start.num_steps:
-            return self.segments
-        mine = Segment(
-            first_step=start.num_steps,
-            num_steps=position.num_steps - start.num_steps,
-            train_s=position.train_s - start.train_s,
-            wait_s=self.wait_s,
-            num_ranks=self.world.size,
-            effective=switches(self.session.config),
-            environment=self.session.environment,
-        )
-        return [*self.segments, mine]
+    def _wait_for_disk(self) -> None:
+        if self.saver:
+            self.world.at(self.position.num_steps, "saving")
+            self.saver.wait()
+            if self.saver.failure:
+                self.journal.refused(self.saver.failure)
 
     def _resume(self) -> None:
         """Load the newest checkpoint on rank 0, and give it to the others. Collective."""
-        if not any(True for _ in self.out.glob("checkpoints/step-*")):
+        text, loss_S = "", torch.zeros(0, dtype=torch.float64)
+        if found := self.world.first(self._load):
+            manifest, loss_S = found
+            text = json.dumps(asdict(manifest))
+        text = self.world.text_of_first(text)
+        if not text:
             self.say("the run was stopped before its first checkpoint; it starts at step 0")
             return
-        found = self.world.first(lambda: load_checkpoint(self.out, self.step.state))
-        text, loss_S = "", torch.zeros(0, dtype=torch.float64)
-        if found:
-            manifest, loss_S, skipped = found
-            for sentence in skipped:
-                self.say(f"note: {sentence}")
-            text = json.dumps(asdict(manifest))
-        manifest = typed(Manifest, json.loads(self.world.text_of_first(text)), "manifest.json")
-        self._share(manifest)
+        manifest = typed(Manifest, json.loads(text), "manifest.json")
         check_same_records(self.out, manifest, self.session.records.fingerprint)
-        self._take_up(manifest, loss_S)
-
-    def _share(self, manifest: Manifest) -> None:
-        """Rank 0's tensors on every rank, in place."""
         for tensors in checkpoint_tensors(self.step.state).values():
             for tensor in tensors.values():
                 self.world.copy_from_first(tensor)
         if self.step.state.scaler.is_enabled():
             self.step.state.load_scaler(manifest.scaler)
+        self._take_up(manifest, loss_S)
+
+    def _load(self) -> tuple[Manifest, torch.Tensor] | None:
+        """The newest checkpoint, into rank 0's tensors; None if the run has none yet."""
+        if not checkpoints(self.out):
+            return None
+        manifest, loss_S, skipped = load_checkpoint(self.out, self.step.state)
+        for sentence in skipped:
+            self.say(f"note: {sentence}")
+        if self.saver:
+            self.saver.trust(checkpoint_path(self.out, manifest.position.num_steps))
+        return manifest, loss_S
 
     def _take_up(self, manifest: Manifest, loss_S: torch.Tensor) -> None:
         """Go on where a checkpoint ends; with another batch, from its epoch's beginning."""
-        position = manifest.position
+        position, order = manifest.position, self.session.feed.order
         if position.epoch > self.config.epochs or position.step >= self.steps_per_epoch:
-            what = f"stands after epoch {position.epoch}, step {position.step}"
-            raise UserError(
-                f"{self.out}: {what}; this run has {self.config.epochs} epochs of "
-                f"{self.steps_per_epoch} steps: give --epochs of more"
-            )
+            where = f"its checkpoint stands after epoch {position.epoch}, step {position.step}"
+            plan = f"of {self.config.epochs} epochs of {self.steps_per_epoch} steps"
+            raise UserError(f"{self.out}: {where} {plan}; give more --epochs")
         num_steps = position.epoch * self.steps_per_epoch + position.step
-        best = position.best_val_accuracy_fraction
-        reached = self.config.target_accuracy and best and best >= self.config.target_accuracy
-        self.position = replace(
+        target, best = self.config.target_accuracy, position.best_val_accuracy_fraction or 0.0
+        is_reached = 0 < target <= best
+        self.progress.position = replace(
             position,
             num_steps=num_steps,
-            time_to_target_s=position.time_to_target_s if reached else None,
+            time_to_target_s=position.time_to_target_s if is_reached else None,
         )
-        batch = self.session.feed.order.global_batch
-        self.log = TrainLog.of_part(loss_S.numpy(), position.epoch_correct, batch)
-        self.segments = manifest.segments
+        batch = order.global_batch
+        self.progress.log = TrainLog.of_part(loss_S.numpy(), position.epoch_correct, batch)
+        self.progress.earlier = manifest.segments
         self.step.resume_at(num_steps)
-        if self.saver:
-            self.saver.trust(checkpoint_path(self.out, position.num_steps))
-        place = f"epoch {position.epoch} of {self.config.epochs}"
+        for change in changes(manifest, self.session):
+            self.session.notes.append(change)
+            self.say(f"note: {change}")
         inside = f", step {position.step} of the next" if position.step else ""
-        self.say(f"resumed after {place}{inside}")
+        self.say(f"resumed after epoch {position.epoch} of {self.config.epochs}{inside}")
 
     def _start_files(self) -> None:
-        state_bytes = sum(
-            tensor.numel() * tensor.element_size()
-            for tensors in checkpoint_tensors(self.step.state).values()
-            for tensor in tensors.values()
-        )
-        wanted = NUM_CHECKPOINTS_AT_ONCE * state_bytes
+        wanted = NUM_CHECKPOINTS_AT_ONCE * self.step.state.num_bytes()
         free = shutil.disk_usage(self.out).free
         if free < wanted:
             what = f"{free / 1e6:.1f} MB are free, checkpoints need {wanted / 1e6:.1f} MB"
             raise UserError(f"{self.out}: {what}; free space or choose another --out")
         self.journal.start(self.config, self.position.epoch)
-        self.journal.report(self._report("unfinished", None, None))
+        self.journal.report(run_report(self.progress, "unfinished", self.nvml))
 
     def _end(self, energy_j: float | None) -> RunReport:
         """Evaluate the test split, and write the weights and the report."""
-        test = self._timed_evaluate("test") if "test" in self.session.records.splits else None
-        report = self._report("finished", test, energy_j)
+        test = self._evaluate("test") if "test" in self.session.records.splits else None
+        self._warn_of_chance()
+        report = run_report(self.progress, "finished", self.nvml, test, energy_j)
         self.world.first(lambda: self.journal.end(report, self.step.model))
         return report
 
+    def _warn_of_chance(self) -> None:
+        """Say so where the network has learnt nothing."""
+        best, num_classes = self.position.best_val_accuracy_fraction, self.session.records.classes
+        if best is not None and best < CHANCE / len(num_classes):
+            what = f"the best validation accuracy is {best:.2%}, no better than guessing"
+            self.say(f"note: {what}; lower optim.learning_rate, or look at the labels")
+
     def _stop(self, energy_j: float | None) -> RunReport:
         """Say where the run stands, and how it goes on."""
-        report = self._report("stopped", None, energy_j)
-        if self.world.is_first:
-            self.journal.report(report)
+        report = run_report(self.progress, "stopped", self.nvml, energy_j=energy_j)
+        if not self.world.is_first:
+            return report
+        self.journal.report(report)
         if self.stopped_by:
-            name = signal.Signals(self.stopped_by).name
-            position = self.position
-            where = f"epoch {position.epoch + 1}, step {position.step}"
-            saved = "not saved" if self.journal.is_broken else "saved"
-            self.say(f"stopped by {name} in {where}, {saved}; go on with --resume {self.out}")
+            name, position = signal.Signals(self.stopped_by).name, self.position
             facts = {"signal": name, "epoch": position.epoch, "step": position.step}
-            if self.world.is_first:
-                self.journal.stopped(json.dumps(facts) + "\n")
+            self.journal.stopped(json.dumps(facts) + "\n")
+            saved = "not saved" if self.journal.is_broken else "saved"
+            where = f"epoch {position.epoch + 1}, step {position.step}"
+            self.say(f"stopped by {name} in {where}, {saved}; go on with --resume {self.out}")
         return report
 
-    def _report(
-        self, status: Any, test: tuple[float, float] | None, energy_j: float | None
-    ) -> RunReport:
-        session, device, position = self.session, self.world.device, self.position
-        segments = self._segments()
-        utilisation = sorted(self.utilisation_percent)
-        data = replace(self.config.data, path=without_folders(self.config.data.path))
-        waited_s = sum(segment.wait_s for segment in segments)
-        num_samples = position.num_steps * self.config.global_batch
-        return RunReport(
-            environment=session.environment,
-            config=replace(self.config, data=data),
-            config_digest=self.config.digest(),
-            dataset_fingerprint=session.records.fingerprint,
-            requested=switches(session.requested),
-            effective=switches(session.config),
-            notes=without_folders(session.notes),
-            clock_includes=CLOCK_INCLUDES,
-            num_ranks=self.world.size,
-            num_parameters=sum(p.numel() for p in self.step.model.parameters()),
-            num_train_samples=len(session.records.split("train")),
-            num_epochs=position.epoch,
-            num_steps=position.num_steps,
-            num_skipped_steps=position.num_skipped_steps,
-            train_s=position.train_s,
-            samples_per_s=num_samples / max(position.train_s, 1e-9),
-            data_wait_fraction=waited_s / max(position.train_s, 1e-9),
-            order_reach_fraction=session.feed.order.reach_fraction,
-            warmup_s=session.warmup_s,
-            eval_s=position.eval_s,
-            val_accuracy_fraction=position.best_val_accuracy_fraction,
-            test_accuracy_fraction=test[1] if test else None,
-            test_loss=test[0] if test else None,
-            time_to_target_s=position.time_to_target_s,
-            host_peak_rss_gib=meters.host_peak_rss_gib(),
-            torch_peak_gib=meters.torch_peak_gib(device),
-            device_used_gib=self.nvml.used_gib(),
-            gpu_utilisation_percent=utilisation[len(utilisation) // 2] if utilisation else None,
-            gpu_energy_j=energy_j,
-            status=status,
-            segments=segments,
-        )
+
+def changes(manifest: Manifest, session: Session) -> list[str]:
+    """What is otherwise than before a run was stopped, a sentence each."""
+    found = []
+    for name, is_now in session.requested.training_settings().items():
+        was = manifest.training.get(name, is_now)
+        if was != is_now:
+            found.append(f"{name} was {was} and is {is_now} from here on")
+    if manifest.segments:
+        last = manifest.segments[-1]
+        if last.num_ranks != session.world.size:
+            ranks = f"{session.world.size} ranks go on where {last.num_ranks} stopped"
+            found.append(f"{ranks}: the same samples in the same order, summed in another")
+        for name, is_now in switches(session.config).items():
+            if last.effective.get(name) != is_now:
+                found.append(f"{name} was {last.effective.get(name)} and is {is_now} from here on")
+    return found
