@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from engine.errors import printable
+from engine.host import env_machine
 
 PERIOD_S = 1.0
 WAITING = "waiting for its feed"
@@ -49,7 +50,6 @@ class Beat:
     pid: int
     parent: int
     machine: int
-    local_rank: int
 
 
 @dataclass
@@ -118,8 +118,7 @@ class Watch:
             count=self._count,
             pid=os.getpid(),
             parent=os.getppid(),
-            machine=int(os.environ.get("GROUP_RANK", 0)),
-            local_rank=int(os.environ.get("LOCAL_RANK", 0)),
+            machine=env_machine(),
             **asdict(self._heart),
         )
         self._store.set(f"beat {self._rank}", json.dumps(asdict(beat)))

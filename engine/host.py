@@ -143,6 +143,11 @@ def env_local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
+def env_machine() -> int:
+    """The number of this process's machine among those of the run, as torchrun gave it."""
+    return int(os.environ.get("GROUP_RANK", 0))
+
+
 def env_world_size() -> int:
     """Number of processes as torchrun gave it; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", 1))

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from engine.errors import UserError, printable
 from engine.heart import Heart, Watch
-from engine.host import env_local_rank, env_rank, env_world_size
+from engine.host import env_local_rank, env_machine, env_rank, env_world_size
 from engine.stop import Stopped
 
 JOIN_TIMEOUT = timedelta(seconds=120)
@@ -111,7 +111,7 @@ class Ranks:
             if not found:
                 raise _spoken(DIED, self._is_first_to_speak()) from None
             machine, text = found
-            elsewhere = machine != _machine()  # where it failed, that rank itself speaks
+            elsewhere = machine != env_machine()  # where it failed, that rank itself speaks
             raise _spoken(text, self.local_rank == 0 and elsewhere) from None
 
     @contextmanager
@@ -143,7 +143,7 @@ class Ranks:
 
     def _leave_reason(self, error: UserError) -> None:
         with suppress(RuntimeError):
-            self.store.set(f"reason of {self.rank}", f"{_machine()} {printable(str(error))}")
+            self.store.set(f"reason of {self.rank}", f"{env_machine()} {printable(str(error))}")
 
     def _reason(self, wait_s: float = 0.0) -> tuple[int, str] | None:
         """(machine, "rank N: text") of the lowest rank that left one, or the text if all agree."""
@@ -163,7 +163,7 @@ class Ranks:
     def _is_first_to_speak(self) -> bool:
         """Whether no other rank of this machine has asked before."""
         with suppress(RuntimeError):
-            return bool(self.store.add(f"speakers of machine {_machine()}", 1) == 1)
+            return bool(self.store.add(f"speakers of machine {env_machine()}", 1) == 1)
         return self.local_rank == 0
 
     def _has_reason(self, rank: int) -> bool:
@@ -212,10 +212,6 @@ def _is_broken_collective(error: Exception) -> bool:
     from torch.distributed import DistError
 
     return isinstance(error, DistError) or "gloo" in str(error)
-
-
-def _machine() -> int:
-    return int(os.environ.get("GROUP_RANK", 0))
 
 
 def _spoken(text: str, speaks: bool) -> UserError:

@@ -39,6 +39,8 @@ def values(kind: Any, each: Field[Any]) -> st.SearchStrategy[Any]:
         return st.floats(low, high) | st.integers(low, int(high))
     if each.metadata["path"]:
         return PATHS
+    if kind is str:
+        return st.sampled_from(["500steps", "30s", "1epoch,60s"])
     if get_origin(kind) is Literal:
         return st.sampled_from(get_args(kind))
     return st.lists(st.sampled_from(NAMES), unique=True)

@@ -1,0 +1,340 @@
+"""A run goes on where it was stopped, to the bit; what may change on the way, and what may not."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from engine.config import RunConfig, config_of, override
+from engine.data.records import Records
+from engine.durable import Damaged
+from engine.errors import UserError
+from engine.heart import TRAINING, WAITING, Beat, Seen, hung_rank
+from engine.host import ROOT
+from engine.stop import STOP, Stopped
+from engine.train.checkpoint import FILES, prune, read_checkpoint, write_checkpoint
+from engine.train.folder import Manifest, Position, checkpoint_path, checkpoints, manifest_of
+from engine.train.pulse import Cadence, Pulse
+from engine.train.step import TrainStep
+from engine.train.trainer import fit
+from engine.world import World
+from tests.conftest import Command, assert_refused
+
+CONFIG = RunConfig(global_batch=16, epochs=3, seed=5, checkpoint_every="4steps,1epoch")
+"""14 steps in each epoch of the small records."""
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+def trained(
+    records: Records, world: World, out: Path, config: RunConfig = CONFIG, resume: bool = False
+) -> Path:
+    out.mkdir(exist_ok=True)
+    fit(config, records, world, out, resume=resume, say=quiet)
+    return out
+
+
+@pytest.fixture(scope="module")
+def whole(small: Records, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that nobody disturbs."""
+    world = World(rank=0, size=1, device=torch.device("cpu"), stream=None)
+    return trained(small, world, tmp_path_factory.mktemp("whole"))
+
+
+@pytest.fixture
+def stop_after(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Let a signal arrive while a step is trained."""
+    monkeypatch.setattr(STOP, "number", 0)
+
+    def arrange(num_steps: int, signals: tuple[int, ...] = (signal.SIGTERM,)) -> None:
+        real, trained = TrainStep._launch, [0]
+
+        def launch(step: Any, batch: Any, k: int) -> None:
+            real(step, batch, k)
+            trained[0] += k
+            if trained[0] >= num_steps and not STOP.number:
+                for number in signals:
+                    STOP._handle(number, None)
+
+        monkeypatch.setattr(TrainStep, "_launch", launch)
+        monkeypatch.setattr(Pulse, "is_due", lambda self, step: True)
+
+    return arrange
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    timed = ("train_s", "samples_per_s")
+    return [{key: value for key, value in line.items() if key not in timed} for line in lines]
+
+
+def assert_same(run: Path, whole: Path) -> None:
+    """Weights, optimiser, log and metrics are equal to the bit."""
+    assert metrics(run) == metrics(whole)
+    newest = [checkpoints(path)[0] for path in (run, whole)]
+    assert newest[0].name == newest[1].name
+    for name in FILES:
+        got, wanted = (load_file(checkpoint / name) for checkpoint in newest)
+        assert got.keys() == wanted.keys()
+        assert all(torch.equal(got[key], wanted[key]) for key in wanted), name
+    final = [load_file(path / "model.safetensors") for path in (run, whole)]
+    assert all(torch.equal(final[0][key], final[1][key]) for key in final[1])
+
+
+@pytest.mark.parametrize("num_steps", [1, 5, 13, 14, 15, 29])
+@pytest.mark.parametrize("per_launch", [1, 4])
+def test_a_stopped_run_goes_on_to_the_same_end(
+    num_steps: int,
+    per_launch: int,
+    small: Records,
+    world: World,
+    whole: Path,
+    stop_after: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Within an epoch, at its last step, and at the first step of the next; then once more."""
+    config = override(CONFIG, {"step.steps_per_launch": per_launch}, "")
+    stop_after(num_steps)
+    run = trained(small, world, tmp_path / "run", config)
+    stopped_at = manifest_of(checkpoints(run)[0]).position
+    assert stopped_at.num_steps < 42 and not (run / "model.safetensors").exists()
+    report = json.loads((run / "report.json").read_text())
+    assert report["status"] == "stopped" and report["num_steps"] == stopped_at.num_steps
+    marker = json.loads((run / "preempted").read_text())
+    assert marker == {
+        "signal": "SIGTERM", "epoch": stopped_at.epoch, "step": stopped_at.step,
+    }  # fmt: skip
+    monkeypatch.undo()
+    monkeypatch.setattr(STOP, "number", 0)
+    trained(small, world, run, config, resume=True)
+    assert_same(run, whole)
+    report = json.loads((run / "report.json").read_text())
+    parts = [(part["first_step"], part["num_steps"]) for part in report["segments"]]
+    assert parts == [(0, stopped_at.num_steps), (stopped_at.num_steps, 42 - stopped_at.num_steps)]
+    assert report["status"] == "finished" and not (run / "preempted").exists()
+
+
+def test_a_run_without_a_checkpoint_starts_at_step_0(
+    small: Records, world: World, whole: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    assert_same(trained(small, world, tmp_path / "run", resume=True), whole)
+
+
+def test_more_epochs_have_the_schedule_that_they_have(
+    small: Records, world: World, tmp_path: Path
+) -> None:
+    """A run of 1 epoch that goes on to 3: the rates of 3 epochs from there on, or those of 1."""
+    short = replace(CONFIG, epochs=1)
+    run = trained(small, world, tmp_path / "run", short)
+    first = metrics(run)
+    lines: list[str] = []
+    fit(CONFIG, small, world, run, resume=True, say=lines.append)
+    assert "note: epochs was 1 and is 3 from here on" in lines
+    assert metrics(run)[:1] == first and len(metrics(run)) == 3
+    kept = trained(small, world, tmp_path / "kept", short)
+    with_schedule = replace(CONFIG, schedule_epochs=1)
+    trained(small, world, kept, with_schedule, resume=True)
+    last = [metrics(path)[-1]["train_loss"] for path in (run, kept)]
+    assert last[0] != last[1]
+
+
+def test_another_batch_comes_with_the_next_epoch(
+    small: Records,
+    world: World,
+    whole: Path,
+    stop_after: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    stop_after(17)
+    run = trained(small, world, tmp_path / "run")
+    assert manifest_of(checkpoints(run)[0]).position.step == 3
+    monkeypatch.undo()
+    monkeypatch.setattr(STOP, "number", 0)
+    lines: list[str] = []
+    fit(replace(CONFIG, global_batch=8), small, world, run, resume=True, say=lines.append)
+    assert "note: epoch 2 is finished with its global batch of 16 first" in lines
+    assert "note: global_batch was 16 and is 8 from here on" in lines
+    assert metrics(run)[:2] == metrics(whole)[:2]
+    assert metrics(run)[2]["step"] == 3 * 28
+
+
+def test_what_another_training_would_change_is_named_at_once(
+    small_dir: Path, whole: Path, command: Command, tmp_path: Path
+) -> None:
+    flags = ("--resume", whole, "--set", "optim.weight_decay=0.5", "--epochs", 4)
+    done = command("python", "-m", "engine.run", "--data", small_dir, *flags)
+    assert_refused(done, "optim.weight_decay was 0.01 and is 0.5", "start anew")
+    done = command("python", "-m", "engine.run", "--resume", whole, "--baseline")
+    assert_refused(done, "optim.name was adamw and is adam", "model.name was fast and is baseline")
+    done = command("python", "-m", "engine.run", "--resume", "auto")
+    assert_refused(done, "--resume auto: give --out too")
+    done = command("python", "-m", "engine.run", "--checkpoint-every", "often")
+    assert_refused(done, "'often' is no interval", "500steps, 30s or 1epoch")
+
+
+def test_auto_starts_goes_on_and_leaves_a_finished_run(
+    small_dir: Path, command: Command, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    line = ("python", "-m", "engine.run", "--data", small_dir, "--device", "cpu", "--out", out)
+    line += ("--epochs", "1", "--batch-size", "32", "--resume", "auto")
+    assert "test" in command(*line).stdout
+    before = (out / "report.json").read_bytes()
+    again = command(*line)
+    assert again.returncode == 0 and "left as it is" in again.stdout
+    assert (out / "report.json").read_bytes() == before
+    more = command(*line[:-2], "--resume", "auto", "--epochs", "2")
+    assert more.returncode == 0 and "resumed after epoch 1 of 2" in more.stdout, more.stderr
+    assert config_of((out / "config.toml").read_text(), "").epochs == 2
+
+
+def manifest(num_steps: int, **changed: Any) -> Manifest:
+    position = Position(epoch=num_steps, num_steps=num_steps, **changed)
+    return Manifest(training={}, dataset_fingerprint="f", position=position, scaler={}, sha256={})
+
+
+def tensors() -> dict[str, dict[str, torch.Tensor]]:
+    return {name: {"w": torch.ones(3)} for name in FILES}
+
+
+def test_checkpoints_are_sorted_by_number_and_strangers_are_left(tmp_path: Path) -> None:
+    for num_steps in (9, 10, 999_999_999):
+        write_checkpoint(tmp_path, manifest(num_steps), tensors())
+    for name in ("step-first", "step-000000011x", "epoch-0001", "my copy"):
+        (tmp_path / "checkpoints" / name).mkdir()
+    found = checkpoints(tmp_path)
+    assert [int(path.name[5:]) for path in found] == [999_999_999, 10, 9]
+    prune(tmp_path, set(found), best_num_steps=9)
+    assert checkpoints(tmp_path) == found  # the best stays
+    prune(tmp_path, set(found), best_num_steps=None)
+    assert checkpoints(tmp_path) == found[:2]
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 6
+
+
+def test_what_does_not_verify_never_pushes_out_what_does(tmp_path: Path) -> None:
+    sound = {write_checkpoint(tmp_path, manifest(5), tensors())}
+    for num_steps in (6, 7):
+        checkpoint_path(tmp_path, num_steps).mkdir()
+    prune(tmp_path, sound, None)
+    assert len(checkpoints(tmp_path)) == 3
+    again = write_checkpoint(tmp_path, manifest(7), tensors())  # over the empty one
+    assert read_checkpoint(again)[0].position.epoch == 7
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"epoch": -1}, {"train_s": float("inf")}, {"position": None}, {"training": 3}, {"version": 1}],
+)
+def test_a_manifest_that_says_nonsense_is_damaged(changed: dict[str, Any], tmp_path: Path) -> None:
+    """Signed again, as a stranger would."""
+    from engine.durable import write_manifest
+
+    target = write_checkpoint(tmp_path, manifest(5), tensors())
+    tree = json.loads((target / "manifest.json").read_text())
+    for key, value in changed.items():
+        place = tree if key in tree else tree["position"]
+        place[key] = value
+        if value is None:
+            del place[key]
+    try:
+        write_manifest(target, tree)
+    except ValueError:  # JSON has no infinity
+        return
+    with pytest.raises(Damaged):
+        read_checkpoint(target)
+
+
+def test_weights_that_are_not_finite_are_neither_written_nor_read(tmp_path: Path) -> None:
+    spoiled = tensors()
+    spoiled["model.safetensors"]["w"][1] = float("nan")
+    with pytest.raises(UserError, match="w is not finite after step 5; lower"):
+        write_checkpoint(tmp_path, manifest(5), spoiled)
+    assert not checkpoints(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("500steps", Cadence(steps=500)),
+        ("30s", Cadence(seconds=30)),
+        ("1epoch, 60s", Cadence(seconds=60, epochs=1)),
+        ("2 epochs,7step", Cadence(steps=7, epochs=2)),
+    ],
+)
+def test_intervals_are_read(text: str, wanted: Cadence) -> None:
+    assert Cadence.of(text) == wanted
+
+
+@pytest.mark.parametrize("text", ["", "often", "0steps", "-1s", "1.5s", "5 minutes", "5steps,"])
+def test_what_is_no_interval_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="is no interval; write 500steps"):
+        Cadence.of(text)
+
+
+def test_a_save_by_steps_comes_at_its_step(world: World) -> None:
+    pulse = Pulse(world, Cadence(steps=7))
+    pulse.start(100)
+    saved = []
+    for step in range(101, 131):
+        if pulse.is_due(step) and pulse.meet(step).save:
+            pulse.saved(step)
+            saved.append(step)
+    assert saved == [107, 114, 121, 128]
+
+
+def beat(step: int, doing: str, count: int = 1) -> Beat:
+    return Beat(count, step, doing, num_signs=step, pid=0, parent=0, machine=0)
+
+
+def test_the_rank_that_holds_the_others_up_is_named() -> None:
+    seen = {0: Seen(beat(9, TRAINING), 100, 30), 1: Seen(beat(9, WAITING), 100, 30)}
+    assert hung_rank(seen, 100, 75) is None
+    rank, text = hung_rank(seen, 95, 60) or (None, "")
+    assert rank == 1 and "its last step was 9, it was waiting for its feed" in text
+    seen[0] = Seen(beat(9, "saving"), 95, 30)
+    assert hung_rank(seen, 95, 60) is None, "a slow disk is no hang"
+    seen[1] = Seen(beat(8, TRAINING), 20, 20)
+    rank, text = hung_rank(seen, 95, 60) or (None, "")
+    assert rank == 1 and "has been silent for 75 s" in text
+
+
+def test_a_signal_before_training_ends_the_process_at_once(monkeypatch: Any) -> None:
+    monkeypatch.setattr(STOP, "number", 0)
+    with pytest.raises(Stopped, match="stopped by SIGTERM"):
+        STOP._handle(signal.SIGTERM, None)
+
+
+def test_a_lone_run_stops_by_a_signal_and_says_how_to_go_on(
+    small_dir: Path, tmp_path: Path
+) -> None:
+    """The real process: exit code 128 + 10, one line, no traceback."""
+    line = [sys.executable, "-m", "engine.run", "--data", small_dir, "--epochs", "500"]
+    line += ["--batch-size", "32", "--device", "cpu", "--out", tmp_path / "run"]
+    run = subprocess.Popen(
+        [str(word) for word in line], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not checkpoints(tmp_path / "run") and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.kill(run.pid, signal.SIGUSR1)
+        out, err = run.communicate(timeout=60)
+    finally:
+        run.kill()
+    assert run.returncode == 128 + signal.SIGUSR1, err
+    assert "stopped by SIGUSR1 in epoch" in out.decode() and not err, err
+    assert "saved; go on with --resume" in out.decode()
