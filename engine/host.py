@@ -58,6 +58,14 @@ def prepare_process() -> None:
             os.environ[name] = str(_made(user_cache() / folder))
 
 
+def quiet_native_log() -> None:
+    """Let torch's C++ parts print errors only; call it before torch is imported.
+
+    A store that ends with its machine would print a stack for each rank; we say it in a sentence.
+    """
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+
 def _move_home() -> None:
     """Give libraries the cache folder for a home if the user has none that can be written."""
     found = home()

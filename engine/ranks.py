@@ -16,7 +16,13 @@ from typing import Any, TypeVar
 
 from engine.errors import UserError, printable
 from engine.heart import Heart, Watch
-from engine.host import env_local_rank, env_machine, env_rank, env_world_size
+from engine.host import (
+    env_local_rank,
+    env_machine,
+    env_rank,
+    env_world_size,
+    quiet_native_log,
+)
 from engine.stop import Stopped
 
 JOIN_TIMEOUT = timedelta(seconds=120)
@@ -192,6 +198,7 @@ def join_ranks() -> Ranks:
     ranks = Ranks(env_rank(), env_world_size(), env_local_rank())
     if ranks.size == 1:
         return ranks
+    quiet_native_log()
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]
     from torch.distributed.rendezvous import rendezvous
 

@@ -10,6 +10,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from engine.data.records import Split
+from engine.errors import UserError
+from engine.feeds.ahead import DEADLINE_S
 from engine.feeds.batch import Batch
 from engine.feeds.resident import id_blocks
 from engine.order import Order
@@ -64,14 +66,26 @@ class LoaderFeed:
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             pin_memory=device.type == "cuda",
+            timeout=DEADLINE_S if num_workers else 0,
         )
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         assert self._loader is not None, "the feed is closed"
         self._steps.start = (epoch, first_step)
-        for image_BHW, label_B, id_B in self._loader:
-            self._out.copy_(Batch(image_BHW, label_B, id_B))
-            yield self._out
+        try:
+            for image_BHW, label_B, id_B in self._loader:
+                self._out.copy_(Batch(image_BHW, label_B, id_B))
+                yield self._out
+        except RuntimeError as error:
+            if "DataLoader" not in str(error):
+                raise
+            why = str(error).partition("\n")[0]
+            remedy = "look at the machine's memory, or take another --feed"
+            raise UserError(f"the loader's workers do not answer ({why}); {remedy}") from None
 
     def close(self) -> None:
-        self._loader = None
+        workers = getattr(getattr(self._loader, "_iterator", None), "_workers", [])
+        self._loader = None  # tells them to end, and waits for 5 s
+        for worker in workers:
+            if worker.is_alive():
+                worker.kill()  # one that is stopped heeds nothing else

@@ -4,7 +4,18 @@ from pathlib import Path
 
 import click
 
-from tests.bench import OUT, feeds, fullsize, measuring, pack, precision, ranks, report, step
+from tests.bench import (
+    OUT,
+    checkpoints,
+    feeds,
+    fullsize,
+    measuring,
+    pack,
+    precision,
+    ranks,
+    report,
+    step,
+)
 
 
 @click.command()
@@ -19,6 +30,7 @@ def main(data: Path | None, out: Path) -> None:
     step.bench(out, rounds=7, num_steps=60)
     ranks.bench(out, pairs=5, num_steps=100)
     measuring.bench(out, rounds=9, num_steps=60)
+    checkpoints.bench(out, rounds=15)
     report.bench(out, rounds=5)
     if data:
         fullsize.bench(out, data, rounds=1)

@@ -1,0 +1,103 @@
+"""What saving every 50 steps costs, and how long the training thread stands still for it.
+
+In one process, in turn: 50 steps, then 50 steps with a checkpoint begun before them, which the
+saver's thread writes to the disk meanwhile. The difference is the price, the thread's work included.
+"""
+
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import click
+import torch
+
+from engine.config import RunConfig
+from engine.data.records import open_records
+from engine.data.sample import ensure_sample
+from engine.feeds.batch import Batch
+from engine.train.progress import Progress
+from engine.train.saver import Saver
+from engine.train.session import Session, open_session
+from engine.world import start_world
+from tests.bench import OUT
+from tools.measure.steps import endless
+from tools.report.rows import claim, row, write_result
+
+BATCH = 512
+NUM_STEPS = 50
+
+
+def train(session: Session, batches: Iterator[Batch]) -> None:
+    for _ in range(NUM_STEPS):
+        session.step.train(next(batches))
+
+
+def measure(session: Session, folder: Path, rounds: int) -> dict[str, list[float]]:
+    """Seconds of 50 steps without a save and with one; milliseconds of the standstill."""
+    found: dict[str, list[float]] = {"plain": [], "saved": [], "stall": []}
+    saver = Saver(folder, session.step.state)
+    progress = Progress(session)
+    batches = endless(session.feed)
+    train(session, batches)
+    for number in range(rounds + 1):
+        saver.wait()
+        start = time.perf_counter()
+        train(session, batches)
+        plain_s = time.perf_counter() - start
+        start = time.perf_counter()
+        progress.trained(session.step.read_training(), 0, 0.0)
+        progress.end_epoch()
+        saver.save(progress.manifest(), torch.zeros(NUM_STEPS, dtype=torch.float64))
+        stall_s = time.perf_counter() - start
+        train(session, batches)
+        saved_s = time.perf_counter() - start
+        if number:  # the first save makes the buffers
+            found["plain"].append(plain_s)
+            found["saved"].append(saved_s)
+            found["stall"].append(1000 * stall_s)
+    saver.wait()
+    return found
+
+
+def bench(out: Path, rounds: int) -> None:
+    """Measure and write OUT/cpu_checkpoints.json."""
+    config = RunConfig(global_batch=BATCH)
+    records = open_records(ensure_sample())
+    with (
+        tempfile.TemporaryDirectory(dir=out) as folder,
+        start_world("cpu") as world,
+        closing(open_session(config, records, world)) as session,
+    ):
+        found = measure(session, Path(folder), rounds)
+        environment = session.environment
+    pairs = zip(found["saved"], found["plain"], strict=True)
+    costs = [100 * (saved / plain - 1) for saved, plain in pairs]
+    rate = NUM_STEPS * BATCH
+    rows = [
+        row("50 steps", [rate / s for s in found["plain"]], "samples/s"),
+        row("50 steps and a checkpoint", [rate / s for s in found["saved"]], "samples/s"),
+        row("what the checkpoint costs, round by round", costs, "%"),
+        row("the training thread stands still", found["stall"], "ms"),
+    ]
+    claims = [
+        claim("a checkpoint every 50 steps costs (%)", rows[2].value, 2.0, at_most=True),
+        claim("the training thread stands still (ms)", rows[3].value, 5.0, at_most=True),
+    ]
+    title = f"Saving every {NUM_STEPS} steps at batch {BATCH}, on two cores"
+    write_result(
+        out / "cpu_checkpoints.json", title=title, environment=environment, rows=rows, claims=claims
+    )
+
+
+@click.command()
+@OUT
+@click.option("--rounds", default=15, show_default=True)
+def main(out: Path, rounds: int) -> None:
+    """Benchmark checkpoints."""
+    bench(out, rounds)
+
+
+if __name__ == "__main__":
+    main()
