@@ -171,7 +171,7 @@ class Trainer:
             self._train_epoch()
             if not self.stopped_by:
                 self._end_epoch()
-                self.stopped_by = self.pulse.meet(self.position.num_steps).signal
+                self._meet_after_epoch()
             if self.stopped_by:
                 return
 
@@ -197,6 +197,13 @@ class Trainer:
                         break
         self._read_log(done)
         self.watch.stop()
+
+    def _meet_after_epoch(self) -> None:
+        """Agree on stopping, saved, also where the cadence asks for no checkpoint here."""
+        wishes = self.pulse.meet(self.position.num_steps)
+        self.stopped_by = wishes.signal
+        if wishes.save and not self.pulse.is_saved(self.position.num_steps):
+            self._save(wait=True)
 
     def _meet(self, done: int) -> None:
         """Agree with the other ranks on saving and stopping, in the middle of an epoch."""
