@@ -11,6 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from engine.config import DataConfig, RunConfig, load_toml
@@ -23,7 +24,7 @@ from engine.report import read_report, write_json
 from engine.train.session import check_batch
 from engine.train.trainer import fit
 from engine.world import World
-from tests.conftest import glyph_rows, write_csv
+from tests.conftest import CLASSES, glyph_rows, write_csv
 from tools import pack_tmnist, predict, profile
 
 
@@ -196,8 +197,32 @@ def test_weights_that_are_not_the_runs_are_refused(
     case: str, text: str, run: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(run, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
     damaged_weights(case, tmp_path / "run" / "model.safetensors")
     refused(call(tmp_path / "run", "--out", tmp_path / "p.png"), text, str(tmp_path / "run"))
+
+
+def test_a_checkpoint_is_shown_and_exported(run: Path, tmp_path: Path) -> None:
+    """By its own name, and as the newest of a run that is not finished; whole ones only."""
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "model.safetensors").unlink()
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    words = ("--out", tmp_path / "p.png", "--export", tmp_path / "w.safetensors")
+    for place in (tmp_path / "run", checkpoint):
+        done = call(place, *words)
+        assert done.exit_code == 0, done.output
+    wanted = load_file(run / "model.safetensors")
+    assert load_file(tmp_path / "w.safetensors").keys() == wanted.keys()
+    with safe_open(tmp_path / "w.safetensors", "pt") as file:
+        facts = file.metadata()
+        assert all((file.get_tensor(name) == wanted[name]).all() for name in wanted)
+    assert facts["model"] == "fast" and facts["input"] == "uint8 [B, 28, 28]"
+    assert json.loads(facts["classes"]) == sorted(CLASSES)
+    optim = checkpoint / "optim.safetensors"
+    optim.write_bytes(optim.read_bytes()[:-1])
+    refused(call(checkpoint, *words), "is no whole checkpoint", "name another")
+    refused(call(tmp_path / "run", *words), "holds no checkpoint that verifies")
+    refused(call(run, *words[:2], "--export", "/proc/no/w"), "/proc/no/w: cannot be written")
 
 
 @pytest.mark.parametrize("name", ["report.json", "config.toml"])

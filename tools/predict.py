@@ -1,5 +1,11 @@
-"""python -m tools.predict RUN: a picture of test glyphs with a trained network's answers."""
+"""python -m tools.predict RUN: a picture of test glyphs with a trained network's answers.
 
+RUN is a run's folder, finished or not, or one of its checkpoints.
+"""
+
+import json
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -7,16 +13,19 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
 from engine.config import RunConfig, load_toml
 from engine.data.records import Records, Split, open_records
 from engine.data.sample import ensure_sample
+from engine.durable import Damaged, write_file, writing
 from engine.errors import UserError, exit_on_user_error, printable
 from engine.host import prepare_process
 from engine.models import make_model
 from engine.paths import PATH
 from engine.report import read_report
+from engine.train.checkpoint import MODEL, read_checkpoint
+from engine.train.folder import CHECKPOINTS, checkpoints
 from engine.ui import guard_outputs
 from tools.measure.answers import answers
 from tools.report.sheet import (
@@ -42,22 +51,82 @@ SHORT = 3
     help="The records, if they are no longer where the run found them.",
 )
 @click.option("--out", type=PATH, default=Path("predictions.png"), show_default=True)
-def main(run: Path, data: Path | None, out: Path) -> None:
-    """Draw test glyphs with RUN's answers; a wrong one is red, the right one beside it."""
+@click.option("--export", type=PATH, help="Write the weights there too, as one safetensors file.")
+def main(run: Path, data: Path | None, out: Path, export: Path | None) -> None:
+    """Draw test glyphs with RUN's answers; a wrong one is red, the right one beside it.
+
+    RUN is the folder of a run, or one of its checkpoints.
+    """
     with exit_on_user_error():
         prepare_process()
         check_picture(out)
-        fingerprint = read_report(run).dataset_fingerprint
-        config = load_toml(RunConfig(), run / "config.toml")
-        records = open_run_records(config, data, fingerprint)
+        trained = find_weights(run)
+        config = load_toml(RunConfig(), trained.run / "config.toml")
+        records = open_run_records(config, data, trained.fingerprint)
         name, split = shown_split(records)
         num = min(COLUMNS * ROWS, len(split))
         shown = split.take(np.linspace(0, len(split) - 1, num).astype(int))
-        answer_N = predict(config, run / "model.safetensors", records, shown)
+        model = make_model(config.model, *records.height_width, len(records.classes), seed=0)
+        load_weights(model, trained.file)
+        answer_N = answers(model, shown.image_NHW, torch.device("cpu"))
+        if export:
+            export_weights(export, model, config, records)
         save_picture(draw(shown, answer_N, records.classes), out)
         where = "" if name == "test" else f" of the {name} split, for want of a test split,"
         right = (answer_N == shown.label_N).sum()
         click.echo(printable(f"{right} of {num} glyphs{where} right: {out}"))
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Where a network's weights are, and on which records they were trained."""
+
+    run: Path
+    file: Path
+    fingerprint: str
+
+
+def find_weights(place: Path) -> Trained:
+    """The weights of a finished run, of one that is not (its newest checkpoint), or a checkpoint.
+
+    Raises:
+        UserError: there are none, or they do not verify.
+    """
+    if place.parent.name == CHECKPOINTS:
+        return _of_checkpoint(place)
+    found = checkpoints(place)
+    if (place / MODEL).exists() or not found:
+        return Trained(place, place / MODEL, read_report(place).dataset_fingerprint)
+    for checkpoint in found:
+        with suppress(UserError):
+            trained = _of_checkpoint(checkpoint)
+            click.echo(printable(f"this run is not finished: {checkpoint.name} is shown"))
+            return trained
+    raise UserError(f"{place}: holds no checkpoint that verifies; go on with --resume {place}")
+
+
+def _of_checkpoint(checkpoint: Path) -> Trained:
+    try:
+        manifest, _ = read_checkpoint(checkpoint)
+    except (Damaged, OSError) as error:
+        remedy = "name another checkpoint, or the folder of the run"
+        raise UserError(f"{checkpoint}: is no whole checkpoint ({error}); {remedy}") from None
+    return Trained(checkpoint.parent.parent, checkpoint / MODEL, manifest.dataset_fingerprint)
+
+
+def export_weights(file: Path, model: torch.nn.Module, config: RunConfig, records: Records) -> None:
+    """Write the weights as one safetensors file, whose metadata say what its answers mean."""
+    height, width = records.height_width
+    facts = {
+        "format": "pt",
+        "model": config.model.name,
+        "input": f"uint8 [B, {height}, {width}]",
+        "classes": json.dumps(records.classes, ensure_ascii=False),
+        "dataset_fingerprint": records.fingerprint,
+    }
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    with writing(file):
+        write_file(file, save(tensors, metadata=facts))
 
 
 def open_run_records(config: RunConfig, data: Path | None, fingerprint: str) -> Records:
@@ -84,13 +153,6 @@ def shown_split(records: Records) -> tuple[str, Split]:
         if name in records.splits and len(records.splits[name]):
             return name, records.splits[name]
     return "train", records.split("train")
-
-
-def predict(config: RunConfig, weights: Path, records: Records, split: Split) -> np.ndarray:
-    """answer_N: the class index the network gives each image of the split (fp32, on the CPU)."""
-    model = make_model(config.model, *records.height_width, len(records.classes), seed=0)
-    load_weights(model, weights)
-    return answers(model, split.image_NHW, torch.device("cpu"))
 
 
 def load_weights(model: torch.nn.Module, file: Path) -> None:
