@@ -68,6 +68,16 @@ _LITTER = (
     ),
 )
 """Names of what systems and tools put into folders, and what to do with it."""
+_REMEDIES = {
+    errno.ENOSPC: "free space or choose another place",
+    errno.EDQUOT: "free some of your quota or choose another place",
+    errno.EIO: "the disk fails: look at the system's log, and choose another place",
+    errno.EROFS: "the file system is read-only: choose another place",
+    errno.EACCES: "choose a place that you may write to",
+    errno.EPERM: "choose a place that you may write to",
+    errno.ENOENT: "the folder is gone: make it again, or choose another place",
+}
+"""What to do where the system refuses to write."""
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -249,9 +259,8 @@ def writing(target: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or error
-        raise UserError(
-            f"{target}: cannot be written ({reason}); free space or choose another place"
-        ) from None
+        remedy = _REMEDIES.get(error.errno or 0, "choose another place")
+        raise UserError(f"{target}: cannot be written ({reason}); {remedy}") from None
 
 
 @contextmanager

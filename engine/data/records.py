@@ -12,6 +12,7 @@ Does not: split, shuffle or augment (pack.py, order.py, feeds/), nor touch torch
 Shapes: N images of a split, M of them, H x W pixels, P = H * W.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -54,6 +55,7 @@ ARROW_OVERHEAD_BYTES = 2**16  # schema, messages, the classes, paddings
 WRITERS = 2
 READERS = 4
 REMEDY = "pack the CSV again with tools/pack_tmnist"
+READ_AGAIN = "the disk fails: look at the system's log, and bring the records to another disk"
 Take = Callable[[np.ndarray], np.ndarray]
 """Row numbers (M,), ascending -> their pixels (M, P) uint8; called from several threads."""
 
@@ -227,7 +229,8 @@ def _refusing(directory: Path) -> Iterator[None]:
         raise UserError(f"{directory}: {kind}: {error}; {REMEDY}") from None
     except OSError as error:
         reason = error.strerror or error
-        raise UserError(f"{directory}: cannot be read ({reason}); {REMEDY}") from None
+        remedy = READ_AGAIN if error.errno == errno.EIO else REMEDY
+        raise UserError(f"{directory}: cannot be read ({reason}); {remedy}") from None
 
 
 class StoredImages:
