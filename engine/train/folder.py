@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import RunConfig
-from engine.durable import Damaged, is_empty, read_manifest
+from engine.durable import Damaged, is_empty, read_manifest, remove_leftovers
 from engine.errors import UserError
 from engine.report import Segment
 from engine.typed import typed
@@ -101,7 +101,8 @@ def holds_run(out: Path) -> bool:
 
 
 def check_new(out: Path) -> None:
-    """UserError if a new run may not write to `out`."""
+    """UserError if a new run may not write to `out`; the caller holds its lock."""
+    remove_leftovers(out / CONFIG)  # of a start that was killed before it was a run
     if is_empty(out):
         return
     if holds_run(out):

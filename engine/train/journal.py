@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from engine import durable
 from engine.config import RunConfig, to_toml
 from engine.durable import write_file, writing
 from engine.errors import UserError
@@ -22,6 +23,8 @@ from engine.train.checkpoint import remove_leftovers, save_model
 from engine.train.folder import CONFIG, PREEMPTED
 
 METRICS = "metrics.jsonl"
+REPORT = "report.json"
+WEIGHTS = "model.safetensors"
 Say = Callable[[str], None]
 
 
@@ -47,11 +50,13 @@ class Journal:
         metrics = self.out / METRICS
         with writing(self.out):
             remove_leftovers(self.out)
+            for name in (CONFIG, METRICS, REPORT, WEIGHTS, PREEMPTED):
+                durable.remove_leftovers(self.out / name)
+            write_file(self.out / CONFIG, to_toml(config).encode())  # from now on it is a run
             (self.out / PREEMPTED).unlink(missing_ok=True)
             if metrics.exists():
                 self.lines = metrics.read_bytes().splitlines(keepends=True)[:num_epochs_done]
             write_file(metrics, b"".join(self.lines))
-            write_file(self.out / CONFIG, to_toml(config).encode())
             if config.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
 
@@ -73,7 +78,7 @@ class Journal:
 
     def report(self, report: RunReport) -> None:
         """Write report.json of a run that goes on."""
-        self.attempt(lambda: write_json(report, self.out / "report.json"))
+        self.attempt(lambda: write_json(report, self.out / REPORT))
 
     def attempt(self, write: Callable[[], None]) -> None:
         """Write if the disk lets us; say the first time that it does not."""
@@ -125,5 +130,5 @@ class Journal:
 
 
 def _write_end(folder: Path, report: RunReport, model: torch.nn.Module) -> None:
-    save_model(folder / "model.safetensors", model)
-    write_json(report, folder / "report.json")
+    save_model(folder / WEIGHTS, model)
+    write_json(report, folder / REPORT)

@@ -91,3 +91,7 @@ class Pulse:
     def saved(self, step: int) -> None:
         """A checkpoint of `step` is on its way."""
         self._saved, self._saved_s = step, time.monotonic()
+
+    def is_saved(self, step: int) -> bool:
+        """Whether a checkpoint of `step` is there, or on its way."""
+        return self._saved == step

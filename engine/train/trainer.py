@@ -178,6 +178,8 @@ class Trainer:
             self._end_epoch()
             wishes = self.pulse.meet(self.position.num_steps)
             self.stopped_by = wishes.signal
+            if wishes.save and not self.pulse.is_saved(self.position.num_steps):
+                self._save(wait=True)
             if self.stopped_by:
                 return
 
