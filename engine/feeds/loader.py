@@ -5,11 +5,14 @@ baseline and fast runs see the same batches; otherwise it is what a tutorial wri
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from engine.data.records import Split
+from engine.errors import UserError, sentence
+from engine.feeds.ahead import DEADLINE_S
 from engine.feeds.batch import Batch
 from engine.feeds.resident import id_blocks
 from engine.order import Order
@@ -64,14 +67,24 @@ class LoaderFeed:
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             pin_memory=device.type == "cuda",
+            timeout=DEADLINE_S if num_workers else 0.0,
         )
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         assert self._loader is not None, "the feed is closed"
         self._steps.start = (epoch, first_step)
-        for image_BHW, label_B, id_B in self._loader:
-            self._out.copy_(Batch(image_BHW, label_B, id_B))
+        batches = iter(self._loader)
+        while batch := self._next(batches):
+            self._out.copy_(Batch(*batch))
             yield self._out
+
+    def _next(self, batches: Iterator[Any]) -> tuple[torch.Tensor, ...] | None:
+        try:
+            return next(batches, None)
+        except RuntimeError as error:  # a worker died, or made nothing in time
+            what = f"the {self.name} feed cannot go on ({sentence(error)})"
+            remedy = "look at the memory of this machine, then go on with --resume"
+            raise UserError(f"{what}; {remedy}") from None
 
     def close(self) -> None:
         self._loader = None
