@@ -162,6 +162,8 @@ class Trainer:
         used_j = self.nvml.energy_since(energy_j)
         if self.saver:
             self.saver.wait()
+            if self.saver.failure:
+                self.journal.refused(self.saver.failure)
         if self.stopped_by or self.position.epoch < self._last_epoch():
             return self._stop(used_j)
         return self._end(used_j)
@@ -407,7 +409,7 @@ class Trainer:
             name = signal.Signals(self.stopped_by).name
             position = self.position
             where = f"epoch {position.epoch + 1}, step {position.step}"
-            saved = "not saved" if self.journal.is_broken else "saved"
+            saved = "not saved" if self.saver and self.saver.failure else "saved"
             self.say(f"stopped by {name} in {where}, {saved}; go on with --resume {self.out}")
             facts = {"signal": name, "epoch": position.epoch, "step": position.step}
             if self.world.is_first:
