@@ -9,7 +9,17 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from tests.reliability import crash, damage, fuzz, hostile, rank_runs, ranks, runs, system
+from tests.reliability import (
+    crash,
+    damage,
+    fuzz,
+    hostile,
+    rank_runs,
+    ranks,
+    run_faults,
+    runs,
+    system,
+)
 from tests.reliability.common import Tally
 
 ROWS = (
@@ -20,6 +30,7 @@ ROWS = (
     *ranks.ROWS,
     *runs.ROWS,
     *rank_runs.ROWS,
+    *run_faults.ROWS,
     *system.ROWS,
 )
 JOBS = 2

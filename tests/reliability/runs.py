@@ -149,12 +149,18 @@ def _kill_at_call(
     runs = training.start(strace=("-e", f"trace={RENAMES},{name}", "-e", inject))
     if wait(runs)[0].code != -signal.SIGKILL:
         return False
-    published = 0
-    for line in runs[0].trace.splitlines():
-        if line.endswith("= 0") and (at := line.rpartition("/checkpoints/step-")[2][:9]).isdigit():
-            published = max(published, int(at))
-    _check_crash(tally, training, weights, published, inject)
+    _check_crash(tally, training, weights, published_in(runs[0].trace), inject)
     return True
+
+
+def published_in(trace: str) -> int:
+    """The step of the newest checkpoint that was renamed into its place."""
+    steps = [0]
+    for line in trace.splitlines():
+        at = line.rpartition("/checkpoints/step-")[2][:9]
+        if line.endswith("= 0") and at.isdigit():
+            steps.append(int(at))
+    return max(steps)
 
 
 def _check_crash(

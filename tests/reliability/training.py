@@ -91,6 +91,7 @@ class Training:
     folder: Path
     flags: tuple[str, ...] = ()
     num_ranks: int = 1
+    log_ids: bool = True
     records: Path = field(init=False)
     whole: Path = field(init=False)
     """The folder of the undisturbed run."""
@@ -109,7 +110,8 @@ class Training:
     def words(self, *more: object, out: Path | None = None) -> list[str]:
         """The command line, the same at every start."""
         line: list[object] = ["--device=cpu", f"--data={self.records}", f"--epochs={EPOCHS}"]
-        line += [f"--set=global_batch={BATCH}", "--set=log_ids=true", "--checkpoint-every=5steps"]
+        line += [f"--set=global_batch={BATCH}", "--checkpoint-every=5steps"]
+        line += ["--set=log_ids=true"] if self.log_ids else []
         line += ["--resume=auto", f"--out={out or self.out}", *self.flags, *more]
         return [str(word) for word in line]
 
@@ -158,6 +160,8 @@ class Training:
     def _other_ids(self) -> list[str]:
         from tools.checks.order import check_order
 
+        if not self.log_ids:
+            return []
         try:
             checked, found = check_order(self.out, None)
         except UserError as error:
@@ -187,6 +191,12 @@ def kill(runs: list[Run]) -> list[Done]:
 
 def text_of(done: list[Done]) -> str:
     return "; ".join(str(each) for each in done)
+
+
+def refused(done: Done) -> bool:
+    """Exit code 2 and, beside what it said before, one sentence."""
+    said = [line for line in done.text.splitlines() if line.startswith("error: ")]
+    return done.code == 2 and len(said) == 1 and "Traceback" not in done.text
 
 
 def _be_rank(rank: int, size: int, port: int, before: Before) -> None:
