@@ -102,6 +102,10 @@ class Ranks:
         because another failed, let it say that one's reason."""
         try:
             yield
+        except Stopped as stopped:
+            if self.size > 1:
+                self._leave_reason(UserError(str(stopped)))
+            raise
         except Exception as error:  # of the process group's own, torch documents no common type
             if self.size == 1 or (isinstance(error, UserError) and error.is_shared):
                 raise

@@ -5,12 +5,13 @@ baseline and fast runs see the same batches; otherwise it is what a tutorial wri
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from engine.data.records import Split
-from engine.errors import UserError
+from engine.errors import UserError, sentence
 from engine.feeds.ahead import DEADLINE_S
 from engine.feeds.batch import Batch
 from engine.feeds.resident import id_blocks
@@ -66,22 +67,24 @@ class LoaderFeed:
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             pin_memory=device.type == "cuda",
-            timeout=DEADLINE_S if num_workers else 0,
+            timeout=DEADLINE_S if num_workers else 0.0,
         )
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         assert self._loader is not None, "the feed is closed"
         self._steps.start = (epoch, first_step)
+        batches = iter(self._loader)
+        while batch := self._next(batches):
+            self._out.copy_(Batch(*batch))
+            yield self._out
+
+    def _next(self, batches: Iterator[Any]) -> tuple[torch.Tensor, ...] | None:
         try:
-            for image_BHW, label_B, id_B in self._loader:
-                self._out.copy_(Batch(image_BHW, label_B, id_B))
-                yield self._out
-        except RuntimeError as error:
-            if "DataLoader" not in str(error):
-                raise
-            why = str(error).partition("\n")[0]
-            remedy = "look at the machine's memory, or take another --feed"
-            raise UserError(f"the loader's workers do not answer ({why}); {remedy}") from None
+            return next(batches, None)
+        except RuntimeError as error:  # a worker died, or made nothing in time
+            what = f"the {self.name} feed cannot go on ({sentence(error)})"
+            remedy = "look at the memory of this machine, then go on with --resume"
+            raise UserError(f"{what}; {remedy}") from None
 
     def close(self) -> None:
         workers = getattr(getattr(self._loader, "_iterator", None), "_workers", [])

@@ -374,7 +374,7 @@ class Trainer:
             name, position = signal.Signals(self.stopped_by).name, self.position
             facts = {"signal": name, "epoch": position.epoch, "step": position.step}
             self.journal.stopped(json.dumps(facts) + "\n")
-            saved = "not saved" if self.journal.is_broken else "saved"
+            saved = "not saved" if self.saver and self.saver.failure else "saved"
             where = f"epoch {position.epoch + 1}, step {position.step}"
             self.say(f"stopped by {name} in {where}, {saved}; go on with --resume {self.out}")
         return report

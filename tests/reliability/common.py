@@ -108,7 +108,18 @@ class Child:
 
     With `strace` (its options) a tracer is attached before the command begins, so that it counts
     the command's own system calls; its log is in `trace`. With `held` it begins at `go()`.
+    Another command is a subclass with another `main`.
     """
+
+    @staticmethod
+    def warm() -> None:
+        """Let this process import and compile what the command needs."""
+        warm()
+
+    @staticmethod
+    def main(words: list[str]) -> object:
+        """The command itself, in the child."""
+        return main.main(words, "pack_tmnist")
 
     def __init__(
         self,
@@ -118,7 +129,7 @@ class Child:
         stdin: int | None = None,
         held: bool = False,
     ) -> None:
-        warm()
+        self.warm()
         self._log, log = os.pipe()  # no file: it would feel the limits and faults that are tried
         self._gate, self._key = os.pipe()
         self._started = time.perf_counter()
@@ -134,7 +145,7 @@ class Child:
             os.dup2(log, 2)
             os.dup2(os.open(os.devnull, os.O_RDONLY) if stdin is None else stdin, 0)
             before()
-            main.main([str(word) for word in words], "pack_tmnist")
+            self.main([str(word) for word in words])
 
         self.pid = fork(command)
         os.close(self._gate)

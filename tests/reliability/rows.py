@@ -9,10 +9,30 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from tests.reliability import crash, damage, fuzz, hostile, ranks, system
+from tests.reliability import (
+    crash,
+    damage,
+    fuzz,
+    hostile,
+    rank_runs,
+    ranks,
+    run_faults,
+    runs,
+    system,
+)
 from tests.reliability.common import Tally
 
-ROWS = (*crash.ROWS, *damage.ROWS, *fuzz.ROWS, *hostile.ROWS, *ranks.ROWS, *system.ROWS)
+ROWS = (
+    *crash.ROWS,
+    *damage.ROWS,
+    *fuzz.ROWS,
+    *hostile.ROWS,
+    *ranks.ROWS,
+    *runs.ROWS,
+    *rank_runs.ROWS,
+    *run_faults.ROWS,
+    *system.ROWS,
+)
 JOBS = 2
 MEMORY = Path("/dev/shm")
 

@@ -61,7 +61,7 @@ def disks(tally: Tally) -> None:
 
 def _check_small_disks(tally: Tally, packing: Packing) -> None:
     """Pack over records, from a file and from a pipe, where less and less space is left."""
-    if not _own_mounts():
+    if not own_mounts():
         return tally.skip("disks of many sizes", "no right to mount; run it under unshare -rm")
     place = packing.target.parent
     packing.reset(False)
@@ -69,7 +69,7 @@ def _check_small_disks(tally: Tally, packing: Packing) -> None:
     for kib in np.linspace(4, 600, tally.count(4, 20, 40)).astype(int):
         for piped in (False, True):
             taken = sum(-(-file.stat().st_size // 4096) * 4 for file in packing.old.iterdir())
-            with _mounted(b"tmpfs", place, f"size={taken + kib}k".encode()):
+            with mounted(b"tmpfs", place, f"size={taken + kib}k".encode()):
                 shutil.copytree(packing.old, packing.target)
                 source = subprocess.Popen(
                     ["cat", packing.csv], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
@@ -145,7 +145,7 @@ def _injected_calls(trace: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def _mounted(kind: bytes, place: Path, options: bytes) -> Iterator[None]:
+def mounted(kind: bytes, place: Path, options: bytes) -> Iterator[None]:
     if LIBC.mount(kind, os.fsencode(place), kind, 0, options):
         raise OSError(f"{place}: cannot mount {kind!r}")
     try:
@@ -300,7 +300,7 @@ def _check_refused(tally: Tally, done: Done, what: str, text: str = "") -> None:
 
 
 def _check_read_only_mount(tally: Tally, packing: Packing, fault: Path) -> None:
-    if not _own_mounts():
+    if not own_mounts():
         return tally.skip("a read-only mount", "no right to mount; run it under unshare -rm")
     packing.reset(True)
     _mount_read_only(packing.target.parent)
@@ -312,13 +312,13 @@ def _check_read_only_mount(tally: Tally, packing: Packing, fault: Path) -> None:
 
 def _check_no_cache(tally: Tally, packing: Packing) -> None:
     """A fresh process that can keep compiled code neither beside the source nor in its home."""
-    if not _own_mounts():
+    if not own_mounts():
         return tally.skip(
             "no place for compiled code", "no right to mount; run it under unshare -rm"
         )
 
     def lock() -> None:
-        _own_mounts()
+        own_mounts()
         for folder in (ROOT, Path(pwd.getpwuid(os.getuid()).pw_dir)):
             _mount_read_only(folder)
 
@@ -341,7 +341,7 @@ def _check_no_cache(tally: Tally, packing: Packing) -> None:
     )
 
 
-def _own_mounts() -> bool:
+def own_mounts() -> bool:
     """Give this process mounts of its own, which go with it; false if it may not."""
     return not LIBC.unshare(CLONE_NEWNS) and not LIBC.mount(
         b"none", b"/", None, MS_REC | MS_PRIVATE, None
