@@ -4,6 +4,8 @@ Or batched, by a `__getitems__` that indexes all of a batch. It shuffles by our 
 baseline and fast runs see the same batches; otherwise it is what a tutorial writes.
 """
 
+import multiprocessing
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -82,9 +84,17 @@ class LoaderFeed:
         try:
             return next(batches, None)
         except RuntimeError as error:  # a worker died, or made nothing in time
+            _kill_workers()
             what = f"the {self.name} feed cannot go on ({sentence(error)})"
             remedy = "look at the memory of this machine, then go on with --resume"
             raise UserError(f"{what}; {remedy}") from None
 
     def close(self) -> None:
         self._loader = None
+
+
+def _kill_workers() -> None:
+    """End a process's workers at once: one that is stopped would outlive it."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for each of them
+    for worker in multiprocessing.active_children():
+        worker.kill()
