@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from engine.errors import UserError
 from engine.feeds import ahead
 from engine.feeds.ahead import Ahead
 from engine.host import ROOT
@@ -78,7 +79,7 @@ def test_a_thread_that_blocks_is_told(held: int, monkeypatch: pytest.MonkeyPatch
         never.wait()
 
     work = Ahead(blocks(), 4, held)
-    with pytest.raises(RuntimeError, match="made no batch for"):
+    with pytest.raises(UserError, match="made no batch for"):
         list(work)
     work.close()
     never.set()

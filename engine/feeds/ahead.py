@@ -5,6 +5,8 @@ import threading
 from collections.abc import Iterator
 from typing import TypeVar
 
+from engine.errors import UserError
+
 T = TypeVar("T")
 DEADLINE_S = 20.0
 JOIN_S = 5.0
@@ -19,7 +21,7 @@ class Ahead(Iterator[T]):
 
     Raises:
         Exception: from iteration, whatever the iterator raised.
-        RuntimeError: from iteration, when nothing was made for the deadline.
+        UserError: from iteration, when nothing was made for the deadline.
     """
 
     def __init__(
@@ -57,7 +59,9 @@ class Ahead(Iterator[T]):
         try:
             item, error = self._ready.get(timeout=self._deadline_s)
         except queue.Empty:
-            raise RuntimeError(f"the feed has made no batch for {self._deadline_s:.0f} s") from None
+            what = f"the feed has made no batch for {self._deadline_s:.0f} s"
+            remedy = "look at the disk and the memory of this machine, then go on with --resume"
+            raise UserError(f"{what}; {remedy}") from None
         self._num_given += 1
         if item is None:
             self._over = True

@@ -9,7 +9,7 @@ Shapes: N samples of the split, M of a window, B of a batch, H x W pixels, P = H
 
 import itertools
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ class StreamFeed:
         self._buffers = [np.empty((num_rows, num_pixels), np.uint8) for _ in range(NUM_WINDOWS)]
         self.memory_bytes = NUM_WINDOWS * num_rows * num_pixels
         self._upload = Upload(order.rank_batch, split.height_width, device)
-        self._readers = ThreadPoolExecutor(NUM_READERS)
+        self._readers = ThreadPool(NUM_READERS)  # daemons: a blocked one is not waited for
         self._ahead: Ahead[Window] | None = None
         self._turn = 0
         self._next = (-1, -1)
@@ -92,7 +92,7 @@ class StreamFeed:
         if self._ahead is not None:
             self._ahead.close()
         self._ahead = None
-        self._readers.shutdown()
+        self._readers.terminate()
 
     def _restart(self, epoch: int, first_step: int) -> Ahead[Window]:
         """Read from a step on, and ahead into the next epochs."""
@@ -133,4 +133,4 @@ class StreamFeed:
         parts = np.split(pixel_MP[: ends[-1]], ends[:-1])
         first_rows = [first for first, _ in runs]
         read_into = self._split.image_NHW.read_into  # type: ignore[attr-defined]
-        list(self._readers.map(read_into, first_rows, parts))
+        self._readers.starmap(read_into, zip(first_rows, parts, strict=True))
