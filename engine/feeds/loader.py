@@ -76,6 +76,7 @@ class LoaderFeed:
         assert self._loader is not None, "the feed is closed"
         self._steps.start = (epoch, first_step)
         batches = iter(self._loader)
+        _translate_deaths(self.name)
         while batch := self._next(batches):
             self._out.copy_(Batch(*batch))
             yield self._out
@@ -83,18 +84,33 @@ class LoaderFeed:
     def _next(self, batches: Iterator[Any]) -> tuple[torch.Tensor, ...] | None:
         try:
             return next(batches, None)
-        except RuntimeError as error:  # a worker died, or made nothing in time
-            _kill_workers()
-            what = f"the {self.name} feed cannot go on ({sentence(error)})"
-            remedy = "look at the memory of this machine, then go on with --resume"
-            raise UserError(f"{what}; {remedy}") from None
+        except RuntimeError as error:  # a worker made nothing in time
+            raise _ended(self.name, error) from None
 
     def close(self) -> None:
         self._loader = None
 
 
-def _kill_workers() -> None:
-    """End a process's workers at once: one that is stopped would outlive it."""
+def _ended(name: str, error: RuntimeError) -> UserError:
+    """The sentence; the workers are ended at once: one that is stopped would outlive the run."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for each of them
     for worker in multiprocessing.active_children():
         worker.kill()
+    what = f"the {name} feed cannot go on ({sentence(error)})"
+    return UserError(f"{what}; look at the memory of this machine, then go on with --resume")
+
+
+def _translate_deaths(name: str) -> None:
+    """Where a worker dies, torch's handler of SIGCHLD raises; let it raise our error."""
+    usual = signal.getsignal(signal.SIGCHLD)
+    if not callable(usual) or getattr(usual, "is_ours", False):
+        return
+
+    def handle(number: int, frame: Any) -> None:
+        try:
+            usual(number, frame)
+        except RuntimeError as error:
+            raise _ended(name, error) from None
+
+    vars(handle)["is_ours"] = True
+    signal.signal(signal.SIGCHLD, handle)
