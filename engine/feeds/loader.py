@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from engine.data.records import Split
 from engine.errors import UserError, sentence
-from engine.feeds.ahead import DEADLINE_S
+from engine.feeds.ahead import Ahead
 from engine.feeds.batch import Batch
 from engine.feeds.resident import id_blocks
 from engine.order import Order
@@ -69,33 +69,38 @@ class LoaderFeed:
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             pin_memory=device.type == "cuda",
-            timeout=DEADLINE_S if num_workers else 0.0,
         )
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         assert self._loader is not None, "the feed is closed"
         self._steps.start = (epoch, first_step)
-        batches = iter(self._loader)
+        # In a thread: reading a batch of a worker that is stopped waits for it without a deadline.
+        batches = Ahead(iter(self._loader), slots=2)
         _translate_deaths(self.name)
-        while batch := self._next(batches):
-            self._out.copy_(Batch(*batch))
-            yield self._out
+        try:
+            while batch := self._next(batches):
+                self._out.copy_(Batch(*batch))
+                yield self._out
+        finally:
+            batches.close()
 
     def _next(self, batches: Iterator[Any]) -> tuple[torch.Tensor, ...] | None:
         try:
             return next(batches, None)
-        except RuntimeError as error:  # a worker made nothing in time
+        except (RuntimeError, UserError) as error:  # a worker died, or made nothing in time
             raise _ended(self.name, error) from None
 
     def close(self) -> None:
         self._loader = None
 
 
-def _ended(name: str, error: RuntimeError) -> UserError:
+def _ended(name: str, error: Exception) -> UserError:
     """The sentence; the workers are ended at once: one that is stopped would outlive the run."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for each of them
     for worker in multiprocessing.active_children():
         worker.kill()
+    if isinstance(error, UserError):
+        return error
     what = f"the {name} feed cannot go on ({sentence(error)})"
     return UserError(f"{what}; look at the memory of this machine, then go on with --resume")
 
