@@ -60,9 +60,8 @@ class Ahead(Iterator[T]):
             item, error = self._ready.get(timeout=self._deadline_s)
         except queue.Empty:
             what = f"the feed has made no batch for {self._deadline_s:.0f} s"
-            raise UserError(
-                f"{what}; look at the disk it reads from, then go on with --resume"
-            ) from None
+            remedy = "look at the disk and the memory of this machine, then go on with --resume"
+            raise UserError(f"{what}; {remedy}") from None
         self._num_given += 1
         if item is None:
             self._over = True

@@ -4,6 +4,8 @@ Or batched, by a `__getitems__` that indexes all of a batch. It shuffles by our 
 baseline and fast runs see the same batches; otherwise it is what a tutorial writes.
 """
 
+import multiprocessing
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from engine.data.records import Split
 from engine.errors import UserError, sentence
-from engine.feeds.ahead import DEADLINE_S
+from engine.feeds.ahead import Ahead
 from engine.feeds.batch import Batch
 from engine.feeds.resident import id_blocks
 from engine.order import Order
@@ -67,28 +69,53 @@ class LoaderFeed:
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             pin_memory=device.type == "cuda",
-            timeout=DEADLINE_S if num_workers else 0.0,
         )
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         assert self._loader is not None, "the feed is closed"
         self._steps.start = (epoch, first_step)
-        batches = iter(self._loader)
-        while batch := self._next(batches):
-            self._out.copy_(Batch(*batch))
-            yield self._out
+        # In a thread: reading a batch of a worker that is stopped waits for it without a deadline.
+        batches = Ahead(iter(self._loader), slots=2)
+        _translate_deaths(self.name)
+        try:
+            while batch := self._next(batches):
+                self._out.copy_(Batch(*batch))
+                yield self._out
+        finally:
+            batches.close()
 
     def _next(self, batches: Iterator[Any]) -> tuple[torch.Tensor, ...] | None:
         try:
             return next(batches, None)
-        except RuntimeError as error:  # a worker died, or made nothing in time
-            what = f"the {self.name} feed cannot go on ({sentence(error)})"
-            remedy = "look at the memory of this machine, then go on with --resume"
-            raise UserError(f"{what}; {remedy}") from None
+        except (RuntimeError, UserError) as error:  # a worker died, or made nothing in time
+            raise _ended(self.name, error) from None
 
     def close(self) -> None:
-        workers = getattr(getattr(self._loader, "_iterator", None), "_workers", [])
-        self._loader = None  # tells them to end, and waits for 5 s
-        for worker in workers:
-            if worker.is_alive():
-                worker.kill()  # one that is stopped heeds nothing else
+        self._loader = None
+
+
+def _ended(name: str, error: Exception) -> UserError:
+    """The sentence; the workers are ended at once: one that is stopped would outlive the run."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for each of them
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    if isinstance(error, UserError):
+        return error
+    what = f"the {name} feed cannot go on ({sentence(error)})"
+    return UserError(f"{what}; look at the memory of this machine, then go on with --resume")
+
+
+def _translate_deaths(name: str) -> None:
+    """Where a worker dies, torch's handler of SIGCHLD raises; let it raise our error."""
+    usual = signal.getsignal(signal.SIGCHLD)
+    if not callable(usual) or getattr(usual, "is_ours", False):
+        return
+
+    def handle(number: int, frame: Any) -> None:
+        try:
+            usual(number, frame)
+        except RuntimeError as error:
+            raise _ended(name, error) from None
+
+    vars(handle)["is_ours"] = True
+    signal.signal(signal.SIGCHLD, handle)

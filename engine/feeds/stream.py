@@ -39,9 +39,7 @@ class StreamFeed:
         self._buffers = [np.empty((num_rows, num_pixels), np.uint8) for _ in range(NUM_WINDOWS)]
         self.memory_bytes = NUM_WINDOWS * num_rows * num_pixels
         self._upload = Upload(order.rank_batch, split.height_width, device)
-        self._readers = ThreadPool(
-            NUM_READERS
-        )  # of daemons: a read that hangs keeps no process alive
+        self._readers = ThreadPool(NUM_READERS)  # daemons: a blocked one is not waited for
         self._ahead: Ahead[Window] | None = None
         self._turn = 0
         self._next = (-1, -1)
@@ -94,7 +92,7 @@ class StreamFeed:
         if self._ahead is not None:
             self._ahead.close()
         self._ahead = None
-        self._readers.close()
+        self._readers.terminate()
 
     def _restart(self, epoch: int, first_step: int) -> Ahead[Window]:
         """Read from a step on, and ahead into the next epochs."""

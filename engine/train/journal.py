@@ -38,6 +38,8 @@ class Journal:
     """Whether the disk refused, and that was said."""
     lines: list[bytes] = field(default_factory=list)
     """All of metrics.jsonl."""
+    is_behind: bool = False
+    """Whether the last of them are not on the disk."""
     events: Any = None
     """TensorBoard's writer, where asked for."""
 
@@ -66,9 +68,10 @@ class Journal:
     def epoch(self, metrics: dict[str, Any]) -> None:
         """Add an epoch's line."""
         self.lines.append(json.dumps(metrics, allow_nan=False).encode() + b"\n")
+        self.is_behind = True
 
         def write() -> None:
-            write_file(self.out / METRICS, b"".join(self.lines))
+            self._write_lines(self.out)
             if self.events:
                 for name, value in metrics.items():
                     self.events.add_scalar(name, value, metrics["epoch"])
@@ -78,7 +81,18 @@ class Journal:
 
     def report(self, report: RunReport) -> None:
         """Write report.json of a run that goes on."""
-        self.attempt(lambda: write_json(report, self.out / REPORT))
+
+        def write() -> None:
+            self._write_lines(self.out)
+            write_json(report, self.out / REPORT)
+
+        self.attempt(write)
+
+    def _write_lines(self, folder: Path) -> None:
+        """Write metrics.jsonl where it lacks lines."""
+        if self.is_behind:
+            write_file(folder / METRICS, b"".join(self.lines))
+            self.is_behind = False
 
     def attempt(self, write: Callable[[], None]) -> None:
         """Write if the disk lets us; say the first time that it does not."""
@@ -113,7 +127,7 @@ class Journal:
         if self.events:
             self.events.close()
         try:
-            _write_end(self.out, report, model)
+            self._write_end(self.out, report, model)
             return self.out
         except OSError as error:
             why = f"{self.out}: cannot be written ({error.strerror or error})"
@@ -121,14 +135,14 @@ class Journal:
             name = f"{self.out.name}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}"
             second = user_cache() / "rescued" / name
             second.mkdir(parents=True)
-            _write_end(second, report, model)
+            self._write_end(second, report, model)
         except OSError as error:
             also = f"{second}: neither ({error.strerror or error})"
             raise UserError(f"{why}; {also}; free space, then go on with --resume") from None
         self.say(f"note: {why}; weights and report are in {second}")
         return second
 
-
-def _write_end(folder: Path, report: RunReport, model: torch.nn.Module) -> None:
-    save_model(folder / WEIGHTS, model)
-    write_json(report, folder / REPORT)
+    def _write_end(self, folder: Path, report: RunReport, model: torch.nn.Module) -> None:
+        self._write_lines(folder)
+        save_model(folder / WEIGHTS, model)
+        write_json(report, folder / REPORT)

@@ -1,4 +1,4 @@
-"""The reliability of packing and of the record files: real kills, damage and file systems.
+"""The reliability of packing, record files and runs: real kills, damage and file systems.
 
 `python -m tests.reliability` runs them at the counts of a commit, `--full` at those of a release.
 """

@@ -22,7 +22,7 @@ from tests.reliability.rows import ROWS, line, run_rows
 @click.option("--only", default="", help="Rows to run, such as R3,R4.")
 @click.option("--json", "report", type=click.Path(path_type=Path), help="Write the table there.")
 def main(level: str | None, only: str, report: Path | None) -> None:
-    """Measure the reliability figures of packing and of the record files."""
+    """Measure the reliability figures of packing, of record files and of runs."""
     chosen = {name.strip() for name in only.split(",") if name.strip()}
     if unknown := chosen - {row[0] for row in ROWS}:
         raise click.BadParameter(

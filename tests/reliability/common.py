@@ -13,6 +13,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -187,8 +188,17 @@ class Child:
             self._tracer.wait()
             self.trace = self._trace_file.read()
             self._trace_file.close()
-        with open(self._log, errors="replace") as log:
-            return Done(code, log.read(), taken)
+        return Done(code, self._printed(), taken)
+
+    def _printed(self) -> str:
+        """What is in the pipe; a child of the command that lives on may hold its other end."""
+        os.set_blocking(self._log, False)
+        found = b""
+        with suppress(BlockingIOError):
+            while data := os.read(self._log, 65536):
+                found += data
+        os.close(self._log)
+        return found.decode(errors="replace")
 
 
 def run(*words: object, **options: Any) -> Done:

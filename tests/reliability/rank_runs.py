@@ -14,9 +14,11 @@ from tests.reliability.training import (
     STEPS,
     Run,
     Training,
+    check_memory,
     check_nothing_left,
     children,
     global_ids,
+    memory_files,
     metrics,
     num_logged,
     text_of,
@@ -29,6 +31,8 @@ STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 HANGS_S = 5
 """--timeout of the runs in which something hangs: the least."""
 SILENT_S = 30.0
+BLOCKED_S = 40
+"""How long a disk does not answer."""
 
 
 def _in_last_step(training: Training, runs: list[Run], tally: Tally) -> bool:
@@ -46,7 +50,7 @@ MOMENTS: tuple[Moment, ...] = (_in_start, at_random, in_save, in_evaluation, _in
 def deaths(tally: Tally) -> None:
     """SIGKILL of a rank under torchrun, which starts it again; and of torchrun itself."""
     training = Training(tally.fast, num_ranks=2)
-    before = set(os.listdir("/dev/shm"))
+    before = memory_files()
     taken_s = []
     for turn in range(tally.count(2, 10, 20)):
         taken_s += _kill_rank(tally, training, MOMENTS[turn % len(MOMENTS)], literal=False)
@@ -54,8 +58,7 @@ def deaths(tally: Tally) -> None:
         _kill_rank(tally, training, MOMENTS[1 + turn % 4], literal=True)
     for turn in range(tally.count(1, 2, 6)):
         _kill_torchrun(tally, training, literal=turn % 2 == 1)
-    left = [name for name in set(os.listdir("/dev/shm")) - before if "reliability-" not in name]
-    tally.check(not left, f"/dev/shm has {left}")
+    check_memory(tally, before)
     if taken_s:
         tally.note(
             f"first new step {median(taken_s):.1f} s after the kill, {max(taken_s):.1f} at most"
@@ -147,7 +150,7 @@ def hangs(tally: Tally) -> None:
     streaming = Training(tally.fast / "stream", stream)
     _fail_reader(tally, streaming, "error=EIO", "cannot be read")
     if tally.level != "tiny":
-        _fail_reader(tally, streaming, "delay_enter=100000000", "feed")
+        _fail_reader(tally, streaming, f"delay_enter={BLOCKED_S * 1_000_000}", "feed")
 
 
 def _stop_for_good(tally: Tally, training: Training, rank: int) -> None:
@@ -183,8 +186,9 @@ def _stop_for_a_moment(tally: Tally, training: Training, rank: int) -> None:
 def _check_ended(tally: Tally, run: Run, what: str, sentence: str) -> None:
     """It ends in time, not with 0, with a sentence and no traceback, and leaves no process."""
     start_s = time.perf_counter()
-    done = run.wait()
+    until(lambda: False, [run])  # strace gives a thread that it delays back later
     took_s = time.perf_counter() - start_s
+    done = run.wait(2 * BLOCKED_S)
     what = f"{what}: {done}"
     tally.check(done.code not in (0, None) and took_s < SILENT_S, f"{what} after {took_s:.1f} s")
     said = [line for line in done.text.splitlines() if line.startswith("error: ")]

@@ -332,3 +332,16 @@ def check_nothing_left(tally: Tally, what: str) -> None:
     tally.check(not left, f"{what}: {len(left)} processes were left running")
     for pid in left:
         os.kill(pid, signal.SIGKILL)
+
+
+def memory_files() -> set[str]:
+    """What lies in /dev/shm but for the rows' own folders."""
+    return {name for name in os.listdir("/dev/shm") if not name.startswith("reliability-")}
+
+
+def check_memory(tally: Tally, before: set[str]) -> None:
+    """Nothing more lies in /dev/shm; another row's run may have something there for a moment."""
+    end_s = time.perf_counter() + 10
+    while (left := memory_files() - before) and time.perf_counter() < end_s:
+        time.sleep(0.1)
+    tally.check(not left, f"/dev/shm has {sorted(left)}")
