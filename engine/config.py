@@ -18,6 +18,7 @@ import tomli_w
 from engine.errors import UserError
 from engine.paths import full_path, path_text
 
+MOST_SHARDS = 64
 KernelName = Literal["gather_warp", "conv_pool_relu", "bias_pool_relu", "softmax_cross_entropy"]
 
 
@@ -144,6 +145,13 @@ class StepConfig:
         bounds=(1, 4096),
         flag="--accumulate",
         environment=True,
+    )
+    canonical: int = setting(
+        0,
+        "Shards of a global batch that are added in one order: the same weights to the bit on "
+        "every number of ranks that divides it; 0: off.",
+        bounds=(0, MOST_SHARDS),
+        flag="--canonical",
     )
     cuda_graphs: bool = setting(
         False, "Capture the whole step in one CUDA graph.", flag="--cuda-graphs", environment=True
@@ -305,6 +313,9 @@ def override(config: RunConfig, dotted: Mapping[str, Any], source: str) -> RunCo
     if config.data.feed == "stream" and config.data.order == "exact":
         what = "the stream feed serves the blocked order only"
         raise UserError(f"{source}: {what}; set data.order=blocked too")
+    if config.step.canonical and config.step.accumulate > 1:
+        what = "a canonical step computes its shards one by one already"
+        raise UserError(f"{source}: {what}; leave step.accumulate at 1, or step.canonical at 0")
     return config
 
 

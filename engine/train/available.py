@@ -72,6 +72,12 @@ def _compile(config: RunConfig, records: Records, world: World) -> Changes:
         yield _step(config, compile="off"), f"torch.compile is not used: {why}"
 
 
+def _canonical(config: RunConfig, records: Records, world: World) -> Changes:
+    if config.step.canonical and world.device.type == "cpu" and torch.get_num_threads() > 1:
+        why = "more would add in another order on another machine"
+        yield config, f"--canonical computes with one thread per rank: {why}"
+
+
 def _launches(config: RunConfig, records: Records, world: World) -> Changes:
     most = len(records.split("train")) // config.global_batch
     if config.step.steps_per_launch > most:
@@ -117,6 +123,7 @@ RULES: tuple[Callable[[RunConfig, Records, World], Changes], ...] = (
     _graphs,
     _kernels,
     _compile,
+    _canonical,
     _launches,
     _feed,
     _gather,

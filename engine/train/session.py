@@ -6,6 +6,7 @@ Shapes: B samples of one rank, H x W pixels.
 """
 
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -24,6 +25,7 @@ from engine.models.baseline import check_image_size
 from engine.order import Order
 from engine.report import Environment, environment
 from engine.train.available import effective_config
+from engine.train.canonical import check_shards, fixed_arithmetic
 from engine.train.step import TrainStep
 from engine.world import World
 
@@ -43,6 +45,8 @@ class Session:
     feed: Feed
     environment: Environment
     warmup_s: float
+    cleanup: ExitStack
+    """Closes the step, and puts back what was changed for the whole process."""
     evaluation_feeds: dict[str, Feed] = field(default_factory=dict)
     """By split; made when first asked for, kept until the session is closed."""
 
@@ -51,7 +55,7 @@ class Session:
         return switches(self.config)
 
     def close(self) -> None:
-        self.step.close()
+        self.cleanup.close()
         for feed in (self.feed, *self.evaluation_feeds.values()):
             feed.close()
 
@@ -100,7 +104,7 @@ def check_batch(config: RunConfig, records: Records, world_size: int) -> None:
 
     Raises:
         UserError: the images are smaller than the network's least, or the global batch cannot be
-            divided by the ranks, or is larger than the train split.
+            divided by the ranks or into the shards, or is larger than the train split.
     """
     check_image_size(*records.height_width)
     batch, num_samples = config.global_batch, len(records.split("train"))
@@ -115,6 +119,7 @@ def check_batch(config: RunConfig, records: Records, world_size: int) -> None:
             f"a rank's batch of {rank_batch} cannot be divided into {num_parts} parts; "
             "give an --accumulate that divides it"
         )
+    check_shards(config.step.canonical, batch, world_size)
     if batch > num_samples:
         raise UserError(
             f"a global batch of {batch} is larger than the train split of {num_samples} samples; "
@@ -136,8 +141,11 @@ def open_session(config: RunConfig, records: Records, world: World) -> Session:
     train = records.split("train")
     order = make_order(config, len(train), world.rank, world.size)
     start = time.perf_counter()
-    step, source = _make_step(effective, records, order, world)
-    try:
+    with ExitStack() as stack:
+        if effective.step.canonical:
+            stack.enter_context(fixed_arithmetic(world.device))
+        step, source = _make_step(effective, records, order, world)
+        stack.callback(step.close)
         step.prepare()
         world.ledger.mark("graph pool" if effective.step.cuda_graphs else "model and optimiser")
         warmup_s = time.perf_counter() - start
@@ -146,15 +154,13 @@ def open_session(config: RunConfig, records: Records, world: World) -> Session:
             effective = replace(effective, step=replace(effective.step, cuda_graphs=False))
         feed = source or make_feed(effective, train, order, len(records.classes), world.device)
         world.ledger.mark("feed")
-    except BaseException:
-        step.close()
-        raise
+        cleanup = stack.pop_all()
     facts = environment(
         num_threads=torch.get_num_threads(),
         allocator=world.allocator,
         gpu=meters.gpu_facts(world.device),
     )
-    return Session(world, records, config, effective, notes, step, feed, facts, warmup_s)
+    return Session(world, records, config, effective, notes, step, feed, facts, warmup_s, cleanup)
 
 
 def _make_step(
@@ -193,6 +199,7 @@ def switches(config: RunConfig) -> dict[str, Any]:
         "channels_last": config.step.channels_last,
         "compile": config.step.compile,
         "accumulate": config.step.accumulate,
+        "canonical": config.step.canonical,
         "cuda_graphs": config.step.cuda_graphs,
         "steps_per_launch": config.step.steps_per_launch,
         "kernels": ", ".join(config.kernels) or "off",

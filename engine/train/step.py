@@ -31,6 +31,7 @@ from engine.heart import EVALUATING, TRAINING, WAITING
 from engine.meters import span
 from engine.models.baseline import GlyphNet
 from engine.order import PADDING_ID, Order, round_keys
+from engine.train.canonical import Shards
 from engine.train.capture import Graph, check_like
 from engine.train.objective import Objective, check_fp32_precision, set_fp32_precision
 from engine.train.optim import lr_table, make_optimizer
@@ -160,13 +161,15 @@ class TrainStep:
         self._log_3K = torch.zeros(3, self.steps_per_launch, device=device)
         self._log_3S = torch.zeros(3, order.steps_per_epoch, device=device)
         self._one = torch.ones((), device=device)
-        self._eval_sums = torch.zeros(3, dtype=torch.float64, device=device)
+        num_shards = config.step.canonical
+        self._eval_N3 = torch.zeros(max(num_shards, 1), 3, dtype=torch.float64, device=device)
         self._graphs: dict[int | str, Graph] = {}
         self._rate_on_device = config.optim.fused or config.step.cuda_graphs
         rate = self._rate_K[0] if self._rate_on_device else config.optim.learning_rate
         self.optimizer = make_optimizer(
             config.optim, model, rate, capturable=config.step.cuda_graphs
         )
+        self._shards = Shards(model, num_shards, world) if num_shards else None
         self._wrap()
 
     def _wrap(self) -> None:
@@ -182,7 +185,7 @@ class TrainStep:
                 mode=None if mode == "default" else f"{mode}-no-cudagraphs", dynamic=False
             )
         self._net = self.objective
-        if self._world.size > 1:
+        if self._world.size > 1 and not self._shards:
             self._net = ddp = DistributedDataParallel(
                 self.objective,
                 device_ids=[device.index] if device.type == "cuda" else None,
@@ -201,7 +204,7 @@ class TrainStep:
     @property
     def state(self) -> TrainState:
         """Every tensor that the run keeps."""
-        counters = {"counters": self.counter_21, "evaluation sums": self._eval_sums}
+        counters = {"counters": self.counter_21, "evaluation sums": self._eval_N3}
         return TrainState(self.model, self.optimizer, self.scaler, counters)
 
     @contextmanager
@@ -221,7 +224,7 @@ class TrainStep:
         if self._source:
             self._source.load_epoch(0)
         with self.state.kept():
-            for _ in range(DDP_WARMUP_STEPS if self._world.size > 1 else WARMUP_STEPS):
+            for _ in range(DDP_WARMUP_STEPS if self._net is not self.objective else WARMUP_STEPS):
                 self._run(self._slots(1), 1)
                 self._evaluate(self._slots(1))
             if self.steps_per_launch > 1:
@@ -307,14 +310,15 @@ class TrainStep:
             UserError: a loss or gradient was not finite; names the step. With fp16: MAX_SKIPPED
                 steps in a row were skipped.
         """
-        sums_3S = self._world.sum(self._log_3S[:, self._read_from : self._in_epoch])
+        ours_3S = self._log_3S[:, self._read_from : self._in_epoch]
+        sums_3S = ours_3S if self._shards else self._world.sum(ours_3S)
         log_3S = sums_3S.double().cpu().numpy()
         first_step = self._host_step - log_3S.shape[1]
         self._read_from = self._in_epoch
         num_samples = log_3S.shape[1] * self._order.global_batch
         self._refuse_nonfinite(log_3S, first_step)
         return TrainLog(
-            loss_S=log_3S[LOSS] / self._world.size,
+            loss_S=log_3S[LOSS] / (1 if self._shards else self._world.size),
             num_correct=int(log_3S[CORRECT].sum()),
             num_samples=num_samples,
             num_skipped=int((log_3S[BAD] > 0).sum()),
@@ -338,8 +342,9 @@ class TrainStep:
 
         Collective; synchronises.
         """
-        loss, correct, seen = self._world.sum(self._eval_sums).tolist()
-        self._eval_sums.zero_()
+        rows = self._world.sum(self._eval_N3).tolist()
+        loss, correct, seen = (sum(column) for column in zip(*rows, strict=True))
+        self._eval_N3.zero_()
         return loss / max(seen, 1), correct / max(seen, 1), int(seen)
 
     def resume_at(self, step: int) -> None:
@@ -401,19 +406,30 @@ class TrainStep:
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate_K[k] if self._rate_on_device else self._host_rate(k)
         self.optimizer.zero_grad(set_to_none=True)
-        num_parts = self._config.step.accumulate
-        size = self._order.rank_batch // num_parts
-        for number in range(num_parts):
-            part = batch.rows(number * size, (number + 1) * size)
+        num_parts = self._shards.num_of_rank if self._shards else self._config.step.accumulate
+        divisor = 1 if self._shards else num_parts
+        for number, part in enumerate(self._parts(batch, num_parts)):
             with self._local(number < num_parts - 1):
                 with span("forward"):
                     loss, correct = self._net(part.image_BHW, part.label_B)
                 with span("backward"):
-                    self.scaler.scale(loss / num_parts if num_parts > 1 else loss).backward()
+                    self.scaler.scale(loss / divisor if divisor > 1 else loss).backward()
+            if self._shards:
+                self._shards.keep(number, loss.detach(), correct)
+                continue
             self._log_3K[LOSS, k].add_(loss.detach(), alpha=1 / num_parts)
             self._log_3K[CORRECT, k].add_(correct)
+        if self._shards:
+            with span("gather"):
+                self._log_3K[: CORRECT + 1, k].copy_(self._shards.add_up())
         with span("optimiser"):
             self._update(self._log_3K[BAD, k])
+
+    def _parts(self, batch: Batch, num_parts: int) -> Iterator[Batch]:
+        """Contiguous slices of a rank's batch, of one size."""
+        size = self._order.rank_batch // num_parts
+        for number in range(num_parts):
+            yield batch.rows(number * size, (number + 1) * size)
 
     def _update(self, bad: torch.Tensor) -> None:
         """The optimiser's step.
@@ -446,8 +462,16 @@ class TrainStep:
     @torch.no_grad()
     def _evaluate(self, batch: Batch) -> None:
         check_fp32_precision(self._config.step.precision)
+        first, num_parts = 0, 1
+        if self._shards:
+            first, num_parts = self._shards.first, self._shards.num_of_rank
+        for number, part in enumerate(self._parts(batch, num_parts), start=first):
+            self._eval_N3[number].add_(self._evaluated(part))
+
+    def _evaluated(self, batch: Batch) -> torch.Tensor:
+        """Sum of the losses, right answers, and samples; padding rows do not count."""
         logits_BC = self.objective.logits(batch.image_BHW)
         real_B, label_B = batch.id_B != PADDING_ID, batch.label_B.long()
         loss_B = functional.cross_entropy(logits_BC, label_B, reduction="none").where(real_B, 0.0)
         correct = ((logits_BC.argmax(1) == label_B) & real_B).sum()
-        self._eval_sums += torch.stack((loss_B.sum(dtype=torch.float64), correct, real_B.sum()))
+        return torch.stack((loss_B.sum(dtype=torch.float64), correct, real_B.sum()))
