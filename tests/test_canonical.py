@@ -109,12 +109,14 @@ def test_so_it_does_with_other_switches(
     assert metrics(tmp_path / "2") == first and metrics(tmp_path / "4") == first
 
 
+@pytest.mark.slow
 def test_steps_per_launch_change_no_bit(undisturbed: Path, small_dir: Path, tmp_path: Path) -> None:
     train(small_dir, tmp_path / "run", 2, "--steps-per-launch", 3)
     assert state_hash(tmp_path / "run") == state_hash(undisturbed)
     assert metrics(tmp_path / "run") == metrics(undisturbed)
 
 
+@pytest.mark.slow
 def test_stopped_on_4_ranks_it_ends_on_1_with_the_same_bits(
     tmp_path: Path,
 ) -> None:
@@ -180,6 +182,7 @@ def test_what_cannot_be_divided_is_refused_with_what_can(small: Records) -> None
         override(config, {"step.accumulate": 2}, "test")
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_its_own_number_of_shards(small_dir: Path, tmp_path: Path) -> None:
     train(small_dir, tmp_path / "run", 1, "--epochs", 1)
     words = line(small_dir, tmp_path / "run", 1, "--canonical", 2, "--resume", tmp_path / "run")
