@@ -57,6 +57,8 @@ def test_toml_gives_the_config_back(
 ) -> None:
     if given.get("data.feed", RECIPES[name].data.feed) == "stream":
         given = given | {"data.order": "blocked"}
+    if given.get("step.canonical"):
+        given = given | {"step.accumulate": 1}
     config = override(RECIPES[name], given, "test")
     found = {dotted: value for dotted, _, _, value in settings_of(config)}
     kernels = given.pop("kernels", found["kernels"])

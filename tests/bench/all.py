@@ -4,7 +4,18 @@ from pathlib import Path
 
 import click
 
-from tests.bench import OUT, feeds, fullsize, measuring, pack, precision, ranks, report, step
+from tests.bench import (
+    OUT,
+    canonical,
+    feeds,
+    fullsize,
+    measuring,
+    pack,
+    precision,
+    ranks,
+    report,
+    step,
+)
 
 
 @click.command()
@@ -18,6 +29,7 @@ def main(data: Path | None, out: Path) -> None:
     feeds.bench(out, seconds=8.0)
     step.bench(out, rounds=7, num_steps=60)
     ranks.bench(out, pairs=5, num_steps=100)
+    canonical.bench(out, rounds=5, num_steps=60)
     measuring.bench(out, rounds=9, num_steps=60)
     report.bench(out, rounds=5)
     if data:
