@@ -72,14 +72,19 @@ def fit(
     Returns:
         The report, and the signal that stopped the run, 0 if it is finished.
     """
+
+    def part(config: RunConfig, resume: bool, last_epoch: int) -> tuple[RunReport, int]:
+        with world.on_stream(), closing(open_session(config, records, world)) as session:
+            trainer = Trainer(session, out, say)
+            return trainer.fit(resume, last_epoch), trainer.stopped_by
+
     batch, epoch = (int(n) for n in world.most(list(_unfinished(config, out, resume, world))))
     if batch:
         say(f"note: epoch {epoch + 1} is finished with its global batch of {batch} first")
-        old = replace(config, global_batch=batch)
-        report, signal = _fit(old, records, world, out, resume=True, say=say, last=epoch + 1)
+        report, signal = part(replace(config, global_batch=batch), True, epoch + 1)
         if signal:
             return report, signal
-    return _fit(config, records, world, out, resume=resume, say=say, last=config.epochs)
+    return part(config, resume, config.epochs)
 
 
 def _unfinished(config: RunConfig, out: Path, resume: bool, world: World) -> tuple[float, float]:
@@ -89,21 +94,6 @@ def _unfinished(config: RunConfig, out: Path, resume: bool, world: World) -> tup
         return 0, 0
     batch = manifest.training["global_batch"]
     return (0, 0) if batch == config.global_batch else (batch, manifest.position.epoch)
-
-
-def _fit(
-    config: RunConfig,
-    records: Records,
-    world: World,
-    out: Path,
-    *,
-    resume: bool,
-    say: Say,
-    last: int,
-) -> tuple[RunReport, int]:
-    with world.on_stream(), closing(open_session(config, records, world)) as session:
-        trainer = Trainer(session, out, say)
-        return trainer.fit(resume, last), trainer.stopped_by
 
 
 @dataclass

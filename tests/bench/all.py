@@ -6,7 +6,11 @@ import click
 
 from tests.bench import (
     OUT,
+<<<<<<< HEAD
     checkpoints,
+=======
+    canonical,
+>>>>>>> canon15
     feeds,
     fullsize,
     measuring,
@@ -29,6 +33,7 @@ def main(data: Path | None, out: Path) -> None:
     feeds.bench(out, seconds=8.0)
     step.bench(out, rounds=7, num_steps=60)
     ranks.bench(out, pairs=5, num_steps=100)
+    canonical.bench(out, rounds=5, num_steps=60)
     measuring.bench(out, rounds=9, num_steps=60)
     checkpoints.bench(out, rounds=15)
     report.bench(out, rounds=5)

@@ -7,14 +7,25 @@ from engine.config import flatten, read_toml
 from engine.host import ROOT
 from engine.report import Environment
 from tools.measure.matrix import config_cell
+from tools.measure.results import Settings
 from tools.measure.runner import Run, in_child
 
 
 def samples_per_s(
-    config: str, *, batch_size: int, num_steps: int, num_ranks: int = 1, num_threads: int = 0
+    config: str,
+    *,
+    batch_size: int,
+    num_steps: int,
+    num_ranks: int = 1,
+    num_threads: int = 0,
+    changed: Settings | None = None,
 ) -> tuple[float, Environment]:
-    """Throughput of bench_configs/`config`.toml on the CPU over all ranks, as by tools/profile."""
-    settings = flatten(read_toml(ROOT / "bench_configs" / f"{config}.toml"))
+    """Throughput of bench_configs/`config`.toml on the CPU over all ranks, as by tools/profile.
+
+    Args:
+        changed: settings beside those of the file.
+    """
+    settings = flatten(read_toml(ROOT / "bench_configs" / f"{config}.toml")) | (changed or {})
     cell = config_cell(config, settings, batch_size * num_ranks)
     axes = {"batch": batch_size, "ranks": num_ranks}
     cell = replace(cell, axes=axes, num_steps=num_steps, num_threads=num_threads)
