@@ -6,11 +6,8 @@ import click
 
 from tests.bench import (
     OUT,
-<<<<<<< HEAD
-    checkpoints,
-=======
     canonical,
->>>>>>> canon15
+    checkpoints,
     feeds,
     fullsize,
     measuring,
