@@ -72,8 +72,7 @@ class Ranks:
         num_failed = self._meet(f"turn {self._turn}", failed is not None)
         if num_failed:
             _, text = self._reason() or (0, str(failed))
-            with suppress(RuntimeError):  # the store may end with the machine that holds it
-                self._meet("leaving", False, LEAVE_TIMEOUT)
+            self.leave()
             raise _spoken(text, self.local_rank == 0)
         return result
 
@@ -150,6 +149,12 @@ class Ranks:
 
         self.agree(share)
         return str(self.store.get(key).decode())
+
+    def leave(self) -> None:
+        """Wait for the others before this rank ends: the store may end with it. Collective."""
+        if self.size > 1:
+            with suppress(RuntimeError, UserError):
+                self._meet("leaving", False, LEAVE_TIMEOUT)
 
     def _leave_reason(self, error: UserError) -> None:
         with suppress(RuntimeError):

@@ -167,6 +167,7 @@ def _run(config: RunConfig, ranks: Ranks, folder: Path | None, resume: bool, dev
         done = ranks.from_first(lambda: finished_text(out, config) if resume else "")
         if done:
             _say(f"{done}: {out / 'report.json'}")
+            ranks.leave()
             return 0
         return _train(config, ranks, out, resume, device)
 

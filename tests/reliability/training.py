@@ -335,8 +335,13 @@ def check_nothing_left(tally: Tally, what: str) -> None:
 
 
 def memory_files() -> set[str]:
-    """What lies in /dev/shm but for the rows' own folders."""
-    return {name for name in os.listdir("/dev/shm") if not name.startswith("reliability-")}
+    """What lies in /dev/shm, but for the rows' own folders and semaphores.
+
+    A torchrun that is forked here has this process's resource tracker, which removes the semaphores
+    of one that was killed when the rows end.
+    """
+    names = os.listdir("/dev/shm")
+    return {name for name in names if not name.startswith(("reliability-", "sem.mp-"))}
 
 
 def check_memory(tally: Tally, before: set[str]) -> None:
