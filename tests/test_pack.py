@@ -170,8 +170,12 @@ def test_an_interrupted_packer_cleans_up(
     number: int, code: int, small_csv: Path, tmp_path: Path
 ) -> None:
     command = [sys.executable, "-m", "tools.pack_tmnist", "-", tmp_path / "out"]
+
+    def heed() -> None:  # a shell's background job ignores SIGINT, and so would its children
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     with subprocess.Popen(
-        command, cwd=ROOT, stdin=subprocess.PIPE, stderr=subprocess.PIPE
+        command, cwd=ROOT, stdin=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heed
     ) as child:
         assert child.stdin and child.stderr
         child.stdin.write(small_csv.read_bytes())
