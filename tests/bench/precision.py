@@ -7,7 +7,6 @@ from pathlib import Path
 
 import click
 
-from engine.report import Environment
 from tests.bench import OUT
 from tests.bench.fullsize import train
 from tools.report.rows import claim, row, write_result
@@ -22,10 +21,11 @@ def bench(out: Path, data: Path, pairs: int, extra: tuple[str, ...] = ()) -> Non
     for seed, (name, flags) in product(range(1, pairs + 1), SIDES.items()):
         with tempfile.TemporaryDirectory() as folder:
             report = train(data, (f"--seed={seed}", *flags, *extra), Path(folder) / "run")
-        assert report["effective"]["precision"] == name, (
-            f"{name} is not supported here: {report['notes']}"
+        assert report.effective["precision"] == name, (
+            f"{name} is not supported here: {report.notes}"
         )
-        accuracy[name].append(100 * report["test_accuracy_fraction"])
+        assert report.test_accuracy_fraction is not None, "the records have no test split"
+        accuracy[name].append(100 * report.test_accuracy_fraction)
     points = [b - a for a, b in zip(accuracy["fp32"], accuracy["bf16"], strict=True)]
     middle, low, high = mean_interval95(points)
     difference = row("95 % interval of the mean difference", points, "points")
@@ -39,11 +39,14 @@ def bench(out: Path, data: Path, pairs: int, extra: tuple[str, ...] = ()) -> Non
             "the interval's end that is farther from 0 (points)", max(-low, high), 0.3, at_most=True
         )
     ]
-    size = f"{report['num_epochs']} epochs on {report['num_train_samples']:,} images"
+    size = f"{report.num_epochs} epochs on {report.num_train_samples:,} images"
     title = f"bf16 against fp32: {size}"
-    environment = Environment(**report["environment"])
     write_result(
-        out / "cpu_precision.json", title=title, environment=environment, rows=rows, claims=claims
+        out / "cpu_precision.json",
+        title=title,
+        environment=report.environment,
+        rows=rows,
+        claims=claims,
     )
 
 
