@@ -36,22 +36,7 @@ FLOORS = (
 )
 """What stands in engine/, packages and files, from the ground up: imports run downward or stay."""
 TOOL_ROOMS = ("measure", "report", "checks")
-NO_TORCH = (
-    "errors",
-    "ui",
-    "host",
-    "paths",
-    "ranks",
-    "heart",
-    "stop",
-    "config",
-    "order",
-    "report",
-    "typed",
-    "durable",
-    "data",
-    "run",
-)
+NO_TORCH = (*FLOORS[0], *FLOORS[1], "run")
 
 
 def floor(module: str) -> int:

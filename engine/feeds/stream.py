@@ -9,7 +9,6 @@ Shapes: N samples of the split, M of a window, B of a batch, H x W pixels, P = H
 
 import itertools
 from collections.abc import Iterator
-from multiprocessing.pool import ThreadPool
 
 import numpy as np
 import torch
@@ -20,7 +19,6 @@ from engine.feeds.batch import Batch, Upload
 from engine.order import PADDING_ID, Order
 
 NUM_WINDOWS = 2
-NUM_READERS = 2
 SLOWEST_BYTES_PER_S = 20e6
 """A disk that is slower counts as dead."""
 Window = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -38,8 +36,8 @@ class StreamFeed:
         num_pixels = int(np.prod(split.height_width))
         self._buffers = [np.empty((num_rows, num_pixels), np.uint8) for _ in range(NUM_WINDOWS)]
         self.memory_bytes = NUM_WINDOWS * num_rows * num_pixels
+        self._deadline_s = DEADLINE_S + self.memory_bytes / SLOWEST_BYTES_PER_S
         self._upload = Upload(order.rank_batch, split.height_width, device)
-        self._readers = ThreadPool(NUM_READERS)  # daemons: a blocked one is not waited for
         self._ahead: Ahead[Window] | None = None
         self._turn = 0
         self._next = (-1, -1)
@@ -92,7 +90,6 @@ class StreamFeed:
         if self._ahead is not None:
             self._ahead.close()
         self._ahead = None
-        self._readers.terminate()
 
     def _restart(self, epoch: int, first_step: int) -> Ahead[Window]:
         """Read from a step on, and ahead into the next epochs."""
@@ -105,9 +102,8 @@ class StreamFeed:
             self._read_epoch(*start)
             for start in itertools.islice(starts, None if self.order.shuffle else 1)
         )
-        deadline_s = DEADLINE_S + self.memory_bytes / SLOWEST_BYTES_PER_S
         self._ahead = Ahead(
-            itertools.chain.from_iterable(plan), slots=NUM_WINDOWS, deadline_s=deadline_s
+            itertools.chain.from_iterable(plan), slots=NUM_WINDOWS, deadline_s=self._deadline_s
         )
         return self._ahead
 
@@ -128,9 +124,20 @@ class StreamFeed:
             yield pixel_MP, row_M, windows.ids(window, row_M)
 
     def _read(self, runs: list[tuple[int, int]], pixel_MP: np.ndarray) -> None:
-        """Fill a window with its blocks, end to end."""
+        """Fill a window with its blocks, end to end; a thread beside this one takes its share.
+
+        Both are threads that nobody waits for, should a read never return.
+        """
         ends = np.cumsum([num_samples for _, num_samples in runs])
         parts = np.split(pixel_MP[: ends[-1]], ends[:-1])
-        first_rows = [first for first, _ in runs]
-        read_into = self._split.image_NHW.read_into  # type: ignore[attr-defined]
-        self._readers.starmap(read_into, zip(first_rows, parts, strict=True))
+        jobs = [(first, part) for (first, _), part in zip(runs, parts, strict=True)]
+        shared = iter(jobs)  # whoever is free takes the next
+        beside = Ahead(self._blocks_read(shared), slots=len(jobs) + 1, deadline_s=self._deadline_s)
+        for _ in itertools.chain(self._blocks_read(shared), beside):
+            pass
+
+    def _blocks_read(self, jobs: Iterator[tuple[int, np.ndarray]]) -> Iterator[int]:
+        """Read each (first row, memory to fill); the first rows, as they are done."""
+        for first, part_MP in jobs:
+            self._split.image_NHW.read_into(first, part_MP)  # type: ignore[attr-defined]
+            yield first
