@@ -4,6 +4,7 @@ Or batched, by a `__getitems__` that indexes all of a batch. It shuffles by our 
 baseline and fast runs see the same batches; otherwise it is what a tutorial writes.
 """
 
+import gc
 import multiprocessing
 import signal
 from collections.abc import Iterator
@@ -62,6 +63,7 @@ class LoaderFeed:
         self.order = order
         self._steps = _Steps(order)
         self._out = Batch.empty(order.rank_batch, split.height_width, device)
+        gc.collect()  # a pipeline of DALI that a forked worker collects waits there for its threads
         self._loader: DataLoader[tuple[torch.Tensor, torch.Tensor, int]] | None = DataLoader(
             _Batches(split) if batched else _Samples(split),
             batch_sampler=self._steps,
