@@ -318,6 +318,24 @@ def test_a_signal_before_training_ends_the_process_at_once(monkeypatch: Any) -> 
         STOP._handle(signal.SIGTERM, None)
 
 
+def test_the_same_signal_again_ends_the_process_at_once() -> None:
+    """A second later, that is: a terminal and torchrun both send one for the same wish."""
+    code = """
+import os, signal
+from engine.stop import PATIENCE_S, STOP
+STOP.install()
+with STOP.polled():
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("goes on", STOP.number, flush=True)
+    STOP._since_s -= PATIENCE_S
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("never")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout) == (128 + signal.SIGTERM, b"goes on 15\n"), done.stderr
+
+
 def test_a_lone_run_stops_by_a_signal_and_says_how_to_go_on(
     small_dir: Path, tmp_path: Path
 ) -> None:
