@@ -205,7 +205,9 @@ def test_weights_that_are_not_the_runs_are_refused(
 def test_a_checkpoint_is_shown_and_exported(run: Path, tmp_path: Path) -> None:
     """By its own name, and as the newest of a run that is not finished; whole ones only."""
     shutil.copytree(run, tmp_path / "run")
-    (tmp_path / "run" / "model.safetensors").unlink()
+    report = tmp_path / "run" / "report.json"  # finished, gone on with more epochs, and killed
+    report.write_text(report.read_text().replace('"finished"', '"unfinished"'))
+    (tmp_path / "run" / "model.safetensors").write_bytes(b"of the earlier end")
     (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
     words = ("--out", tmp_path / "p.png", "--export", tmp_path / "w.safetensors")
     for place in (tmp_path / "run", checkpoint):

@@ -94,9 +94,10 @@ def find_weights(place: Path) -> Trained:
     """
     if place.parent.name == CHECKPOINTS:
         return _of_checkpoint(place)
-    found = checkpoints(place)
-    if (place / MODEL).exists() or not found:
-        return Trained(place, place / MODEL, read_report(place).dataset_fingerprint)
+    found, report = checkpoints(place), read_report(place)
+    is_whole = report.status == "finished" and (place / MODEL).exists()
+    if is_whole or not found:  # weights beside an unfinished report are an earlier end's
+        return Trained(place, place / MODEL, report.dataset_fingerprint)
     for checkpoint in found:
         with suppress(UserError):
             trained = _of_checkpoint(checkpoint)

@@ -91,7 +91,7 @@ def prune(run: Path, sound: set[Path], best_num_steps: int | None) -> None:
         num_sound += checkpoint in sound
 
 
-def remove_leftovers(run: Path) -> None:
+def remove_unfinished(run: Path) -> None:
     """Delete what killed processes left of checkpoints; the caller holds the run's lock."""
     for entry in (run / CHECKPOINTS).glob(".step-*"):
         if LEFTOVER.fullmatch(entry.name) and not entry.is_symlink():

@@ -13,13 +13,12 @@ from typing import Any
 
 import torch
 
-from engine import durable
 from engine.config import RunConfig, to_toml
-from engine.durable import write_file, writing
+from engine.durable import remove_leftovers, write_file, writing
 from engine.errors import UserError
 from engine.host import user_cache
 from engine.report import RunReport, write_json
-from engine.train.checkpoint import remove_leftovers, save_model
+from engine.train.checkpoint import remove_unfinished, save_model
 from engine.train.folder import CONFIG, PREEMPTED
 
 METRICS = "metrics.jsonl"
@@ -51,9 +50,9 @@ class Journal:
         """
         metrics = self.out / METRICS
         with writing(self.out):
-            remove_leftovers(self.out)
+            remove_unfinished(self.out)
             for name in (CONFIG, METRICS, REPORT, WEIGHTS, PREEMPTED):
-                durable.remove_leftovers(self.out / name)
+                remove_leftovers(self.out / name)
             write_file(self.out / CONFIG, to_toml(config).encode())  # from now on it is a run
             (self.out / PREEMPTED).unlink(missing_ok=True)
             if metrics.exists():
@@ -136,9 +135,9 @@ class Journal:
             second = user_cache() / "rescued" / name
             second.mkdir(parents=True)
             self._write_end(second, report, model)
-        except OSError as error:
-            also = f"{second}: neither ({error.strerror or error})"
-            raise UserError(f"{why}; {also}; free space, then go on with --resume") from None
+        except (OSError, UserError) as error:
+            also = f"nor can the cache folder ({error})"
+            raise UserError(f"{why}, {also}; free space, then go on with --resume") from None
         self.say(f"note: {why}; weights and report are in {second}")
         return second
 

@@ -41,7 +41,7 @@ class Saver:
         self._state = state
         self._buffers: dict[str, Tensors] | None = None
         self._sound: set[Path] = set()
-        self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._idle = threading.Event()
         self._idle.set()
         self._error: UserError | None = None
@@ -91,13 +91,16 @@ class Saver:
             )
         self._raise_error()
 
+    def close(self) -> None:
+        """End the thread, once it has written what was begun."""
+        self._jobs.put(None)
+
     def _raise_error(self) -> None:
         if self._error:
             raise self._error
 
     def _work(self) -> None:
-        while True:
-            job = self._jobs.get()
+        while job := self._jobs.get():
             try:
                 self._write(job)
                 self.failure = None

@@ -144,13 +144,17 @@ class Trainer:
         self.world.first(self._start_files)
         self.pulse.start(self.position.num_steps)
         energy_j = self.nvml.energy_j()
-        with STOP.polled():
-            self._train(min(last_epoch or self.config.epochs, self.config.epochs))
-            used_j = self.nvml.energy_since(energy_j)
-            self._wait_for_disk()
-            if self.stopped_by or self.position.epoch < self._last_epoch():
-                return self._stop(used_j)
-            return self._end(used_j)
+        try:
+            with STOP.polled():
+                self._train(min(last_epoch or self.config.epochs, self.config.epochs))
+                used_j = self.nvml.energy_since(energy_j)
+                self._wait_for_disk()
+                if self.stopped_by or self.position.epoch < self._last_epoch():
+                    return self._stop(used_j)
+                return self._end(used_j)
+        finally:
+            if self.saver:
+                self.saver.close()
 
     def _last_epoch(self) -> int:
         """Where the training ends: the target may be reached before the last one."""
