@@ -8,6 +8,7 @@ training and after it there is nothing to save, so the process ends where it sta
 import ctypes
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,6 +40,7 @@ class StopRequest:
 
     def install(self) -> None:
         """Handle the signals from now on; only the main thread may call this."""
+        sys.unraisablehook = _report_unraisable
         for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
                 signal.signal(number, self._handle)
@@ -61,6 +63,13 @@ class StopRequest:
                 raise Stopped(number)
         elif now_s - self._since_s >= PATIENCE_S:
             os._exit(128 + number)
+
+
+def _report_unraisable(unraisable: Any) -> None:
+    """Python drops what is raised in a destructor; a Stopped that is lost there comes to nothing:
+    its number is kept, and the run stops at its first pulse."""
+    if not isinstance(unraisable.exc_value, Stopped):
+        sys.__unraisablehook__(unraisable)
 
 
 STOP = StopRequest()

@@ -336,6 +336,21 @@ with STOP.polled():
     assert (done.returncode, done.stdout) == (128 + signal.SIGTERM, b"goes on 15\n"), done.stderr
 
 
+def test_a_signal_in_a_destructor_is_kept_and_prints_nothing() -> None:
+    code = """
+import os, signal
+from engine.stop import STOP
+class Falls:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+STOP.install()
+Falls()
+print(STOP.number, flush=True)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"15\n", b"")
+
+
 def test_a_lone_run_stops_by_a_signal_and_says_how_to_go_on(
     small_dir: Path, tmp_path: Path
 ) -> None:

@@ -122,6 +122,7 @@ def launcher_stops(tally: Tally) -> None:
         send((run.pid, *ranks)[target], number)
         start_s = time.perf_counter()
         done = run.wait()
+        until(lambda: not children(os.getpid()), [])  # by SIGUSR1 torchrun ends before its ranks
         took_s = time.perf_counter() - start_s
         what = f"{number.name} to {('torchrun', 'rank 0', 'rank 1')[target]}: {done}"
         marker = training.out / "preempted"
