@@ -5,8 +5,10 @@ A feed is named with its order: "stream blocked" reads from disk, the others fro
 
 import gc
 import itertools
+import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -25,7 +27,7 @@ from engine.data.pack import PackOptions, pack
 from engine.data.records import Records, open_records
 from engine.errors import UserError
 from engine.feeds import build as feeds
-from engine.feeds import dali
+from engine.feeds import dali, loader
 from engine.feeds.batch import Batch, Feed
 from engine.feeds.build import choose_feed, make_feed, open_for
 from engine.feeds.dali import DaliFeed
@@ -92,6 +94,31 @@ def test_an_epoch_can_be_left_and_entered_anywhere(feed: Feed) -> None:
     assert len(rest) == len(whole) - 3
     for got, wanted in zip(rest, whole[3:], strict=True):
         assert all(np.array_equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("number", "sentence"),
+    [(signal.SIGKILL, "cannot go on"), (signal.SIGSTOP, "has made no batch for 1 s")],
+)
+def test_a_loader_whose_worker_is_killed_or_stopped_says_so(
+    number: signal.Signals, sentence: str, small: Records, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader, "DEADLINE_S", 1.0)
+    before = signal.getsignal(signal.SIGCHLD)
+    feed = build("loader", small)
+    batches = feed.batches(0)
+    next(batches)
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid or 0, number)
+    try:
+        with pytest.raises(UserError, match=sentence):
+            list(batches)
+        for worker in multiprocessing.active_children():
+            worker.join(5)
+        assert not multiprocessing.active_children()
+    finally:
+        feed.close()
+        signal.signal(signal.SIGCHLD, before)
 
 
 def test_the_addresses_stay_the_same(feed: Feed) -> None:

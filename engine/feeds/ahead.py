@@ -59,9 +59,7 @@ class Ahead(Iterator[T]):
         try:
             item, error = self._ready.get(timeout=self._deadline_s)
         except queue.Empty:
-            what = f"the feed has made no batch for {self._deadline_s:.0f} s"
-            remedy = "look at the disk and the memory of this machine, then go on with --resume"
-            raise UserError(f"{what}; {remedy}") from None
+            raise late(self._deadline_s) from None
         self._num_given += 1
         if item is None:
             self._over = True
@@ -79,3 +77,10 @@ class Ahead(Iterator[T]):
         self._thread.join(self._deadline_s if to_restart else JOIN_S)
         if to_restart and self._thread.is_alive():
             raise RuntimeError("the feed's thread does not end; its buffers cannot be used again")
+
+
+def late(deadline_s: float) -> UserError:
+    """The error of a feed that makes nothing."""
+    what = f"the feed has made no batch for {deadline_s:.0f} s"
+    remedy = "look at the disk and the memory of this machine, then go on with --resume"
+    return UserError(f"{what}; {remedy}")

@@ -7,6 +7,8 @@ baseline and fast runs see the same batches; otherwise it is what a tutorial wri
 import gc
 import multiprocessing
 import signal
+import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from engine.data.records import Split
 from engine.errors import UserError, sentence
-from engine.feeds.ahead import Ahead
+from engine.feeds.ahead import DEADLINE_S, late
 from engine.feeds.batch import Batch
 from engine.feeds.resident import id_blocks
 from engine.order import Order
@@ -76,48 +78,82 @@ class LoaderFeed:
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         assert self._loader is not None, "the feed is closed"
         self._steps.start = (epoch, first_step)
-        # In a thread: reading a batch of a worker that is stopped waits for it without a deadline.
-        batches = Ahead(iter(self._loader), slots=2)
-        _translate_deaths(self.name)
+        batches = iter(self._loader)
+        deadline = _Deadline()
+        _translate_deaths(self.name, deadline)
         try:
-            while batch := self._next(batches):
+            while batch := self._next(batches, deadline):
                 self._out.copy_(Batch(*batch))
                 yield self._out
         finally:
-            batches.close()
+            deadline.close()
 
-    def _next(self, batches: Iterator[Any]) -> tuple[torch.Tensor, ...] | None:
+    def _next(self, batches: Iterator[Any], deadline: "_Deadline") -> tuple[Any, ...] | None:
+        deadline.since_s = time.monotonic()
         try:
             return next(batches, None)
-        except (RuntimeError, UserError) as error:  # a worker died, or made nothing in time
-            raise _ended(self.name, error) from None
+        except (RuntimeError, OSError, EOFError) as error:  # a worker died, or was ended
+            raise _ended(self.name, error, deadline) from None
+        finally:
+            deadline.since_s = None
 
     def close(self) -> None:
         self._loader = None
 
 
-def _ended(name: str, error: Exception) -> UserError:
-    """The sentence; the workers are ended at once: one that is stopped would outlive the run."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for each of them
+class _Deadline:
+    """Ends the workers where a batch takes too long.
+
+    Reading what a worker sent waits without a limit, DataLoader's time-out or not, if that worker
+    was stopped in the middle of it; once it has ended, the reading breaks.
+    """
+
+    def __init__(self) -> None:
+        self.since_s: float | None = None
+        """When the batch was asked for (time.monotonic); None: nobody waits for one."""
+        self.has_passed = False
+        self._over = threading.Event()
+        threading.Thread(target=self._work, name="feed", daemon=True).start()
+
+    def close(self) -> None:
+        self._over.set()
+
+    def _work(self) -> None:
+        while not self._over.wait(1.0):
+            since_s = self.since_s
+            if since_s is not None and time.monotonic() - since_s > DEADLINE_S:
+                self.has_passed = True
+                return _end_workers()
+
+
+def _end_workers() -> None:
+    """At once: one that is stopped would outlive the run."""
     for worker in multiprocessing.active_children():
         worker.kill()
-    if isinstance(error, UserError):
-        return error
+
+
+def _ended(name: str, error: Exception, deadline: _Deadline) -> UserError:
+    """The sentence; what is left of the workers is ended."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for each of them
+    _end_workers()
+    if deadline.has_passed:
+        return late(DEADLINE_S)
     what = f"the {name} feed cannot go on ({sentence(error)})"
     return UserError(f"{what}; look at the memory of this machine, then go on with --resume")
 
 
-def _translate_deaths(name: str) -> None:
+def _translate_deaths(name: str, deadline: _Deadline) -> None:
     """Where a worker dies, torch's handler of SIGCHLD raises; let it raise our error."""
     usual = signal.getsignal(signal.SIGCHLD)
-    if not callable(usual) or getattr(usual, "is_ours", False):
+    usual = getattr(usual, "usual", usual)  # of an earlier epoch
+    if not callable(usual):
         return
 
     def handle(number: int, frame: Any) -> None:
         try:
             usual(number, frame)
         except RuntimeError as error:
-            raise _ended(name, error) from None
+            raise _ended(name, error, deadline) from None
 
-    vars(handle)["is_ours"] = True
+    vars(handle)["usual"] = usual
     signal.signal(signal.SIGCHLD, handle)
