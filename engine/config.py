@@ -76,9 +76,10 @@ class DataConfig:
             environment=True,
         )
     )
-    order: Literal["exact", "blocked"] = setting(
+    order: Literal["exact", "blocked", "stratified"] = setting(
         "exact",
-        "exact: any sample at any place of an epoch; blocked: as the stream feed can read it.",
+        "exact: any sample at any place of an epoch; blocked: as the stream feed can read it; "
+        "stratified: each class spread evenly over the epoch.",
         flag="--order",
     )
     block_samples: int = setting(
@@ -102,17 +103,26 @@ class ModelConfig:
         "fast",
         "fast is baseline with the ReLU after the pool: the same function of the same parameters.",
     )
+    first_layer: Literal["trained", "whitened"] = setting(
+        "trained",
+        "whitened: fixed filters that make the training images' patches white, never trained.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     name: Literal["adam", "adamw"] = setting("adamw", "The torch optimiser.")
     learning_rate: float = setting(0.01, "Highest learning rate of the schedule.", bounds=(0, 1000))
-    schedule: Literal["constant", "one_cycle"] = setting(
-        "one_cycle", "one_cycle: linear warm-up to the highest rate, then cosine to almost zero."
+    schedule: Literal["constant", "one_cycle", "linear"] = setting(
+        "one_cycle",
+        "After a linear warm-up to the highest rate: one_cycle by a cosine to almost zero, "
+        "linear straight to zero.",
     )
     warmup_fraction: float = setting(
-        0.2, "Part of all steps that warm up (one_cycle).", bounds=(0, 1)
+        0.2, "Part of all steps that warm up (not constant).", bounds=(0, 1)
+    )
+    beta2: float = setting(
+        0.999, "Memory of the squared gradients: 0.99 is some 100 steps.", bounds=(0, 0.999999)
     )
     weight_decay: float = setting(
         0.01, "Decoupled (adamw), on weights only, not on biases.", bounds=(0, 1000)
@@ -310,7 +320,7 @@ def override(config: RunConfig, dotted: Mapping[str, Any], source: str) -> RunCo
         low, high = each.metadata["low"], each.metadata["high"]
         if low is not None and not low <= value <= high:  # also true for NaN
             raise UserError(f"{source}: {name} is {value}; give a value from {low} to {high}")
-    if config.data.feed == "stream" and config.data.order == "exact":
+    if config.data.feed == "stream" and config.data.order != "blocked":
         what = "the stream feed serves the blocked order only"
         raise UserError(f"{source}: {what}; set data.order=blocked too")
     if config.step.canonical and config.step.accumulate > 1:

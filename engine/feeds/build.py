@@ -41,7 +41,7 @@ def choose_feed(config: DataConfig, split: Split, device: torch.device) -> tuple
     """
     gib = len(split) * float(np.prod(split.height_width)) / 2**30
     if isinstance(split.image_NHW, StoredImages):
-        if config.order == "exact":
+        if config.order != "blocked":
             share = f"{MEMORY_SHARE:.0%} of the host's free memory"
             raise UserError(
                 f"the images take {gib:.2f} GiB, more than {share}; "

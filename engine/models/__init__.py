@@ -29,4 +29,7 @@ def make_model(
     check_image_size(height, width)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return NETWORKS[config.name](height, width, num_classes, fused=fused)
+        network = NETWORKS[config.name](height, width, num_classes, fused=fused)
+    if config.first_layer == "whitened":
+        network.freeze_first_layer()
+    return network

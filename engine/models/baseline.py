@@ -5,11 +5,13 @@ Shapes: B samples, C channels, H x W pixels, K classes.
 
 from typing import cast
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
 
 from engine.errors import UserError
+from engine.models.whitening import whitening_filters
 
 CONV1_CHANNELS, CONV2_CHANNELS, HIDDEN = 32, 64, 128
 MIN_SIDE = 4
@@ -43,6 +45,18 @@ class GlyphNet(nn.Module):
         self.conv2 = nn.Conv2d(CONV1_CHANNELS, CONV2_CHANNELS, 3, padding=1)
         self.fc1 = nn.Linear(CONV2_CHANNELS * (height // 4) * (width // 4), HIDDEN)
         self.fc2 = nn.Linear(HIDDEN, num_classes)
+
+    def freeze_first_layer(self) -> None:
+        """Leave the first convolution as `prepare` makes it: it has no gradient."""
+        self.conv1.requires_grad_(False)
+
+    def prepare(self, image_NHW: np.ndarray) -> None:
+        """See some training images (uint8) before the first step; a frozen layer whitens them."""
+        if not self.conv1.weight.requires_grad:
+            weight_C133, bias_C = whitening_filters(image_NHW, CONV1_CHANNELS)
+            self.conv1.weight.copy_(weight_C133)
+            assert self.conv1.bias is not None
+            self.conv1.bias.copy_(bias_C)
 
     def forward(self, image_BHW: torch.Tensor) -> torch.Tensor:
         """Logits [B, K] of uint8 pixels, of the type of the arithmetic."""

@@ -8,9 +8,12 @@ import torch
 from engine.config import OptimConfig
 
 ONE_CYCLE_START = 1 / 25
-"""First learning rate of one_cycle as a part of the highest: OneCycleLR's div_factor in torch."""
+"""First learning rate as a part of the highest: OneCycleLR's div_factor in torch."""
 ONE_CYCLE_END = 1e-4 / 25
 """Last learning rate as a part of the highest (final_div_factor)."""
+
+BETA1 = 0.9
+"""Memory of the gradients: torch's default, which no recipe changes."""
 
 
 def lr_table(config: OptimConfig, num_steps: int) -> np.ndarray:
@@ -24,7 +27,9 @@ def lr_table(config: OptimConfig, num_steps: int) -> np.ndarray:
     warmup = max(1, round(config.warmup_fraction * num_steps))
     rising = ONE_CYCLE_START + (1 - ONE_CYCLE_START) * step / warmup
     progress = np.clip((step - warmup) / max(1, num_steps - warmup), 0, 1)
-    falling = ONE_CYCLE_END + (1 - ONE_CYCLE_END) * (1 + np.cos(math.pi * progress)) / 2
+    falling = 1 - progress
+    if config.schedule == "one_cycle":
+        falling = ONE_CYCLE_END + (1 - ONE_CYCLE_END) * (1 + np.cos(math.pi * progress)) / 2
     return (config.learning_rate * np.where(step < warmup, rising, falling)).astype(np.float32)
 
 
@@ -37,11 +42,12 @@ def make_optimizer(
         rate: the learning rate; a tensor for a fused or capturable optimiser, so that none is
             baked into a graph.
     """
-    named = list(model.parameters())
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
-        {"params": [p for p in named if p.dim() > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in named if p.dim() <= 1], "weight_decay": 0.0},
+        {"params": [p for p in trained if p.dim() > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
     ]
     kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
     fused = config.fused or None  # False would turn off torch's foreach, too: 100 launches
-    return kind(groups, lr=rate, fused=fused, capturable=capturable)
+    betas = (BETA1, config.beta2)
+    return kind(groups, lr=rate, betas=betas, fused=fused, capturable=capturable)

@@ -10,11 +10,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
+import numpy as np
 import torch
 
 from engine import meters
 from engine.config import DataConfig, RunConfig
-from engine.data.records import Records
+from engine.data.records import Records, Split
 from engine.data.sample import ensure_sample
 from engine.errors import UserError
 from engine.feeds.batch import Feed, Source
@@ -22,12 +23,15 @@ from engine.feeds.build import gathers, make_feed, open_for
 from engine.feeds.synthetic import random_batch
 from engine.models import make_model
 from engine.models.baseline import check_image_size
-from engine.order import Order
+from engine.order import Order, Strata, permute, round_keys
 from engine.report import Environment, environment
 from engine.train.available import effective_config
 from engine.train.canonical import check_shards, fixed_arithmetic
 from engine.train.step import TrainStep
 from engine.world import World
+
+NUM_SEEN = 1024
+"""Images that a network sees before its first step."""
 
 
 @dataclass
@@ -64,7 +68,7 @@ class Session:
         if split_name not in self.evaluation_feeds:
             split = self.records.split(split_name)
             world, config = self.world, self.config
-            order = make_order(config, len(split), world.rank, world.size, shuffle=False)
+            order = make_order(config, split, world.rank, world.size, shuffle=False)
             plain = RunConfig(data=config.data if config.data.feed == "stream" else DataConfig())
             feed = make_feed(plain, split, order, len(self.records.classes), world.device)
             self.evaluation_feeds[split_name] = feed
@@ -72,12 +76,13 @@ class Session:
 
 
 def make_order(
-    config: RunConfig, num_samples: int, rank: int, world_size: int, shuffle: bool = True
+    config: RunConfig, split: Split, rank: int, world_size: int, shuffle: bool = True
 ) -> Order:
     """The order of a split's samples; sequential for evaluation."""
     in_blocks = config.data.order == "blocked"
+    in_strata = config.data.order == "stratified" and shuffle
     return Order(
-        num_samples=num_samples,
+        num_samples=len(split),
         global_batch=config.global_batch,
         rank=rank,
         world_size=world_size,
@@ -85,6 +90,7 @@ def make_order(
         shuffle=shuffle,
         block_samples=config.data.block_samples if in_blocks else 0,
         window_blocks=config.data.window_blocks if in_blocks else 0,
+        strata=Strata(split.label_N) if in_strata else None,
     )
 
 
@@ -139,7 +145,7 @@ def open_session(config: RunConfig, records: Records, world: World) -> Session:
     meters.reset_torch_peak(world.device)
     effective, notes = effective_config(config, records, world)
     train = records.split("train")
-    order = make_order(config, len(train), world.rank, world.size)
+    order = make_order(config, train, world.rank, world.size)
     start = time.perf_counter()
     with ExitStack() as stack:
         if effective.step.canonical:
@@ -170,6 +176,7 @@ def _make_step(
     height_width, num_classes = records.height_width, len(records.classes)
     fused = frozenset(config.kernels)
     model = make_model(config.model, *height_width, num_classes, config.seed, fused)
+    model.prepare(_some(records.split("train")))
     model = model.to(world.device)
     copies = config.step.steps_per_launch
     static = random_batch(order.rank_batch, height_width, num_classes, world.device, copies=copies)
@@ -180,6 +187,12 @@ def _make_step(
         source = cast(Source, make_feed(config, train, order, num_classes, world.device))
     world.ledger.mark("feed")
     return TrainStep(model, config, order, static, world, source), source
+
+
+def _some(train: Split) -> np.ndarray:
+    """image_NHW: some training images, drawn once and for all."""
+    some = permute(np.arange(min(NUM_SEEN, len(train))), len(train), round_keys("seen"))
+    return np.asarray(train.image_NHW[np.sort(some)])
 
 
 def evaluate(session: Session, split_name: str) -> tuple[float, float]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from engine.config import RunConfig, load_toml
-from engine.data.records import open_records
+from engine.data.records import Split, open_records
 from engine.data.sample import sample_path
 from engine.errors import UserError
 from engine.report import read_report
@@ -39,7 +39,7 @@ def check_order(run: Path, data: str | None) -> tuple[int, list[str]]:
     faults: list[str] = []
     checked = 0
     for epoch in range(report.num_epochs):
-        id_X = _check_epoch(run, epoch, Planned(config, len(image_NHW), crc_N), faults)
+        id_X = _check_epoch(run, epoch, Planned(config, records.split("train"), crc_N), faults)
         checked += len(id_X)
         if len(np.unique(id_X)) < len(id_X):
             faults.append(f"epoch {epoch}: a sample came twice")
@@ -59,7 +59,7 @@ class Planned:
     """What a run should have seen."""
 
     config: RunConfig
-    num_samples: int
+    split: Split
     crc_N: np.ndarray | None
     """Of the stored images; None where training distorted them."""
 
@@ -76,7 +76,7 @@ def _check_epoch(run: Path, epoch: int, planned: Planned, faults: list[str]) -> 
             what = f"holds ids of {len(piece.paths)} of {piece.num_ranks} ranks for epoch {epoch}"
             raise UserError(f"{run}: {what}; bring the others' files to OUT/ids too")
         for rank, path in enumerate(piece.paths):
-            order = make_order(planned.config, planned.num_samples, rank, len(piece.paths))
+            order = make_order(planned.config, planned.split, rank, len(piece.paths))
             last_step = piece.last_step or order.steps_per_epoch
             num_steps = last_step - piece.first_step
             id_SB, crc_SB = (x_SB[:num_steps] for x_SB in idlog.read(path, order.rank_batch))

@@ -176,7 +176,7 @@ def open_feed(name: str, records: Path, batch_size: int) -> Opened:
     config = override(RunConfig(), settings, name)
     opened = open_for(config.data, records)
     train = opened.split("train")
-    order = make_order(config, len(train), rank=0, world_size=1)
+    order = make_order(config, train, rank=0, world_size=1)
     if augmented:
         config = replace(config, augment=DISTORTION)
     feed = make_feed(config, train, order, len(opened.classes), torch.device("cpu"))
