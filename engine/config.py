@@ -230,9 +230,17 @@ class RunConfig:
         flag="--tensorboard",
         environment=True,
     )
+    evaluate_every: int = setting(
+        0,
+        "Steps between evaluations within an epoch, off the clock; 0: at epochs' ends only.",
+        bounds=(0, 2**31),
+        flag="--evaluate-every",
+        environment=True,
+    )
     target_accuracy: float = setting(
         0.0,
-        "Stop at the first epoch whose validation accuracy (0..1) reaches this; 0: run all epochs.",
+        "Stop at the first evaluation whose validation accuracy (0..1) reaches this; 0: run all "
+        "epochs.",
         bounds=(0, 1),
         flag="--target-accuracy",
         environment=True,

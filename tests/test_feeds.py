@@ -33,13 +33,21 @@ from engine.feeds.build import choose_feed, make_feed, open_for
 from engine.feeds.dali import DaliFeed
 from engine.feeds.resident import ResidentFeed
 from engine.host import ROOT
-from engine.order import PADDING_ID, Order
+from engine.order import PADDING_ID, Order, Strata
 from engine.train.trainer import fit
 from engine.world import World
 
 CPU = torch.device("cpu")
 EXACT = ["resident", "dali", "loader", "loader_batched"]
-FEEDS = [*EXACT, "resident blocked", "dali blocked", "stream blocked"]
+FEEDS = [
+    *EXACT,
+    "resident blocked",
+    "dali blocked",
+    "stream blocked",
+    "resident stratified",
+    "dali stratified",
+    "loader stratified",
+]
 DISTORTED = AugmentConfig(shift_pixels=2, rotate_degrees=15, shear_degrees=8, scale_fraction=0.2)
 
 
@@ -50,12 +58,16 @@ def build(
     augment: AugmentConfig | None = None,
     **order: Any,
 ) -> Feed:
-    feed, _, in_blocks = name.partition(" ")
+    feed, _, kind = name.partition(" ")
     if feed == "stream":
         records = open_records(records.path, in_memory=False)
     data = records.split(split)
-    blocks = {"block_samples": 20, "window_blocks": 3} if in_blocks else {}
-    settings = {"num_samples": len(data), "global_batch": 32, "seed": 3} | blocks | order
+    kinds: dict[str, dict[str, Any]] = {
+        "": {},
+        "blocked": {"block_samples": 20, "window_blocks": 3},
+        "stratified": {"strata": Strata(data.label_N)},
+    }
+    settings = {"num_samples": len(data), "global_batch": 32, "seed": 3} | kinds[kind] | order
     given = DataConfig(feed=feed, loader_workers=1)  # type: ignore[arg-type]
     config = RunConfig(data=given, augment=augment or AugmentConfig())
     return make_feed(config, data, Order(**settings), len(records.classes), CPU)
@@ -131,7 +143,8 @@ def test_the_addresses_stay_the_same(feed: Feed) -> None:
 @pytest.mark.parametrize("name", FEEDS)
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_ranks_together_see_what_one_rank_sees(name: str, world_size: int, small: Records) -> None:
-    alone = build("resident blocked" if "blocked" in name else "resident", small)
+    kind = name.partition(" ")[2]
+    alone = build(f"resident {kind}".strip(), small)
     ranks = [build(name, small, rank=r, world_size=world_size) for r in range(world_size)]
     parts = [copies(feed.batches(1)) for feed in ranks]
     for step, wanted in enumerate(copies(alone.batches(1))):

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.order import PADDING_ID, Order, permute, round_keys
+from engine.order import PADDING_ID, Order, Strata, permute, round_keys
 
 EPOCHS = st.integers(0, 10**6)
 SEEDS = st.integers(0, 2**63 - 1)
@@ -59,9 +59,15 @@ def test_epochs_and_seeds_differ_and_look_random() -> None:
         assert (orders[first] == orders[second]).sum() < 12  # Poisson(1)
 
 
+def drawn_classes(num_samples: int, num_classes: int) -> np.ndarray:
+    """Of uneven sizes; some may have no sample."""
+    drawn = np.random.default_rng(num_samples).random(num_samples) ** 2
+    return np.floor(num_classes * drawn).astype(np.uint8)
+
+
 @st.composite
 def ranks(draw: st.DrawFn, shuffle: bool) -> list[Order]:
-    """The orders of all ranks of a run: exact, or blocked, for sets down to a single sample."""
+    """The orders of all ranks of a run, of every kind, for sets down to a single sample."""
     num_ranks = draw(st.integers(1, 4))
     common: dict[str, Any] = {
         "num_samples": draw(st.integers(1, 2000)),
@@ -69,9 +75,12 @@ def ranks(draw: st.DrawFn, shuffle: bool) -> list[Order]:
         "seed": draw(SEEDS),
         "shuffle": shuffle,
     }
-    if draw(st.booleans()):
+    kind = draw(st.sampled_from(["exact", "blocked", "stratified"] if shuffle else ["exact"]))
+    if kind == "blocked" or (draw(st.booleans()) and not shuffle):
         common["block_samples"] = draw(st.integers(1, 3000))
         common["window_blocks"] = draw(st.integers(1, 20))
+    if kind == "stratified":
+        common["strata"] = Strata(drawn_classes(common["num_samples"], draw(st.integers(1, 99))))
     return [Order(**common, rank=rank, world_size=num_ranks) for rank in range(num_ranks)]
 
 
@@ -110,8 +119,41 @@ def test_the_global_order_is_the_same_on_any_number_of_ranks_and_from_any_step(
     assert np.array_equal(alone.ids(epoch, first, alone.steps_per_epoch - first), ids[first:])
 
 
-@pytest.mark.parametrize("blocks", [{}, {"block_samples": 40, "window_blocks": 4}])
-def test_another_tail_is_left_out_in_another_epoch(blocks: dict[str, int]) -> None:
+@settings(deadline=None)
+@given(num=st.integers(1, 5000), classes=st.integers(1, 99), batch=st.integers(1, 600), seed=SEEDS)
+def test_a_stratified_batch_holds_every_class_by_its_share(
+    num: int, classes: int, batch: int, seed: int
+) -> None:
+    label_N = drawn_classes(num, classes)
+    batch = min(batch, num)
+    order = Order(num_samples=num, global_batch=batch, seed=seed, strata=Strata(label_N))
+    share_K = np.bincount(label_N, minlength=classes) / num
+    for id_B in order.ids(3, 0, order.steps_per_epoch):
+        count_K = np.bincount(label_N[id_B], minlength=classes)
+        assert (np.abs(count_K - share_K * batch) <= 2 + 2 * classes * share_K).all()
+
+
+def test_a_stratified_order_mixes_within_the_classes() -> None:
+    """Which samples meet in a batch is random: of a class, any may come at any place."""
+    label_N = np.arange(9400) % 94
+    orders = [
+        Order(num_samples=9400, global_batch=94, seed=s, strata=Strata(label_N)) for s in (0, 1)
+    ]
+    first, second, other = (
+        order.ids(epoch, 0, 100).ravel()
+        for order, epoch in zip((*orders, orders[0]), (0, 0, 1), strict=False)
+    )
+    place = np.argsort(first)
+    for ids in (second, other):
+        assert abs(np.corrcoef(place, np.argsort(ids))[0, 1]) < 0.05
+    assert abs(np.corrcoef(place, np.arange(9400))[0, 1]) < 0.05
+
+
+BLOCKS: dict[str, Any] = {"block_samples": 40, "window_blocks": 4}
+
+
+@pytest.mark.parametrize("blocks", [{}, BLOCKS, {"strata": Strata(drawn_classes(1003, 9))}])
+def test_another_tail_is_left_out_in_another_epoch(blocks: dict[str, Any]) -> None:
     order = Order(num_samples=1003, global_batch=64, seed=9, **blocks)
     first, second = (
         set(range(1003)) - set(order.ids(epoch, 0, 15).ravel().tolist()) for epoch in (0, 1)

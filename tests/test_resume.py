@@ -20,9 +20,17 @@ from engine.durable import Damaged
 from engine.errors import UserError
 from engine.heart import TRAINING, WAITING, Beat, Seen, hung_rank
 from engine.host import ROOT
+from engine.report import read_report
 from engine.stop import STOP, Stopped
 from engine.train.checkpoint import FILES, prune, read_checkpoint, write_checkpoint
-from engine.train.folder import Manifest, Position, checkpoint_path, checkpoints, manifest_of
+from engine.train.folder import (
+    Manifest,
+    Position,
+    checkpoint_path,
+    checkpoints,
+    finished_text,
+    manifest_of,
+)
 from engine.train.pulse import Cadence, Pulse
 from engine.train.step import TrainStep
 from engine.train.trainer import fit
@@ -90,6 +98,36 @@ def assert_same(run: Path, whole: Path) -> None:
         assert all(torch.equal(got[key], wanted[key]) for key in wanted), name
     final = [load_file(path / "model.safetensors") for path in (run, whole)]
     assert all(torch.equal(final[0][key], final[1][key]) for key in final[1])
+
+
+def test_evaluating_within_epochs_changes_no_bit_and_keeps_the_best(
+    small: Records, world: World, whole: Path, tmp_path: Path
+) -> None:
+    config = override(CONFIG, {"evaluate_every": 5, "step.steps_per_launch": 2}, "")
+    said: list[str] = []
+    run = tmp_path / "run"
+    run.mkdir()
+    report, _ = fit(config, small, world, run, resume=False, say=said.append)
+    assert_same(run, whole)
+    steps = [int(line.split()[1]) for line in said if line.startswith("step ")]
+    assert steps == [6, 10, 16, 20, 26, 30, 36, 40]  # where launches end; not at epochs' ends
+    best = manifest_of(checkpoints(run)[0]).position.best_num_steps
+    assert best in (*steps, 14, 28, 42) and checkpoint_path(run, best).is_dir()
+    assert report.num_steps == 42
+
+
+def test_a_target_reached_within_an_epoch_ends_the_run_there(
+    small: Records, world: World, tmp_path: Path
+) -> None:
+    config = override(CONFIG, {"evaluate_every": 4, "target_accuracy": 1e-6, "epochs": 2}, "")
+    run = trained(small, world, tmp_path / "run", config)
+    report = read_report(run)
+    assert report.status == "finished" and report.num_epochs < 2
+    assert report.num_steps % 4 == 0 and report.num_steps % 14
+    assert report.time_to_target_s == pytest.approx(report.train_s, abs=0.05)
+    assert report.train_s > 0 and report.eval_s > 0
+    assert checkpoints(run)[0] == checkpoint_path(run, report.num_steps)
+    assert "reached its target" in finished_text(run, config)
 
 
 @pytest.mark.parametrize("num_steps", [1, 5, 13, 14, 15, 29])

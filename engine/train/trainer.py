@@ -163,9 +163,10 @@ class Trainer:
     def _train(self, last_epoch: int) -> None:
         while self.position.epoch < min(last_epoch, self._last_epoch()):
             self._train_epoch()
-            if not self.stopped_by:
-                self._end_epoch()
-                self._meet_after_epoch()
+            if self.position.step < self.steps_per_epoch:
+                return  # stopped, or at its target
+            self._end_epoch()
+            self._meet_after_epoch()
             if self.stopped_by:
                 return
 
@@ -184,13 +185,31 @@ class Trainer:
                     path = idlog.path_of(self.out, self.world, epoch, first_step)
                     idlog.append(path, launch.batch, first=done == first_step)
                 done += launch.num_steps
-                if done < self.steps_per_epoch and self.pulse.is_due(before + done):
+                if done == self.steps_per_epoch:
+                    continue  # the feed is let end
+                if self._is_evaluated(before + done, launch.num_steps):
+                    self._evaluate_inside(done)
+                if self.pulse.is_due(before + done):
                     show(done)
                     self._meet(done)
-                    if self.stopped_by:
-                        break
+                if self.stopped_by or self.position.time_to_target_s:
+                    break
         self._read_log(done)
         self.watch.stop()
+
+    def _is_evaluated(self, step: int, num_steps: int) -> bool:
+        """Whether an evaluation is due after a launch of `num_steps` that ended with `step`."""
+        every = self.config.evaluate_every
+        return bool(every) and step % every < num_steps and "val" in self.session.records.splits
+
+    def _evaluate_inside(self, done: int) -> None:
+        """Evaluate in the middle of an epoch, while the clock stands still."""
+        self._read_log(done)
+        _, accuracy = self._validate()
+        self.say(f"step {self.position.num_steps}  val {accuracy:7.2%}")
+        if self.progress.is_best or self.position.time_to_target_s:
+            self._save(wait=True)
+        self.watch.start()
 
     def _meet_after_epoch(self) -> None:
         """Agree on stopping, saved, also where the cadence asks for no checkpoint here."""
