@@ -1,12 +1,14 @@
 """Matrices are read strictly, run in turn, and survive cells that fail; the children are real."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
+from engine.config import RECIPES, DataConfig, RunConfig, override
 from engine.errors import UserError
 from engine.host import ROOT, num_cpus
 from tests.conftest import run_configs
@@ -87,6 +89,16 @@ def test_rungs_add_up(tmp_path: Path) -> None:
     assert [cell.num_threads for cell in cells] == [0, 0, 0, 1, 1, 0], (
         "1 rank has the threads of those beside it"
     )
+
+
+def test_a_rung_of_a_recipe_is_that_recipe(tmp_path: Path) -> None:
+    text = 'set = { seed = 3 }\n[[rung]]\nname = "a"\nset = { epochs = 9 }\n'
+    text += '[[rung]]\nname = "b"\nrecipe = "study"\nset = { "data.feed" = "resident" }\n'
+    _, (_, cell) = cells_of(text, tmp_path)
+    wanted = replace(RECIPES["study"], seed=3, data=DataConfig(feed="resident"))
+    assert override(RunConfig(), cell.settings, "test") == wanted and cell.axes["batch"] == 64
+    with pytest.raises(UserError, match="there is no recipe 'none'"):
+        cells_of(text.replace('"study"', '"none"'), tmp_path)
 
 
 def test_axes_are_a_full_product(tmp_path: Path) -> None:

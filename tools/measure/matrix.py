@@ -1,8 +1,8 @@
 """Matrices: TOML files as cells. Nothing is measured here: tools/measure/runner.py does that.
 
 A file with `[[rung]]` or `[axes]` is a matrix; any other is a run config and one cell. A rung adds
-its `set` to that of the rung before, or of the one that `base` names. Axes are the full product of
-their lists. `batch` is samples per rank.
+its `set` to that of the rung before, or of the one that `base` names, or to a `recipe`, whose batch
+it has. Axes are the full product of their lists. `batch` is samples per rank.
 
 Threads: torchrun gives each of several ranks one thread, but a process alone takes all cores, and
 beside that 2 ranks on two cores would gain nothing. So where a rung, or the axes, have a cell of
@@ -30,7 +30,7 @@ MATRIX_KEYS: dict[str, type] = {
 }  # fmt: skip
 RUNG_KEYS: dict[str, type] = {
     "name": str, "set": dict, "base": str, "batches": list, "ranks": list, "accuracy": bool,
-    "repetitions": int,
+    "repetitions": int, "recipe": str,
 }  # fmt: skip
 PUBLISHED_KEYS: dict[str, type] = {
     "axes": dict, "samples_per_s": float, "train_s": float, "test_accuracy_fraction": float,
@@ -109,7 +109,16 @@ def _with_settings(tree: Tree, file: Path) -> Tree:
     for rung in tree.get("rung", []):
         if isinstance(rung, dict) and isinstance(rung.get("set"), dict):
             rung["set"] = full_settings(rung["set"], file)
+            _add_recipe(rung, file)
     return tree
+
+
+def _add_recipe(rung: Tree, file: Path) -> None:
+    """Put the settings of a rung's recipe before its own, and its batch."""
+    if type(rung.get("recipe")) is str:
+        recipe = recipe_settings(rung["recipe"], str(file))
+        rung.setdefault("batches", [recipe.pop("global_batch", RunConfig().global_batch)])
+        rung["set"] = recipe | rung["set"]
 
 
 def is_matrix(tree: Tree) -> bool:
@@ -137,7 +146,7 @@ def rungs(tree: Tree, where: str) -> Iterator[tuple[Tree, Settings]]:
     known, before = {"": flatten(tree.get("set", {}))}, ""
     for rung in tree["rung"]:
         _check_keys(rung, RUNG_KEYS, {"name", "set"}, f"{where}: a rung")
-        base = rung.get("base", before)
+        base = rung.get("base", "" if "recipe" in rung else before)
         if base not in known or rung["name"] in known:
             fault = (
                 f"base = {base!r} is no rung before it" if base not in known else "is there twice"
