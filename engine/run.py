@@ -38,12 +38,15 @@ from engine.train.folder import (
 from engine.ui import guard_outputs
 
 AUTO = "auto"
+DEFAULT = "fast"
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @setting_options
 @click.option(
-    "--recipe", type=click.Choice(tuple(RECIPES)), help="A named config.  [default: fast]"
+    "--recipe",
+    type=click.Choice(tuple(RECIPES)),
+    help=f"A named config.  [default: {DEFAULT}; with --config: the settings' defaults]",
 )
 @click.option(
     "--baseline", "recipe", flag_value="study", help="The study's training: --recipe study."
@@ -137,7 +140,9 @@ def _read_config(given: Given, stored: str, num_ranks: int) -> RunConfig:
     if before and given.recipe is None:
         config = before
     else:
-        config = RECIPES[given.recipe or "fast"]
+        config = RECIPES[given.recipe or DEFAULT]
+        if given.config_file and given.recipe is None:  # it says all that is no field's default
+            config = RunConfig()
         if given.recipe == "study":  # its batch is a rank's
             config = replace(config, global_batch=config.global_batch * num_ranks)
     if given.config_file:

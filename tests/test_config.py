@@ -171,7 +171,6 @@ def test_flags_are_made_from_the_fields() -> None:
 
 
 def test_recipes_are_typed_once(tmp_path: Path) -> None:
-    assert recipe_settings("fast", "test") == {}
     assert override(RunConfig(), recipe_settings("study", "test"), "test") == RECIPES["study"]
     (tmp_path / "c.toml").write_text('recipe = "study"\nepochs = 3\n')
     assert load_toml(RunConfig(), tmp_path / "c.toml") == replace(RECIPES["study"], epochs=3)
