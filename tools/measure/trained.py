@@ -69,7 +69,7 @@ def load_network(config: RunConfig, records: Records, trained: Trained) -> torch
     """
     model = make_model(config.model, *records.height_width, len(records.classes), seed=0)
     load_weights(model, trained.file)
-    return model.eval()
+    return model.train(False)
 
 
 def run_config(trained: Trained) -> RunConfig:
