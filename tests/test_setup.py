@@ -10,7 +10,7 @@ import pytest
 
 from engine.report import ROOT
 
-SCRIPTS = ("tmnist-pack", "tmnist-train", "tmnist-profile", "tmnist-verify")
+SCRIPTS = ("tmnist-pack", "tmnist-train", "tmnist-profile", "tmnist-verify", "tmnist-evaluate")
 
 
 @pytest.fixture(scope="module")

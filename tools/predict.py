@@ -4,30 +4,23 @@ RUN is a run's folder, finished or not, or one of its checkpoints.
 """
 
 import json
-from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import click
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 
-from engine.config import RunConfig, load_toml
-from engine.data.records import Records, Split, open_records
-from engine.data.sample import ensure_sample
-from engine.durable import Damaged, write_file, writing
-from engine.errors import UserError, exit_on_user_error, printable
+from engine.config import RunConfig
+from engine.data.records import Records, Split
+from engine.durable import write_file, writing
+from engine.errors import exit_on_user_error, printable
 from engine.host import prepare_process
-from engine.models import make_model
 from engine.paths import PATH
-from engine.report import read_report
-from engine.train.checkpoint import MODEL, read_checkpoint
-from engine.train.folder import CHECKPOINTS, checkpoints
 from engine.ui import guard_outputs
 from tools.measure.answers import answers
+from tools.measure.trained import find_weights, load_network, open_run_records, run_config
 from tools.report.sheet import (
     BLACK,
     COLUMNS,
@@ -61,13 +54,12 @@ def main(run: Path, data: Path | None, out: Path, export: Path | None) -> None:
         prepare_process()
         check_picture(out)
         trained = find_weights(run)
-        config = load_toml(RunConfig(), trained.run / "config.toml")
+        config = run_config(trained)
         records = open_run_records(config, data, trained.fingerprint)
         name, split = shown_split(records)
         num = min(COLUMNS * ROWS, len(split))
         shown = split.take(np.linspace(0, len(split) - 1, num).astype(int))
-        model = make_model(config.model, *records.height_width, len(records.classes), seed=0)
-        load_weights(model, trained.file)
+        model = load_network(config, records, trained)
         answer_N = answers(model, shown.image_NHW, torch.device("cpu"))
         if export:
             export_weights(export, model, config, records)
@@ -75,44 +67,6 @@ def main(run: Path, data: Path | None, out: Path, export: Path | None) -> None:
         where = "" if name == "test" else f" of the {name} split, for want of a test split,"
         right = (answer_N == shown.label_N).sum()
         click.echo(printable(f"{right} of {num} glyphs{where} right: {out}"))
-
-
-@dataclass(frozen=True)
-class Trained:
-    """Where a network's weights are, and on which records they were trained."""
-
-    run: Path
-    file: Path
-    fingerprint: str
-
-
-def find_weights(place: Path) -> Trained:
-    """The weights of a finished run, of one that is not (its newest checkpoint), or a checkpoint.
-
-    Raises:
-        UserError: there are none, or they do not verify.
-    """
-    if place.parent.name == CHECKPOINTS:
-        return _of_checkpoint(place)
-    found, report = checkpoints(place), read_report(place)
-    is_whole = report.status == "finished" and (place / MODEL).exists()
-    if is_whole or not found:  # weights beside an unfinished report are an earlier end's
-        return Trained(place, place / MODEL, report.dataset_fingerprint)
-    for checkpoint in found:
-        with suppress(UserError):
-            trained = _of_checkpoint(checkpoint)
-            click.echo(printable(f"this run is not finished: {checkpoint.name} is shown"))
-            return trained
-    raise UserError(f"{place}: holds no checkpoint that verifies; go on with --resume {place}")
-
-
-def _of_checkpoint(checkpoint: Path) -> Trained:
-    try:
-        manifest, _ = read_checkpoint(checkpoint)
-    except (Damaged, OSError) as error:
-        remedy = "name another checkpoint, or the folder of the run"
-        raise UserError(f"{checkpoint}: is no whole checkpoint ({error}); {remedy}") from None
-    return Trained(checkpoint.parent.parent, checkpoint / MODEL, manifest.dataset_fingerprint)
 
 
 def export_weights(file: Path, model: torch.nn.Module, config: RunConfig, records: Records) -> None:
@@ -130,48 +84,12 @@ def export_weights(file: Path, model: torch.nn.Module, config: RunConfig, record
         write_file(file, save(tensors, metadata=facts))
 
 
-def open_run_records(config: RunConfig, data: Path | None, fingerprint: str) -> Records:
-    """The records that a run was trained on, at `data` if they were moved.
-
-    Raises:
-        UserError: they are not there, or others are: an answer's number would mean another class.
-    """
-    path = data or config.data.path or ensure_sample()
-    if not data and not Path(path).is_dir():
-        raise UserError(f"{path}: the records of the run are no longer here; say where with --data")
-    records = open_records(path)
-    if records.fingerprint != fingerprint:
-        raise UserError(
-            f"{path}: holds other records than the run was trained on (fingerprint "
-            f"{records.fingerprint[:16]}, not {fingerprint[:16]}); name the run's with --data"
-        )
-    return records
-
-
 def shown_split(records: Records) -> tuple[str, Split]:
     """The test split and its name, or where there is none, or no image in it, the next best."""
     for name in ("test", "val"):
         if name in records.splits and len(records.splits[name]):
             return name, records.splits[name]
     return "train", records.split("train")
-
-
-def load_weights(model: torch.nn.Module, file: Path) -> None:
-    """Give the model the parameters in a safetensors file; UserError if they are another's."""
-    remedy = "name the folder of a finished run, or train it again"
-    if not file.is_file():
-        raise UserError(f"{file.parent}: holds no {file.name}; {remedy}")
-    try:
-        found = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{file}: is damaged or no safetensors file ({error}); {remedy}") from None
-    if _forms(found) != _forms(model.state_dict()):
-        raise UserError(f"{file}: holds the weights of another network; {remedy}")
-    model.load_state_dict(found)
-
-
-def _forms(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
 
 
 def draw(split: Split, answer_N: np.ndarray, classes: tuple[str, ...]) -> Image.Image:

@@ -1,0 +1,130 @@
+"""tools/evaluate RUN...: how right networks are, how right they believe they are, and why.
+
+Bare of runs, `--data-facts` says what the images alone allow.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from engine.data.records import SPLITS, open_records
+from engine.data.sample import ensure_sample
+from engine.durable import take_folder, write_file, writing
+from engine.errors import UserError, exit_on_user_error
+from engine.host import prepare_process
+from engine.meters import gpu_facts
+from engine.paths import PATH
+from engine.report import Environment, environment, write_json
+from engine.ui import guard_outputs, progress_bar
+from engine.world import start_world
+from tools.measure import evaluation, neighbours
+from tools.measure.evaluation import Evaluation, Opened, Question, answer, evaluate
+from tools.measure.neighbours import DataFacts, data_facts
+from tools.report.evaluation import evaluation_text, facts_text
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("runs", metavar="[RUN|CHECKPOINT]...", nargs=-1, type=PATH)
+@click.option(
+    "--data", type=PATH, help="The records, if they are no longer where the runs found them."
+)
+@click.option("--split", default="test", show_default=True, type=click.Choice(SPLITS))
+@click.option(
+    "--shifts", is_flag=True, help="Average the logits over each image and its 4 one-pixel shifts."
+)
+@click.option(
+    "--ensemble", is_flag=True, help="Also average the probabilities of runs on the same records."
+)
+@click.option(
+    "--confused",
+    "confused_percent",
+    default=10.0,
+    show_default=True,
+    type=click.FloatRange(0, 100, max_open=True),
+    help="Classes of which a larger part (%) was swapped on val are measured look-alikes.",
+)
+@click.option(
+    "--data-facts",
+    "is_about_data",
+    is_flag=True,
+    help="Name no run: what the images of --data (else the sample) have in twins and neighbours.",
+)
+@click.option(
+    "--max-train",
+    type=click.IntRange(1),
+    help="With --data-facts: training images to look among for near ones.  [default: all]",
+)
+@click.option("--out", type=PATH, help="Folder for the figures as JSON and text.")
+@click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    callback=lambda _, __, value: value or "",
+    help="[default: cuda where there is a GPU]",
+)
+def main(runs: tuple[Path, ...], data: Path | None, out: Path | None, **asked: Any) -> None:
+    """Evaluate RUNs, folders or checkpoints, on a split: each alone, pooled, as an ensemble.
+
+    Top-1, top-2, loss, calibration, look-alikes merged, and the classes one by one.
+    """
+    with exit_on_user_error():
+        prepare_process()
+        check(runs, asked)
+        with (
+            take_folder(out) if out else nullcontext(),
+            machine(asked["device"]) as (device, facts),
+        ):
+            if asked["is_about_data"]:
+                records = open_records(data or ensure_sample())
+                found = data_facts(records, facts, device, asked["max_train"])
+                show(facts_text(found), found, out, neighbours.NAME)
+                return
+            question = Question(
+                split=asked["split"],
+                shifts=asked["shifts"],
+                confused_share=asked["confused_percent"] / 100,
+            )
+            opened, answered = Opened(data), []
+            with progress_bar("evaluating", len(runs)) as bar:
+                for number, run in enumerate(runs, 1):
+                    answered.append(answer(run, opened, question, device))
+                    bar(number)
+            evaluated = evaluate(answered, question, facts, ensemble=asked["ensemble"])
+            show(evaluation_text(evaluated), evaluated, out, evaluation.NAME)
+
+
+def check(runs: tuple[Path, ...], asked: dict[str, Any]) -> None:
+    """UserError where options do not go together; asked before any work."""
+    if asked["is_about_data"] and runs:
+        raise UserError("--data-facts: is about records and takes no run; name them with --data")
+    if not asked["is_about_data"] and not runs:
+        raise UserError("no run is named; name the folder of one, or give --data-facts")
+    if asked["max_train"] and not asked["is_about_data"]:
+        raise UserError("--max-train: goes with --data-facts only; leave it out")
+
+
+@contextmanager
+def machine(device_name: str) -> Iterator[tuple[torch.device, Environment]]:
+    """The device, and the circumstances of what is found on it."""
+    with start_world(device_name) as world, world.on_stream():
+        gpu, num_threads = gpu_facts(world.device), torch.get_num_threads()
+        facts = environment(num_threads=num_threads, allocator=world.allocator, gpu=gpu)
+        yield world.device, facts
+
+
+def show(text: str, found: Evaluation | DataFacts, out: Path | None, name: str) -> None:
+    """Print the text; leave it and the figures in `out`."""
+    click.echo(text)
+    if out:
+        with writing(out):
+            write_json(found, out / name)
+            write_file((out / name).with_suffix(".txt"), (text + "\n").encode())
+        click.echo(f"written: {out / name}")
+
+
+if __name__ == "__main__":
+    guard_outputs()
+    main()

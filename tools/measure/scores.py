@@ -1,0 +1,222 @@
+"""How right a network is on a split, and how right it believes it is: Scores, typed.
+
+Every sample counts once and with the same weight. What is fitted (the temperature, the measured
+look-alikes) is fitted on another split, the validation, and never on the one that is reported.
+
+Does not: run a network (answers.py), nor read runs (evaluation.py).
+
+Shapes: N samples, K classes; logits are of any network, or the logarithms of probabilities.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from tools.measure.merges import (
+    MEASURED,
+    confused_pairs,
+    group_names,
+    merged,
+    named_merges,
+)
+
+NUM_BINS = 15
+"""Of equal width, as in Guo, Pleiss, Sun and Weinberger, 2017 (arXiv:1706.04599), who made the
+expected calibration error and temperature scaling common for networks."""
+TEMPERATURES = (0.05, 20.0)
+"""The search ends there: the answers of a network that is never wrong want a temperature of 0."""
+NUM_HALVINGS = 40
+"""Of log(400), the range above: what is left is far below what a float holds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """Whether of the answers given with a confidence of p a share of p is right."""
+
+    error_fraction: float
+    """Expected calibration error: |share right - mean confidence|, mean over samples, by bins."""
+    temperature: float | None
+    """What the logits are to be divided by for the least loss on val; None without one."""
+    scaled_error_fraction: float | None
+    """The same errors and loss on the split at that temperature."""
+    scaled_loss: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeScore:
+    """Accuracy where the classes of a group count as one."""
+
+    name: str
+    why: str
+    groups: list[list[str]]
+    num_classes: int
+    """That are left."""
+    num_right: int
+    accuracy_fraction: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassScore:
+    """A class that the split has samples of."""
+
+    name: str
+    num_samples: int
+    num_right: int
+    accuracy_fraction: float
+    mistaken_for: str | None
+    """The most frequent wrong answer; None where none is wrong."""
+    num_mistaken: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """How right a network, or a mean of several, is on a split."""
+
+    num_samples: int
+    num_right: int
+    accuracy_fraction: float
+    """Top-1."""
+    top2_accuracy_fraction: float
+    """The label is the first or the second answer."""
+    loss: float
+    """Mean cross-entropy in nats, without label smoothing."""
+    calibration: Calibration
+    merges: list[MergeScore]
+    classes: list[ClassScore]
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.num_right <= self.num_samples or self.num_samples < 1:
+            raise ValueError(f"{self.num_right} of {self.num_samples} samples cannot be right")
+
+
+class Answers:
+    """What a network answers to the samples of a split, at least one, and their labels."""
+
+    def __init__(self, logits_NK: torch.Tensor, label_N: np.ndarray) -> None:
+        self.logits_NK = logits_NK.double()
+        self.label_N = torch.from_numpy(label_N.astype(np.int64))
+        self.answer_N = self.logits_NK.argmax(1)
+
+    @property
+    def num_right(self) -> int:
+        return int((self.answer_N == self.label_N).sum())
+
+    def loss(self, temperature: float = 1.0) -> float:
+        return float(functional.cross_entropy(self.logits_NK / temperature, self.label_N))
+
+    def scaled(self, temperature: float) -> "Answers":
+        return Answers(self.logits_NK / temperature, self.label_N.numpy())
+
+
+def scores_of(
+    answers: Answers, classes: Sequence[str], val: Answers | None, confused_share: float
+) -> Scores:
+    """Everything about a split's answers.
+
+    Args:
+        val: the same network's answers to the validation split; None where there is none.
+        confused_share: see merges.confused_pairs.
+    """
+    num = len(answers.label_N)
+    second_N2 = answers.logits_NK.topk(min(2, len(classes)), dim=1).indices
+    in_two = (second_N2 == answers.label_N[:, None]).any(1) | (answers.answer_N == answers.label_N)
+    groups = named_merges(classes)
+    if val:
+        pairs = confused_pairs(
+            val.label_N.numpy(), val.answer_N.numpy(), len(classes), confused_share
+        )
+        why = f"pairs of which more than {100 * confused_share:g} % were swapped on val"
+        groups[MEASURED] = merged(len(classes), pairs), why
+    return Scores(
+        num_samples=num,
+        num_right=answers.num_right,
+        accuracy_fraction=answers.num_right / num,
+        top2_accuracy_fraction=int(in_two.sum()) / num,
+        loss=answers.loss(),
+        calibration=_calibration(answers, val),
+        merges=[
+            _merge_score(name, why, group_K, answers, classes)
+            for name, (group_K, why) in groups.items()
+        ],
+        classes=class_scores(answers.label_N.numpy(), answers.answer_N.numpy(), classes),
+    )
+
+
+def _merge_score(
+    name: str, why: str, group_K: np.ndarray, answers: Answers, classes: Sequence[str]
+) -> MergeScore:
+    right_N = group_K[answers.answer_N.numpy()] == group_K[answers.label_N.numpy()]
+    return MergeScore(
+        name=name,
+        why=why,
+        groups=group_names(classes, group_K),
+        num_classes=int(group_K.max()) + 1,
+        num_right=int(right_N.sum()),
+        accuracy_fraction=float(right_N.mean()),
+    )
+
+
+def _calibration(answers: Answers, val: Answers | None) -> Calibration:
+    temperature = best_temperature(val) if val else None
+    scaled = answers.scaled(temperature) if temperature else None
+    return Calibration(
+        error_fraction=calibration_error(answers),
+        temperature=temperature,
+        scaled_error_fraction=calibration_error(scaled) if scaled else None,
+        scaled_loss=scaled.loss() if scaled else None,
+    )
+
+
+def calibration_error(answers: Answers) -> float:
+    """The expected calibration error in NUM_BINS bins of confidence, each without its lower end."""
+    confidence_N = answers.logits_NK.softmax(1).amax(1).numpy()
+    right_N = (answers.answer_N == answers.label_N).numpy()
+    bin_N = np.clip(np.ceil(confidence_N * NUM_BINS).astype(int) - 1, 0, NUM_BINS - 1)
+    gap_of_bin = np.bincount(bin_N, weights=right_N - confidence_N, minlength=NUM_BINS)
+    return float(np.abs(gap_of_bin).sum() / len(right_N))
+
+
+def best_temperature(answers: Answers) -> float:
+    """The temperature of the least loss, within TEMPERATURES.
+
+    The loss is convex in 1 / temperature; its slope there, mean logit under the softmax less that
+    of the label, is halved in on.
+    """
+    low, high = (float(np.log(end)) for end in TEMPERATURES)
+    label_logit_N = answers.logits_NK.gather(1, answers.label_N[:, None])[:, 0]
+    for _ in range(NUM_HALVINGS):
+        middle = (low + high) / 2
+        probability_NK = (answers.logits_NK / np.exp(middle)).softmax(1)
+        expected_N = (probability_NK * answers.logits_NK).sum(1)
+        if float((expected_N - label_logit_N).mean()) > 0:  # less sure, so hotter, is better
+            low = middle
+        else:
+            high = middle
+    return float(np.exp((low + high) / 2))
+
+
+def class_scores(
+    label_N: np.ndarray, answer_N: np.ndarray, classes: Sequence[str]
+) -> list[ClassScore]:
+    """A line a class that has samples, in the order of the classes."""
+    count_TR = np.zeros((len(classes), len(classes)), int)
+    np.add.at(count_TR, (label_N, answer_N), 1)
+    found = []
+    for k in np.flatnonzero(count_TR.sum(1)).tolist():
+        wrong_R = count_TR[k].copy()
+        wrong_R[k] = 0
+        most = int(wrong_R.argmax())
+        found.append(
+            ClassScore(
+                name=classes[k],
+                num_samples=int(count_TR[k].sum()),
+                num_right=int(count_TR[k, k]),
+                accuracy_fraction=float(count_TR[k, k] / count_TR[k].sum()),
+                mistaken_for=classes[most] if wrong_R[most] else None,
+                num_mistaken=int(wrong_R[most]),
+            )
+        )
+    return found
