@@ -13,6 +13,7 @@ from engine.config import AugmentConfig, RunConfig
 from engine.data.records import Records
 from engine.feeds.build import choose_feed, gathers
 from engine.feeds.stream import NUM_WINDOWS
+from engine.models import network_class
 from engine.world import World, cannot_compile, cannot_fuse, has_fast_bf16
 
 
@@ -65,6 +66,15 @@ def _kernels(config: RunConfig, records: Records, world: World) -> Changes:
     if config.kernels and (why := cannot_fuse(world.device)):
         why = f"{why}; PyTorch's operations compute the same"
         yield replace(config, kernels=()), f"Triton kernels are not used: {why}"
+
+
+def _layers(config: RunConfig, records: Records, world: World) -> Changes:
+    fitting = network_class(config.model).kernels
+    if others := [name for name in config.kernels if name not in fitting]:
+        kept = tuple(name for name in config.kernels if name in fitting)
+        are = "kernel {} is" if len(others) == 1 else "kernels {} are"
+        why = f"the network {config.model.name} has no such layers"
+        yield replace(config, kernels=kept), f"the {are.format(', '.join(others))} not used: {why}"
 
 
 def _compile(config: RunConfig, records: Records, world: World) -> Changes:
@@ -122,6 +132,7 @@ RULES: tuple[Callable[[RunConfig, Records, World], Changes], ...] = (
     _fp16,
     _graphs,
     _kernels,
+    _layers,
     _compile,
     _canonical,
     _launches,

@@ -10,24 +10,28 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
+import numpy as np
 import torch
 
 from engine import meters
 from engine.config import DataConfig, RunConfig
-from engine.data.records import Records
+from engine.data.records import Records, Split
 from engine.data.sample import ensure_sample
 from engine.errors import UserError
 from engine.feeds.batch import Feed, Source
 from engine.feeds.build import gathers, make_feed, open_for
 from engine.feeds.synthetic import random_batch
-from engine.models import make_model
-from engine.models.baseline import check_image_size
+from engine.models import make_model, network_class
+from engine.models.network import check_image_size
 from engine.order import Order
 from engine.report import Environment, environment
 from engine.train.available import effective_config
 from engine.train.canonical import check_shards, fixed_arithmetic
 from engine.train.step import TrainStep
 from engine.world import World
+
+MOST_SEEN = 20_000
+"""Training images that `Network.prepare` is shown: their mean is within 1 % of all images'."""
 
 
 @dataclass
@@ -103,10 +107,11 @@ def check_batch(config: RunConfig, records: Records, world_size: int) -> None:
     """Refuse records too small to train on with this batch; needs no process group.
 
     Raises:
-        UserError: the images are smaller than the network's least, or the global batch cannot be
-            divided by the ranks or into the shards, or is larger than the train split.
+        UserError: the network's file is not the run's, the images are smaller than the network's
+            least, or the global batch cannot be divided by the ranks or into the shards, or is
+            larger than the train split.
     """
-    check_image_size(*records.height_width)
+    check_image_size(network_class(config.model), *records.height_width)
     batch, num_samples = config.global_batch, len(records.split("train"))
     if batch % world_size:
         raise UserError(
@@ -146,6 +151,8 @@ def open_session(config: RunConfig, records: Records, world: World) -> Session:
             stack.enter_context(fixed_arithmetic(world.device))
         step, source = _make_step(effective, records, order, world)
         stack.callback(step.close)
+        if note := step.statistics.note(step.part_samples, order.global_batch):
+            notes.append(note)
         step.prepare()
         world.ledger.mark("graph pool" if effective.step.cuda_graphs else "model and optimiser")
         warmup_s = time.perf_counter() - start
@@ -170,6 +177,8 @@ def _make_step(
     height_width, num_classes = records.height_width, len(records.classes)
     fused = frozenset(config.kernels)
     model = make_model(config.model, *height_width, num_classes, config.seed, fused)
+    if model.wants_images:
+        model.prepare(_some_images(records.split("train")))
     model = model.to(world.device)
     copies = config.step.steps_per_launch
     static = random_batch(order.rank_batch, height_width, num_classes, world.device, copies=copies)
@@ -180,6 +189,13 @@ def _make_step(
         source = cast(Source, make_feed(config, train, order, num_classes, world.device))
     world.ledger.mark("feed")
     return TrainStep(model, config, order, static, world, source), source
+
+
+def _some_images(split: Split) -> Any:
+    """image_NHW of a split, or of so many, evenly spaced, as the network may want to see."""
+    if len(split) <= MOST_SEEN:
+        return split.image_NHW[np.arange(len(split))]
+    return split.image_NHW[np.linspace(0, len(split) - 1, MOST_SEEN).astype(np.int64)]
 
 
 def evaluate(session: Session, split_name: str) -> tuple[float, float]:
