@@ -81,7 +81,7 @@ def test_relu_after_the_pool_changes_no_bit() -> None:
 
 
 def test_every_name_in_the_config_is_a_network() -> None:
-    assert NETWORK_NAMES == tuple(NETWORKS)
+    assert tuple(NETWORKS) == NETWORK_NAMES
 
 
 def test_weights_depend_on_the_seed_alone() -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from engine.config import RunConfig, load_toml
+from engine.config import RunConfig, load_toml, override, with_own_network
 from engine.data.records import Records, Split, open_records
 from engine.data.sample import ensure_sample
 from engine.durable import Damaged, write_file, writing
@@ -51,8 +51,11 @@ SHORT = 3
     help="The records, if they are no longer where the run found them.",
 )
 @click.option("--out", type=PATH, default=Path("predictions.png"), show_default=True)
+@click.option(
+    "--model", default="", help="FILE.py:NAME again, where the run's network is of your own."
+)
 @click.option("--export", type=PATH, help="Write the weights there too, as one safetensors file.")
-def main(run: Path, data: Path | None, out: Path, export: Path | None) -> None:
+def main(run: Path, data: Path | None, out: Path, model: str, export: Path | None) -> None:
     """Draw test glyphs with RUN's answers; a wrong one is red, the right one beside it.
 
     RUN is the folder of a run, or one of its checkpoints.
@@ -61,20 +64,35 @@ def main(run: Path, data: Path | None, out: Path, export: Path | None) -> None:
         prepare_process()
         check_picture(out)
         trained = find_weights(run)
-        config = load_toml(RunConfig(), trained.run / "config.toml")
+        config = with_code(load_toml(RunConfig(), trained.run / "config.toml"), model)
         records = open_run_records(config, data, trained.fingerprint)
         name, split = shown_split(records)
         num = min(COLUMNS * ROWS, len(split))
         shown = split.take(np.linspace(0, len(split) - 1, num).astype(int))
-        model = make_model(config.model, *records.height_width, len(records.classes), seed=0)
-        load_weights(model, trained.file)
-        answer_N = answers(model, shown.image_NHW, torch.device("cpu"))
+        network = make_model(config.model, *records.height_width, len(records.classes), seed=0)
+        load_weights(network, trained.file)
+        answer_N = answers(network, shown.image_NHW, torch.device("cpu"))
         if export:
-            export_weights(export, model, config, records)
+            export_weights(export, network, config, records)
         save_picture(draw(shown, answer_N, records.classes), out)
         where = "" if name == "test" else f" of the {name} split, for want of a test split,"
         right = (answer_N == shown.label_N).sum()
         click.echo(printable(f"{right} of {num} glyphs{where} right: {out}"))
+
+
+def with_code(config: RunConfig, model: str) -> RunConfig:
+    """A run's config and, where its network is of the user's own, the file that `model` names.
+
+    Raises:
+        UserError: the file cannot be read, or is of another network.
+    """
+    if not model:
+        return config
+    named = override(config, with_own_network({"model.name": model}, "--model"), "--model")
+    if (named.model.name, named.model.sha256) != (config.model.name, config.model.sha256):
+        what = f"is not the network of the run, {config.model.name}, as it was then"
+        raise UserError(f"--model {model}: {what}; give its own file, or leave it out")
+    return named
 
 
 @dataclass(frozen=True)
