@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import click
 
-from engine.config import RunConfig, settings_of, with_own_network
+from engine.config import RunConfig, settings_of
 from engine.paths import PATH
 
 AMP = ("bf16", "fp16")
@@ -42,7 +42,7 @@ def flag_settings(flags: dict[str, Any], num_ranks: int) -> dict[str, Any]:
         given["global_batch"] = given.pop("batch_size") * num_ranks
     if "data.path" in given:
         given["data.path"] = str(given["data.path"])
-    return with_own_network(given, "--model")
+    return given
 
 
 def _option(name: str, each: Field[Any], kind: Any, default: Any) -> Callable[..., Any]:

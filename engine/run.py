@@ -145,7 +145,8 @@ def _read_config(given: Given, stored: str, num_ranks: int) -> RunConfig:
         config = load_toml(config, given.config_file)
     assigned = with_own_network(parse_assignments(given.assignments), "--set")
     config = override(config, assigned, "--set")
-    config = override(config, flag_settings(given.flags, num_ranks), "flags")
+    flags = with_own_network(flag_settings(given.flags, num_ranks), "--model")
+    config = override(config, flags, "flags")
     if before and given.keep_schedule:
         epochs = before.schedule_epochs or before.epochs
         config = replace(config, schedule_epochs=epochs)

@@ -127,7 +127,7 @@ def test_a_short_training_learns(name: str, tiny: Records, world: World) -> None
             for _ in session.step.train_epoch(session.feed, epoch, first_step=5):
                 pass
         loss, accuracy = evaluate(session, "val")
-    assert loss < 0.7 * before[0] and accuracy > 0.5
+    assert loss < 0.7 * before[0] and accuracy > 2 / len(CLASSES)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -39,7 +39,7 @@ class Objective(torch.nn.Module):
     def logits(self, image_BHW: torch.Tensor) -> torch.Tensor:
         """fp32 logits_BC of evaluation: BatchNorm goes by its running statistics."""
         was_training = self.model.training
-        self.model.eval()
+        self.model.train(False)
         try:
             return self._raw_logits(image_BHW).float()
         finally:
