@@ -281,4 +281,4 @@ def rank_main(folder: Path, device: str, model: str, precisions: list[str]) -> N
 
 
 if __name__ == "__main__":
-    rank_main(Path(sys.argv[1]), *sys.argv[2:4], sys.argv[4:])
+    rank_main(Path(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4:])
