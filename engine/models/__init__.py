@@ -4,7 +4,7 @@ import torch
 
 from engine.config import ModelConfig
 from engine.models.baseline import FastGlyphNet, GlyphNet
-from engine.models.network import Network
+from engine.models.network import Network, check_image_size
 from engine.models.own import own_network
 from engine.models.residual import ResidualNet
 from engine.models.vit import VitNet
@@ -40,9 +40,12 @@ def make_model(
     """The network on the CPU, in evaluation mode, its weights a function of `seed` alone.
 
     The global random state is not touched. `fused` are those of kernels.NAMES that compute layers.
-    The images must be large enough (`check_image_size`).
+
+    Raises:
+        UserError: the images are too small for the network, or its file is not what it should be.
     """
     kind = network_class(config)
+    check_image_size(kind, height, width)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = kind.of(config, height, width, num_classes)

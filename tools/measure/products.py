@@ -102,7 +102,8 @@ def _products_of(
     image_BHW = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
     label_B = torch.arange(num_samples) % num_classes
     parameters = list(network.parameters())
-    with _Products() as seen:
+    seen = _Products()
+    with seen:
         loss = functional.cross_entropy(network(image_BHW).float(), label_B)
         torch.autograd.grad(loss, parameters, allow_unused=True)
     return seen.found
