@@ -7,6 +7,7 @@ so that a run may be resumed with another feed, path or device.
 
 import hashlib
 import json
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass, replace
@@ -19,6 +20,9 @@ from engine.errors import UserError
 from engine.paths import full_path, path_text
 
 MOST_SHARDS = 64
+NETWORK_NAMES = ("baseline", "fast", "residual", "vit")
+OWN = re.compile(r"(?P<file>.+\.py):(?P<name>[A-Za-z_]\w*)", re.DOTALL)
+"""A network of the user's own, as --model names it."""
 KernelName = Literal["gather_warp", "conv_pool_relu", "bias_pool_relu", "softmax_cross_entropy"]
 
 
@@ -99,14 +103,31 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    name: Literal["baseline", "fast"] = setting(
+    name: str = setting(
         "fast",
-        "fast is baseline with the ReLU after the pool: the same function of the same parameters.",
+        "The network: baseline (the study's), fast (the same function, computed faster), residual, "
+        "vit, or FILE.py:NAME, a class of your own.",
+        flag="--model",
     )
     first_layer: Literal["trained", "whitened"] = setting(
         "trained",
         "whitened: fixed filters that make the training images' patches white, never trained.",
     )
+    vit_size: Literal["tiny", "small", "base"] = setting(
+        "tiny", "Of vit: 0.6, 4.8 or 25 million parameters."
+    )
+    vit_patch_pixels: int = setting(4, "Side of a patch of vit.", bounds=(1, 1024))
+    sha256: str = setting("", "Of the file of a network of your own; found by itself.")
+    file: str = setting(
+        "",
+        "Where that file is; found by itself, and in no file of a run.",
+        environment=True,
+    )
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the name is FILE.py:NAME."""
+        return OWN.fullmatch(self.name) is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -335,6 +356,7 @@ def override(config: RunConfig, dotted: Mapping[str, Any], source: str) -> RunCo
         low, high = each.metadata["low"], each.metadata["high"]
         if low is not None and not low <= value <= high:  # also true for NaN
             raise UserError(f"{source}: {name} is {value}; give a value from {low} to {high}")
+    config = replace(config, model=_checked_model(config.model, source))
     if config.data.feed == "stream" and config.data.order != "blocked":
         what = "the stream feed serves the blocked order only"
         raise UserError(f"{source}: {what}; set data.order=blocked too")
@@ -342,6 +364,65 @@ def override(config: RunConfig, dotted: Mapping[str, Any], source: str) -> RunCo
         what = "a canonical step computes its shards one by one already"
         raise UserError(f"{source}: {what}; leave step.accumulate at 1, or step.canonical at 0")
     return config
+
+
+def _checked_model(model: ModelConfig, source: str) -> ModelConfig:
+    """The network's settings, without an earlier file where its name is one of the table."""
+    if model.is_own:
+        return model
+    if model.name not in NETWORK_NAMES:
+        choices = ", ".join(NETWORK_NAMES)
+        remedy = f"choose one of {choices}, or give FILE.py:NAME"
+        raise UserError(f"{source}: model.name: is {model.name!r}; {remedy}")
+    return replace(model, file="", sha256="")
+
+
+def with_own_network(dotted: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """What a command line sets, with the place and hash of the file where it names one's own class.
+
+    Only for what a command line says: no file, not even a configuration, has code run.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    found = OWN.fullmatch(str(dotted.get("model.name", "")))
+    if not found:
+        return dict(dotted)
+    try:
+        file = full_path(found["file"])
+    except UserError as error:
+        raise UserError(f"{source}: model.name: {error}") from None
+    own = {
+        "model.name": f"{path_text(file.name)}:{found['name']}",
+        "model.file": str(file),
+        "model.sha256": sha256_of(read_code(file)),
+    }
+    return dict(dotted) | own
+
+
+def sha256_of(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def read_code(file: str | Path) -> bytes:
+    """A Python file's bytes.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return Path(file).read_bytes()
+    except OSError as error:
+        why = f"cannot be read ({error.strerror})"
+        raise UserError(
+            f"{file}: {why}; give --model FILE.py:NAME of a file that is there"
+        ) from None
+
+
+def _refuse_code(dotted: Mapping[str, Any], source: str) -> None:
+    if dotted.get("model.file"):
+        remedy = "leave it out, and name the file with --model FILE.py:NAME"
+        raise UserError(f"{source}: model.file: only a command line names code to run; {remedy}")
 
 
 def load_toml(config: RunConfig, path: str | Path) -> RunConfig:
@@ -358,7 +439,9 @@ def config_of(text: str, source: str) -> RunConfig:
         tree = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{source}: is not TOML ({error}); start anew with another --out") from None
-    return override(RunConfig(), flatten(tree), source)
+    dotted = flatten(tree)
+    _refuse_code(dotted, source)
+    return override(RunConfig(), dotted, source)
 
 
 def full_settings(tree: dict[str, Any], file: Path) -> dict[str, Any]:
@@ -366,6 +449,7 @@ def full_settings(tree: dict[str, Any], file: Path) -> dict[str, Any]:
     given = dict(tree)
     recipe = given.pop("recipe", None)
     base = {} if recipe is None else recipe_settings(recipe, str(file))
+    _refuse_code(flatten(given), str(file))
     return base | with_full_paths(flatten(given), file.parent, str(file))
 
 
@@ -421,6 +505,7 @@ def to_toml(config: RunConfig) -> str:
     """The whole config as TOML; `load_toml` gives it back."""
     tree = asdict(config)
     tree["data"]["path"] = path_text(config.data.path)
+    tree["model"].pop("file")  # whoever reads this names the code to run
     return tomli_w.dumps(tree)
 
 

@@ -17,6 +17,7 @@ from engine.config import (
     load_toml,
     override,
     parse_assignments,
+    with_own_network,
 )
 from engine.durable import take_folder
 from engine.errors import UserError, exit_on_user_error
@@ -147,8 +148,10 @@ def _read_config(given: Given, stored: str, num_ranks: int) -> RunConfig:
             config = replace(config, global_batch=config.global_batch * num_ranks)
     if given.config_file:
         config = load_toml(config, given.config_file)
-    config = override(config, parse_assignments(given.assignments), "--set")
-    config = override(config, flag_settings(given.flags, num_ranks), "flags")
+    assigned = with_own_network(parse_assignments(given.assignments), "--set")
+    config = override(config, assigned, "--set")
+    flags = with_own_network(flag_settings(given.flags, num_ranks), "--model")
+    config = override(config, flags, "flags")
     if before and given.keep_schedule:
         epochs = before.schedule_epochs or before.epochs
         config = replace(config, schedule_epochs=epochs)

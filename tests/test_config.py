@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from engine import run
 from engine.config import (
+    NETWORK_NAMES,
     RECIPES,
     RunConfig,
     load_toml,
@@ -46,8 +47,16 @@ def values(kind: Any, each: Field[Any]) -> st.SearchStrategy[Any]:
     return st.lists(st.sampled_from(NAMES), unique=True)
 
 
+FOUND = ("model.file", "model.sha256")
+"""What is found by itself, of a network of one's own."""
 GIVEN = st.fixed_dictionaries(
-    {}, optional={name: values(kind, each) for name, each, kind, _ in settings_of(RunConfig())}
+    {},
+    optional={
+        name: values(kind, each)
+        for name, each, kind, _ in settings_of(RunConfig())
+        if name not in FOUND
+    }
+    | {"model.name": st.sampled_from([*NETWORK_NAMES, "own.py:Net"])},
 )
 """Settings by dotted name: some of them, or all."""
 

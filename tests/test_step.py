@@ -3,13 +3,13 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from engine.config import ModelConfig, OptimConfig, RunConfig, StepConfig
+from engine.config import NETWORK_NAMES, ModelConfig, OptimConfig, RunConfig, StepConfig
 from engine.data.records import Records
 from engine.feeds.batch import Batch
 from engine.feeds.resident import ResidentFeed
@@ -71,8 +71,8 @@ def test_the_baseline_is_the_studys_network() -> None:
 
 def test_relu_after_the_pool_changes_no_bit() -> None:
     results = []
-    for name in NETWORKS:
-        model = make_model(ModelConfig(name=name), 28, 28, 94, seed=0)  # type: ignore[arg-type]
+    for name in ("baseline", "fast"):
+        model = make_model(ModelConfig(name=name), 28, 28, 94, seed=0)
         image = random_batch(64, (28, 28), 94, CPU).image_BHW
         logits = model(image)
         logits.square().sum().backward()
@@ -81,7 +81,7 @@ def test_relu_after_the_pool_changes_no_bit() -> None:
 
 
 def test_every_name_in_the_config_is_a_network() -> None:
-    assert get_args(get_type_hints(ModelConfig)["name"]) == tuple(NETWORKS)
+    assert tuple(NETWORKS) == NETWORK_NAMES
 
 
 def test_weights_depend_on_the_seed_alone() -> None:

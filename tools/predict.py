@@ -44,8 +44,11 @@ SHORT = 3
     help="The records, if they are no longer where the run found them.",
 )
 @click.option("--out", type=PATH, default=Path("predictions.png"), show_default=True)
+@click.option(
+    "--model", default="", help="FILE.py:NAME again, where the run's network is of your own."
+)
 @click.option("--export", type=PATH, help="Write the weights there too, as one safetensors file.")
-def main(run: Path, data: Path | None, out: Path, export: Path | None) -> None:
+def main(run: Path, data: Path | None, out: Path, model: str, export: Path | None) -> None:
     """Draw test glyphs with RUN's answers; a wrong one is red, the right one beside it.
 
     RUN is the folder of a run, or one of its checkpoints.
@@ -54,15 +57,15 @@ def main(run: Path, data: Path | None, out: Path, export: Path | None) -> None:
         prepare_process()
         check_picture(out)
         trained = find_weights(run)
-        config = run_config(trained)
+        config = run_config(trained, model)
         records = open_run_records(config, data, trained.fingerprint)
         name, split = shown_split(records)
         num = min(COLUMNS * ROWS, len(split))
         shown = split.take(np.linspace(0, len(split) - 1, num).astype(int))
-        model = load_network(config, records, trained)
-        answer_N = answers(model, shown.image_NHW, torch.device("cpu"))
+        network = load_network(config, records, trained)
+        answer_N = answers(network, shown.image_NHW, torch.device("cpu"))
         if export:
-            export_weights(export, model, config, records)
+            export_weights(export, network, config, records)
         save_picture(draw(shown, answer_N, records.classes), out)
         where = "" if name == "test" else f" of the {name} split, for want of a test split,"
         right = (answer_N == shown.label_N).sum()

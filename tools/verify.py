@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from engine.config import NETWORK_NAMES
 from engine.data.records import open_records
 from engine.errors import exit_on_user_error, printable
 from engine.host import prepare_process
@@ -32,7 +33,7 @@ def main(context: click.Context, device: str) -> None:
         with exit_on_user_error():
             good = run_doctor(device)
             click.echo()
-            good &= run_parity(device, ())
+            good &= run_parity(device, (), "fast")
         raise SystemExit(not good)
 
 
@@ -53,10 +54,11 @@ def doctor(device: str) -> None:
     type=click.Choice(["fp32", "tf32", "bf16", "fp16"]),
     help="[default: fp32, and bf16 where it is fast]",
 )
-def parity(device: str, precisions: tuple[str, ...]) -> None:
+@click.option("--model", type=click.Choice(NETWORK_NAMES), default="fast", show_default=True)
+def parity(device: str, precisions: tuple[str, ...], model: str) -> None:
     """Train the same two epochs in every way, and compare what each leaves with the eager step."""
     with exit_on_user_error():
-        raise SystemExit(not run_parity(device, precisions))
+        raise SystemExit(not run_parity(device, precisions, model))
 
 
 def run_doctor(device: str) -> bool:
@@ -73,7 +75,7 @@ def run_doctor(device: str) -> bool:
     return good
 
 
-def run_parity(device: str, precisions: tuple[str, ...]) -> bool:
+def run_parity(device: str, precisions: tuple[str, ...], model: str) -> bool:
     """Print the table; whether every variant is the same training."""
     from engine.data.sample import ensure_sample
     from engine.world import has_fast_bf16, start_world
@@ -86,7 +88,7 @@ def run_parity(device: str, precisions: tuple[str, ...]) -> bool:
         tried = list(precisions) or ["fp32", *(["bf16"] if has_fast_bf16(world.device) else [])]
         head = "  ".join(f"{group:>10}" for group in GROUPS)
         click.echo(f"{'compared with the eager step':<36} {'':<5} {head}  verdict")
-        for verdict in compare(open_records(ensure_sample()), world, tried):
+        for verdict in compare(open_records(ensure_sample()), world, tried, model):
             if verdict.missing:
                 missing.append(
                     f"{verdict.variant} ({verdict.precision}): not tried, {verdict.missing}"

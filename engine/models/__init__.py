@@ -1,17 +1,32 @@
 """The networks by name: uint8 pixels in, logits out."""
 
-from functools import partial
-
 import torch
 
 from engine.config import ModelConfig
-from engine.models.baseline import GlyphNet, check_image_size
+from engine.models.baseline import FastGlyphNet, GlyphNet
+from engine.models.network import Network, check_image_size
+from engine.models.own import own_network
+from engine.models.residual import ResidualNet
+from engine.models.vit import VitNet
 
-NETWORKS = {
-    "baseline": partial(GlyphNet, relu_after_pool=False),
-    "fast": partial(GlyphNet, relu_after_pool=True),
+__all__ = ["NETWORKS", "Network", "make_model", "network_class"]
+
+NETWORKS: dict[str, type[Network]] = {
+    "baseline": GlyphNet,
+    "fast": FastGlyphNet,
+    "residual": ResidualNet,
+    "vit": VitNet,
 }
-"""By ModelConfig.name: called with height, width and number of classes, and with `fused`."""
+"""By ModelConfig.name."""
+
+
+def network_class(config: ModelConfig) -> type[Network]:
+    """The class that `config` names, of the table or of the user's own file.
+
+    Raises:
+        UserError: the file is not what it should be.
+    """
+    return NETWORKS.get(config.name) or own_network(config)
 
 
 def make_model(
@@ -21,15 +36,18 @@ def make_model(
     num_classes: int,
     seed: int,
     fused: frozenset[str] = frozenset(),
-) -> GlyphNet:
-    """The network on the CPU, its weights a function of `seed` alone.
+) -> Network:
+    """The network on the CPU, in evaluation mode, its weights a function of `seed` alone.
 
     The global random state is not touched. `fused` are those of kernels.NAMES that compute layers.
+
+    Raises:
+        UserError: the images are too small for the network, or its file is not what it should be.
     """
-    check_image_size(height, width)
+    kind = network_class(config)
+    check_image_size(kind, height, width)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = NETWORKS[config.name](height, width, num_classes, fused=fused)
-    if config.first_layer == "whitened":
-        network.freeze_first_layer()
-    return network
+        model = kind.of(config, height, width, num_classes)
+    model.fused = fused & kind.kernels
+    return model.train(False)

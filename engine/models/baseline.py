@@ -3,60 +3,53 @@
 Shapes: B samples, C channels, H x W pixels, K classes.
 """
 
-from typing import cast
+from typing import Any, ClassVar, Self, cast
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
 
-from engine.errors import UserError
+from engine.config import ModelConfig
+from engine.models.network import FIT_ALL, Network
 from engine.models.whitening import whitening_filters
 
 CONV1_CHANNELS, CONV2_CHANNELS, HIDDEN = 32, 64, 128
-MIN_SIDE = 4
-"""Two 2x2 max-pools leave a quarter of a side, and the linear layers need a pixel of it."""
 
 
-class GlyphNet(nn.Module):
+class GlyphNet(Network):
     """The study's network: two 3x3 convolutions with ReLU and 2x2 max-pool, two linear layers.
 
-    432,478 parameters at 28x28 and 94 classes. With `relu_after_pool` it is the same function of
-    the same parameters: the maximum of four and the ReLU commute, forward and gradient are
-    bit-identical, and the ReLU reads a quarter.
+    432,478 parameters at 28x28 and 94 classes.
     """
 
-    def __init__(
-        self,
-        height: int,
-        width: int,
-        num_classes: int,
-        *,
-        relu_after_pool: bool,
-        fused: frozenset[str] = frozenset(),
-    ) -> None:
-        """`fused`: those of kernels.NAMES that compute layers."""
+    min_side = 4  # two 2x2 max-pools leave a quarter, and the linear layers need a pixel of it
+    kernels = FIT_ALL | {"conv_pool_relu", "bias_pool_relu"}
+    can_whiten = True
+    relu_after_pool: ClassVar[bool] = False
+
+    def __init__(self, height: int, width: int, num_classes: int) -> None:
         super().__init__()
-        self.channels_last = False
-        """Whether activations are NHWC; set together with the weights' memory format."""
-        self.relu_after_pool = relu_after_pool
-        self.fused = fused
         self.conv1 = nn.Conv2d(1, CONV1_CHANNELS, 3, padding=1)
         self.conv2 = nn.Conv2d(CONV1_CHANNELS, CONV2_CHANNELS, 3, padding=1)
         self.fc1 = nn.Linear(CONV2_CHANNELS * (height // 4) * (width // 4), HIDDEN)
         self.fc2 = nn.Linear(HIDDEN, num_classes)
 
-    def freeze_first_layer(self) -> None:
-        """Leave the first convolution as `prepare` makes it: it has no gradient."""
-        self.conv1.requires_grad_(False)
+    @classmethod
+    def of(cls, config: ModelConfig, height: int, width: int, num_classes: int) -> Self:
+        network = cls(height, width, num_classes)
+        network.conv1.requires_grad_(config.first_layer == "trained")
+        return network
 
-    def prepare(self, image_NHW: np.ndarray) -> None:
-        """See some training images (uint8) before the first step; a frozen layer whitens them."""
-        if not self.conv1.weight.requires_grad:
+    @property
+    def wants_images(self) -> bool:
+        return not self.conv1.weight.requires_grad
+
+    def prepare(self, image_NHW: Any) -> None:
+        """Fill a first layer that is frozen: it whitens the images' patches."""
+        if self.wants_images:
             weight_C133, bias_C = whitening_filters(image_NHW, CONV1_CHANNELS)
             self.conv1.weight.copy_(weight_C133)
-            assert self.conv1.bias is not None
-            self.conv1.bias.copy_(bias_C)
+            cast(torch.Tensor, self.conv1.bias).copy_(bias_C)
 
     def forward(self, image_BHW: torch.Tensor) -> torch.Tensor:
         """Logits [B, K] of uint8 pixels, of the type of the arithmetic."""
@@ -96,10 +89,10 @@ class GlyphNet(nn.Module):
         return functional.max_pool2d(functional.relu(x_BCHW), 2)
 
 
-def check_image_size(height: int, width: int) -> None:
-    """UserError if the images are too small for the network: nothing would be left of them."""
-    if min(height, width) < MIN_SIDE:
-        raise UserError(
-            f"images of {height} x {width} pixels are too small for the network, which halves them "
-            f"twice; give records of images of at least {MIN_SIDE} x {MIN_SIDE}"
-        )
+class FastGlyphNet(GlyphNet):
+    """The same function of the same parameters, the ReLU after the pool, where it reads a quarter.
+
+    The maximum of four and the ReLU commute: forward and gradient are bit-identical.
+    """
+
+    relu_after_pool = True

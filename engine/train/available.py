@@ -13,6 +13,7 @@ from engine.config import AugmentConfig, RunConfig
 from engine.data.records import Records
 from engine.feeds.build import choose_feed, gathers
 from engine.feeds.stream import NUM_WINDOWS
+from engine.models import network_class
 from engine.world import World, cannot_compile, cannot_fuse, has_fast_bf16
 
 
@@ -67,6 +68,15 @@ def _kernels(config: RunConfig, records: Records, world: World) -> Changes:
         yield replace(config, kernels=()), f"Triton kernels are not used: {why}"
 
 
+def _layers(config: RunConfig, records: Records, world: World) -> Changes:
+    fitting = network_class(config.model).kernels
+    if others := [name for name in config.kernels if name not in fitting]:
+        kept = tuple(name for name in config.kernels if name in fitting)
+        are = "kernel {} is" if len(others) == 1 else "kernels {} are"
+        why = f"the network {config.model.name} has no such layers"
+        yield replace(config, kernels=kept), f"the {are.format(', '.join(others))} not used: {why}"
+
+
 def _compile(config: RunConfig, records: Records, world: World) -> Changes:
     if config.step.compile != "off" and (why := cannot_compile(world.device)):
         yield _step(config, compile="off"), f"torch.compile is not used: {why}"
@@ -76,6 +86,14 @@ def _canonical(config: RunConfig, records: Records, world: World) -> Changes:
     if config.step.canonical and world.device.type == "cpu" and torch.get_num_threads() > 1:
         why = "more would add in another order on another machine"
         yield config, f"--canonical computes with one thread per rank: {why}"
+
+
+def _first_layer(config: RunConfig, records: Records, world: World) -> Changes:
+    is_whitened = config.model.first_layer == "whitened"
+    if is_whitened and not network_class(config.model).can_whiten:
+        why = f"the network {config.model.name} has none that could be whitened"
+        model = replace(config.model, first_layer="trained")
+        yield replace(config, model=model), f"the first layer is trained: {why}"
 
 
 def _launches(config: RunConfig, records: Records, world: World) -> Changes:
@@ -122,8 +140,10 @@ RULES: tuple[Callable[[RunConfig, Records, World], Changes], ...] = (
     _fp16,
     _graphs,
     _kernels,
+    _layers,
     _compile,
     _canonical,
+    _first_layer,
     _launches,
     _feed,
     _gather,

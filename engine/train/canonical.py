@@ -6,21 +6,26 @@ is computed. All gradients are gathered on all ranks and added there in the orde
 that neither a shard's sum nor the sum of the shards knows how many ranks there are. With them go
 each shard's loss and right answers: the log is the same on all ranks, too.
 
+What BatchNorm made of its running statistics goes with them, too: each shard starts from the same
+and normalises by its own samples, and what is left is the shards' mean.
+
 It costs memory for N gradients and their traffic, which nothing overlaps with the backward.
 Networks that draw random numbers would have to draw them per shard; none of ours does.
 
-Shapes: N shards of all ranks, R of this one; P numbers of a shard: its gradients, its loss, its
-right answers.
+Shapes: N shards of all ranks, R of this one; P numbers of a shard: its gradients, its running
+statistics, its loss, its right answers.
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import distributed
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from engine.config import MOST_SHARDS
 from engine.errors import UserError
+from engine.train.statistics import Statistics
 from engine.world import World
 
 NUM_RESULTS = 2
@@ -30,14 +35,18 @@ NUM_RESULTS = 2
 class Shards:
     """The gradients of one step, shard by shard; device work only, so that it may be captured."""
 
-    def __init__(self, model: torch.nn.Module, num_shards: int, world: World) -> None:
+    def __init__(
+        self, model: torch.nn.Module, num_shards: int, world: World, statistics: Statistics
+    ) -> None:
         """The parameters become rank 0's on all ranks. Collective."""
         for tensor in model.state_dict().values():
             world.copy_from_first(tensor)
         self._world = world
         self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._statistics = statistics
+        self._num_statistics = sum(tensor.numel() for tensor in statistics.running)
         self.num_of_rank = num_shards // world.size
-        size = sum(p.numel() for p in self._parameters) + NUM_RESULTS
+        size = sum(p.numel() for p in self._parameters) + self._num_statistics + NUM_RESULTS
         self._mine_RP = torch.zeros(self.num_of_rank, size, device=world.device)
         self._all_NP = self._mine_RP
         if world.size > 1:
@@ -57,6 +66,11 @@ class Shards:
         torch._foreach_copy_(self._slots_R[number], gradients)
         for parameter in self._parameters:
             parameter.grad = None
+        if running := self._statistics.running:
+            torch.cat(
+                [t.flatten() for t in running], out=self._statistics_of(self._mine_RP[number])
+            )
+            self._statistics.put_back()
         loss_row, correct_row = self._mine_RP[number, -NUM_RESULTS:]
         loss_row.copy_(loss)
         correct_row.copy_(correct)
@@ -75,15 +89,21 @@ class Shards:
         self._mean_P[:-1].div_(len(self._all_NP))
         for parameter, mean in zip(self._parameters, self._means, strict=True):
             parameter.grad = mean
+        self._statistics.take(self._statistics_of(self._mean_P))
         return self._mean_P[-NUM_RESULTS:]
 
     def _gradients(self, row_P: torch.Tensor) -> list[torch.Tensor]:
         """A row's views that are laid out as the parameters are."""
-        parts = row_P[:-NUM_RESULTS].split([p.numel() for p in self._parameters])
+        sizes = [p.numel() for p in self._parameters]
+        parts = row_P[: sum(sizes)].split(sizes)
         return [
             part.as_strided(p.shape, p.stride())
             for part, p in zip(parts, self._parameters, strict=True)
         ]
+
+    def _statistics_of(self, row_P: torch.Tensor) -> torch.Tensor:
+        """A row's view of the running statistics."""
+        return row_P[-NUM_RESULTS - self._num_statistics : -NUM_RESULTS]
 
 
 @contextmanager
@@ -92,15 +112,17 @@ def fixed_arithmetic(device: torch.device) -> Iterator[None]:
 
     On a CPU, convolutions and products add in another order with another number of threads: one is
     what every machine has. On a GPU, cuDNN would choose by timings, also algorithms that add in
-    random order.
+    random order, and the fused attentions' backward adds in random order: plain products do not.
     """
     num_threads, cudnn = torch.get_num_threads(), torch.backends.cudnn
     before = cudnn.deterministic, cudnn.benchmark
+    attention = nullcontext() if device.type == "cpu" else sdpa_kernel(SDPBackend.MATH)
     if device.type == "cpu":
         torch.set_num_threads(1)
     cudnn.deterministic, cudnn.benchmark = True, False
     try:
-        yield
+        with attention:
+            yield
     finally:
         cudnn.deterministic, cudnn.benchmark = before
         torch.set_num_threads(num_threads)

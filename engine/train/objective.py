@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from engine.config import RunConfig
-from engine.models.baseline import GlyphNet
+from engine.models import Network
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -18,7 +18,7 @@ class Objective(torch.nn.Module):
     What DDP wraps, torch.compile compiles, and kernels/ shorten.
     """
 
-    def __init__(self, model: GlyphNet, config: RunConfig, device: torch.device) -> None:
+    def __init__(self, model: Network, config: RunConfig, device: torch.device) -> None:
         super().__init__()
         self.model = model
         self._smoothing = config.optim.label_smoothing
@@ -32,13 +32,18 @@ class Objective(torch.nn.Module):
             from kernels.softmax_cross_entropy import softmax_cross_entropy
 
             return softmax_cross_entropy(self._raw_logits(image_BHW), label_B, self._smoothing)
-        logits_BC, target_B = self.logits(image_BHW), label_B.long()
+        logits_BC, target_B = self._raw_logits(image_BHW).float(), label_B.long()
         loss = functional.cross_entropy(logits_BC, target_B, label_smoothing=self._smoothing)
         return loss, (logits_BC.detach().argmax(1) == target_B).sum()
 
     def logits(self, image_BHW: torch.Tensor) -> torch.Tensor:
-        """fp32 logits_BC."""
-        return self._raw_logits(image_BHW).float()
+        """fp32 logits_BC of evaluation: BatchNorm goes by its running statistics."""
+        was_training = self.model.training
+        self.model.train(False)
+        try:
+            return self._raw_logits(image_BHW).float()
+        finally:
+            self.model.train(was_training)
 
     def _raw_logits(self, image_BHW: torch.Tensor) -> torch.Tensor:
         with torch.autocast(

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from engine.config import OptimConfig
+from engine.models import Network
 
 ONE_CYCLE_START = 1 / 25
 """First learning rate as a part of the highest: OneCycleLR's div_factor in torch."""
@@ -34,18 +35,22 @@ def lr_table(config: OptimConfig, num_steps: int) -> np.ndarray:
 
 
 def make_optimizer(
-    config: OptimConfig, model: torch.nn.Module, rate: float | torch.Tensor, *, capturable: bool
+    config: OptimConfig, model: Network, rate: float | torch.Tensor, *, capturable: bool
 ) -> torch.optim.Optimizer:
-    """Adam or AdamW over two groups: weights with decay, biases without.
+    """Adam or AdamW over two groups: weights with decay; biases, norms and `undecayed` without.
 
     Args:
         rate: the learning rate; a tensor for a fused or capturable optimiser, so that none is
             baked into a graph.
     """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    decayed, plain = list[torch.Tensor](), list[torch.Tensor]()
+    for name, parameter in model.named_parameters():
+        is_decayed = parameter.dim() > 1 and name not in model.undecayed
+        if parameter.requires_grad:
+            (decayed if is_decayed else plain).append(parameter)
     groups = [
-        {"params": [p for p in trained if p.dim() > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
     ]
     kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
     fused = config.fused or None  # False would turn off torch's foreach, too: 100 launches

@@ -21,8 +21,8 @@ from engine.errors import UserError
 from engine.feeds.batch import Feed, Source
 from engine.feeds.build import gathers, make_feed, open_for
 from engine.feeds.synthetic import random_batch
-from engine.models import make_model
-from engine.models.baseline import check_image_size
+from engine.models import make_model, network_class
+from engine.models.network import check_image_size
 from engine.order import Order, Strata, permute, round_keys
 from engine.report import Environment, environment
 from engine.train.available import effective_config
@@ -30,8 +30,8 @@ from engine.train.canonical import check_shards, fixed_arithmetic
 from engine.train.step import TrainStep
 from engine.world import World
 
-NUM_SEEN = 1024
-"""Images that a network sees before its first step."""
+MOST_SEEN = 20_000
+"""Training images that `Network.prepare` is shown: their mean is within 1 % of all images'."""
 
 
 @dataclass
@@ -109,10 +109,11 @@ def check_batch(config: RunConfig, records: Records, world_size: int) -> None:
     """Refuse records too small to train on with this batch; needs no process group.
 
     Raises:
-        UserError: the images are smaller than the network's least, or the global batch cannot be
-            divided by the ranks or into the shards, or is larger than the train split.
+        UserError: the network's file is not the run's, the images are smaller than the network's
+            least, or the global batch cannot be divided by the ranks or into the shards, or is
+            larger than the train split.
     """
-    check_image_size(*records.height_width)
+    check_image_size(network_class(config.model), *records.height_width)
     batch, num_samples = config.global_batch, len(records.split("train"))
     if batch % world_size:
         raise UserError(
@@ -152,6 +153,8 @@ def open_session(config: RunConfig, records: Records, world: World) -> Session:
             stack.enter_context(fixed_arithmetic(world.device))
         step, source = _make_step(effective, records, order, world)
         stack.callback(step.close)
+        if note := step.statistics.note(step.part_samples, order.global_batch):
+            notes.append(note)
         step.prepare()
         world.ledger.mark("graph pool" if effective.step.cuda_graphs else "model and optimiser")
         warmup_s = time.perf_counter() - start
@@ -176,7 +179,8 @@ def _make_step(
     height_width, num_classes = records.height_width, len(records.classes)
     fused = frozenset(config.kernels)
     model = make_model(config.model, *height_width, num_classes, config.seed, fused)
-    model.prepare(_some(records.split("train")))
+    if model.wants_images:
+        model.prepare(_some_images(records.split("train")))
     model = model.to(world.device)
     copies = config.step.steps_per_launch
     static = random_batch(order.rank_batch, height_width, num_classes, world.device, copies=copies)
@@ -189,10 +193,10 @@ def _make_step(
     return TrainStep(model, config, order, static, world, source), source
 
 
-def _some(train: Split) -> np.ndarray:
-    """image_NHW: some training images, drawn once and for all."""
-    some = permute(np.arange(min(NUM_SEEN, len(train))), len(train), round_keys("seen"))
-    return np.asarray(train.image_NHW[np.sort(some)])
+def _some_images(split: Split) -> Any:
+    """image_NHW of a split, or of so many, drawn once and for all, as the network may see."""
+    some = permute(np.arange(min(MOST_SEEN, len(split))), len(split), round_keys("seen"))
+    return split.image_NHW[np.sort(some)]
 
 
 def evaluate(session: Session, split_name: str) -> tuple[float, float]:

@@ -29,13 +29,14 @@ from engine.errors import UserError, first_cause, sentence
 from engine.feeds.batch import Batch, Feed, Source
 from engine.heart import EVALUATING, TRAINING, WAITING
 from engine.meters import span
-from engine.models.baseline import GlyphNet
+from engine.models import Network
 from engine.order import PADDING_ID, Order, round_keys
 from engine.train.canonical import Shards
 from engine.train.capture import Graph, check_like
 from engine.train.objective import Objective, check_fp32_precision, set_fp32_precision
 from engine.train.optim import lr_table, make_optimizer
 from engine.train.state import TrainState
+from engine.train.statistics import Statistics
 from engine.world import World
 
 WARMUP_STEPS = 3
@@ -128,7 +129,7 @@ class TrainStep:
 
     def __init__(
         self,
-        model: GlyphNet,
+        model: Network,
         config: RunConfig,
         order: Order,
         static: Batch,
@@ -144,9 +145,8 @@ class TrainStep:
         device = world.device
         num_steps = (config.schedule_epochs or config.epochs) * order.steps_per_epoch
         if config.step.channels_last:
-            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            model.channels_last = True
-        self.model = model
+            model.use_channels_last()
+        self.model = model.train()
         self.steps_per_launch = config.step.steps_per_launch
         self.capture_failure = ""
         """Why the step runs eagerly although a graph was asked for."""
@@ -169,7 +169,9 @@ class TrainStep:
         self.optimizer = make_optimizer(
             config.optim, model, rate, capturable=config.step.cuda_graphs
         )
-        self._shards = Shards(model, num_shards, world) if num_shards else None
+        self._num_parts = num_shards // world.size if num_shards else config.step.accumulate
+        self.statistics = Statistics(model, world, self._num_parts)
+        self._shards = Shards(model, num_shards, world, self.statistics) if num_shards else None
         self._wrap()
 
     def _wrap(self) -> None:
@@ -191,6 +193,7 @@ class TrainStep:
                 device_ids=[device.index] if device.type == "cuda" else None,
                 bucket_cap_mb=BUCKET_CAP_MIB,
                 gradient_as_bucket_view=True,
+                broadcast_buffers=False,  # Statistics makes them the same
             )
             ddp._set_ddp_runtime_logging_sample_rate(NEVER)
 
@@ -200,6 +203,11 @@ class TrainStep:
         A new step does so itself. Of two that take turns, each must call it when its turn comes.
         """
         set_fp32_precision(self._config.step.precision)
+
+    @property
+    def part_samples(self) -> int:
+        """What the network sees at once."""
+        return self._order.rank_batch // self._num_parts
 
     @property
     def state(self) -> TrainState:
@@ -406,8 +414,9 @@ class TrainStep:
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate_K[k] if self._rate_on_device else self._host_rate(k)
         self.optimizer.zero_grad(set_to_none=True)
-        num_parts = self._shards.num_of_rank if self._shards else self._config.step.accumulate
+        num_parts = self._num_parts
         divisor = 1 if self._shards else num_parts
+        self.statistics.start_step()
         for number, part in enumerate(self._parts(batch, num_parts)):
             with self._local(number < num_parts - 1):
                 with span("forward"):
@@ -417,11 +426,14 @@ class TrainStep:
             if self._shards:
                 self._shards.keep(number, loss.detach(), correct)
                 continue
+            self.statistics.end_part()
             self._log_3K[LOSS, k].add_(loss.detach(), alpha=1 / num_parts)
             self._log_3K[CORRECT, k].add_(correct)
         if self._shards:
             with span("gather"):
                 self._log_3K[: CORRECT + 1, k].copy_(self._shards.add_up())
+        else:
+            self.statistics.end_step()
         with span("optimiser"):
             self._update(self._log_3K[BAD, k])
 

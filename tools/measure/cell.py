@@ -22,14 +22,17 @@ from engine.durable import writing
 from engine.errors import UserError, exit_on_user_error, sentence
 from engine.feeds.build import open_for
 from engine.host import prepare_process
+from engine.models import make_model
+from engine.models.baseline import GlyphNet
 from engine.paths import PATH
 from engine.report import RunReport, write_json
 from engine.train.session import Session, open_session
 from engine.train.trainer import Trainer
 from engine.typed import read_as
 from engine.world import World, end_rank, start_world
+from tools.measure.products import products
 from tools.measure.results import Confusion, Epoch, Repetition, read_epochs
-from tools.measure.roofline import copy_bandwidth, roofline_fraction
+from tools.measure.roofline import Work, copy_bandwidth, roofline_fraction, studys_floor
 from tools.measure.runner import Job
 from tools.measure.steps import Measured, measure
 from tools.measure.trace import stages, traced
@@ -148,7 +151,14 @@ def _roofline(session: Session, samples_per_s: float, bandwidth: float | None) -
     world, records = session.world, session.records
     name, precision = session.environment.gpu_name, session.config.step.precision
     shape = (*records.height_width, len(records.classes))
-    return roofline_fraction(samples_per_s / world.size, name, precision, bandwidth, shape)
+
+    def works(item_bytes: int) -> list[Work]:
+        model = make_model(session.config.model, *shape, seed=0)
+        if isinstance(model, GlyphNet):
+            return studys_floor(*shape, item_bytes)
+        return products(model, *shape, item_bytes)
+
+    return roofline_fraction(samples_per_s / world.size, name, precision, bandwidth, works)
 
 
 def _confusion(session: Session) -> Confusion | None:

@@ -1,4 +1,6 @@
-"""The roofline of the baseline network's training step: bytes and FLOPs of each kernel.
+"""The roofline of a training step: bytes and FLOPs of each kernel of the study's network.
+
+Of other networks, products.py counts what each product reads and writes.
 
 Bytes are those through device memory. Every tensor is counted once for each kernel that reads or
 writes it. Weights and the optimiser are left out: they are 1.7 MB per step, not per sample.
@@ -10,7 +12,7 @@ What is predicted is the sum over the kernels of the longer of two times: bytes 
 bandwidth, FLOPs over the datasheet's peak. Hardware whose peak is not listed has no prediction.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from statistics import median
 
@@ -171,20 +173,23 @@ def roofline_fraction(
     device_name: str | None,
     precision: str,
     bandwidth_bytes_per_s: float | None,
-    shape: tuple[int, int, int],
+    works: Callable[[int], Iterable[Work]],
 ) -> float | None:
-    """What a measured rate of one device is of the floor's; None where there is no prediction.
+    """What a measured rate of one device is of the predicted; None where there is no prediction.
 
     Args:
-        shape: height, width and number of classes.
+        works: a sample's kernels, by the bytes of a number; `studys_floor` of the study's network.
     """
     peak = peak_flops(device_name, precision)
     if peak is None or bandwidth_bytes_per_s is None:
         return None
-    works = floor(
-        Shapes(*shape, item_bytes=2 if precision in ("bf16", "fp16") else 4, code_bits=FLOOR_BITS)
-    )
-    return samples_per_s * predicted_s(works, bandwidth_bytes_per_s, peak)
+    item_bytes = 2 if precision in ("bf16", "fp16") else 4
+    return samples_per_s * predicted_s(works(item_bytes), bandwidth_bytes_per_s, peak)
+
+
+def studys_floor(height: int, width: int, num_classes: int, item_bytes: int) -> list[Work]:
+    """`floor`, for numbers of so many bytes."""
+    return floor(Shapes(height, width, num_classes, item_bytes, FLOOR_BITS))
 
 
 def copy_bandwidth(device: torch.device) -> float | None:

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from engine.config import RunConfig, load_toml
+from engine.config import RunConfig, load_toml, override, with_own_network
 from engine.data.records import Records, open_records
 from engine.data.sample import ensure_sample
 from engine.durable import Damaged
@@ -72,9 +72,28 @@ def load_network(config: RunConfig, records: Records, trained: Trained) -> torch
     return model.train(False)
 
 
-def run_config(trained: Trained) -> RunConfig:
-    """The config that the run was trained with."""
-    return load_toml(RunConfig(), trained.run / CONFIG)
+def run_config(trained: Trained, model: str = "") -> RunConfig:
+    """The config that the run was trained with.
+
+    Args:
+        model: FILE.py:NAME where its network is of the user's own.
+    """
+    return with_code(load_toml(RunConfig(), trained.run / CONFIG), model)
+
+
+def with_code(config: RunConfig, model: str) -> RunConfig:
+    """A run's config and, where its network is of the user's own, the file that `model` names.
+
+    Raises:
+        UserError: the file cannot be read, or is of another network.
+    """
+    if not model:
+        return config
+    named = override(config, with_own_network({"model.name": model}, "--model"), "--model")
+    if (named.model.name, named.model.sha256) != (config.model.name, config.model.sha256):
+        what = f"is not the network of the run, {config.model.name}, as it was then"
+        raise UserError(f"--model {model}: {what}; give its own file, or leave it out")
+    return named
 
 
 def open_run_records(config: RunConfig, data: Path | None, fingerprint: str) -> Records:

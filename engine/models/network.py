@@ -1,0 +1,82 @@
+"""What a network is to the engine: uint8 pixels in, logits out.
+
+A network of one's own is a class with `__init__` and `forward`; README.md here shows one. All else
+below has a default.
+
+Shapes: B samples, N images, H x W pixels, K classes.
+"""
+
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import nn
+
+from engine.config import ModelConfig
+from engine.errors import UserError
+from engine.models.pixels import Pixels
+
+FIT_ALL = frozenset({"gather_warp", "softmax_cross_entropy"})
+"""Those of kernels.NAMES that work before and behind a network, whatever it is."""
+
+
+class Network(nn.Module):
+    """The base of every network; made as `kind(height, width, num_classes)`.
+
+    `forward` takes uint8 image_BHW on the network's device and gives logits_BK of any float type.
+    It reads nothing on the host, and takes the same way at each call: a captured graph repeats it.
+    Buffers that training changes must be those of torch's BatchNorm; train/statistics.py says how
+    several ranks agree on them.
+    """
+
+    min_side: ClassVar[int] = 1
+    """Pixels that images must have at least, in height and width."""
+    kernels: ClassVar[frozenset[str]] = FIT_ALL
+    """Those of kernels.NAMES that it can use; others are left out with a note."""
+    undecayed: ClassVar[frozenset[str]] = frozenset()
+    """Parameters of two and more dimensions that weight decay leaves alone, by name; it leaves
+    alone all of one dimension (biases, norms) anyway."""
+
+    can_whiten: ClassVar[bool] = False
+    """Whether `model.first_layer = "whitened"` means anything to it."""
+
+    channels_last: bool = False
+    """Whether activations are NHWC."""
+    fused: frozenset[str] = frozenset()
+    """Those of `kernels` that compute layers in this run."""
+
+    @classmethod
+    def of(cls, config: ModelConfig, height: int, width: int, num_classes: int) -> Self:
+        """The network that `config` means. Override it where a setting says more than the name."""
+        return cls(height, width, num_classes)
+
+    def use_channels_last(self) -> None:
+        """Lay out weights, and activations from the pixels on, as NHWC."""
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.channels_last = True
+        for module in self.modules():
+            if isinstance(module, Pixels):
+                module.channels_last = True
+
+    @property
+    def wants_images(self) -> bool:
+        """Whether `prepare` has anything to take from training images."""
+        return any(isinstance(module, Pixels) for module in self.modules())
+
+    def prepare(self, image_NHW: Any) -> None:
+        """See training images (uint8, undistorted) once, before the first step of a new run.
+
+        Standardises the pixels, where the network has `Pixels`. Every rank gets the same images
+        and must make the same of them. A resumed run loads what is left in buffers.
+        """
+        for module in self.modules():
+            if isinstance(module, Pixels):
+                module.fill(image_NHW)
+
+
+def check_image_size(kind: type[Network], height: int, width: int) -> None:
+    """UserError if images are too small for the network: nothing would be left of them."""
+    if min(height, width) < kind.min_side:
+        raise UserError(
+            f"images of {height} x {width} pixels are too small for the network {kind.__name__}; "
+            f"give records of images of at least {kind.min_side} x {kind.min_side}"
+        )
