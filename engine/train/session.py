@@ -31,7 +31,7 @@ from engine.train.step import TrainStep
 from engine.world import World
 
 MOST_SEEN = 20_000
-"""Training images that `Network.prepare` is shown: their mean is within 1 % of all images'."""
+"""Training images that `Network.prepare` is shown at most, evenly spaced."""
 
 
 @dataclass
