@@ -53,9 +53,9 @@ def deaths(tally: Tally) -> None:
     training = Training(tally.fast, num_ranks=2)
     before = memory_files()
     taken_s = []
-    for turn in range(tally.count(2, 10, 20)):
+    for turn in range(tally.count(2, 18, 20)):
         taken_s += _kill_rank(tally, training, MOMENTS[turn % len(MOMENTS)], literal=False)
-    for turn in range(tally.count(0, 1, 4)):
+    for turn in range(tally.count(0, 2, 4)):
         _kill_rank(tally, training, MOMENTS[1 + turn % 4], literal=True)
     for turn in range(tally.count(1, 2, 6)):
         _kill_torchrun(tally, training, literal=turn % 2 == 1)
