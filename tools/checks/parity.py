@@ -3,7 +3,8 @@
 A variant trains two epochs of 9 steps on the same samples and leaves its *state*: the loss of each
 step, the gradients of the last, parameters, optimiser, loss scale, counters. Each is compared with
 the reference's. Ranks are processes of `torchrun -m tools.checks.parity FOLDER DEVICE
-PRECISION...`, which leave their state as FOLDER/<precision>.safetensors.
+PRECISION...`, which leave their state as FOLDER/<precision>.safetensors, and that of a canonical
+training, which has a reference of its own, as FOLDER/<precision>-canonical.safetensors.
 """
 
 import os
@@ -44,6 +45,7 @@ RANKS: dict[int, tuple[str, dict[str, Any]]] = {
     4: ("4 ranks, each batch in 2 parts", {"step.accumulate": 2}),
 }
 """Numbers of ranks, and what else is different there."""
+CANONICAL: dict[str, Any] = {"step.canonical": 4}
 FUSED = {"kernels": "all", "step.cuda_graphs": True, "step.steps_per_launch": K}
 GROUPS = ("loss", "parameters", "gradients", "optimiser", "scaler", "counters")
 TOLERANCE = {"fp32": (1e-3, 1e-2), "tf32": (1e-2, 1e-1), "bf16": (5e-2, 5e-1), "fp16": (5e-2, 5e-1)}
@@ -164,16 +166,21 @@ def parity(records: Records, world: World, precisions: list[str]) -> Iterator[Ve
         precision: trained(config_of(precision), records, world) for precision in precisions
     }
     for precision, reference in references.items():
-        for name, settings, work in _variants(on_gpu):
-            why = cannot_fuse(world.device) if "kernels" in settings else ""
-            if settings.get("step.cuda_graphs") and not on_gpu:
+        for name, changed, work in _variants(on_gpu):
+            why = cannot_fuse(world.device) if "kernels" in changed else ""
+            if changed.get("step.cuda_graphs") and not on_gpu:
                 why = "there is no GPU"
             found = {}
             if not why:
-                state = work(config_of(precision, settings), records, world)
+                state = work(config_of(precision, changed), records, world)
                 found = differences(state, reference)
             yield Verdict(precision, name, found, on_gpu, why)
-    yield from _parity_of_ranks(references, world)
+    settings = CANONICAL | {"step.cuda_graphs": on_gpu}
+    shared = {
+        precision: trained(config_of(precision, settings), records, world)
+        for precision in precisions
+    }
+    yield from _parity_of_ranks(references, shared, world)
 
 
 def _variants(on_gpu: bool) -> list[tuple[str, dict[str, Any], Callable[..., State]]]:
@@ -198,21 +205,33 @@ def _variants(on_gpu: bool) -> list[tuple[str, dict[str, Any], Callable[..., Sta
     ]
 
 
-def _parity_of_ranks(references: dict[str, State], world: World) -> Iterator[Verdict]:
+def _parity_of_ranks(
+    references: dict[str, State], canonical: dict[str, State], world: World
+) -> Iterator[Verdict]:
+    """Of plain and of canonical training, whose references are those of one rank."""
     on_gpu = world.device.type == "cuda"
     precisions = list(references)
     num_gpus = torch.cuda.device_count()
-    for num_ranks, (name, _) in RANKS.items():
+    for num_ranks, (plain, _) in RANKS.items():
+        kinds = [
+            (plain, "", references, on_gpu or num_ranks > 1),
+            (_canonical_name(num_ranks), "-canonical", canonical, False),
+        ]
         if on_gpu and num_gpus < num_ranks:
-            yield from (
-                Verdict(p, name, {}, True, f"there are {num_gpus} GPUs") for p in precisions
-            )
+            why = f"there are {num_gpus} GPUs"
+            yield from (Verdict(p, name, {}, True, why) for p in precisions for name, *_ in kinds)
             continue
         with tempfile.TemporaryDirectory() as folder:
             _run_ranks(num_ranks, Path(folder), world.device.type, precisions)
-            for precision, reference in references.items():
-                found = differences(load_file(Path(folder) / f"{precision}.safetensors"), reference)
-                yield Verdict(precision, name, found, on_gpu or num_ranks > 1)
+            for name, ending, wanted, inexact in kinds:
+                for precision in precisions:
+                    state = load_file(Path(folder) / f"{precision}{ending}.safetensors")
+                    yield Verdict(precision, name, differences(state, wanted[precision]), inexact)
+
+
+def _canonical_name(num_ranks: int) -> str:
+    ranks = "torchrun, 1 rank" if num_ranks == 1 else f"{num_ranks} ranks"
+    return f"{ranks}, --canonical {CANONICAL['step.canonical']}"
 
 
 def _run_ranks(num_ranks: int, folder: Path, device: str, precisions: list[str]) -> None:
@@ -238,8 +257,11 @@ def rank_main(folder: Path, device: str, precisions: list[str]) -> None:
         records = few(open_records(ensure_sample()))
         for precision in precisions:
             settings = RANKS[world.size][1] | {"step.cuda_graphs": world.device.type == "cuda"}
-            state = trained(config_of(precision, settings), records, world)
-            world.first(partial(save_file, state, folder / f"{precision}.safetensors"))
+            canonical = CANONICAL | {"step.cuda_graphs": settings["step.cuda_graphs"]}
+            for ending, changed in (("", settings), ("-canonical", canonical)):
+                state = trained(config_of(precision, changed), records, world)
+                file = folder / f"{precision}{ending}.safetensors"
+                world.first(partial(save_file, state, file))
     end_rank()
 
 
