@@ -111,6 +111,11 @@ class Journal:
             )
         self.is_broken = True
 
+    def ids_end(self, error: OSError) -> None:
+        """The disk refused the log of ids, which ends with that."""
+        why = f"cannot be written ({error.strerror or error})"
+        self.say(f"note: {self.out}: {why}; the log of ids ends here, training goes on")
+
     def stopped(self, text: str) -> None:
         """Leave the file that says why a run ended early."""
         self.attempt(lambda: write_file(self.out / PREEMPTED, text.encode()))
@@ -124,7 +129,7 @@ class Journal:
             UserError: neither can be written.
         """
         if self.events:
-            self.events.close()
+            self.attempt(self.events.close)
         try:
             self._write_end(self.out, report, model)
             return self.out
