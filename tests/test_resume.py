@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -234,6 +235,25 @@ def test_a_disk_that_refuses_the_log_of_ids_ends_nothing_else(
     assert len(said) == 1 and "the log of ids ends here, training goes on" in said[0]
     names = sorted(path.name for path in (run / "ids").iterdir())
     assert names == ["epoch0-step0-rank0of1.bin", "epoch1-step0-rank0of1.bin"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_disk_that_refuses_events_does_not_cost_the_weights(
+    small: Records, world: World, whole: Path, tmp_path: Path
+) -> None:
+    """TensorBoard's thread dies by it, and its writer raises from then on, at the end too."""
+    pytest.importorskip("tensorboard")
+    lines: list[str] = []
+
+    def say(line: str) -> None:
+        lines.append(line)
+        if line.startswith("epoch   1/3"):
+            shutil.rmtree(tmp_path / "tensorboard")
+
+    config = override(CONFIG, {"tensorboard": True}, "")
+    fit(config, small, world, tmp_path, resume=False, say=say)
+    assert_same(tmp_path, whole)
+    assert len([line for line in lines if "events end here, training goes on" in line]) == 1
 
 
 def test_what_another_training_would_change_is_named_at_once(
