@@ -32,10 +32,12 @@ from engine.train.folder import (
     manifest_of,
 )
 from engine.train.pulse import Cadence, Pulse
+from engine.train.saver import Saver
 from engine.train.step import TrainStep
 from engine.train.trainer import fit
 from engine.world import World
 from tests.conftest import Command, assert_refused
+from tests.test_step import make_step
 
 CONFIG = RunConfig(global_batch=16, epochs=3, seed=5, checkpoint_every="4steps,1epoch")
 """14 steps in each epoch of the small records."""
@@ -348,6 +350,16 @@ def test_weights_that_are_not_finite_are_neither_written_nor_read(tmp_path: Path
     with pytest.raises(UserError, match="w is not finite after step 5; lower"):
         write_checkpoint(tmp_path, manifest(5), spoiled)
     assert not checkpoints(tmp_path)
+
+
+def test_whatever_breaks_the_savers_thread_is_raised(world: World, tmp_path: Path) -> None:
+    """At once, and not as a disk that does not answer for two minutes."""
+    saver = Saver(tmp_path, make_step(world).state)
+    broken: Any = None
+    saver.save(manifest(5), broken)
+    with pytest.raises(AttributeError):
+        saver.wait()
+    saver.close()
 
 
 @pytest.mark.parametrize(
