@@ -5,7 +5,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench import feeds, fullsize, measuring, pack, precision, ranks, report, step
+from tests.bench import (
+    canonical,
+    checkpoints,
+    feeds,
+    fullsize,
+    measuring,
+    pack,
+    precision,
+    ranks,
+    report,
+    step,
+)
 from tests.conftest import FAST_PRECISION
 
 pytestmark = pytest.mark.slow
@@ -48,6 +59,23 @@ def test_ranks(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(ranks, "BATCH", 32)
     ranks.bench(tmp_path, pairs=1, num_steps=2)
     assert checked(tmp_path / "cpu_ranks.json") == ["efficiency of 2 ranks (%)"]
+
+
+def test_canonical(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    monkeypatch.setattr(canonical, "GLOBAL_BATCH", 32)
+    monkeypatch.setattr(canonical, "RANKS", (1,))  # test_ranks starts several
+    canonical.bench(tmp_path, rounds=1, num_steps=2)
+    assert checked(tmp_path / "cpu_canonical.json") == []
+
+
+def test_checkpoints(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    monkeypatch.setattr(checkpoints, "BATCH", 32)
+    monkeypatch.setattr(checkpoints, "NUM_STEPS", 2)
+    checkpoints.bench(tmp_path, rounds=2)
+    assert "resuming adds to start-up (s)" in checked(tmp_path / "cpu_checkpoints.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["cpu_checkpoints.json"]
 
 
 def test_measuring(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

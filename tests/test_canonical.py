@@ -1,16 +1,11 @@
 """--canonical: one hash of weights and optimiser, one log, on every number of ranks.
 
-By the real command: alone and under torchrun, stopped and resumed. One rank alone is let take two
-threads, which it must not use.
+By the real command, alone and under torchrun. One rank alone is let take two threads, which it must
+not use. Other switches, and runs that are stopped and resumed: tests/reliability.
 """
 
 import hashlib
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,35 +14,31 @@ import torch
 
 from engine.config import RunConfig, override
 from engine.data.records import Records
-from engine.data.sample import ensure_sample
 from engine.errors import UserError
-from engine.host import ROOT
 from engine.train.folder import checkpoints
 from engine.train.session import Session, check_batch, evaluate, open_session
-from engine.world import World, has_fast_bf16
-from tests.conftest import assert_refused, child
+from engine.world import World
+from tests.conftest import child
 
 SHARDS = 4
 BATCH = 32
 EPOCHS = 4
 RANKS = (1, 2, 4)
-BF16 = "bf16" if has_fast_bf16(torch.device("cpu")) else ""
 
 
-def line(records: Path, out: Path, num_ranks: int, *flags: object) -> list[str]:
+def line(records: Path, out: Path, num_ranks: int) -> list[str]:
     """A run of 28 steps; alone, or under torchrun with several ranks."""
     alone = ["python", "-m", "engine.run"]
     ranks = ["torchrun", "--standalone", f"--nproc-per-node={num_ranks}", "-m", "engine.run"]
     words = ["--data", records, "--batch-size", BATCH // num_ranks, "--epochs", EPOCHS]
-    words += ["--device", "cpu", "--canonical", SHARDS, *flags]
-    where = [] if "--resume" in flags else ["--out", out]
-    return [*(alone if num_ranks == 1 else ranks), *map(str, [*words, *where])]
+    words += ["--device", "cpu", "--canonical", SHARDS]
+    return [*(alone if num_ranks == 1 else ranks), *map(str, [*words, "--out", out])]
 
 
-def train(records: Path, out: Path, num_ranks: int, *flags: object) -> str:
+def train(records: Path, out: Path, num_ranks: int) -> str:
     """Train in processes of their own; what was printed."""
     threads = "2" if num_ranks == 1 else "1"
-    done = child(line(records, out, num_ranks, *flags), {"OMP_NUM_THREADS": threads})
+    done = child(line(records, out, num_ranks), {"OMP_NUM_THREADS": threads})
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -83,59 +74,6 @@ def test_every_number_of_ranks_trains_the_same_bits(
     assert found == wanted and len(found) == EPOCHS
     assert found[-1]["train_loss"] < found[0]["train_loss"]
     assert state_hash(tmp_path / "run") == state_hash(undisturbed)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ("--steps-per-launch", 3),
-        pytest.param(
-            ("--amp", BF16),
-            marks=pytest.mark.skipif(not BF16, reason="this CPU has no bf16 instructions"),
-        ),
-        ("--no-channels-last", "--set", "optim.fused=false"),
-        ("--set", "augment.rotate_degrees=10"),
-    ],
-    ids=str,
-)
-def test_so_it_does_with_other_switches(
-    flags: tuple[object, ...], small_dir: Path, tmp_path: Path
-) -> None:
-    for num_ranks in RANKS:
-        train(small_dir, tmp_path / str(num_ranks), num_ranks, *flags)
-    assert len({state_hash(tmp_path / str(num_ranks)) for num_ranks in RANKS}) == 1
-    first = metrics(tmp_path / "1")
-    assert metrics(tmp_path / "2") == first and metrics(tmp_path / "4") == first
-
-
-@pytest.mark.slow
-def test_steps_per_launch_change_no_bit(undisturbed: Path, small_dir: Path, tmp_path: Path) -> None:
-    train(small_dir, tmp_path / "run", 2, "--steps-per-launch", 3)
-    assert state_hash(tmp_path / "run") == state_hash(undisturbed)
-    assert metrics(tmp_path / "run") == metrics(undisturbed)
-
-
-@pytest.mark.slow
-def test_stopped_on_4_ranks_it_ends_on_1_with_the_same_bits(
-    tmp_path: Path,
-) -> None:
-    """By SIGTERM in the middle of an epoch of the packaged sample's many steps."""
-    sample = ensure_sample()
-    flags = ("--epochs", 1, "--checkpoint-every", "1steps")
-    train(sample, tmp_path / "undisturbed", 1, *flags)
-    out = tmp_path / "stopped"
-    words = [sys.executable, "-m", "torch.distributed.run", *line(sample, out, 4, *flags)[1:]]
-    variables = os.environ | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(words, cwd=ROOT, env=variables, stdout=subprocess.DEVNULL) as running:
-        while not checkpoints(out):
-            assert running.poll() is None
-            time.sleep(0.01)
-        running.send_signal(signal.SIGTERM)
-    assert json.loads((out / "preempted").read_text())["step"] > 0
-    assert "of the next" in train(sample, out, 1, *flags, "--resume", out)
-    assert state_hash(out) == state_hash(tmp_path / "undisturbed")
-    assert metrics(out) == metrics(tmp_path / "undisturbed")
 
 
 def opened(records: Records, world: World, shards: int) -> Session:
@@ -180,11 +118,3 @@ def test_what_cannot_be_divided_is_refused_with_what_can(small: Records) -> None
         check_batch(config, small, 2)
     with pytest.raises(UserError, match="leave step.accumulate at 1, or step.canonical at 0"):
         override(config, {"step.accumulate": 2}, "test")
-
-
-@pytest.mark.slow
-def test_a_run_goes_on_with_its_own_number_of_shards(small_dir: Path, tmp_path: Path) -> None:
-    train(small_dir, tmp_path / "run", 1, "--epochs", 1)
-    words = line(small_dir, tmp_path / "run", 1, "--canonical", 2, "--resume", tmp_path / "run")
-    done = child(words, {})
-    assert_refused(done, "step.canonical was 4 and is 2")

@@ -2,16 +2,25 @@
 
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from joblib.externals.loky import get_reusable_executor
 
 from engine.config import RECIPES, override
 from engine.data.records import Records
 from tests.conftest import Command, assert_refused
 from tools.measure.ensemble import Arm, train_all, vote_over_singles
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_worker_stays() -> Iterator[None]:
+    """joblib keeps its workers for five minutes, in which others may want the memory."""
+    yield
+    get_reusable_executor(reuse=True).shutdown(wait=True)
 
 
 def test_the_vote_of_a_known_case() -> None:

@@ -276,7 +276,8 @@ def test_fp16_trains_ten_steps_as_fp32(small: Records, world: World) -> None:
 def test_too_many_skipped_steps_in_a_row_end_the_run(
     small: Records, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Over the end of an epoch, which has 28 steps."""
+    """Over the end of an epoch, which has 28 steps; and where a run goes on from there."""
+    bad = {1, *range(10, 100)}
     keep = sessions.effective_config
 
     def with_fp16(config: RunConfig, records: Records, world: World) -> tuple[RunConfig, list[str]]:
@@ -285,16 +286,24 @@ def test_too_many_skipped_steps_in_a_row_end_the_run(
 
     def spoiled(config: RunConfig, records: Records, world: World) -> Session:
         opened = open_session(config, records, world)
-        spoil(opened.step, {1, *range(10, 100)})
+        spoil(opened.step, bad)
         return opened
 
     monkeypatch.setattr(sessions, "effective_config", with_fp16)
     monkeypatch.setattr(trainer, "open_session", spoiled)
-    with pytest.raises(
-        UserError, match=rf"overflowed in {MAX_SKIPPED} steps in a row, the last of them step 30;"
-    ):
-        fit(RunConfig(global_batch=8, epochs=9), small, world, tmp_path, resume=False, say=print)
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-000000028"]
+    sentence = rf"overflowed in {MAX_SKIPPED} steps in a row, the last of them step 30;"
+    for resume in (False, True):
+        with pytest.raises(UserError, match=sentence):
+            fit(
+                RunConfig(global_batch=8, epochs=9),
+                small,
+                world,
+                tmp_path,
+                resume=resume,
+                say=print,
+            )
+        assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-000000028"]
+        bad = set(range(100))
 
 
 def test_what_cannot_be_captured_runs_eagerly_and_says_why(

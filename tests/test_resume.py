@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,10 +33,12 @@ from engine.train.folder import (
     manifest_of,
 )
 from engine.train.pulse import Cadence, Pulse
+from engine.train.saver import Saver
 from engine.train.step import TrainStep
 from engine.train.trainer import fit
 from engine.world import World
 from tests.conftest import Command, assert_refused
+from tests.test_step import make_step
 
 CONFIG = RunConfig(global_batch=16, epochs=3, seed=5, checkpoint_every="4steps,1epoch")
 """14 steps in each epoch of the small records."""
@@ -210,6 +213,82 @@ def test_another_batch_comes_with_the_next_epoch(
     assert metrics(run)[2]["step"] == 3 * 28
 
 
+def test_a_larger_batch_goes_on_from_its_own_checkpoints(
+    small: Records, world: World, tmp_path: Path
+) -> None:
+    """Its epochs have fewer steps, and yet its checkpoints are the newer ones."""
+    run = trained(small, world, tmp_path / "run", replace(CONFIG, epochs=2))
+    assert checkpoints(run)[0].name == "step-000000028"
+    larger = replace(CONFIG, global_batch=64, epochs=3)
+    trained(small, world, run, larger, resume=True)
+    position = manifest_of(checkpoints(run)[0]).position
+    assert (position.epoch, position.num_steps, position.number) == (3, 9, 31)
+    assert "left as it is" in finished_text(run, larger)
+    trained(small, world, run, replace(larger, epochs=4), resume=True)
+    assert [line["step"] for line in metrics(run)] == [14, 28, 9, 12]
+    again = manifest_of(checkpoints(run)[0]).position
+    assert (again.epoch, again.num_steps, again.number) == (4, 12, 34)
+
+
+def test_a_damaged_newest_checkpoint_does_not_decide_which_batch_ends_the_epoch(
+    small: Records,
+    world: World,
+    whole: Path,
+    stop_after: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """It stands at an epoch's end, the one before it in the middle of an epoch."""
+    stop_after(17)
+    run = trained(small, world, tmp_path / "run")
+    monkeypatch.undo()
+    monkeypatch.setattr(STOP, "number", 0)
+    trained(small, world, run, replace(CONFIG, epochs=2, checkpoint_every="1epoch"), resume=True)
+    newest, before = checkpoints(run)[:2]
+    assert [manifest_of(path).position.step for path in (newest, before)] == [0, 3]
+    with open(newest / FILES[0], "r+b") as file:
+        file.write(b"x")
+    lines: list[str] = []
+    fit(replace(CONFIG, global_batch=8), small, world, run, resume=True, say=lines.append)
+    assert "note: epoch 2 is finished with its global batch of 16 first" in lines
+    assert metrics(run)[:2] == metrics(whole)[:2]
+
+
+def test_a_disk_that_refuses_the_log_of_ids_ends_nothing_else(
+    small: Records, world: World, whole: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    (run / "ids").mkdir(parents=True)
+    (run / "ids" / "epoch1-step0-rank0of1.bin").symlink_to("/dev/full")
+    lines: list[str] = []
+    config = override(CONFIG, {"log_ids": True}, "")
+    fit(config, small, world, run, resume=False, say=lines.append)
+    assert_same(run, whole)
+    said = [line for line in lines if "No space left" in line]
+    assert len(said) == 1 and "the log of ids ends here, training goes on" in said[0]
+    names = sorted(path.name for path in (run / "ids").iterdir())
+    assert names == ["epoch0-step0-rank0of1.bin", "epoch1-step0-rank0of1.bin"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_disk_that_refuses_events_does_not_cost_the_weights(
+    small: Records, world: World, whole: Path, tmp_path: Path
+) -> None:
+    """TensorBoard's thread dies by it, and its writer raises from then on, at the end too."""
+    pytest.importorskip("tensorboard")
+    lines: list[str] = []
+
+    def say(line: str) -> None:
+        lines.append(line)
+        if line.startswith("epoch   1/3"):
+            shutil.rmtree(tmp_path / "tensorboard")
+
+    config = override(CONFIG, {"tensorboard": True}, "")
+    fit(config, small, world, tmp_path, resume=False, say=say)
+    assert_same(tmp_path, whole)
+    assert len([line for line in lines if "events end here, training goes on" in line]) == 1
+
+
 def test_what_another_training_would_change_is_named_at_once(
     small_dir: Path, whole: Path, command: Command, tmp_path: Path
 ) -> None:
@@ -256,9 +335,9 @@ def test_checkpoints_are_sorted_by_number_and_strangers_are_left(tmp_path: Path)
         (tmp_path / "checkpoints" / name).mkdir()
     found = checkpoints(tmp_path)
     assert [int(path.name[5:]) for path in found] == [999_999_999, 10, 9]
-    prune(tmp_path, set(found), best_num_steps=9)
+    prune(tmp_path, set(found), best_number=9)
     assert checkpoints(tmp_path) == found  # the best stays
-    prune(tmp_path, set(found), best_num_steps=None)
+    prune(tmp_path, set(found), best_number=None)
     assert checkpoints(tmp_path) == found[:2]
     assert len(list((tmp_path / "checkpoints").iterdir())) == 6
 
@@ -302,6 +381,16 @@ def test_weights_that_are_not_finite_are_neither_written_nor_read(tmp_path: Path
     with pytest.raises(UserError, match="w is not finite after step 5; lower"):
         write_checkpoint(tmp_path, manifest(5), spoiled)
     assert not checkpoints(tmp_path)
+
+
+def test_whatever_breaks_the_savers_thread_is_raised(world: World, tmp_path: Path) -> None:
+    """At once, and not as a disk that does not answer for two minutes."""
+    saver = Saver(tmp_path, make_step(world).state)
+    broken: Any = None
+    saver.save(manifest(5), broken)
+    with pytest.raises(AttributeError):
+        saver.wait()
+    saver.close()
 
 
 @pytest.mark.parametrize(

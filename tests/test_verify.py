@@ -31,6 +31,9 @@ def test_bare_it_examines_the_machine_and_compares_every_way_of_training(command
         "resumed at an epoch's end",
         "resumed, 4 steps per launch",
         "torchrun, 1 rank",
+        "torchrun, 1 rank, --canonical 4",
+        "2 ranks, --canonical 4",
+        "4 ranks, --canonical 4",
     }
     assert {line[:36].strip() for line in near} >= {
         "2 ranks, 4 steps per launch",

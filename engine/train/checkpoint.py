@@ -11,6 +11,7 @@ import hashlib
 import os
 import re
 import shutil
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -60,11 +61,10 @@ def write_checkpoint(run: Path, manifest: Manifest, files: dict[str, Tensors]) -
         UserError: a number is not finite; nothing is written.
         OSError: the disk refused; earlier checkpoints are untouched.
     """
-    num_steps = manifest.position.num_steps
-    _refuse_nonfinite(files, f"after step {num_steps}")
+    _refuse_nonfinite(files, f"after step {manifest.position.num_steps}")
     data = {name: _packed(tensors) for name, tensors in files.items()}
     hashes = {name: hashlib.sha256(packed).hexdigest() for name, packed in data.items()}
-    target = checkpoint_path(run, num_steps)
+    target = checkpoint_path(run, manifest.position.number)
     old = temporary_name(target)
     if target.exists():  # of an earlier try, perhaps damaged: not every disk can exchange two names
         os.rename(target, old)
@@ -76,14 +76,14 @@ def write_checkpoint(run: Path, manifest: Manifest, files: dict[str, Tensors]) -
     return target
 
 
-def prune(run: Path, sound: set[Path], best_num_steps: int | None) -> None:
+def prune(run: Path, sound: set[Path], best_number: int | None) -> None:
     """Delete checkpoints, but the newest two of `sound` and the best.
 
     Args:
         sound: those that this process has written or read; others are deleted only where two
             newer ones are sound, and what does not verify never pushes out what does.
     """
-    best = None if best_num_steps is None else checkpoint_path(run, best_num_steps)
+    best = None if best_number is None else checkpoint_path(run, best_number)
     num_sound = 0
     for checkpoint in checkpoints(run):
         if num_sound >= NUM_KEPT and checkpoint != best:
@@ -136,6 +136,14 @@ def read_checkpoint(checkpoint: Path) -> tuple[Manifest, dict[str, Tensors]]:
     except UserError as error:
         raise Damaged(str(error)) from None
     return manifest, files
+
+
+def newest_sound_manifest(run: Path) -> Manifest | None:
+    """Of the checkpoint that `load_checkpoint` takes; None if none verifies."""
+    for checkpoint in checkpoints(run):
+        with suppress(Damaged, OSError):
+            return read_checkpoint(checkpoint)[0]
+    return None
 
 
 def save_model(path: Path, model: torch.nn.Module) -> None:

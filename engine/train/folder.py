@@ -37,20 +37,30 @@ class Position:
     """Steps done of the next one."""
     num_steps: int = 0
     """Steps of the learning rate's schedule: of all epochs done, and `step`."""
+    renumbered: int = 0
+    """What other global batches add to `num_steps`, so that `number` grows all the same."""
     train_s: float = 0.0
     eval_s: float = 0.0
     num_skipped_steps: int = 0
+    num_skipped_in_a_row: int = 0
+    """Of these, the last ones: as many as the step counts before it gives up."""
     epoch_train_s: float = 0.0
     epoch_correct: int = 0
     """Right answers in the steps done of the next epoch; their losses are in the log."""
     best_val_accuracy_fraction: float | None = None
-    best_num_steps: int | None = None
+    best_number: int | None = None
+    """Of the checkpoint with that accuracy."""
     time_to_target_s: float | None = None
 
     def __post_init__(self) -> None:
         numbers = (self.epoch, self.step, self.num_steps, self.train_s, self.epoch_correct)
         if min(numbers) < 0 or not all(map(math.isfinite, numbers)):
             raise ValueError("a position is negative or not finite")
+
+    @property
+    def number(self) -> int:
+        """Of its checkpoint's folder: steps trained, of whichever batch."""
+        return self.num_steps + self.renumbered
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +79,8 @@ class Manifest:
     sha256: dict[str, str]
 
 
-def checkpoint_path(run: Path, num_steps: int) -> Path:
-    return run / CHECKPOINTS / f"step-{num_steps:09}"
+def checkpoint_path(run: Path, number: int) -> Path:
+    return run / CHECKPOINTS / f"step-{number:09}"
 
 
 def checkpoints(run: Path) -> list[Path]:

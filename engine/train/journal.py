@@ -24,6 +24,7 @@ from engine.train.folder import CONFIG, PREEMPTED
 METRICS = "metrics.jsonl"
 REPORT = "report.json"
 WEIGHTS = "model.safetensors"
+EVENTS = "tensorboard"
 Say = Callable[[str], None]
 
 
@@ -61,22 +62,32 @@ class Journal:
             if config.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
 
-                folder = str(self.out / "tensorboard")
+                folder = str(self.out / EVENTS)
                 self.events = SummaryWriter(folder, purge_step=num_epochs_done + 1)
 
     def epoch(self, metrics: dict[str, Any]) -> None:
         """Add an epoch's line."""
         self.lines.append(json.dumps(metrics, allow_nan=False).encode() + b"\n")
         self.is_behind = True
+        self.attempt(lambda: self._write_lines(self.out))
 
-        def write() -> None:
-            self._write_lines(self.out)
-            if self.events:
-                for name, value in metrics.items():
-                    self.events.add_scalar(name, value, metrics["epoch"])
-                self.events.flush()
+        def write_events() -> None:
+            for name, value in metrics.items():
+                self.events.add_scalar(name, value, metrics["epoch"])
+            self.events.flush()
 
-        self.attempt(write)
+        self._attempt_events(write_events)
+
+    def _attempt_events(self, write: Callable[[], None]) -> None:
+        """A disk that refuses an event ends TensorBoard's writer, and nothing else."""
+        if self.events is None:
+            return
+        try:
+            write()
+        except OSError as error:
+            self.events = None
+            why = f"cannot be written ({error.strerror or error})"
+            self.say(f"note: {self.out / EVENTS}: {why}; events end here, training goes on")
 
     def report(self, report: RunReport) -> None:
         """Write report.json of a run that goes on."""
@@ -111,6 +122,11 @@ class Journal:
             )
         self.is_broken = True
 
+    def ids_end(self, error: OSError) -> None:
+        """The disk refused the log of ids, which ends with that."""
+        why = f"cannot be written ({error.strerror or error})"
+        self.say(f"note: {self.out}: {why}; the log of ids ends here, training goes on")
+
     def stopped(self, text: str) -> None:
         """Leave the file that says why a run ended early."""
         self.attempt(lambda: write_file(self.out / PREEMPTED, text.encode()))
@@ -123,8 +139,7 @@ class Journal:
         Raises:
             UserError: neither can be written.
         """
-        if self.events:
-            self.events.close()
+        self._attempt_events(lambda: self.events.close())
         try:
             self._write_end(self.out, report, model)
             return self.out

@@ -45,6 +45,7 @@ class Progress:
             num_steps=position.epoch * steps_per_epoch + step,
             train_s=position.train_s + lap_s,
             num_skipped_steps=position.num_skipped_steps + log.num_skipped,
+            num_skipped_in_a_row=self.session.step.num_skipped_in_a_row,
             epoch_train_s=position.epoch_train_s + lap_s,
             epoch_correct=self.log.num_correct,
         )
@@ -62,7 +63,7 @@ class Progress:
         position = self.position
         if accuracy > (position.best_val_accuracy_fraction or -1.0):
             position = replace(
-                position, best_val_accuracy_fraction=accuracy, best_num_steps=position.num_steps
+                position, best_val_accuracy_fraction=accuracy, best_number=position.number
             )
         if 0 < target <= accuracy and not position.time_to_target_s:
             position = replace(position, time_to_target_s=position.train_s)
@@ -75,7 +76,7 @@ class Progress:
     @property
     def is_best(self) -> bool:
         """Whether no earlier epoch was better on the validation split."""
-        return self.position.best_num_steps == self.position.num_steps
+        return self.position.best_number == self.position.number
 
     def segments(self) -> list[Segment]:
         """What the run consists of so far, this process's part last."""

@@ -44,7 +44,7 @@ class Saver:
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._idle = threading.Event()
         self._idle.set()
-        self._error: UserError | None = None
+        self._error: Exception | None = None
         self.failure: OSError | None = None
         """Why the last checkpoint was not written; None if it was."""
         threading.Thread(target=self._work, name="saver", daemon=True).start()
@@ -60,6 +60,7 @@ class Saver:
             Whether it will be written: not while an earlier one still is.
         Raises:
             UserError: a number of an earlier one was not finite.
+            Exception: what else broke the thread's work on an earlier one.
         """
         self._raise_error()
         if not self._idle.is_set():
@@ -106,7 +107,7 @@ class Saver:
                 self.failure = None
             except OSError as error:
                 self.failure = error
-            except UserError as error:
+            except Exception as error:  # raised in the main thread; this one works on
                 self._error = error
             finally:
                 self._idle.set()
@@ -118,7 +119,7 @@ class Saver:
         files = {name: dict(tensors) for name, tensors in self._buffers.items()}
         files[OPTIM][LOG] = job.loss_S
         self._sound.add(write_checkpoint(self._run, job.manifest, files))
-        prune(self._run, self._sound, job.manifest.position.best_num_steps)
+        prune(self._run, self._sound, job.manifest.position.best_number)
 
 
 def _buffers(tensors: Tensors) -> Tensors:

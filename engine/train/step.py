@@ -152,7 +152,9 @@ class TrainStep:
         """Why the step runs eagerly although a graph was asked for."""
         self.counter_21 = torch.zeros(2, 1, dtype=torch.int64, device=device)
         """Steps done in the run, and in the epoch."""
-        self._host_step = self._in_epoch = self._read_from = self._skipped_in_a_row = 0
+        self._host_step = self._in_epoch = self._read_from = 0
+        self.num_skipped_in_a_row = 0
+        """The last steps before the last reading, if fp16 skipped them."""
         self._rate_host = lr_table(config.optim, num_steps)
         self._rate_table = torch.from_numpy(self._rate_host).to(device)
         self._rate_K = self._rate_table.new_zeros(self.steps_per_launch)
@@ -338,8 +340,8 @@ class TrainStep:
                 what = "a gradient" if np.isfinite(loss) else "the loss"
                 remedy = "lower optim.learning_rate or use --amp bf16"
                 raise UserError(f"{what} was not finite in step {step}; {remedy}")
-            self._skipped_in_a_row = self._skipped_in_a_row + 1 if bad else 0
-            if self._skipped_in_a_row >= MAX_SKIPPED:
+            self.num_skipped_in_a_row = self.num_skipped_in_a_row + 1 if bad else 0
+            if self.num_skipped_in_a_row >= MAX_SKIPPED:
                 raise UserError(
                     f"fp16 gradients overflowed in {MAX_SKIPPED} steps in a row, the last of them "
                     f"step {step}; use --amp bf16 or lower optim.learning_rate"
@@ -355,9 +357,10 @@ class TrainStep:
         self._eval_N3.zero_()
         return loss / max(seen, 1), correct / max(seen, 1), int(seen)
 
-    def resume_at(self, step: int) -> None:
-        """Go on at global step `step`."""
+    def resume_at(self, step: int, num_skipped_in_a_row: int = 0) -> None:
+        """Go on at global step `step`, before which fp16 had skipped so many in a row."""
         self._host_step = step
+        self.num_skipped_in_a_row = num_skipped_in_a_row
         self.counter_21[0] = step
 
     def close(self) -> None:

@@ -23,17 +23,17 @@ from engine import meters
 from engine.config import RunConfig
 from engine.data.records import Records
 from engine.errors import UserError
+from engine.feeds.batch import Batch
 from engine.report import RunReport
 from engine.stop import STOP
 from engine.train import idlog
-from engine.train.checkpoint import checkpoint_tensors, load_checkpoint
+from engine.train.checkpoint import checkpoint_tensors, load_checkpoint, newest_sound_manifest
 from engine.train.folder import (
     Manifest,
     Position,
     check_same_records,
     checkpoint_path,
     checkpoints,
-    newest_manifest,
 )
 from engine.train.journal import Journal
 from engine.train.progress import Progress, run_report
@@ -89,7 +89,7 @@ def fit(
 
 def _unfinished(config: RunConfig, out: Path, resume: bool, world: World) -> tuple[float, float]:
     """(global batch, epoch) of an epoch begun with another batch; zeros if there is none."""
-    manifest = newest_manifest(out) if resume and world.is_first else None
+    manifest = newest_sound_manifest(out) if resume and world.is_first else None
     if manifest is None or not manifest.position.step:
         return 0, 0
     batch = manifest.training["global_batch"]
@@ -112,6 +112,7 @@ class Trainer:
         session = self.session
         self.world, self.step = session.world, session.step
         self.config = session.requested
+        self.log_ids = self.config.log_ids
         self.watch = meters.Stopwatch(self.world.device)
         self.nvml = meters.Nvml(self.world.device)
         self.steps_per_epoch = session.feed.order.steps_per_epoch
@@ -181,9 +182,9 @@ class Trainer:
             done = first_step
             for launch in self.step.train_epoch(self.session.feed, epoch, first_step):
                 self.progress.wait_s += launch.wait_s
-                if self.config.log_ids:
+                if self.log_ids:
                     path = idlog.path_of(self.out, self.world, epoch, first_step)
-                    idlog.append(path, launch.batch, first=done == first_step)
+                    self._log_ids(path, launch.batch, first=done == first_step)
                 done += launch.num_steps
                 if done == self.steps_per_epoch:
                     continue  # the feed is let end
@@ -210,6 +211,14 @@ class Trainer:
         if self.progress.is_best or self.position.time_to_target_s:
             self._save(wait=True)
         self.watch.start()
+
+    def _log_ids(self, path: Path, batch: Batch, first: bool) -> None:
+        """Where the disk refuses, this rank's log of ids ends: a gap would tell untruths."""
+        try:
+            idlog.append(path, batch, first)
+        except OSError as error:
+            self.log_ids = False
+            self.journal.ids_end(error)
 
     def _meet_after_epoch(self) -> None:
         """Agree on stopping, saved, also where the cadence asks for no checkpoint here."""
@@ -325,7 +334,7 @@ class Trainer:
         for sentence in skipped:
             self.say(f"note: {sentence}")
         if self.saver:
-            self.saver.trust(checkpoint_path(self.out, manifest.position.num_steps))
+            self.saver.trust(checkpoint_path(self.out, manifest.position.number))
         return manifest, loss_S
 
     def _take_up(self, manifest: Manifest, loss_S: torch.Tensor) -> None:
@@ -341,12 +350,13 @@ class Trainer:
         self.progress.position = replace(
             position,
             num_steps=num_steps,
+            renumbered=position.number - num_steps,
             time_to_target_s=position.time_to_target_s if is_reached else None,
         )
         batch = order.global_batch
         self.progress.log = TrainLog.of_part(loss_S.numpy(), position.epoch_correct, batch)
         self.progress.earlier = manifest.segments
-        self.step.resume_at(num_steps)
+        self.step.resume_at(num_steps, position.num_skipped_in_a_row)
         for change in changes(manifest, self.session):
             self.session.notes.append(change)
             self.say(f"note: {change}")
@@ -354,7 +364,8 @@ class Trainer:
         self.say(f"resumed after epoch {position.epoch} of {self.config.epochs}{inside}")
 
     def _start_files(self) -> None:
-        wanted = NUM_CHECKPOINTS_AT_ONCE * self.step.state.num_bytes()
+        num_missing = max(NUM_CHECKPOINTS_AT_ONCE - len(checkpoints(self.out)), 1)
+        wanted = num_missing * self.step.state.num_bytes()
         free = shutil.disk_usage(self.out).free
         if free < wanted:
             what = f"{free / 1e6:.1f} MB are free, checkpoints need {wanted / 1e6:.1f} MB"

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from statistics import median
 
-from tests.reliability.common import Tally, why_no_strace
+from tests.reliability.common import Done, Tally, why_no_strace
 from tests.reliability.runs import Moment, at_random, at_step, go_on, in_evaluation, in_save
 from tests.reliability.torchruns import is_helper, send, torchrun
 from tests.reliability.training import (
@@ -21,6 +21,7 @@ from tests.reliability.training import (
     memory_files,
     metrics,
     num_logged,
+    refused,
     text_of,
     until,
     wait,
@@ -52,9 +53,9 @@ def deaths(tally: Tally) -> None:
     training = Training(tally.fast, num_ranks=2)
     before = memory_files()
     taken_s = []
-    for turn in range(tally.count(2, 10, 20)):
+    for turn in range(tally.count(2, 18, 20)):
         taken_s += _kill_rank(tally, training, MOMENTS[turn % len(MOMENTS)], literal=False)
-    for turn in range(tally.count(0, 1, 4)):
+    for turn in range(tally.count(0, 2, 4)):
         _kill_rank(tally, training, MOMENTS[1 + turn % 4], literal=True)
     for turn in range(tally.count(1, 2, 6)):
         _kill_torchrun(tally, training, literal=turn % 2 == 1)
@@ -219,6 +220,7 @@ def _fail_reader(tally: Tally, training: Training, fault: str, sentence: str) ->
 
 PLANS = ((2, 1, 4, 2), (1, 4, 1, 2), (4, 2, 1, 1), (2, 4, 2, 1), (1, 2, 4, 1))
 CLOSE = 1e-3
+RANKS = (1, 2, 4)
 
 
 def elastic(tally: Tally) -> None:
@@ -226,14 +228,7 @@ def elastic(tally: Tally) -> None:
     training = Training(tally.fast)
     wanted = metrics(training.whole)[-1]["train_loss"]
     for plan in PLANS[: tally.count(1, 2, 5)]:
-        training.reset()
-        for turn, size in enumerate(plan):
-            runs = training.start(num_ranks=size)
-            if turn < len(plan) - 1:
-                until(lambda turn=turn: num_logged(training.out, turn) > 20, runs)
-                for run in runs:
-                    run.signal(signal.SIGTERM)
-            done = wait(runs)
+        done = _run_plan(training, plan)
         what = f"ranks {plan}: {text_of(done)}"
         if not tally.check({each.code for each in done} == {0}, what):
             continue
@@ -247,12 +242,85 @@ def elastic(tally: Tally) -> None:
     tally.check({each.code for each in done} == {2}, f"3 ranks: {text_of(done)}")
 
 
+def _run_plan(training: Training, plan: tuple[int, ...], *more: object) -> list[Done]:
+    """Train on one number of ranks after another, stopped between; how the last ranks ended."""
+    training.reset()
+    for turn, size in enumerate(plan):
+        runs = training.start(*more, num_ranks=size)
+        if turn < len(plan) - 1:
+            until(lambda turn=turn: num_logged(training.out, turn) > 20, runs)
+            for run in runs:
+                run.signal(signal.SIGTERM)
+        done = wait(runs)
+    return done
+
+
 def _same_order(training: Training, epoch: int) -> bool:
     return bool((global_ids(training.out, epoch) == global_ids(training.whole, epoch)).all())
 
 
+CANONICAL = "--canonical=4"
+LAUNCHES = "--steps-per-launch=3"
+SWITCHES: tuple[tuple[str, ...], ...] = (
+    ("--amp=bf16",),
+    ("--no-channels-last", "--set=optim.fused=false"),
+    ("--set=augment.rotate_degrees=10",),
+    ("--compile",),
+)
+
+
+def canonical(tally: Tally) -> None:
+    """--canonical: the same bits on 1, 2 and 4 ranks with every switch, and where ranks change."""
+    plain = Training(tally.fast / "plain", (CANONICAL,))
+    for size in RANKS[1:]:
+        _check_bits(tally, plain, (size,))
+    for size in RANKS[: tally.count(1, 3, 3)]:
+        _check_bits(tally, plain, (size,), LAUNCHES)
+    for plan in ((4, 1, 2), *PLANS)[: tally.count(1, 1, 6)]:
+        _check_bits(tally, plain, plan)
+    done = plain.run("--canonical=2", "--epochs=4")[0]
+    good = refused(done) and "step.canonical was 4 and is 2" in done.text
+    tally.check(good, f"other shards: {done}")
+    for number, switches in enumerate(SWITCHES[: tally.count(0, 4, 4)]):
+        if why := _why_not(switches):
+            tally.skip(" ".join(switches), why)
+            continue
+        flags = (CANONICAL, "--epochs=1", *switches)
+        training = Training(tally.fast / str(number), flags, log_ids=False)
+        for size in RANKS[1:]:
+            _check_bits(tally, training, (size,))
+
+
+def _why_not(switches: tuple[str, ...]) -> str:
+    """Why this machine leaves a switch out; "" if it does not."""
+    import torch
+
+    from engine.world import cannot_compile, has_fast_bf16
+
+    cpu = torch.device("cpu")
+    if "--amp=bf16" in switches and not has_fast_bf16(cpu):
+        return "this CPU has no bf16 instructions"
+    if "--compile" not in switches:
+        return ""
+    why = cannot_compile(cpu)
+    if not why:  # what a first compilation imports and finds out, before the ranks are forked
+        torch._inductor.config.compile_threads = 1
+        torch.compile(torch.relu)(torch.ones(3, requires_grad=True)).sum().backward()
+    return why
+
+
+def _check_bits(tally: Tally, training: Training, plan: tuple[int, ...], *more: object) -> None:
+    """A run on such numbers of ranks leaves what one rank left."""
+    done = _run_plan(training, plan, *more)
+    faults = training.faults()
+    good = {each.code for each in done} == {0} and not faults
+    flags = " ".join(map(str, (*training.flags, *more)))
+    tally.check(good, f"{flags} on ranks {plan}: {'; '.join(faults)}: {text_of(done)}")
+
+
 ROWS: tuple[tuple[str, str, Callable[[Tally], None]], ...] = (
     ("R9", "ranks 2, 1, 4, 2: one global order", elastic),
+    ("R9", "--canonical on any ranks: the same bits", canonical),
     ("R10", "a rank or torchrun killed: it recovers", deaths),
     ("R11", "ranks, workers and readers that hang", hangs),
     ("R13", "signals to torchrun: saved at the step, and gone on", launcher_stops),

@@ -3,9 +3,10 @@
 A variant trains two epochs of 9 steps on the same samples and leaves its *state*: the loss of each
 step, the gradients of the last, parameters, optimiser, loss scale, counters. Each is compared with
 the reference's. Ranks are processes of `torchrun -m tools.checks.parity FOLDER DEVICE MODEL
-PRECISION...`, which leave their state as FOLDER/<precision>.safetensors. With BatchNorm, parts of a
-batch are normalised by themselves: several ranks are then compared with one that has as many
-canonical shards.
+PRECISION...`, which leave their state as FOLDER/<precision>.safetensors, and that of a canonical
+training, which has a reference of its own, as FOLDER/<precision>-canonical.safetensors. With
+BatchNorm, parts of a batch are normalised by themselves: several ranks are then compared with one
+that has as many canonical shards.
 """
 
 import os
@@ -46,6 +47,7 @@ RANKS: dict[int, tuple[str, dict[str, Any]]] = {
     4: ("4 ranks, each batch in 2 parts", {"step.accumulate": 2}),
 }
 """Numbers of ranks, and what else is different there."""
+NUM_SHARDS = 4
 FUSED = {"kernels": "all", "step.cuda_graphs": True, "step.steps_per_launch": K}
 GROUPS = ("loss", "parameters", "gradients", "optimiser", "scaler", "counters")
 TOLERANCE = {"fp32": (1e-3, 1e-2), "tf32": (1e-2, 1e-1), "bf16": (5e-2, 5e-1), "fp16": (5e-2, 5e-1)}
@@ -183,13 +185,13 @@ def parity(
         for precision in precisions
     }
     for precision, reference in references.items():
-        for name, settings, work in _variants(on_gpu):
-            why = cannot_fuse(world.device) if "kernels" in settings else ""
-            if settings.get("step.cuda_graphs") and not on_gpu:
+        for name, changed, work in _variants(on_gpu):
+            why = cannot_fuse(world.device) if "kernels" in changed else ""
+            if changed.get("step.cuda_graphs") and not on_gpu:
                 why = "there is no GPU"
             found = {}
             if not why:
-                state = work(config_of(precision, network | settings), records, world)
+                state = work(config_of(precision, network | changed), records, world)
                 found = differences(state, reference)
             yield Verdict(precision, name, found, on_gpu, why)
     yield from _parity_of_ranks(references, records, world, model)
@@ -220,31 +222,48 @@ def _variants(on_gpu: bool) -> list[tuple[str, dict[str, Any], Callable[..., Sta
 def _parity_of_ranks(
     references: dict[str, State], records: Records, world: World, model: str
 ) -> Iterator[Verdict]:
+    """Of plain and of canonical training, whose references are those of one rank."""
     on_gpu = world.device.type == "cuda"
     precisions = list(references)
     num_gpus = torch.cuda.device_count()
-    for num_ranks, (name, _) in RANKS.items():
+    canonical = {p: _in_shards(NUM_SHARDS, p, records, world, model) for p in precisions}
+    for num_ranks, (plain, _) in RANKS.items():
         if on_gpu and num_gpus < num_ranks:
-            yield from (
-                Verdict(p, name, {}, True, f"there are {num_gpus} GPUs") for p in precisions
-            )
+            why = f"there are {num_gpus} GPUs"
+            names = (plain, _canonical_name(num_ranks))
+            yield from (Verdict(p, name, {}, True, why) for p in precisions for name in names)
             continue
         with tempfile.TemporaryDirectory() as folder:
             _run_ranks(num_ranks, Path(folder), world.device.type, model, precisions)
-            for precision, reference in references.items():
-                amplifies = any(name.endswith(RUNNING) for name in reference)
-                if amplifies:
-                    reference = _in_shards(num_ranks, precision, records, world, model)
+            for precision in precisions:
+                reference = references[precision]
+                if amplifies := any(name.endswith(RUNNING) for name in reference):
+                    shards = num_ranks * RANKS[num_ranks][1].get("step.accumulate", 1)
+                    reference = _in_shards(shards, precision, records, world, model)
                 found = differences(load_file(Path(folder) / f"{precision}.safetensors"), reference)
                 inexact = on_gpu or num_ranks > 1
-                yield Verdict(precision, name, found, inexact, amplifies=amplifies)
+                yield Verdict(precision, plain, found, inexact, amplifies=amplifies)
+                file = Path(folder) / f"{precision}-canonical.safetensors"
+                found = differences(load_file(file), canonical[precision])
+                yield Verdict(precision, _canonical_name(num_ranks), found, False)
 
 
-def _in_shards(num_ranks: int, precision: str, records: Records, world: World, model: str) -> State:
-    """What one rank leaves that normalises the same parts of each batch."""
-    num_parts = num_ranks * RANKS[num_ranks][1].get("step.accumulate", 1)
-    settings = {"model.name": model, "step.canonical": num_parts}
+def _canonical_name(num_ranks: int) -> str:
+    ranks = "torchrun, 1 rank" if num_ranks == 1 else f"{num_ranks} ranks"
+    return f"{ranks}, --canonical {NUM_SHARDS}"
+
+
+def _in_shards(
+    num_shards: int, precision: str, records: Records, world: World, model: str
+) -> State:
+    """What one rank leaves that computes each batch in shards."""
+    settings = _shard_settings(num_shards, model, world)
     return trained(config_of(precision, settings), records, world)
+
+
+def _shard_settings(num_shards: int, model: str, world: World) -> dict[str, Any]:
+    on_gpu = world.device.type == "cuda"
+    return {"model.name": model, "step.canonical": num_shards, "step.cuda_graphs": on_gpu}
 
 
 def _run_ranks(
@@ -275,8 +294,11 @@ def rank_main(folder: Path, device: str, model: str, precisions: list[str]) -> N
         for precision in precisions:
             settings = RANKS[world.size][1] | {"model.name": model}
             settings |= {"step.cuda_graphs": world.device.type == "cuda"}
-            state = trained(config_of(precision, settings), records, world)
-            world.first(partial(save_file, state, folder / f"{precision}.safetensors"))
+            canonical = _shard_settings(NUM_SHARDS, model, world)
+            for ending, changed in (("", settings), ("-canonical", canonical)):
+                state = trained(config_of(precision, changed), records, world)
+                file = folder / f"{precision}{ending}.safetensors"
+                world.first(partial(save_file, state, file))
     end_rank()
 
 
