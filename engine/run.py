@@ -47,7 +47,8 @@ DEFAULT = "fast"
 @click.option(
     "--recipe",
     type=click.Choice(tuple(RECIPES)),
-    help=f"A named config.  [default: {DEFAULT}; with --config: the settings' defaults]",
+    help=f"A named config.  [default: that of --model, if it has one, else {DEFAULT}; with "
+    "--config: the settings' defaults]",
 )
 @click.option(
     "--baseline", "recipe", flag_value="study", help="The study's training: --recipe study."
@@ -141,7 +142,8 @@ def _read_config(given: Given, stored: str, num_ranks: int) -> RunConfig:
     if before and given.recipe is None:
         config = before
     else:
-        config = RECIPES[given.recipe or DEFAULT]
+        model = given.flags.get("model__name")
+        config = RECIPES[given.recipe or (model if model in RECIPES else DEFAULT)]
         if given.config_file and given.recipe is None:  # it says all that is no field's default
             config = RunConfig()
         if given.recipe == "study":  # its batch is a rank's
