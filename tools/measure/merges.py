@@ -49,7 +49,7 @@ MERGES = {
 }
 """Sets of classes that look alike, by name; none is chosen by what a run got wrong.
 
-EMNIST: Cohen, Afshar, Tapson, van Schaik, 2017, arXiv:1702.05373, section II: of 62 classes 47 are
+EMNIST: Cohen, Afshar, Tapson, van Schaik, 2017, arXiv:1702.05373: of 62 classes 47 are
 left. UTS #39: unicode.org/reports/tr39. Centred and scaled: a glyph is cropped to its ink and fills
 the image, in TMNIST and in what tools/render_glyphs draws.
 """
