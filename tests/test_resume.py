@@ -114,7 +114,7 @@ def test_evaluating_within_epochs_changes_no_bit_and_keeps_the_best(
     assert_same(run, whole)
     steps = [int(line.split()[1]) for line in said if line.startswith("step ")]
     assert steps == [6, 10, 16, 20, 26, 30, 36, 40]  # where launches end; not at epochs' ends
-    best = manifest_of(checkpoints(run)[0]).position.best_num_steps
+    best = manifest_of(checkpoints(run)[0]).position.best_number
     assert best in (*steps, 14, 28, 42) and checkpoint_path(run, best).is_dir()
     assert report.num_steps == 42
 
