@@ -230,7 +230,9 @@ def test_parts_leave_the_mean_of_their_running_statistics(tiny: Records, world: 
         found.append(state_after(session))
     assert int(found[0][BN_COUNT]) == int(found[1][BN_COUNT]) == 7
     for name, tensor in found[0].items():
-        torch.testing.assert_close(tensor, found[1][name], rtol=1e-2, atol=5e-3)
+        other = found[1][name].double()
+        apart = torch.linalg.vector_norm(tensor.double() - other)  # single ones Adam lets drift
+        assert apart <= 0.02 * torch.linalg.vector_norm(other) + 1e-6, name
     with closing(opened(tiny, world, "residual", step__accumulate=2)) as session:
         step = session.step
         before = step.model.norm1.running_mean.clone()

@@ -13,6 +13,7 @@ classes.
 """
 
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -190,14 +191,7 @@ class TrainStep:
             )
         self._net = self.objective
         if self._world.size > 1 and not self._shards:
-            self._net = ddp = DistributedDataParallel(
-                self.objective,
-                device_ids=[device.index] if device.type == "cuda" else None,
-                bucket_cap_mb=BUCKET_CAP_MIB,
-                gradient_as_bucket_view=True,
-                broadcast_buffers=False,  # Statistics makes them the same
-            )
-            ddp._set_ddp_runtime_logging_sample_rate(NEVER)
+            self._net = _on_ranks(self.objective, device)
 
     def use_precision(self) -> None:
         """Make fp32 what this step's precision says, for the whole process.
@@ -490,3 +484,18 @@ class TrainStep:
         loss_B = functional.cross_entropy(logits_BC, label_B, reduction="none").where(real_B, 0.0)
         correct = ((logits_BC.argmax(1) == label_B) & real_B).sum()
         return torch.stack((loss_B.sum(dtype=torch.float64), correct, real_B.sum()))
+
+
+def _on_ranks(objective: Objective, device: torch.device) -> DistributedDataParallel:
+    """DDP of one all-reduce, whose buffers are Statistics' to make the same."""
+    with warnings.catch_warnings():  # torch 2.13's other name for it is not in older ones
+        warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
+        ddp = DistributedDataParallel(
+            objective,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            bucket_cap_mb=BUCKET_CAP_MIB,
+            gradient_as_bucket_view=True,
+            broadcast_buffers=False,
+        )
+    ddp._set_ddp_runtime_logging_sample_rate(NEVER)
+    return ddp
