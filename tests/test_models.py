@@ -229,10 +229,10 @@ def test_parts_leave_the_mean_of_their_running_statistics(tiny: Records, world: 
         assert any("mean of 16 samples at a time" in note for note in session.notes)
         found.append(state_after(session))
     assert int(found[0][BN_COUNT]) == int(found[1][BN_COUNT]) == 7
-    for name, tensor in found[0].items():
-        other = found[1][name].double()
-        apart = torch.linalg.vector_norm(tensor.double() - other)  # single ones Adam lets drift
-        assert apart <= 0.02 * torch.linalg.vector_norm(other) + 1e-6, name
+    running = [name for name in found[0] if "running" in name]
+    assert len(running) == 10
+    for name in running:
+        torch.testing.assert_close(found[0][name], found[1][name], rtol=0.02, atol=0.02)
     with closing(opened(tiny, world, "residual", step__accumulate=2)) as session:
         step = session.step
         before = step.model.norm1.running_mean.clone()
