@@ -91,6 +91,8 @@ class World:
         data = text.encode()
         length = torch.tensor(len(data))
         dist.broadcast(length, 0, group=self.hosts)
+        if not length:
+            return ""  # torch makes no tensor of an empty buffer
         buffer = torch.zeros(int(length), dtype=torch.uint8)
         if self.is_first:
             buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))

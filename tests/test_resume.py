@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from engine.config import RunConfig, config_of, override
+from engine.config import RunConfig, config_of, override, to_toml
 from engine.data.records import Records
 from engine.durable import Damaged
 from engine.errors import UserError
@@ -37,7 +37,7 @@ from engine.train.saver import Saver
 from engine.train.step import TrainStep
 from engine.train.trainer import fit
 from engine.world import World
-from tests.conftest import Command, assert_refused
+from tests.conftest import Command, assert_refused, child
 from tests.test_step import make_step
 
 CONFIG = RunConfig(global_batch=16, epochs=3, seed=5, checkpoint_every="4steps,1epoch")
@@ -117,6 +117,19 @@ def test_evaluating_within_epochs_changes_no_bit_and_keeps_the_best(
     best = manifest_of(checkpoints(run)[0]).position.best_number
     assert best in (*steps, 14, 28, 42) and checkpoint_path(run, best).is_dir()
     assert report.num_steps == 42
+
+
+def test_ranks_killed_before_their_first_checkpoint_start_anew(
+    small_dir: Path, tmp_path: Path
+) -> None:
+    words = ["--data", small_dir, "--batch-size", 16, "--epochs", 1, "--device", "cpu"]
+    config = to_toml(override(RunConfig(), {"epochs": 1}, ""))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.toml").write_text(config)  # all that a killed start may leave
+    line = ["torchrun", "--standalone", "--nproc-per-node=2", "-m", "engine.run", *map(str, words)]
+    done = child([*line, "--resume=auto", f"--out={tmp_path / 'run'}"], {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert "stopped before its first checkpoint; it starts at step 0" in done.stdout
 
 
 def test_a_target_reached_within_an_epoch_ends_the_run_there(

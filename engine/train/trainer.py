@@ -121,6 +121,7 @@ class Trainer:
         self.journal = Journal(self.out, self.say)
         self.saver = Saver(self.out, self.step.state) if self.world.is_first else None
         self.progress = Progress(session)
+        self.said: OSError | None = None
 
     @property
     def position(self) -> Position:
@@ -296,16 +297,20 @@ class Trainer:
                 self._wait_for_disk()
             loss_S = torch.from_numpy(self.progress.log.loss_S.copy())
             self.saver.save(self.progress.manifest(), loss_S)
-            if self.saver.failure:
-                self.journal.refused(self.saver.failure)
+            self._say_failure(self.saver)
         self.pulse.saved(self.position.num_steps)
+
+    def _say_failure(self, saver: Saver) -> None:
+        """Say why a checkpoint was not written; it may be asked for again before the next is."""
+        if saver.failure and saver.failure is not self.said:
+            self.said = saver.failure
+            self.journal.refused(saver.failure)
 
     def _wait_for_disk(self) -> None:
         if self.saver:
             self.world.at(self.position.num_steps, "saving")
             self.saver.wait()
-            if self.saver.failure:
-                self.journal.refused(self.saver.failure)
+            self._say_failure(self.saver)
 
     def _resume(self) -> None:
         """Load the newest checkpoint on rank 0, and give it to the others. Collective."""
