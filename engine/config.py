@@ -277,31 +277,25 @@ class RunConfig:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+LINEAR = OptimConfig(schedule="linear", warmup_fraction=0.1, beta2=0.99)
 RECIPES: dict[str, RunConfig] = {
     "fast": RunConfig(
         data=DataConfig(order="stratified"),
         model=ModelConfig(first_layer="whitened"),
-        optim=OptimConfig(learning_rate=0.005, schedule="linear", warmup_fraction=0.1, beta2=0.99),
+        optim=replace(LINEAR, learning_rate=0.005),
         global_batch=128,
         epochs=1,
     ),
     "best": RunConfig(
         data=DataConfig(order="stratified"),
-        optim=OptimConfig(learning_rate=0.008, schedule="linear", warmup_fraction=0.1, beta2=0.99),
+        optim=replace(LINEAR, learning_rate=0.008),
         global_batch=128,
         epochs=4,
     ),
     "residual": RunConfig(
         data=DataConfig(order="stratified"),
         model=ModelConfig(name="residual"),
-        optim=OptimConfig(
-            learning_rate=0.004,
-            schedule="linear",
-            warmup_fraction=0.1,
-            beta2=0.99,
-            weight_decay=0.05,
-            label_smoothing=0.1,
-        ),
+        optim=replace(LINEAR, learning_rate=0.004, weight_decay=0.05, label_smoothing=0.1),
         global_batch=128,
         epochs=4,
     ),
@@ -323,11 +317,11 @@ RECIPES: dict[str, RunConfig] = {
 }
 """Named configs: --recipe NAME, or `recipe = "NAME"` in a TOML file.
 
-fast is the default: the study's accuracy as soon as possible, its first layer whitened and frozen.
-best is the highest accuracy of the study's network that was found. residual is for --model
-residual, which takes it where no recipe is named.
+fast is the default: about the study's accuracy in one epoch, its first layer whitened and frozen.
+best is the study's network in 4 epochs. residual is for --model residual, which takes it where no
+recipe is named; it was not measured yet.
 study is what --baseline trains, as the study did: fp32, NCHW, eager, a loader sample by sample,
-Adam at a constant 1e-3, batch 64, 12 epochs. What each is worth: bench_configs/README.md.
+Adam at a constant 1e-3, batch 64, 12 epochs. What was measured of them: bench_configs/RESULTS.md.
 """
 
 

@@ -144,7 +144,7 @@ class Strata:
 
     A stratum of n samples divides the epoch into n equal parts; each sample comes at a random place
     of a part of its own (as in stratified sampling). So any stretch of an epoch, a batch for one,
-    holds every class by its share, give or take one or two. Needs 16 bytes per sample.
+    holds every class by its share, give or take one or two. Needs 24 bytes per sample.
     """
 
     def __init__(self, stratum_N: np.ndarray) -> None:

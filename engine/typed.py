@@ -12,6 +12,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from engine.durable import Damaged, parse_json
+from engine.errors import UserError
 
 T = TypeVar("T")
 LARGEST = 1e15
@@ -27,6 +28,20 @@ def read_as(kind: type[T], path: Path) -> T:
         Damaged: it is no JSON, or not of this kind.
     """
     return typed(kind, parse_json(path.read_bytes(), path.name), "")
+
+
+def read_result_as(kind: type[T], path: Path, what: str, remedy: str) -> T:
+    """The file as a `kind`, for a command that a user gave it to.
+
+    Raises:
+        UserError: it cannot be read, or is not `what`; with the `remedy`.
+    """
+    try:
+        return read_as(kind, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
+    except (Damaged, RecursionError) as error:
+        raise UserError(f"{path}: is no {what} ({error}); {remedy}") from None
 
 
 def typed(kind: type[T], value: object, where: str) -> T:

@@ -108,5 +108,5 @@ def test_facts_of_records_are_printed_and_read_back(
     assert facts.nearest.num_train == 100 and facts.num_images["test"] == 48
     assert facts.ceiling_fraction == 1 and "5 nearest" in done.stdout
     (tmp_path / "data_facts.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(UserError, match=r"holds no facts .* make it with"):
+    with pytest.raises(UserError, match=r"is no file of facts .* make it with"):
         read_facts(tmp_path)

@@ -30,8 +30,9 @@ from engine.train.canonical import check_shards, fixed_arithmetic
 from engine.train.step import TrainStep
 from engine.world import World
 
-MOST_SEEN = 20_000
-"""Training images that `Network.prepare` is shown at most, evenly spaced."""
+MOST_SEEN = 16_384
+"""Training images that `Network.prepare` is shown at most, in runs of NEIGHBOURS."""
+NEIGHBOURS = 256
 
 
 @dataclass
@@ -194,9 +195,16 @@ def _make_step(
 
 
 def _some_images(split: Split) -> Any:
-    """image_NHW of a split, or of so many, drawn once and for all, as the network may see."""
-    some = permute(np.arange(min(MOST_SEEN, len(split))), len(split), round_keys("seen"))
-    return split.image_NHW[np.sort(some)]
+    """image_NHW: what the network is shown of a split, the same whatever feed reads it.
+
+    Of many images, runs of neighbours at random places: a split on disk is read by few blocks.
+    """
+    num = len(split)
+    if num <= MOST_SEEN:
+        return split.image_NHW[np.arange(num)]
+    run_R = permute(np.arange(MOST_SEEN // NEIGHBOURS), num // NEIGHBOURS, round_keys("seen"))
+    row_RM = np.sort(run_R)[:, None] * NEIGHBOURS + np.arange(NEIGHBOURS)
+    return split.image_NHW[row_RM.ravel()]
 
 
 def evaluate(session: Session, split_name: str) -> tuple[float, float]:

@@ -19,11 +19,10 @@ import torch
 
 from engine.config import RunConfig
 from engine.data.records import Records
-from engine.durable import Damaged
 from engine.errors import UserError
 from engine.report import Environment
 from engine.train.objective import set_fp32_precision
-from engine.typed import read_as
+from engine.typed import read_result_as
 from tools.measure.answers import all_logits
 from tools.measure.scores import Answers, Scores, scores_of
 from tools.measure.trained import find_weights, load_network, open_run_records, run_config
@@ -112,14 +111,8 @@ def read_evaluation(folder: Path) -> Evaluation:
     Raises:
         UserError: it is missing, damaged or of another format.
     """
-    path = folder / NAME
     remedy = "make it with tools/evaluate RUN --out"
-    try:
-        return read_as(Evaluation, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
-    except (Damaged, RecursionError) as error:
-        raise UserError(f"{path}: is no evaluation ({error}); {remedy}") from None
+    return read_result_as(Evaluation, folder / NAME, "evaluation", remedy)
 
 
 @dataclass(frozen=True)

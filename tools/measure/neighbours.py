@@ -23,10 +23,9 @@ import numpy as np
 import torch
 
 from engine.data.records import SPLITS, Records, Split
-from engine.durable import Damaged
 from engine.errors import UserError
 from engine.report import Environment
-from engine.typed import read_as
+from engine.typed import read_result_as
 from engine.ui import progress_bar
 
 FORMAT = 1
@@ -99,14 +98,8 @@ def read_facts(folder: Path) -> DataFacts:
     Raises:
         UserError: it is missing, damaged or of another format.
     """
-    path = folder / NAME
     remedy = "make it with tools/evaluate --data-facts --out"
-    try:
-        return read_as(DataFacts, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
-    except (Damaged, RecursionError) as error:
-        raise UserError(f"{path}: holds no facts of data ({error}); {remedy}") from None
+    return read_result_as(DataFacts, folder / NAME, "file of facts of data", remedy)
 
 
 def data_facts(
