@@ -133,6 +133,14 @@ def test_a_stratified_batch_holds_every_class_by_its_share(
         assert (np.abs(count_K - share_K * batch) <= 2 + 2 * classes * share_K).all()
 
 
+def test_a_stratified_order_mixes_the_classes() -> None:
+    """Each comes at a random place of its part: not one class after the other, again and again."""
+    label_N = np.arange(9400) % 94
+    order = Order(num_samples=9400, global_batch=94, strata=Strata(label_N))
+    rounds = label_N[order.ids(0, 0, 100)]
+    assert len(np.unique(rounds, axis=0)) == 100
+
+
 def test_a_stratified_order_mixes_within_the_classes() -> None:
     """Which samples meet in a batch is random: of a class, any may come at any place."""
     label_N = np.arange(9400) % 94

@@ -103,11 +103,12 @@ def test_one_cycle_rises_to_the_highest_rate_and_falls_to_almost_zero() -> None:
     assert table[0] == pytest.approx(0.02) and table[100] < 1e-5
 
 
-def test_biases_are_not_decayed() -> None:
+def test_biases_are_not_decayed_and_the_moments_remember_as_long_as_they_are_told() -> None:
     model = make_model(ModelConfig(), 28, 28, 94, seed=0)
     groups = make_optimizer(
-        OptimConfig(weight_decay=0.1), model, torch.ones(()), capturable=False
+        OptimConfig(weight_decay=0.1, beta2=0.97), model, torch.ones(()), capturable=False
     ).param_groups
+    assert all(group["betas"] == (0.9, 0.97) for group in groups)
     assert [(g["weight_decay"], {p.dim() > 1 for p in g["params"]}) for g in groups] == [
         (0.1, {True}),
         (0.0, {False}),
