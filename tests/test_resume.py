@@ -23,6 +23,7 @@ from engine.heart import TRAINING, WAITING, Beat, Seen, hung_rank
 from engine.host import ROOT
 from engine.report import read_report
 from engine.stop import STOP, Stopped
+from engine.train import trainer
 from engine.train.checkpoint import FILES, prune, read_checkpoint, write_checkpoint
 from engine.train.folder import (
     Manifest,
@@ -34,6 +35,7 @@ from engine.train.folder import (
 )
 from engine.train.pulse import Cadence, Pulse
 from engine.train.saver import Saver
+from engine.train.session import Session, evaluate
 from engine.train.step import TrainStep
 from engine.train.trainer import fit
 from engine.world import World
@@ -130,6 +132,21 @@ def test_ranks_killed_before_their_first_checkpoint_start_anew(
     done = child([*line, "--resume=auto", f"--out={tmp_path / 'run'}"], {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert "stopped before its first checkpoint; it starts at step 0" in done.stdout
+
+
+def test_evaluating_within_epochs_is_off_the_clock(
+    small: Records, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(session: Session, split: str) -> tuple[float, float]:
+        time.sleep(0.3)
+        return evaluate(session, split)
+
+    monkeypatch.setattr(trainer, "evaluate", slow)
+    config = override(CONFIG, {"evaluate_every": 2, "epochs": 1}, "")
+    start_s = time.perf_counter()
+    report = read_report(trained(small, world, tmp_path / "run", config))
+    assert report.eval_s > 8 * 0.3
+    assert report.train_s + report.eval_s < time.perf_counter() - start_s
 
 
 def test_a_target_reached_within_an_epoch_ends_the_run_there(
