@@ -20,6 +20,7 @@ from engine.errors import printable
 from engine.host import env_machine
 
 PERIOD_S = 1.0
+JOIN_S = 5.0
 WAITING = "waiting for its feed"
 TRAINING = "training"
 EVALUATING = "evaluating"
@@ -102,15 +103,21 @@ class Watch:
         self._timeout_s = timeout_s
         self._count = 0
         self._over = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="heart", daemon=True)
         self._write()
 
     def start(self) -> None:
         """Begin, once all ranks have made theirs."""
-        threading.Thread(target=self._work, name="heart", daemon=True).start()
+        self._thread.start()
 
     def stop(self) -> None:
-        """The run has ended; nobody is waited for any more."""
+        """The run has ended; nobody is waited for any more.
+
+        The thread is: in the middle of asking the store while the interpreter ends, it would abort
+        the process.
+        """
         self._over.set()
+        self._thread.join(JOIN_S)
 
     def _write(self) -> None:
         self._count += 1

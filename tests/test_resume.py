@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -424,6 +425,16 @@ def test_whatever_breaks_the_savers_thread_is_raised(world: World, tmp_path: Pat
     with pytest.raises(AttributeError):
         saver.wait()
     saver.close()
+
+
+def test_the_savers_thread_has_ended_when_it_is_closed(world: World, tmp_path: Path) -> None:
+    """What it does while the interpreter ends would abort the process."""
+    (tmp_path / "checkpoints").mkdir()
+    saver = Saver(tmp_path, make_step(world).state)
+    saver.save(manifest(5), torch.zeros(5))
+    saver.close()
+    assert "saver" not in {thread.name for thread in threading.enumerate()}
+    assert checkpoints(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,8 @@ from engine.train.state import Tensors, TrainState
 
 DEADLINE_S = 120.0
 """How long the end of a run waits for a disk that does not answer."""
+JOIN_S = 5.0
+"""How long the thread is waited for, whose work is done or given up."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,9 @@ class Saver:
         self._error: Exception | None = None
         self.failure: OSError | None = None
         """Why the last checkpoint was not written; None if it was."""
-        threading.Thread(target=self._work, name="saver", daemon=True).start()
+        # A daemon: nobody waits at exit for a disk that does not answer.
+        self._thread = threading.Thread(target=self._work, name="saver", daemon=True)
+        self._thread.start()
 
     def trust(self, checkpoint: Path) -> None:
         """`checkpoint` was read, so it verifies."""
@@ -93,8 +97,13 @@ class Saver:
         self._raise_error()
 
     def close(self) -> None:
-        """End the thread, once it has written what was begun."""
+        """End the thread, once it has written what was begun.
+
+        It is waited for: one that still lets go of tensors while the interpreter ends would abort
+        the process.
+        """
         self._jobs.put(None)
+        self._thread.join(JOIN_S)
 
     def _raise_error(self) -> None:
         if self._error:
