@@ -13,7 +13,7 @@ demo: .venv/.installed
 	@echo "== The baseline: the study's recipe on the sample of 128 typefaces, 8 epochs =="
 	@python -m engine.run --baseline --epochs 8 --out runs/demo/baseline
 	@echo "== The recipe fast: 2 epochs, first layer whitened and frozen, bf16, CUDA graphs where there is a GPU =="
-	@torchrun -m engine.run --amp --cuda-graphs --epochs 2 --out runs/demo/fast
+	@torchrun -m engine.run --amp --cuda-graphs --out runs/demo/fast
 	@python -m tools.profile compare runs/demo/baseline runs/demo/fast --out runs/demo
 	@python -m tools.predict runs/demo/fast --out runs/demo/predictions.png
 

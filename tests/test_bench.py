@@ -99,5 +99,16 @@ def test_precision(tmp_path: Path, small_dir: Path) -> None:
 
 
 def test_fullsize(tmp_path: Path, small_dir: Path) -> None:
-    fullsize.bench(tmp_path, small_dir, 1, 1, extra=("--epochs=1", "--batch-size=32"))
+    extra = ("--epochs=1", "--batch-size=32")
+    fullsize.bench(tmp_path, small_dir, "fullsize", 1, extra)
     assert "best's mean test accuracy (%)" in checked(tmp_path / "cpu_fullsize.json")
+
+
+def test_the_permutation_test_counts_the_ways_to_deal() -> None:
+    """Against the definition: of 5 and 5, 2 of 252 ways are as far apart; equal means are no sign.
+
+    1, 2 against 3, 4: of the six ways, {1, 2} and {3, 4} differ by 2, the others by less.
+    """
+    assert fullsize.permutation_p([1, 2, 3, 4, 5], [6, 7, 8, 9, 10]) == 2 / 252
+    assert fullsize.permutation_p([1, 2], [3, 4]) == 2 / 6
+    assert fullsize.permutation_p([1, 4], [2, 3]) == 1

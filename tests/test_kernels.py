@@ -447,12 +447,15 @@ def test_the_designs_bytes_fall_out_of_the_model() -> None:
     assert sum(w.num_bytes for w in roofline.kernels(shapes)) == pytest.approx(231e3, rel=0.01)
     for way in (roofline.floor, roofline.kernels, roofline.eager):
         assert sum(w.flops for w in way(shapes)) == pytest.approx(25.06e6, rel=1e-3)
+    frozen = roofline.frozen_floor(shapes)
+    saved = sum(w.num_bytes for w in roofline.floor(shapes)) - sum(w.num_bytes for w in frozen)
+    assert saved == pytest.approx(19.6e3 + 15.7e3 + 32 * 14 * 14 / 4, rel=0.01)
     only_bytes = roofline.predicted_s(roofline.floor(shapes), 3e12, 1e30)
     assert 1 / only_bytes == pytest.approx(27e6, rel=0.02)
 
 
 def test_unknown_hardware_has_no_prediction() -> None:
-    works = partial(roofline.studys_floor, 28, 28, 94)
+    works = partial(roofline.studys_floor, 28, 28, 94, is_frozen=False)
     assert roofline.peak_flops("NVIDIA H100 80GB HBM3", "bf16") == 989e12
     assert roofline.peak_flops("NVIDIA H100 PCIe", "bf16") == 756e12
     assert roofline.peak_flops("NVIDIA H100 NVL", "bf16") == 835e12

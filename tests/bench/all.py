@@ -35,7 +35,8 @@ def main(data: Path | None, out: Path) -> None:
     checkpoints.bench(out, rounds=15)
     report.bench(out, rounds=5)
     if data:
-        fullsize.bench(out, data, rounds=5, seeds=5)
+        for name in fullsize.GROUPS:
+            fullsize.bench(out, data, name, seeds=5)
         precision.bench(out, data, pairs=5)
     else:
         click.echo("whole trainings: skipped; name its records with BENCH_ARGS='--data DIR'")

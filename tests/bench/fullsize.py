@@ -1,8 +1,15 @@
-"""Whole trainings of the recipes against --baseline, all to their end, in turn."""
+"""Whole trainings, all to their end, seed by seed: recipes, networks and what each part is worth.
+
+A group is a list of sides that are trained in turn with the same seeds; its first side is what the
+others are compared with. Each group leaves a file of its own.
+"""
 
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from statistics import mean, median
 
@@ -13,10 +20,19 @@ from engine.report import RunReport, read_report
 from tests.bench import OUT
 from tools.report.rows import Claim, Row, claim, row, write_result
 
-FAST = ("--amp", "--cuda-graphs")
-BEST = ("--recipe=best", *FAST)
-BASELINE = ("--baseline",)
-NAMES = {FAST: "fast (first layer whitened and frozen)", BEST: "best", BASELINE: "baseline"}
+FAST = ("--recipe=fast", "--amp", "--cuda-graphs")
+BEST = ("--recipe=best", "--amp", "--cuda-graphs")
+Reports = dict[str, list[RunReport]]
+"""By the side's name, a report for each seed."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Sides that are compared: flags of engine.run by name, and what they must reach."""
+
+    title: str
+    sides: dict[str, tuple[str, ...]]
+    claims: Callable[[Reports], list[Claim]]
 
 
 def train(data: Path, flags: tuple[str, ...], folder: Path) -> RunReport:
@@ -34,53 +50,127 @@ def train(data: Path, flags: tuple[str, ...], folder: Path) -> RunReport:
     return read_report(folder)
 
 
-def bench(out: Path, data: Path, rounds: int, seeds: int, extra: tuple[str, ...] = ()) -> None:
-    """Measure and write OUT/cpu_fullsize.json; `extra` flags shorten a smoke run."""
-    reports: dict[tuple[str, ...], list[RunReport]] = {flags: [] for flags in NAMES}
-    with tempfile.TemporaryDirectory() as folder:
-        for seed in range(1, seeds + 1):
-            for flags in (FAST, BEST, *[BASELINE] * (seed <= rounds)):
-                name = f"{seed}{''.join(flags)}"
+def bench(out: Path, data: Path, name: str, seeds: int, extra: tuple[str, ...] = ()) -> None:
+    """Measure a group, write OUT/cpu_<name>.json; `extra` flags shorten a smoke run."""
+    group = GROUPS[name]
+    reports: Reports = {side: [] for side in group.sides}
+    for seed in range(1, seeds + 1):
+        for side, flags in group.sides.items():
+            with tempfile.TemporaryDirectory() as folder:
                 line = (*flags, f"--seed={seed}", *extra)
-                reports[flags].append(train(data, line, Path(folder) / name))
-    rows = [each for flags, runs in reports.items() for each in rows_of(NAMES[flags], runs)]
-    first = reports[FAST][0]
-    size = f"{first.num_train_samples:,} images, two cores"
+                reports[side].append(train(data, line, Path(folder) / "run"))
+    first, *others = reports
+    rows = [each for side, runs in reports.items() for each in rows_of(side, runs)]
+    rows += [compared(side, reports[side], first, reports[first]) for side in others]
+    one = reports[first][0]
     write_result(
-        out / "cpu_fullsize.json",
-        title=f"Training on {size}: the recipes and the baseline, a seed after the other",
-        environment=first.environment,
+        out / f"cpu_{name}.json",
+        title=f"{group.title}: {one.num_train_samples:,} images, two cores, one seed after another",
+        environment=one.environment,
         rows=rows,
-        claims=claims_of(reports),
+        claims=group.claims(reports),
     )
 
 
-def accuracies(runs: list[RunReport]) -> list[float]:
+def accuracies(runs: Sequence[RunReport]) -> list[float]:
     """Percent of the test split."""
     return [100 * (run.test_accuracy_fraction or 0.0) for run in runs]
 
 
-def rows_of(name: str, runs: list[RunReport]) -> list[Row]:
-    """Time, accuracy and throughput of a recipe."""
-    title = f"{name}, {runs[0].num_epochs} epochs, batch {runs[0].config.global_batch}"
+def rows_of(side: str, runs: list[RunReport]) -> list[Row]:
+    """Time, accuracy and throughput of a side."""
+    one = runs[0]
+    plural = "" if one.num_epochs == 1 else "s"
+    title = f"{side}, {one.num_epochs} epoch{plural}, batch {one.config.global_batch}"
+    val = [100 * (run.val_accuracy_fraction or 0.0) for run in runs]
     return [
         row(f"{title}: training time", [run.train_s for run in runs], "s"),
         row(f"{title}: test accuracy", accuracies(runs), "%"),
+        row(f"{title}: best validation accuracy", val, "%"),
         row(f"{title}: throughput", [run.samples_per_s for run in runs], "samples/s"),
     ]
 
 
-def claims_of(reports: dict[tuple[str, ...], list[RunReport]]) -> list[Claim]:
-    """What the recipes must reach."""
-    fast, best, baseline = reports[FAST], reports[BEST], reports[BASELINE]
-    fast_s = median(run.train_s for run in fast)
-    ratio = median(run.train_s for run in baseline) / fast_s
-    more = mean(accuracies(fast)) - mean(accuracies(baseline))
+def compared(side: str, runs: list[RunReport], other: str, others: list[RunReport]) -> Row:
+    """The chance that the two sides' mean accuracies differ so much if they were one."""
+    chance = permutation_p(accuracies(runs), accuracies(others))
+    return row(f"{side} against {other}, test accuracy: p", [chance], "")
+
+
+def permutation_p(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """Two-sided exact permutation test of two means (Fisher, 1935).
+
+    The share of all ways to deal the values into groups of these sizes whose means differ at least
+    as much; with 5 and 5 at best 2 of 252.
+    """
+    pooled, size = [*ours, *theirs], len(ours)
+    total = sum(pooled)
+
+    def gap(group: Sequence[float]) -> float:
+        return abs(sum(group) / size - (total - sum(group)) / len(theirs))
+
+    measured = gap(ours) - 1e-9
+    gaps = [gap(group) for group in combinations(pooled, size)]
+    return sum(each >= measured for each in gaps) / len(gaps)
+
+
+def recipe_claims(reports: Reports) -> list[Claim]:
+    """Fast takes a thirtieth of the study's time for its accuracy; best has more than ever."""
+    study, fast, best = reports.values()
+    ratio = median(run.train_s for run in study) / median(run.train_s for run in fast)
+    more = mean(accuracies(fast)) - mean(accuracies(study))
     return [
-        claim("baseline's training time over fast's (x)", ratio, 30.0),
-        claim("fast's mean test accuracy less the baseline's (points)", more, 0.0),
+        claim("the study's training time over fast's (x)", ratio, 30.0),
+        claim("fast's mean test accuracy less the study's (points)", more, 0.0),
         claim("best's mean test accuracy (%)", mean(accuracies(best)), 89.5),
     ]
+
+
+def no_claims(reports: Reports) -> list[Claim]:
+    """Nothing must be reached."""
+    return []
+
+
+def settings(*assignments: str) -> tuple[str, ...]:
+    """Flags of engine.run."""
+    return tuple(f"--set={assignment}" for assignment in assignments)
+
+
+GROUPS = {
+    "fullsize": Group(
+        "The recipes and the study's",
+        {
+            "study": ("--recipe=study",),
+            "fast (first layer whitened and frozen)": FAST,
+            "best": BEST,
+        },
+        recipe_claims,
+    ),
+    "ablations": Group(
+        "Fast, and fast with one part otherwise",
+        {
+            "fast": FAST,
+            "first layer trained, rate 0.008": (
+                *FAST,
+                *settings("model.first_layer=trained", "optim.learning_rate=0.008"),
+            ),
+            "order exact": (*FAST, "--order=exact"),
+            "one_cycle, warm-up 0.2": (
+                *FAST,
+                *settings("optim.schedule=one_cycle", "optim.warmup_fraction=0.2"),
+            ),
+            "beta2 0.999": (*FAST, *settings("optim.beta2=0.999")),
+            "no label smoothing": (*FAST, *settings("optim.label_smoothing=0.0")),
+            "batch 512, rate 0.01": (
+                *FAST,
+                "--batch-size=512",
+                *settings("optim.learning_rate=0.01"),
+            ),
+        },
+        no_claims,
+    ),
+}
+"""What can be measured: python -m tests.bench.fullsize --data RECORDS --group NAME."""
 
 
 @click.command()
@@ -91,11 +181,18 @@ def claims_of(reports: dict[tuple[str, ...], list[RunReport]]) -> list[Claim]:
     help="Records of all typefaces, --split random.",
 )
 @OUT
-@click.option("--rounds", default=1, show_default=True, help="Runs of the baseline.")
-@click.option("--seeds", default=5, show_default=True, help="Runs of each recipe.")
-def main(data: Path, out: Path, rounds: int, seeds: int) -> None:
+@click.option(
+    "--group",
+    "groups",
+    type=click.Choice(list(GROUPS)),
+    multiple=True,
+    help="What to train; all, if it is left out.",
+)
+@click.option("--seeds", default=5, show_default=True, help="Runs of each side.")
+def main(data: Path, out: Path, groups: tuple[str, ...], seeds: int) -> None:
     """Benchmark whole trainings."""
-    bench(out, data, rounds, seeds)
+    for name in groups or GROUPS:
+        bench(out, data, name, seeds)
 
 
 if __name__ == "__main__":

@@ -155,7 +155,8 @@ def _roofline(session: Session, samples_per_s: float, bandwidth: float | None) -
     def works(item_bytes: int) -> list[Work]:
         model = make_model(session.config.model, *shape, seed=0)
         if isinstance(model, GlyphNet):
-            return studys_floor(*shape, item_bytes)
+            is_frozen = not model.conv1.weight.requires_grad
+            return studys_floor(*shape, item_bytes, is_frozen=is_frozen)
         return products(model, *shape, item_bytes)
 
     return roofline_fraction(samples_per_s / world.size, name, precision, bandwidth, works)

@@ -100,6 +100,18 @@ def floor(s: Shapes) -> list[Work]:
     ]
 
 
+def frozen_floor(s: Shapes) -> list[Work]:
+    """`floor` with a first layer that is not trained: it keeps no code, and no gradient ends there.
+
+    conv2's input gradient is wanted by conv1's weight gradient alone.
+    """
+    left_out = ("conv2 input gradient", "conv1 weight gradient")
+    kept = [work for work in floor(s) if work.name not in left_out]
+    name = "conv1 + bias + ReLU + pool"
+    first = Work(name, s.image, s.pool1, s.conv1_flops)
+    return [first if work.name == name else work for work in kept]
+
+
 def kernels(s: Shapes) -> list[Work]:
     """kernels/ as they are, the second convolution by the library."""
     return [
@@ -187,9 +199,12 @@ def roofline_fraction(
     return samples_per_s * predicted_s(works(item_bytes), bandwidth_bytes_per_s, peak)
 
 
-def studys_floor(height: int, width: int, num_classes: int, item_bytes: int) -> list[Work]:
-    """`floor`, for numbers of so many bytes."""
-    return floor(Shapes(height, width, num_classes, item_bytes, FLOOR_BITS))
+def studys_floor(
+    height: int, width: int, num_classes: int, item_bytes: int, *, is_frozen: bool
+) -> list[Work]:
+    """The floor for numbers of so many bytes, its first layer frozen or trained."""
+    shapes = Shapes(height, width, num_classes, item_bytes, FLOOR_BITS)
+    return frozen_floor(shapes) if is_frozen else floor(shapes)
 
 
 def copy_bandwidth(device: torch.device) -> float | None:
