@@ -23,6 +23,8 @@ MOST_SHARDS = 64
 NETWORK_NAMES = ("baseline", "fast", "residual", "vit")
 OWN = re.compile(r"(?P<file>.+\.py):(?P<name>[A-Za-z_]\w*)", re.DOTALL)
 """A network of the user's own, as --model names it."""
+BARE_POINT = re.compile(r"(?<![^+-])\.(?=\d)")
+"""Of .5, which TOML does not know: a point that nothing but a sign stands before."""
 KernelName = Literal["gather_warp", "conv_pool_relu", "bias_pool_relu", "softmax_cross_entropy"]
 
 
@@ -503,7 +505,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
 
 
 def parse_assignments(assignments: tuple[str, ...]) -> dict[str, Any]:
-    """["epochs=2"] -> {"epochs": 2}; values are TOML, else plain text."""
+    """["epochs=2"] -> {"epochs": 2}; values are TOML (and .5 is 0.5), else plain text."""
     dotted = {}
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
@@ -512,7 +514,7 @@ def parse_assignments(assignments: tuple[str, ...]) -> dict[str, Any]:
                 f"--set {assignment}: has no '='; write --set optim.learning_rate=0.002"
             )
         try:
-            dotted[name] = tomllib.loads(f"value = {text}")["value"]
+            dotted[name] = tomllib.loads(f"value = {BARE_POINT.sub('0.', text)}")["value"]
         except tomllib.TOMLDecodeError:
             dotted[name] = text
     return dotted

@@ -115,6 +115,11 @@ def test_what_is_not_a_setting_is_refused(text: str, remedy: str, tmp_path: Path
     assert remedy in str(refused.value)
 
 
+def test_a_number_may_begin_with_its_point() -> None:
+    given = parse_assignments(("optim.learning_rate=.5", "data.path=.5.records"))
+    assert given == {"optim.learning_rate": 0.5, "data.path": ".5.records"}
+
+
 def test_assignments_are_toml_else_text() -> None:
     given = parse_assignments(
         ("optim.learning_rate=0.5", "data.path=/a b", "optim.fused=false", "epochs=3")
