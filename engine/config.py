@@ -292,14 +292,14 @@ RECIPES: dict[str, RunConfig] = {
         data=DataConfig(order="stratified"),
         optim=replace(LINEAR, learning_rate=0.008, weight_decay=0.1, label_smoothing=0.1),
         global_batch=128,
-        epochs=6,
+        epochs=8,
     ),
     "residual": RunConfig(
         data=DataConfig(order="stratified"),
         model=ModelConfig(name="residual"),
         optim=replace(LINEAR, learning_rate=0.004, weight_decay=0.05, label_smoothing=0.1),
         global_batch=128,
-        epochs=4,
+        epochs=6,
     ),
     "study": RunConfig(
         data=DataConfig(feed="loader"),
@@ -320,7 +320,7 @@ RECIPES: dict[str, RunConfig] = {
 """Named configs: --recipe NAME, or `recipe = "NAME"` in a TOML file.
 
 fast is the default: more than the study's accuracy in two epochs, its first layer whitened and
-frozen. best is the study's network in six epochs, all of it trained. residual is for
+frozen. best is the study's network in eight epochs, all of it trained. residual is for
 --model residual, which takes it where no recipe is named.
 study is what --baseline trains, as the study did: fp32, NCHW, eager, a loader sample by sample,
 Adam at a constant 1e-3, batch 64, 12 epochs.
