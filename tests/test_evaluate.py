@@ -16,6 +16,7 @@ from engine.report import read_report
 from engine.train.trainer import fit
 from engine.world import World
 from tests.conftest import Command, assert_refused
+from tests.profiles import make_profile
 from tools.measure.answers import all_logits, shifted
 from tools.measure.evaluation import averaged, best_members, pool, read_evaluation
 from tools.measure.merges import ALL, MEASURED, confused_pairs, group_names, merged, named_merges
@@ -165,6 +166,29 @@ def test_runs_are_evaluated_pooled_and_together(
     assert (
         "its four one-pixel shifts" in shifted_too.stdout and "fitted on val" in shifted_too.stdout
     )
+
+
+def test_a_profiles_report_shows_the_distance_to_the_best_ensemble(
+    runs: list[Path], small_dir: Path, command: Command, tmp_path: Path
+) -> None:
+    profile = make_profile(num=4)
+    cell = profile["cells"][1]
+    for repetition in cell["repetitions"]:
+        repetition["test_accuracy_fraction"] = 0.25
+    (tmp_path / "profile.json").write_text(json.dumps(profile))
+    facts = ("--data-facts", "--data", small_dir, "--max-train", 20)
+    for arguments in ((*runs, "--ensemble"), facts):
+        done = command("tools/evaluate", *arguments, "--out", tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert command("tools/profile", "report", tmp_path).returncode == 0
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    section = text.partition("## The ceiling")[2].partition("\n## ")[0]
+    ensemble = read_evaluation(tmp_path).ensemble
+    assert ensemble and ensemble.scores.accuracy_fraction == 1.0
+    assert f"| {cell['name']} | 25.00 % | 75 |" in section
+    assert "| ensemble, 2 runs | 100.00 % | 0 |" in section
+    assert "| the nearest training image | " in section
+    assert "can be right on more than 100.00%" in section
 
 
 def test_what_cannot_be_evaluated_is_refused(

@@ -23,6 +23,7 @@ from engine.errors import UserError
 from engine.typed import typed
 from tools.measure.results import RATE, Profile, clean, read_profile
 from tools.report import charts
+from tools.report.ceiling import distances
 from tools.report.charts import Line, Picture
 from tools.report.confusion import Glyph, class_table, glyph, lookalikes, matrices
 from tools.report.figures import MEDIANS, heading, show
@@ -93,7 +94,7 @@ def write_report(folder: Path, out: Path) -> Path:
         UserError: FOLDER holds no profile, or OUT cannot be written.
     """
     profile = read_profile(folder)
-    extras = list(_extras(folder))
+    extras = [*_ceiling(folder, profile), *_extras(folder)]
     sections = [section for section in (*make_sections(profile), *extras) if len(section.frame)]
     page_text, markdown_page = page(profile, sections), markdown(profile, sections)
     figures = out / "figures"
@@ -309,6 +310,13 @@ def _circumstances(profile: Profile) -> Section:
         seen,
         pd.DataFrame(rows, columns=["circumstance", "value"]),
     )
+
+
+def _ceiling(folder: Path, profile: Profile) -> Iterator[Section]:
+    if found := distances(folder, cells_frame(profile)):
+        seen, table = found
+        make = partial(_bars, table.head(NUM_BARS), "test_accuracy_fraction", "% read rightly")
+        yield Section("ceiling", "The ceiling", seen, table, make)
 
 
 def _extras(folder: Path) -> Iterator[Section]:
