@@ -17,7 +17,8 @@ from tools.measure.results import clean
 SEEN = (
     "Accuracy on the test split, and the points that are missing to the highest that any network "
     "or ensemble reached here. {bound}The evaluation and the facts of the data are those of "
-    "tools/evaluate, of the records {records}; the cells are worth comparing where theirs are the same."
+    "tools/evaluate, of the records {records}; the cells are worth comparing where theirs are the "
+    "same."
 )
 BOUND = "No function of the pixels can be right on more than {:.2%}. "
 Line = tuple[str, float]
