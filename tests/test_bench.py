@@ -102,6 +102,8 @@ def test_fullsize(tmp_path: Path, small_dir: Path) -> None:
     extra = ("--epochs=1", "--batch-size=32")
     fullsize.bench(tmp_path, small_dir, "fullsize", 1, extra)
     assert "best's mean test accuracy (%)" in checked(tmp_path / "cpu_fullsize.json")
+    fullsize.bench(tmp_path, small_dir, "networks", 2, extra)
+    assert "the best ensemble's test accuracy (%)" in checked(tmp_path / "cpu_networks.json")
 
 
 def test_the_permutation_test_counts_the_ways_to_deal() -> None:

@@ -8,8 +8,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import combinations
+from dataclasses import dataclass, replace
+from itertools import combinations, product
 from pathlib import Path
 from statistics import mean, median
 
@@ -18,10 +18,15 @@ import click
 from engine.host import ROOT
 from engine.report import RunReport, read_report
 from tests.bench import OUT
+from tools.measure.evaluation import read_evaluation
+from tools.measure.merges import ALL
 from tools.report.rows import Claim, Row, claim, row, write_result
 
 FAST = ("--recipe=fast", "--amp", "--cuda-graphs")
 BEST = ("--recipe=best", "--amp", "--cuda-graphs")
+RESIDUAL = ("--recipe=residual", "--amp", "--cuda-graphs")
+ENSEMBLE = "test accuracy of the ensemble"
+MOST_MEMBERS = 4
 Reports = dict[str, list[RunReport]]
 """By the side's name, a report for each seed."""
 
@@ -33,6 +38,8 @@ class Group:
     title: str
     sides: dict[str, tuple[str, ...]]
     claims: Callable[[Reports], list[Claim]]
+    evaluated: tuple[str, ...] = ()
+    """Sides whose runs are also evaluated together; see `together`."""
 
 
 def train(data: Path, flags: tuple[str, ...], folder: Path) -> RunReport:
@@ -54,11 +61,16 @@ def bench(out: Path, data: Path, name: str, seeds: int, extra: tuple[str, ...] =
     """Measure a group, write OUT/cpu_<name>.json; `extra` flags shorten a smoke run."""
     group = GROUPS[name]
     reports: Reports = {side: [] for side in group.sides}
-    for seed in range(1, seeds + 1):
-        for side, flags in group.sides.items():
-            with tempfile.TemporaryDirectory() as folder:
-                line = (*flags, f"--seed={seed}", *extra)
-                reports[side].append(train(data, line, Path(folder) / "run"))
+    folders: dict[str, list[Path]] = {side: [] for side in group.sides}
+    with tempfile.TemporaryDirectory() as place:
+        for seed, (number, (side, flags)) in product(
+            range(1, seeds + 1), enumerate(group.sides.items())
+        ):
+            folder = Path(place) / f"{number}-{seed}"
+            reports[side].append(train(data, (*flags, f"--seed={seed}", *extra), folder))
+            folders[side].append(folder)
+        evaluated = group.evaluated if seeds > 1 else ()
+        more = [each for side in evaluated for each in together(side, folders[side])]
     first, *others = reports
     rows = [each for side, runs in reports.items() for each in rows_of(side, runs)]
     rows += [compared(side, reports[side], first, reports[first]) for side in others]
@@ -67,9 +79,33 @@ def bench(out: Path, data: Path, name: str, seeds: int, extra: tuple[str, ...] =
         out / f"cpu_{name}.json",
         title=f"{group.title}: {one.num_train_samples:,} images, two cores, one seed after another",
         environment=one.environment,
-        rows=rows,
-        claims=group.claims(reports),
+        rows=rows + more,
+        claims=group.claims(reports) + ensemble_claims(more),
     )
+
+
+def together(side: str, folders: list[Path]) -> list[Row]:
+    """More figures of a side's first runs, and of the average of their probabilities."""
+    command = [sys.executable, "-m", "tools.evaluate", *map(str, folders[:MOST_MEMBERS])]
+    out = folders[0].parent / f"evaluated-{folders[0].name}"
+    subprocess.run([*command, "--ensemble", "--out", str(out)], cwd=ROOT, check=True)
+    found = read_evaluation(out)
+    assert found.ensemble is not None
+    pooled = {each.name: each for each in found.pooled}
+    rows = []
+    for name in ("top-2", "top-1, EMNIST ByMerge", f"top-1, {ALL}"):
+        if each := pooled.get(name):
+            values = (each.low, each.value, each.high)
+            figure = row(f"{side}: {name}", [100 * value for value in values], "%")
+            rows.append(replace(figure, value=100 * each.value, n=each.num_runs))
+    accuracy = 100 * found.ensemble.scores.accuracy_fraction
+    return [*rows, row(f"{side}: {ENSEMBLE} of {len(found.runs)}", [accuracy], "%")]
+
+
+def ensemble_claims(rows: list[Row]) -> list[Claim]:
+    """The best ensemble is as right as was asked for."""
+    found = [each.value for each in rows if ENSEMBLE in each.name]
+    return [claim("the best ensemble's test accuracy (%)", max(found), 91.0)] if found else []
 
 
 def accuracies(runs: Sequence[RunReport]) -> list[float]:
@@ -126,6 +162,12 @@ def recipe_claims(reports: Reports) -> list[Claim]:
     ]
 
 
+def network_claims(reports: Reports) -> list[Claim]:
+    """A larger network has more accuracy."""
+    residual = mean(accuracies(reports["residual"]))
+    return [claim("residual's mean test accuracy (%)", residual, 90.5)]
+
+
 def no_claims(reports: Reports) -> list[Claim]:
     """Nothing must be reached."""
     return []
@@ -145,6 +187,12 @@ GROUPS = {
             "best": BEST,
         },
         recipe_claims,
+    ),
+    "networks": Group(
+        "Networks, each with its recipe",
+        {"best": BEST, "residual": RESIDUAL},
+        network_claims,
+        evaluated=("best", "residual"),
     ),
     "ablations": Group(
         "Fast, and fast with one part otherwise",
