@@ -184,6 +184,13 @@ class StepConfig:
         bounds=(0, MOST_SHARDS),
         flag="--canonical",
     )
+    noise_scale: bool = setting(
+        False,
+        "Measure the gradient's noise scale: the batch size beyond which larger ones save few "
+        "steps. Takes a batch in 2 parts at least.",
+        flag="--noise-scale",
+        environment=True,
+    )
     cuda_graphs: bool = setting(
         False, "Capture the whole step in one CUDA graph.", flag="--cuda-graphs", environment=True
     )
