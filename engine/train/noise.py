@@ -71,6 +71,15 @@ class NoiseScale:
         variance, norm = self.variance_sum, self.squared_norm_sum
         return variance / norm if variance > 0 and norm > 0 else None
 
+    def known(self) -> dict[str, float]:
+        """What is known, for an epoch's line of metrics.jsonl."""
+        facts = {
+            "critical_batch": self.critical_batch,
+            "gradient_variance": self.gradient_variance,
+            "gradient_squared_norm": self.gradient_squared_norm,
+        }
+        return {name: value for name, value in facts.items() if value is not None}
+
     @property
     def _weight(self) -> float:
         """What the averages' weights add up to."""

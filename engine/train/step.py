@@ -295,6 +295,23 @@ class TrainStep:
         if self._source:
             self._source.draw_ahead(epoch + 1)
 
+    def time_steps(self, num_launches: int) -> list[float]:
+        """Seconds per step of so many launches on the static batch; all state is put back.
+
+        Collective; before the epoch's first step.
+        """
+        num_steps, found = self.steps_per_launch, []
+        run = partial(self._run, self._slots(num_steps), num_steps)
+        work: Callable[[], None] = self._graphs.get(num_steps, run)
+        with self.state.kept():
+            for _ in range(num_launches):
+                self._world.synchronize()
+                start = time.perf_counter()
+                work()
+                self._world.synchronize()
+                found.append((time.perf_counter() - start) / num_steps)
+        return found
+
     def train(self, batch: Batch) -> None:
         """One optimiser step on a batch that is handed over."""
         assert self._source is None, "this step gathers its batches itself; use train_epoch"
