@@ -27,6 +27,7 @@ from engine.train.trainer import fit
 from engine.world import World
 from tests.conftest import child
 from tests.test_resume import CONFIG, assert_same, metrics, quiet, stop_after, trained
+from tools.checks.order import check_order
 
 __all__ = ["stop_after"]
 
@@ -151,6 +152,14 @@ def test_a_ramp_of_one_batch_is_a_fixed_run(small: Records, world: World, tmp_pa
     assert_same(*runs)
 
 
+def test_every_sample_of_a_ramp_comes_as_its_batches_order_it(
+    small: Records, small_dir: Path, world: World, tmp_path: Path
+) -> None:
+    run = trained(small, world, tmp_path / "run", override(RAMP, {"log_ids": True}, "test"))
+    checked, faults = check_order(run, str(small_dir))
+    assert checked == 4 * 224 and not faults
+
+
 def test_a_disk_that_refuses_does_not_lose_a_part(
     small: Records, world: World, ramp: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -211,6 +220,7 @@ def test_timing_steps_changes_nothing(small: Records, world: World) -> None:
     session.close()
 
 
+@pytest.mark.slow
 def test_two_ranks_train_the_same_ramp(
     small: Records, small_dir: Path, world: World, tmp_path: Path
 ) -> None:

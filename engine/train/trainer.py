@@ -47,6 +47,7 @@ from engine.train.schedule import (
     part_config,
     planned_batches,
     ramp_batch,
+    timings_text,
 )
 from engine.train.session import Session, evaluate, open_session, switches
 from engine.train.step import TrainLog
@@ -111,6 +112,7 @@ def _fit_parts(
         with world.on_stream():
             if config.optim.batch_schedule == "noise":
                 timings = with_timings(config, batch, timings, records, world)
+                say(f"steps timed: {timings_text(timings)}")
             part = part_config(config, batch)
             with closing(open_session(part, records, world)) as session:
                 trainer = Trainer(session, out, say, config, timings, handed)
