@@ -11,6 +11,7 @@ from tests.bench import (
     feeds,
     fullsize,
     measuring,
+    noise,
     pack,
     precision,
     ranks,
@@ -101,3 +102,15 @@ def test_precision(tmp_path: Path, small_dir: Path) -> None:
 def test_fullsize(tmp_path: Path, small_dir: Path) -> None:
     fullsize.bench(tmp_path, small_dir, 1, 1, extra=("--epochs=1", "--batch-size=32"))
     assert "best's mean test accuracy (%)" in checked(tmp_path / "cpu_fullsize.json")
+
+
+def test_noise(tmp_path: Path, small_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(noise, "START", 32)
+    noise.bench(tmp_path, noise.Sweep(small_dir, 0.3, 1, batches=(16, 64), epochs=6))
+    claims = checked(tmp_path / "cpu_noise.json")
+    assert claims[0].startswith("time of noise over the best fixed batch's")
+
+
+def test_the_sweeps_fit() -> None:
+    steps = [100 * (1 + 300 / batch) for batch in noise.BATCHES]
+    assert noise.fitted(noise.BATCHES, steps) == pytest.approx((100, 300))
