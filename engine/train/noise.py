@@ -23,6 +23,9 @@ SMALL, WHOLE = range(2)
 MEMORY_STEPS = 200
 """Steps of the moving averages. |g|^2 of a step is within some 10 %, and where the batch is small
 G2 is the small difference of two such numbers."""
+FORGETTING = 3
+"""Before that, step k of n weighs as k^2: a run's first gradients are far larger than later ones,
+and a plain mean would long be theirs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,10 +33,10 @@ class NoiseScale:
     """Moving averages over the steps so far; a value, kept in checkpoints."""
 
     num_steps: int = 0
-    variance_sum: float = 0.0
-    """S averaged, not debiased: the averages start at 0."""
-    squared_norm_sum: float = 0.0
-    """G2 averaged, not debiased."""
+    mean_variance: float = 0.0
+    """S, averaged: weights add up to 1 from the first step on, so that nothing is to debias."""
+    mean_squared_norm: float = 0.0
+    """G2, averaged."""
 
     def after(self, norm_2S: np.ndarray, small_batch: int, global_batch: int) -> "NoiseScale":
         """With the steps whose squared norms are `norm_2S`, of so many samples each.
@@ -46,29 +49,30 @@ class NoiseScale:
         b, B = small_batch, global_batch
         norm_S = (B * found[WHOLE] - b * found[SMALL]) / (B - b)
         variance_S = (found[SMALL] - found[WHOLE]) / (1 / b - 1 / B)
-        keep = 1 - 1 / MEMORY_STEPS
-        variance, norm = self.variance_sum, self.squared_norm_sum
-        for new_variance, new_norm in zip(variance_S.tolist(), norm_S.tolist(), strict=True):
+        variance, norm = self.mean_variance, self.mean_squared_norm
+        new = zip(variance_S.tolist(), norm_S.tolist(), strict=True)
+        for step, (new_variance, new_norm) in enumerate(new, start=self.num_steps + 1):
+            keep = 1 - max(1 / MEMORY_STEPS, FORGETTING / (step + FORGETTING - 1))
             variance = keep * variance + (1 - keep) * new_variance
             norm = keep * norm + (1 - keep) * new_norm
         return NoiseScale(
-            num_steps=self.num_steps + len(norm_S), variance_sum=variance, squared_norm_sum=norm
+            num_steps=self.num_steps + len(norm_S), mean_variance=variance, mean_squared_norm=norm
         )
 
     @property
     def gradient_variance(self) -> float | None:
         """S: the variance of one sample's gradient, summed over the parameters; None: not known."""
-        return self.variance_sum / self._weight if self.num_steps else None
+        return self.mean_variance if self.num_steps else None
 
     @property
     def gradient_squared_norm(self) -> float | None:
         """G2: of the true gradient; None: not known."""
-        return self.squared_norm_sum / self._weight if self.num_steps else None
+        return self.mean_squared_norm if self.num_steps else None
 
     @property
     def critical_batch(self) -> float | None:
         """S / G2, in samples; None where an average is not positive: not known yet."""
-        variance, norm = self.variance_sum, self.squared_norm_sum
+        variance, norm = self.mean_variance, self.mean_squared_norm
         return variance / norm if variance > 0 and norm > 0 else None
 
     def known(self) -> dict[str, float]:
@@ -79,8 +83,3 @@ class NoiseScale:
             "gradient_squared_norm": self.gradient_squared_norm,
         }
         return {name: value for name, value in facts.items() if value is not None}
-
-    @property
-    def _weight(self) -> float:
-        """What the averages' weights add up to."""
-        return 1 - (1 - 1 / MEMORY_STEPS) ** self.num_steps
