@@ -154,6 +154,19 @@ class OptimConfig:
         0.05, "Share of the target spread over all classes; never in evaluation.", bounds=(0, 1)
     )
     fused: bool = setting(True, "One kernel for the whole optimiser.")
+    batch_schedule: Literal["fixed", "ramp", "noise"] = setting(
+        "fixed",
+        "The global batch of each epoch: one for all; a --batch-ramp; or, by the noise scale and "
+        "timings, doubled or halved. The learning rate goes with the root of it over global_batch.",
+        flag="--batch-schedule",
+    )
+    batch_ramp: str = setting(
+        "",
+        "Global batches and their epochs, such as 128x1,256x1,512x2; the last goes on to the end.",
+        flag="--batch-ramp",
+    )
+    batch_min: int = setting(32, "Least global batch of the schedule noise.", bounds=(1, 2**24))
+    batch_max: int = setting(4096, "Largest of the schedule noise.", bounds=(1, 2**24))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,6 +198,13 @@ class StepConfig:
         "every number of ranks that divides it; 0: off.",
         bounds=(0, MOST_SHARDS),
         flag="--canonical",
+    )
+    noise_scale: bool = setting(
+        False,
+        "Measure the gradient's noise scale: the batch size beyond which larger ones save few "
+        "steps. Takes a batch in 2 parts at least.",
+        flag="--noise-scale",
+        environment=True,
     )
     cuda_graphs: bool = setting(
         False, "Capture the whole step in one CUDA graph.", flag="--cuda-graphs", environment=True

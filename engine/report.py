@@ -65,6 +65,30 @@ class Segment:
     num_ranks: int
     effective: dict[str, Any]
     environment: Environment
+    global_batch: int = 0
+    """0: the config's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochBatch:
+    """An epoch of the curve of batches: what it was trained with, and the noise scale at its end.
+
+    None: not measured, or not known yet.
+    """
+
+    epoch: int
+    """From 1."""
+    global_batch: int
+    learning_rate: float
+    """Highest of the schedule with this batch."""
+    num_steps: int
+    train_s: float
+    critical_batch: float | None
+    """Samples beyond which larger batches save few steps: variance over squared norm."""
+    gradient_variance: float | None
+    """Of one sample's gradient, summed over the parameters."""
+    gradient_squared_norm: float | None
+    """Of the true gradient."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +137,9 @@ class RunReport:
     status: Literal["finished", "stopped", "unfinished"] = "finished"
     """stopped: by a signal, saved; unfinished: still running, or killed."""
     segments: list[Segment] = field(default_factory=list)
-    """What the run consists of; more than one where it was resumed."""
+    """What the run consists of; more than one where it was resumed, or its batch changed."""
+    batches: list[EpochBatch] = field(default_factory=list)
+    """Of each epoch."""
 
     def __post_init__(self) -> None:
         if self.format != FORMAT:

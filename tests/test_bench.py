@@ -11,6 +11,7 @@ from tests.bench import (
     feeds,
     fullsize,
     measuring,
+    noise,
     pack,
     precision,
     ranks,
@@ -114,3 +115,15 @@ def test_the_permutation_test_counts_the_ways_to_deal() -> None:
     assert fullsize.permutation_p([1, 2, 3, 4, 5], [6, 7, 8, 9, 10]) == 2 / 252
     assert fullsize.permutation_p([1, 2], [3, 4]) == 2 / 6
     assert fullsize.permutation_p([1, 4], [2, 3]) == 1
+
+
+def test_noise(tmp_path: Path, small_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(noise, "START", 32)
+    noise.bench(tmp_path, noise.Sweep(small_dir, 0.3, 1, batches=(16, 64), epochs=6))
+    claims = checked(tmp_path / "cpu_noise.json")
+    assert claims[0].startswith("time of noise over the best fixed batch's")
+
+
+def test_the_sweeps_fit() -> None:
+    steps = [100 * (1 + 300 / batch) for batch in noise.BATCHES]
+    assert noise.fitted(noise.BATCHES, steps) == pytest.approx((100, 300))

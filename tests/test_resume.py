@@ -244,7 +244,7 @@ def test_another_batch_comes_with_the_next_epoch(
     assert "note: epoch 2 is finished with its global batch of 16 first" in lines
     assert "note: global_batch was 16 and is 8 from here on" in lines
     assert metrics(run)[:2] == metrics(whole)[:2]
-    assert metrics(run)[2]["step"] == 3 * 28
+    assert metrics(run)[2]["step"] == 2 * 14 + 28
 
 
 def test_a_larger_batch_goes_on_from_its_own_checkpoints(
@@ -259,7 +259,7 @@ def test_a_larger_batch_goes_on_from_its_own_checkpoints(
     assert (position.epoch, position.num_steps, position.number) == (3, 9, 31)
     assert "left as it is" in finished_text(run, larger)
     trained(small, world, run, replace(larger, epochs=4), resume=True)
-    assert [line["step"] for line in metrics(run)] == [14, 28, 9, 12]
+    assert [line["step"] for line in metrics(run)] == [14, 28, 31, 34]
     again = manifest_of(checkpoints(run)[0]).position
     assert (again.epoch, again.num_steps, again.number) == (4, 12, 34)
 

@@ -11,6 +11,7 @@ import torch
 
 from engine.config import AugmentConfig, RunConfig
 from engine.data.records import Records
+from engine.errors import UserError
 from engine.feeds.build import choose_feed, gathers
 from engine.feeds.stream import NUM_WINDOWS
 from engine.models import network_class
@@ -88,6 +89,22 @@ def _canonical(config: RunConfig, records: Records, world: World) -> Changes:
         yield config, f"--canonical computes with one thread per rank: {why}"
 
 
+def _noise_scale(config: RunConfig, records: Records, world: World) -> Changes:
+    """The small batch beside the whole one is its first part, or a shard."""
+    if not config.step.noise_scale:
+        return
+    if config.step.canonical == 1:
+        raise UserError("--noise-scale: one shard is no part of a batch; give --canonical of more")
+    if config.step.canonical or config.step.accumulate > 1:
+        return
+    rank_batch = config.global_batch // world.size
+    if rank_batch % 2:
+        what = f"a rank's batch of {rank_batch} cannot be divided into 2 parts"
+        raise UserError(f"--noise-scale: {what}; give an even --batch-size")
+    why = "the noise scale is measured by a part of the batch"
+    yield _step(config, accumulate=2), f"a batch is computed in 2 parts: {why}"
+
+
 def _first_layer(config: RunConfig, records: Records, world: World) -> Changes:
     is_whitened = config.model.first_layer == "whitened"
     if is_whitened and not network_class(config.model).can_whiten:
@@ -143,6 +160,7 @@ RULES: tuple[Callable[[RunConfig, Records, World], Changes], ...] = (
     _layers,
     _compile,
     _canonical,
+    _noise_scale,
     _first_layer,
     _launches,
     _feed,

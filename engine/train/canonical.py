@@ -92,6 +92,11 @@ class Shards:
         self._statistics.take(self._statistics_of(self._mean_P))
         return self._mean_P[-NUM_RESULTS:]
 
+    def mean_squared_norm(self) -> torch.Tensor:
+        """Of the shards' gradients, as they were gathered: the same on every rank."""
+        gradient_NP = self._all_NP[:, : sum(p.numel() for p in self._parameters)]
+        return gradient_NP.square().sum(1).mean()
+
     def _gradients(self, row_P: torch.Tensor) -> list[torch.Tensor]:
         """A row's views that are laid out as the parameters are."""
         sizes = [p.numel() for p in self._parameters]

@@ -13,7 +13,9 @@ from typing import Any
 from engine.config import RunConfig
 from engine.durable import Damaged, is_empty, read_manifest, remove_leftovers
 from engine.errors import UserError
-from engine.report import Segment
+from engine.report import EpochBatch, Segment
+from engine.train.noise import NoiseScale
+from engine.train.schedule import Timing
 from engine.typed import typed
 
 CONFIG = "config.toml"
@@ -24,7 +26,9 @@ FORMAT = "glyph-checkpoint"
 VERSION = 2
 NAME = re.compile(r"step-([0-9]{9})")
 MAY_CHANGE = ("epochs", "global_batch", "schedule_epochs")
-"""Settings of the training that a resumed run may have otherwise; the trainer says what follows."""
+"""Settings of the training that a resumed run may have otherwise; the trainer says what follows.
+
+A schedule of batches keeps its global_batch, which its learning rates go by."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +55,11 @@ class Position:
     best_number: int | None = None
     """Of the checkpoint with that accuracy."""
     time_to_target_s: float | None = None
+    global_batch: int = 0
+    """Of the next epoch, as its schedule decided; 0: the config's."""
+    noise: NoiseScale = field(default_factory=NoiseScale)
+    timings: list[Timing] = field(default_factory=list)
+    """What the schedule noise decides by, timed on this machine."""
 
     def __post_init__(self) -> None:
         numbers = (self.epoch, self.step, self.num_steps, self.train_s, self.epoch_correct)
@@ -74,6 +83,8 @@ class Manifest:
     dataset_fingerprint: str
     position: Position
     segments: list[Segment] = field(default_factory=list)
+    batches: list[EpochBatch] = field(default_factory=list)
+    """Of each epoch done."""
     scaler: dict[str, float]
     """Loss scale and growth counter of fp16; empty without."""
     sha256: dict[str, str]
@@ -165,7 +176,9 @@ def check_same_training(run: Path, manifest: Manifest, config: RunConfig) -> Non
     """
     ours, default = config.training_settings(), RunConfig().training_settings()
     theirs = default | manifest.training
-    found = [name for name in ours if name not in MAY_CHANGE and ours[name] != theirs[name]]
+    kept = {"global_batch"} if config.optim.batch_schedule != "fixed" else set()
+    may_change = set(MAY_CHANGE) - kept
+    found = [name for name in ours if name not in may_change and ours[name] != theirs[name]]
     if found:
         changes = ", ".join(f"{name} was {theirs[name]} and is {ours[name]}" for name in found)
         remedy = "leave the flags out that change it, or start anew with another --out"

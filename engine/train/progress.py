@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from engine import meters
-from engine.report import RunReport, Segment, without_folders
+from engine.config import RunConfig
+from engine.report import EpochBatch, RunReport, Segment, without_folders
 from engine.train.folder import Manifest, Position
 from engine.train.session import Session, switches
 from engine.train.step import TrainLog
@@ -23,13 +24,17 @@ class Progress:
     """A run's position, at the last reading of the log, and how it got there."""
 
     session: Session
+    asked: RunConfig
+    """What the whole run is; the session's config is of a part of it."""
     position: Position = field(default_factory=Position)
     start: Position = field(default_factory=Position)
     """Where this process began."""
     log: TrainLog = field(default_factory=TrainLog.empty)
     """Of the steps done of the epoch in hand."""
     earlier: list[Segment] = field(default_factory=list)
-    """What was trained before this process."""
+    """What was trained before this session."""
+    batches: list[EpochBatch] = field(default_factory=list)
+    """Of each epoch done."""
     wait_s: float = 0.0
     """Time that this process waited for the feed."""
     utilisation_percent: list[float] = field(default_factory=list)
@@ -48,11 +53,27 @@ class Progress:
             num_skipped_in_a_row=self.session.step.num_skipped_in_a_row,
             epoch_train_s=position.epoch_train_s + lap_s,
             epoch_correct=self.log.num_correct,
+            noise=position.noise.after(
+                log.norm_2S,
+                self.session.step.part_samples,
+                self.session.feed.order.global_batch,
+            ),
         )
 
     def end_epoch(self) -> None:
         """The epoch in hand is trained; its log is read no more."""
-        position = self.position
+        position, noise = self.position, self.position.noise
+        done = EpochBatch(
+            epoch=position.epoch + 1,
+            global_batch=self.session.config.global_batch,
+            learning_rate=self.session.config.optim.learning_rate,
+            num_steps=position.step,
+            train_s=position.epoch_train_s,
+            critical_batch=noise.critical_batch,
+            gradient_variance=noise.gradient_variance,
+            gradient_squared_norm=noise.gradient_squared_norm,
+        )
+        self.batches = [*self.batches, done]
         self.log = TrainLog.empty()
         self.position = replace(
             position, epoch=position.epoch + 1, step=0, epoch_train_s=0.0, epoch_correct=0
@@ -84,23 +105,25 @@ class Progress:
         if position.num_steps == start.num_steps:
             return self.earlier
         mine = Segment(
-            first_step=start.num_steps,
+            first_step=start.number,
             num_steps=position.num_steps - start.num_steps,
             train_s=position.train_s - start.train_s,
             wait_s=self.wait_s,
             num_ranks=self.session.world.size,
             effective=switches(self.session.config),
             environment=self.session.environment,
+            global_batch=self.session.config.global_batch,
         )
         return [*self.earlier, mine]
 
     def manifest(self) -> Manifest:
         """What a checkpoint of this position says."""
         return Manifest(
-            training=self.session.requested.training_settings(),
+            training=self.asked.training_settings(),
             dataset_fingerprint=self.session.records.fingerprint,
             position=self.position,
             segments=self.segments(),
+            batches=self.batches,
             scaler=self.session.step.state.scaler_numbers(),
             sha256={},
         )
@@ -115,11 +138,11 @@ def run_report(
 ) -> RunReport:
     """The report of a run as it stands; `test` is loss and accuracy."""
     session, position = progress.session, progress.position
-    config, device = session.requested, session.world.device
+    config, device = progress.asked, session.world.device
     segments = progress.segments()
     utilisation = sorted(progress.utilisation_percent)
     waited_s = sum(segment.wait_s for segment in segments)
-    num_samples = position.num_steps * config.global_batch
+    num_samples = position.num_steps * session.config.global_batch
     data = replace(config.data, path=without_folders(config.data.path))
     return RunReport(
         environment=session.environment,
@@ -134,7 +157,7 @@ def run_report(
         num_parameters=sum(p.numel() for p in session.step.model.parameters()),
         num_train_samples=len(session.records.split("train")),
         num_epochs=position.epoch,
-        num_steps=position.num_steps,
+        num_steps=position.number,
         num_skipped_steps=position.num_skipped_steps,
         train_s=position.train_s,
         samples_per_s=num_samples / max(position.train_s, 1e-9),
@@ -153,4 +176,5 @@ def run_report(
         gpu_energy_j=energy_j,
         status=status,
         segments=segments,
+        batches=progress.batches,
     )

@@ -27,6 +27,7 @@ from engine.order import Order, Strata, permute, round_keys
 from engine.report import Environment, environment
 from engine.train.available import effective_config
 from engine.train.canonical import check_shards, fixed_arithmetic
+from engine.train.schedule import planned_batches
 from engine.train.step import TrainStep
 from engine.world import World
 
@@ -102,7 +103,8 @@ def open_run_records(config: RunConfig, num_ranks: int) -> Records:
         UserError: they cannot be opened, or the batch does not fit them.
     """
     records = open_for(config.data, config.data.path or ensure_sample())
-    check_batch(config, records, num_ranks)
+    for batch in planned_batches(config):
+        check_batch(replace(config, global_batch=batch), records, num_ranks)
     return records
 
 

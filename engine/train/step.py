@@ -16,7 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
@@ -49,8 +49,9 @@ BUCKET_CAP_MIB = 32
 MAX_SKIPPED = 20
 """Steps in a row that fp16 may skip before the run ends: gradients overflowed although each
 halved the loss scale."""
-LOSS, CORRECT, BAD = range(3)
-"""Rows of the log: a step's mean loss, its right answers, and 1 where a gradient was not finite."""
+LOSS, CORRECT, BAD, SMALL, WHOLE = range(5)
+"""Rows of the log: a step's mean loss, its right answers, and 1 where a gradient was not finite;
+with step.noise_scale the squared norms of its first part's gradient and of the whole batch's."""
 
 
 class Launch(NamedTuple):
@@ -73,6 +74,9 @@ class TrainLog:
     num_samples: int
     num_skipped: int
     """Steps whose fp16 gradients overflowed; the optimiser left the parameters as they were."""
+    norm_2S: np.ndarray = field(default_factory=lambda: np.zeros((2, 0)))
+    """Squared norms of gradients, as NoiseScale takes them, of the steps that this process trained;
+    of none without step.noise_scale."""
 
     @staticmethod
     def of_part(loss_S: np.ndarray, num_correct: int, global_batch: int) -> "TrainLog":
@@ -96,6 +100,7 @@ class TrainLog:
             num_correct=self.num_correct + later.num_correct,
             num_samples=self.num_samples + later.num_samples,
             num_skipped=self.num_skipped + later.num_skipped,
+            norm_2S=np.concatenate([self.norm_2S, later.norm_2S], axis=1),
         )
 
     @property
@@ -161,8 +166,8 @@ class TrainStep:
         self._rate_K = self._rate_table.new_zeros(self.steps_per_launch)
         self._last_21 = torch.tensor([[num_steps], [order.steps_per_epoch - 1]], device=device)
         self._offset_K = torch.arange(self.steps_per_launch, device=device)
-        self._log_3K = torch.zeros(3, self.steps_per_launch, device=device)
-        self._log_3S = torch.zeros(3, order.steps_per_epoch, device=device)
+        self._log_5K = torch.zeros(5, self.steps_per_launch, device=device)
+        self._log_5S = torch.zeros(5, order.steps_per_epoch, device=device)
         self._one = torch.ones((), device=device)
         num_shards = config.step.canonical
         self._eval_N3 = torch.zeros(max(num_shards, 1), 3, dtype=torch.float64, device=device)
@@ -173,6 +178,8 @@ class TrainStep:
             config.optim, model, rate, capturable=config.step.cuda_graphs
         )
         self._num_parts = num_shards // world.size if num_shards else config.step.accumulate
+        self._measures_noise = config.step.noise_scale
+        assert not self._measures_noise or self._num_parts > 1 or num_shards > 1
         self.statistics = Statistics(model, world, self._num_parts)
         self._shards = Shards(model, num_shards, world, self.statistics) if num_shards else None
         self._wrap()
@@ -202,7 +209,7 @@ class TrainStep:
 
     @property
     def part_samples(self) -> int:
-        """What the network sees at once."""
+        """What the network sees at once; the small batch of the noise scale."""
         return self._order.rank_batch // self._num_parts
 
     @property
@@ -288,6 +295,23 @@ class TrainStep:
         if self._source:
             self._source.draw_ahead(epoch + 1)
 
+    def time_steps(self, num_launches: int) -> list[float]:
+        """Seconds per step of so many launches on the static batch; all state is put back.
+
+        Collective; before the epoch's first step.
+        """
+        num_steps, found = self.steps_per_launch, []
+        run = partial(self._run, self._slots(num_steps), num_steps)
+        work: Callable[[], None] = self._graphs.get(num_steps, run)
+        with self.state.kept():
+            for _ in range(num_launches):
+                self._world.synchronize()
+                start = time.perf_counter()
+                work()
+                self._world.synchronize()
+                found.append((time.perf_counter() - start) / num_steps)
+        return found
+
     def train(self, batch: Batch) -> None:
         """One optimiser step on a batch that is handed over."""
         assert self._source is None, "this step gathers its batches itself; use train_epoch"
@@ -314,22 +338,25 @@ class TrainStep:
             UserError: a loss or gradient was not finite; names the step. With fp16: MAX_SKIPPED
                 steps in a row were skipped.
         """
-        ours_3S = self._log_3S[:, self._read_from : self._in_epoch]
-        sums_3S = ours_3S if self._shards else self._world.sum(ours_3S)
-        log_3S = sums_3S.double().cpu().numpy()
-        first_step = self._host_step - log_3S.shape[1]
+        ours_5S = self._log_5S[:, self._read_from : self._in_epoch]
+        sums_5S = ours_5S if self._shards else self._world.sum(ours_5S)
+        log_5S = sums_5S.double().cpu().numpy()
+        num_logs = 1 if self._shards else self._world.size
+        first_step = self._host_step - log_5S.shape[1]
         self._read_from = self._in_epoch
-        num_samples = log_3S.shape[1] * self._order.global_batch
-        self._refuse_nonfinite(log_3S, first_step)
+        num_samples = log_5S.shape[1] * self._order.global_batch
+        self._refuse_nonfinite(log_5S, first_step)
         return TrainLog(
-            loss_S=log_3S[LOSS] / (1 if self._shards else self._world.size),
-            num_correct=int(log_3S[CORRECT].sum()),
+            loss_S=log_5S[LOSS] / num_logs,
+            num_correct=int(log_5S[CORRECT].sum()),
             num_samples=num_samples,
-            num_skipped=int((log_3S[BAD] > 0).sum()),
+            num_skipped=int((log_5S[BAD] > 0).sum()),
+            norm_2S=log_5S[SMALL:] / num_logs if self._measures_noise else log_5S[SMALL:, :0],
         )
 
-    def _refuse_nonfinite(self, log_3S: np.ndarray, first_step: int) -> None:
-        for step, (loss, _, bad) in enumerate(log_3S.T.tolist(), start=first_step + 1):
+    def _refuse_nonfinite(self, log_5S: np.ndarray, first_step: int) -> None:
+        rows = log_5S[[LOSS, BAD]].T.tolist()
+        for step, (loss, bad) in enumerate(rows, start=first_step + 1):
             if not self.scaler.is_enabled() and (bad or not np.isfinite(loss)):
                 what = "a gradient" if np.isfinite(loss) else "the loss"
                 remedy = "lower optim.learning_rate or use --amp bf16"
@@ -399,11 +426,11 @@ class TrainStep:
         if self._source:
             with span("copy"):
                 self._source.gather(index_2K[1], batch)
-        self._log_3K.zero_()
+        self._log_5K.zero_()
         size = self._order.rank_batch
         for k in range(num_steps):
             self._step(batch.rows(k * size, (k + 1) * size), k)
-        self._log_3S.index_copy_(1, index_2K[1], self._log_3K[:, :num_steps])
+        self._log_5S.index_copy_(1, index_2K[1], self._log_5K[:, :num_steps])
         self.counter_21 += num_steps
 
     def _step(self, batch: Batch, k: int) -> None:
@@ -423,16 +450,32 @@ class TrainStep:
             if self._shards:
                 self._shards.keep(number, loss.detach(), correct)
                 continue
+            if self._measures_noise and number == 0:  # before any rank adds another's
+                self._keep_norm(self._log_5K[SMALL, k], num_parts**2)
             self.statistics.end_part()
-            self._log_3K[LOSS, k].add_(loss.detach(), alpha=1 / num_parts)
-            self._log_3K[CORRECT, k].add_(correct)
+            self._log_5K[LOSS, k].add_(loss.detach(), alpha=1 / num_parts)
+            self._log_5K[CORRECT, k].add_(correct)
         if self._shards:
             with span("gather"):
-                self._log_3K[: CORRECT + 1, k].copy_(self._shards.add_up())
+                self._log_5K[: CORRECT + 1, k].copy_(self._shards.add_up())
+                if self._measures_noise:
+                    self._log_5K[SMALL, k].copy_(self._shards.mean_squared_norm())
         else:
             self.statistics.end_step()
+        if self._measures_noise:
+            self._keep_norm(self._log_5K[WHOLE, k], 1)
         with span("optimiser"):
-            self._update(self._log_3K[BAD, k])
+            self._update(self._log_5K[BAD, k])
+
+    def _keep_norm(self, into: torch.Tensor, factor: int) -> None:
+        """The squared norm of the gradients as they are, times `factor`, without the loss's scale.
+
+        Device work only.
+        """
+        norms = torch._foreach_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        into.copy_(torch.stack(norms).square().sum() * factor)
+        if self.scaler.is_enabled() and self.scaler._scale is not None:
+            into.div_(self.scaler._scale.square())
 
     def _parts(self, batch: Batch, num_parts: int) -> Iterator[Batch]:
         """Contiguous slices of a rank's batch, of one size."""

@@ -12,7 +12,7 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,19 @@ from engine.train.folder import (
     checkpoints,
 )
 from engine.train.journal import Journal
+from engine.train.parts import Handover, copies_of, put_back, stored_position, with_timings
 from engine.train.progress import Progress, run_report
 from engine.train.pulse import Cadence, Pulse
 from engine.train.saver import Saver
+from engine.train.schedule import (
+    Timing,
+    check_schedule,
+    choose_batch,
+    part_config,
+    planned_batches,
+    ramp_batch,
+    timings_text,
+)
 from engine.train.session import Session, evaluate, open_session, switches
 from engine.train.step import TrainLog
 from engine.typed import typed
@@ -56,6 +66,7 @@ def check_run(config: RunConfig, device_name: str) -> None:
     """UserError if a run needs what is not here; asked before anything is opened or written."""
     check_ranks(device_name)
     Cadence.of(config.checkpoint_every)
+    check_schedule(config)
     if config.tensorboard and find_spec("tensorboard") is None:
         remedy = "pip install tensorboard, or leave it out"
         raise UserError(f"--tensorboard: the package is not installed; {remedy}")
@@ -73,6 +84,9 @@ def fit(
         The report, and the signal that stopped the run, 0 if it is finished.
     """
 
+    if config.optim.batch_schedule != "fixed":
+        return _fit_parts(config, records, world, out, resume, say)
+
     def part(config: RunConfig, resume: bool, last_epoch: int) -> tuple[RunReport, int]:
         with world.on_stream(), closing(open_session(config, records, world)) as session:
             trainer = Trainer(session, out, say)
@@ -85,6 +99,28 @@ def fit(
         if signal:
             return report, signal
     return part(config, resume, config.epochs)
+
+
+def _fit_parts(
+    config: RunConfig, records: Records, world: World, out: Path, resume: bool, say: Say
+) -> tuple[RunReport, int]:
+    """Train part after part, each in a session of its own, as the batch's schedule has it."""
+    position = stored_position(out, resume, world)
+    handed: Handover | None = None
+    while True:
+        batch, timings = position.global_batch or planned_batches(config)[0], position.timings
+        with world.on_stream():
+            if config.optim.batch_schedule == "noise":
+                timings = with_timings(config, batch, timings, records, world)
+                say(f"steps timed: {timings_text(timings)}")
+            part = part_config(config, batch)
+            with closing(open_session(part, records, world)) as session:
+                trainer = Trainer(session, out, say, config, timings, handed)
+                report = trainer.fit(resume and handed is None)
+                if not trainer.hands_over:
+                    return report, trainer.stopped_by
+                handed = trainer.handover(report)
+        position = handed.manifest.position
 
 
 def _unfinished(config: RunConfig, out: Path, resume: bool, world: World) -> tuple[float, float]:
@@ -105,22 +141,29 @@ class Trainer:
     """The folder for report.json, metrics.jsonl, model.safetensors, config.toml, checkpoints/."""
     say: Say
     """Prints a line on rank 0."""
+    asked: RunConfig | None = None
+    """What the whole run is, where the session is of a part of it; None: the session's."""
+    timings: list[Timing] = field(default_factory=list)
+    """Of the batches that may come next."""
+    handed: Handover | None = None
+    """What an earlier part of this run left; None: it starts, or goes on from a checkpoint."""
     stopped_by: int = 0
     """The signal that all ranks stop by."""
 
     def __post_init__(self) -> None:
         session = self.session
         self.world, self.step = session.world, session.step
-        self.config = session.requested
+        self.config = self.asked or session.requested
         self.log_ids = self.config.log_ids
         self.watch = meters.Stopwatch(self.world.device)
         self.nvml = meters.Nvml(self.world.device)
         self.steps_per_epoch = session.feed.order.steps_per_epoch
         self.cadence = Cadence.of(self.config.checkpoint_every)
         self.pulse = Pulse(self.world, self.cadence)
-        self.journal = Journal(self.out, self.say)
+        self.journal = self.handed.journal if self.handed else Journal(self.out, self.say)
         self.saver = Saver(self.out, self.step.state) if self.world.is_first else None
-        self.progress = Progress(session)
+        self.progress = Progress(session, self.config)
+        self.said_notes = list(self.handed.notes) if self.handed else []
         self.said: OSError | None = None
 
     @property
@@ -138,10 +181,12 @@ class Trainer:
         Raises:
             UserError: no checkpoint can be read, a number is not finite, or the disk is full.
         """
-        for note in self.session.notes:
-            self.say(f"note: {note}")
-        if resume:
+        self._say_notes()
+        if self.handed:
+            self._take_over(self.handed)
+        elif resume:
             self._resume()
+        self._set_batch()
         self.progress.start = self.position
         self.world.first(self._start_files)
         self.pulse.start(self.position.num_steps)
@@ -149,14 +194,64 @@ class Trainer:
         try:
             with STOP.polled():
                 self._train(min(last_epoch or self.config.epochs, self.config.epochs))
-                used_j = self.nvml.energy_since(energy_j)
+                used_j = self._with_earlier(self.nvml.energy_since(energy_j))
                 self._wait_for_disk()
+                if self.hands_over:
+                    return run_report(self.progress, "unfinished", self.nvml, energy_j=used_j)
                 if self.stopped_by or self.position.epoch < self._last_epoch():
                     return self._stop(used_j)
                 return self._end(used_j)
         finally:
             if self.saver:
                 self.saver.close()
+
+    @property
+    def hands_over(self) -> bool:
+        """Whether the run goes on in another session, with another global batch."""
+        next_batch = self.position.global_batch or self.session.config.global_batch
+        is_other = next_batch != self.session.config.global_batch
+        return is_other and not self.stopped_by and self.position.epoch < self._last_epoch()
+
+    def handover(self, report: RunReport) -> Handover:
+        """What the next part goes on from."""
+        return Handover(
+            manifest=self.progress.manifest(),
+            files=copies_of(self.step.state),
+            journal=self.journal,
+            notes=self.said_notes,
+            utilisation_percent=self.progress.utilisation_percent,
+            energy_j=report.gpu_energy_j,
+        )
+
+    def _say_notes(self) -> None:
+        """What this session does otherwise; not what an earlier part has said."""
+        for note in self.session.notes:
+            if note not in self.said_notes:
+                self.say(f"note: {note}")
+                self.said_notes.append(note)
+
+    def _with_earlier(self, energy_j: float | None) -> float | None:
+        """With what the parts before took."""
+        if energy_j is None or self.handed is None:
+            return energy_j
+        return energy_j + (self.handed.energy_j or 0.0)
+
+    def _set_batch(self) -> None:
+        """Note, for checkpoints, which batch the schedule has now, and what it decides by."""
+        if self.config.optim.batch_schedule != "fixed":
+            batch = self.session.config.global_batch
+            position = replace(self.position, global_batch=batch, timings=self.timings)
+            self.progress.position = position
+
+    def _next_batch(self) -> int:
+        """The global batch of the next epoch, by rank 0; 0: the config's. Collective."""
+        position, kind = self.position, self.config.optim.batch_schedule
+        if kind == "ramp":
+            return ramp_batch(self.config, position.epoch)
+        if kind == "fixed":
+            return 0
+        batch, critical = self.session.config.global_batch, position.noise.critical_batch
+        return int(self.world.text_of_first(str(choose_batch(batch, critical, self.timings))))
 
     def _last_epoch(self) -> int:
         """Where the training ends: the target may be reached before the last one."""
@@ -169,7 +264,7 @@ class Trainer:
                 return  # stopped, or at its target
             self._end_epoch()
             self._meet_after_epoch()
-            if self.stopped_by:
+            if self.stopped_by or self.hands_over:
                 return
 
     def _train_epoch(self) -> None:
@@ -249,7 +344,8 @@ class Trainer:
         rate = log.num_samples / max(position.epoch_train_s, 1e-9)
         metrics: dict[str, Any] = {
             "epoch": position.epoch + 1,
-            "step": position.num_steps,
+            "step": position.number,
+            "global_batch": self.session.config.global_batch,
             "train_s": position.train_s,
             "train_loss": log.loss,
             "train_accuracy_fraction": log.accuracy,
@@ -258,6 +354,8 @@ class Trainer:
         line = f"epoch {position.epoch + 1:>3}/{self.config.epochs}"
         line += f"  loss {log.loss:.4f}  train {log.accuracy:7.2%}"
         self.progress.end_epoch()
+        metrics |= self.position.noise.known()
+        self.progress.position = replace(self.position, global_batch=self._next_batch())
         if "val" in self.session.records.splits:
             val_loss, val = self._validate()
             metrics |= {"val_loss": val_loss, "val_accuracy_fraction": val}
@@ -281,7 +379,8 @@ class Trainer:
         """Whether a checkpoint is due at an epoch's end: the last is, and the best so far."""
         every, epoch = self.cadence.epochs, self.position.epoch
         by_count = bool(every) and epoch % every == 0
-        return by_count or self.progress.is_best or epoch >= self.config.epochs
+        is_end = epoch >= self.config.epochs or self.hands_over
+        return by_count or self.progress.is_best or is_end
 
     def _evaluate(self, split: str) -> tuple[float, float]:
         """Loss and accuracy of a whole split."""
@@ -330,6 +429,18 @@ class Trainer:
         if self.step.state.scaler.is_enabled():
             self.step.state.load_scaler(manifest.scaler)
         self._take_up(manifest, loss_S)
+        inside = f", step {self.position.step} of the next" if self.position.step else ""
+        self.say(f"resumed after epoch {self.position.epoch} of {self.config.epochs}{inside}")
+
+    def _take_over(self, handed: Handover) -> None:
+        """Go on from what the part before left."""
+        put_back(handed.files, self.step.state)
+        if self.step.state.scaler.is_enabled():
+            self.step.state.load_scaler(handed.manifest.scaler)
+        self.progress.utilisation_percent = handed.utilisation_percent
+        self._take_up(handed.manifest, torch.zeros(0, dtype=torch.float64))
+        batch, epoch = self.session.config.global_batch, self.position.epoch + 1
+        self.say(f"from epoch {epoch} on: global batch {batch}")
 
     def _load(self) -> tuple[Manifest, torch.Tensor] | None:
         """The newest checkpoint, into rank 0's tensors; None if the run has none yet."""
@@ -361,12 +472,11 @@ class Trainer:
         batch = order.global_batch
         self.progress.log = TrainLog.of_part(loss_S.numpy(), position.epoch_correct, batch)
         self.progress.earlier = manifest.segments
+        self.progress.batches = manifest.batches
         self.step.resume_at(num_steps, position.num_skipped_in_a_row)
-        for change in changes(manifest, self.session):
+        for change in changes(manifest, self.session, self.config):
             self.session.notes.append(change)
             self.say(f"note: {change}")
-        inside = f", step {position.step} of the next" if position.step else ""
-        self.say(f"resumed after epoch {position.epoch} of {self.config.epochs}{inside}")
 
     def _start_files(self) -> None:
         num_missing = max(NUM_CHECKPOINTS_AT_ONCE - len(checkpoints(self.out)), 1)
@@ -375,7 +485,8 @@ class Trainer:
         if free < wanted:
             what = f"{free / 1e6:.1f} MB are free, checkpoints need {wanted / 1e6:.1f} MB"
             raise UserError(f"{self.out}: {what}; free space or choose another --out")
-        self.journal.start(self.config, self.position.epoch)
+        if self.handed is None:
+            self.journal.start(self.config, self.position.epoch)
         self.journal.report(run_report(self.progress, "unfinished", self.nvml))
 
     def _end(self, energy_j: float | None) -> RunReport:
@@ -409,10 +520,10 @@ class Trainer:
         return report
 
 
-def changes(manifest: Manifest, session: Session) -> list[str]:
+def changes(manifest: Manifest, session: Session, asked: RunConfig) -> list[str]:
     """What is otherwise than before a run was stopped, a sentence each."""
     found = []
-    for name, is_now in session.requested.training_settings().items():
+    for name, is_now in asked.training_settings().items():
         was = manifest.training.get(name, is_now)
         if was != is_now:
             found.append(f"{name} was {was} and is {is_now} from here on")

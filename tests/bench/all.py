@@ -11,6 +11,7 @@ from tests.bench import (
     feeds,
     fullsize,
     measuring,
+    noise,
     pack,
     precision,
     ranks,
@@ -38,6 +39,7 @@ def main(data: Path | None, out: Path) -> None:
         for name in fullsize.GROUPS:
             fullsize.bench(out, data, name, seeds=5)
         precision.bench(out, data, pairs=5)
+        noise.bench(out, noise.Sweep(data, target=0.87, seeds=3))
     else:
         click.echo("whole trainings: skipped; name its records with BENCH_ARGS='--data DIR'")
     click.echo(f"written: {', '.join(map(str, sorted(out.glob('*.json'))))}")

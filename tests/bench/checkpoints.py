@@ -43,7 +43,7 @@ def measure(session: Session, folder: Path, rounds: int) -> dict[str, list[float
     """Seconds of 50 steps without a save and with one; milliseconds of the standstill."""
     found: dict[str, list[float]] = {"plain": [], "saved": [], "stall": []}
     saver = Saver(folder, session.step.state)
-    progress = Progress(session)
+    progress = Progress(session, session.requested)
     launches = endless(session)
     train(launches)
     for number in range(rounds + 1):
@@ -91,7 +91,7 @@ def stopped_run(session: Session, run: Path) -> None:
     num_steps = session.feed.order.steps_per_epoch // 2
     for _ in islice(session.step.train_epoch(session.feed, 0), num_steps):
         pass
-    progress = Progress(session)
+    progress = Progress(session, session.requested)
     progress.trained(session.step.read_training(), num_steps, 0.0)
     saver = Saver(run, session.step.state)
     saver.save(progress.manifest(), torch.from_numpy(progress.log.loss_S.copy()))

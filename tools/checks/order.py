@@ -6,7 +6,7 @@ Shapes: N images of the train split, S steps of a rank's batches of B samples.
 """
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +38,9 @@ def check_order(run: Path, data: str | None) -> tuple[int, list[str]]:
     crc_N = None if config.augment.is_on else _checksums(image_NHW)
     faults: list[str] = []
     checked = 0
+    batch_of = {each.epoch - 1: each.global_batch for each in report.batches}
     for epoch in range(report.num_epochs):
+        config = replace(config, global_batch=batch_of.get(epoch, config.global_batch))
         id_X = _check_epoch(run, epoch, Planned(config, records.split("train"), crc_N), faults)
         checked += len(id_X)
         if len(np.unique(id_X)) < len(id_X):
