@@ -314,6 +314,19 @@ RECIPES: dict[str, RunConfig] = {
         global_batch=128,
         epochs=8,
     ),
+    "large-batch": RunConfig(
+        data=DataConfig(order="stratified"),
+        optim=replace(
+            LINEAR,
+            learning_rate=0.01,
+            weight_decay=0.1,
+            label_smoothing=0.1,
+            batch_schedule="ramp",
+            batch_ramp="512x4,2048x4,8192x4",
+        ),
+        global_batch=512,
+        epochs=12,
+    ),
     "residual": RunConfig(
         data=DataConfig(order="stratified"),
         model=ModelConfig(name="residual"),
@@ -340,8 +353,9 @@ RECIPES: dict[str, RunConfig] = {
 """Named configs: --recipe NAME, or `recipe = "NAME"` in a TOML file.
 
 fast is the default: more than the study's accuracy in two epochs, its first layer whitened and
-frozen. best is the study's network in eight epochs, all of it trained. residual is for
---model residual, which takes it where no recipe is named.
+frozen. best is the study's network in eight epochs, all of it trained. large-batch ends with steps
+of 8,192 samples, for many ranks. residual is for --model residual, which takes it where no recipe
+is named.
 study is what --baseline trains, as the study did: fp32, NCHW, eager, a loader sample by sample,
 Adam at a constant 1e-3, batch 64, 12 epochs.
 What was measured of each, and of each part of fast: bench_configs/README.md.

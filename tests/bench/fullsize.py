@@ -24,6 +24,7 @@ from tools.report.rows import Claim, Row, claim, row, write_result
 
 FAST = ("--recipe=fast", "--amp", "--cuda-graphs")
 BEST = ("--recipe=best", "--amp", "--cuda-graphs")
+LARGE = ("--recipe=large-batch", "--amp", "--cuda-graphs")
 RESIDUAL = ("--recipe=residual", "--amp", "--cuda-graphs")
 ENSEMBLE = "test accuracy of the ensemble"
 MOST_MEMBERS = 4
@@ -168,6 +169,13 @@ def network_claims(reports: Reports) -> list[Claim]:
     return [claim("residual's mean test accuracy (%)", residual, 90.5)]
 
 
+def large_batch_claims(reports: Reports) -> list[Claim]:
+    """A ramp to large batches costs little accuracy."""
+    small, ramp, *_ = reports.values()
+    less = mean(accuracies(small)) - mean(accuracies(ramp))
+    return [claim("less test accuracy by the ramp than at 512 (points)", less, 0.3, at_most=True)]
+
+
 def no_claims(reports: Reports) -> list[Claim]:
     """Nothing must be reached."""
     return []
@@ -193,6 +201,20 @@ GROUPS = {
         {"best": BEST, "residual": RESIDUAL},
         network_claims,
         evaluated=("best", "residual"),
+    ),
+    "large_batch": Group(
+        "Large batches, 12 epochs each",
+        {
+            "512": (*LARGE, *settings("optim.batch_schedule=fixed", "optim.batch_ramp=")),
+            "512, 2048, 8192, four epochs each": LARGE,
+            "8192": (
+                *LARGE,
+                *settings("optim.batch_schedule=fixed", "optim.batch_ramp="),
+                "--batch-size=8192",
+                *settings("optim.learning_rate=0.03", "optim.beta2=0.97"),
+            ),
+        },
+        large_batch_claims,
     ),
     "ablations": Group(
         "Fast, and fast with one part otherwise",
