@@ -8,23 +8,18 @@ so that a run may be resumed with another feed, path or device.
 import hashlib
 import json
 import re
-import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-import tomli_w
-
 from engine.errors import UserError
-from engine.paths import full_path, path_text
+from engine.paths import full_path
 
 MOST_SHARDS = 64
 NETWORK_NAMES = ("baseline", "fast", "residual", "vit")
 OWN = re.compile(r"(?P<file>.+\.py):(?P<name>[A-Za-z_]\w*)", re.DOTALL)
 """A network of the user's own, as --model names it."""
-BARE_POINT = re.compile(r"(?<![^+-])\.(?=\d)")
-"""Of .5, which TOML does not know: a point that nothing but a sign stands before."""
 KernelName = Literal["gather_warp", "conv_pool_relu", "bias_pool_relu", "softmax_cross_entropy"]
 
 
@@ -430,82 +425,6 @@ def _checked_model(model: ModelConfig, source: str) -> ModelConfig:
     return replace(model, file="", sha256="")
 
 
-def with_own_network(dotted: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """What a command line sets, with the place and hash of the file where it names one's own class.
-
-    Only for what a command line says: no file, not even a configuration, has code run.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
-    found = OWN.fullmatch(str(dotted.get("model.name", "")))
-    if not found:
-        return dict(dotted)
-    try:
-        file = full_path(found["file"])
-    except UserError as error:
-        raise UserError(f"{source}: model.name: {error}") from None
-    own = {
-        "model.name": f"{path_text(file.name)}:{found['name']}",
-        "model.file": str(file),
-        "model.sha256": sha256_of(read_code(file)),
-    }
-    return dict(dotted) | own
-
-
-def sha256_of(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def read_code(file: str | Path) -> bytes:
-    """A Python file's bytes.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    try:
-        return Path(file).read_bytes()
-    except OSError as error:
-        why = f"cannot be read ({error.strerror})"
-        raise UserError(
-            f"{file}: {why}; give --model FILE.py:NAME of a file that is there"
-        ) from None
-
-
-def _refuse_code(dotted: Mapping[str, Any], source: str) -> None:
-    if dotted.get("model.file"):
-        remedy = "leave it out, and name the file with --model FILE.py:NAME"
-        raise UserError(f"{source}: model.file: only a command line names code to run; {remedy}")
-
-
-def load_toml(config: RunConfig, path: str | Path) -> RunConfig:
-    """`config` overridden by a TOML file: `recipe`, if it names one, then the fields of RunConfig.
-
-    Relative paths in it are from its folder.
-    """
-    return override(config, full_settings(read_toml(path), Path(path)), str(path))
-
-
-def config_of(text: str, source: str) -> RunConfig:
-    """The config that `to_toml` wrote."""
-    try:
-        tree = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{source}: is not TOML ({error}); start anew with another --out") from None
-    dotted = flatten(tree)
-    _refuse_code(dotted, source)
-    return override(RunConfig(), dotted, source)
-
-
-def full_settings(tree: dict[str, Any], file: Path) -> dict[str, Any]:
-    """The tables of `file` as dotted settings: those of its recipe first, and paths absolute."""
-    given = dict(tree)
-    recipe = given.pop("recipe", None)
-    base = {} if recipe is None else recipe_settings(recipe, str(file))
-    _refuse_code(flatten(given), str(file))
-    return base | with_full_paths(flatten(given), file.parent, str(file))
-
-
 def with_full_paths(dotted: Mapping[str, Any], folder: Path | None, source: str) -> dict[str, Any]:
     """`dotted` with its paths made absolute: relative ones from `folder`, None the current one.
 
@@ -521,45 +440,6 @@ def with_full_paths(dotted: Mapping[str, Any], folder: Path | None, source: str)
             except UserError as error:
                 raise UserError(f"{source}: {name}: {error}") from None
     return full
-
-
-def read_toml(path: str | Path) -> dict[str, Any]:
-    """The tables of a TOML file.
-
-    Raises:
-        UserError: it cannot be read, or is no TOML.
-    """
-    try:
-        return tomllib.loads(Path(path).read_bytes().decode("utf-8-sig"))
-    except OSError as error:
-        why = f"cannot be read ({error.strerror})"
-        raise UserError(f"{path}: {why}; give --config an existing TOML file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: is not TOML ({error}); see bench_configs/ for examples") from None
-
-
-def parse_assignments(assignments: tuple[str, ...]) -> dict[str, Any]:
-    """["epochs=2"] -> {"epochs": 2}; values are TOML (and .5 is 0.5), else plain text."""
-    dotted = {}
-    for assignment in assignments:
-        name, equals, text = assignment.partition("=")
-        if not equals:
-            raise UserError(
-                f"--set {assignment}: has no '='; write --set optim.learning_rate=0.002"
-            )
-        try:
-            dotted[name] = tomllib.loads(f"value = {BARE_POINT.sub('0.', text)}")["value"]
-        except tomllib.TOMLDecodeError:
-            dotted[name] = text
-    return dotted
-
-
-def to_toml(config: RunConfig) -> str:
-    """The whole config as TOML; `load_toml` gives it back."""
-    tree = asdict(config)
-    tree["data"]["path"] = path_text(config.data.path)
-    tree["model"].pop("file")  # whoever reads this names the code to run
-    return tomli_w.dumps(tree)
 
 
 def flatten(tree: dict[str, Any]) -> dict[str, Any]:

@@ -10,12 +10,10 @@ from typing import Any
 
 import click
 
-from engine.config import (
-    RECIPES,
-    RunConfig,
+from engine.config import RECIPES, RunConfig, override
+from engine.config_text import (
     config_of,
     load_toml,
-    override,
     parse_assignments,
     with_own_network,
 )

@@ -15,7 +15,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from engine.config import read_toml
+from engine.config_text import read_toml
 from engine.data.pack import pack
 from engine.data.records import Records, open_records
 from engine.host import ROOT, prepare_process

@@ -13,13 +13,11 @@ from engine.config import (
     NETWORK_NAMES,
     RECIPES,
     RunConfig,
-    load_toml,
     override,
-    parse_assignments,
     recipe_settings,
     settings_of,
-    to_toml,
 )
+from engine.config_text import load_toml, parse_assignments, to_toml
 from engine.errors import UserError
 from engine.flags import flag_settings
 from engine.host import ROOT
@@ -190,7 +188,7 @@ def test_recipes_are_typed_once(tmp_path: Path) -> None:
     assert load_toml(RunConfig(), tmp_path / "c.toml") == replace(RECIPES["study"], epochs=3)
     (tmp_path / "c.toml").write_text('recipe = "slow"\n')
     with pytest.raises(
-        UserError, match="there is no recipe 'slow'; choose from fast, best, residual, study"
+        UserError, match="there is no recipe 'slow'; choose from fast, best, large-batch, residual, study"
     ):
         load_toml(RunConfig(), tmp_path / "c.toml")
 

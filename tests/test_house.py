@@ -24,6 +24,7 @@ FLOORS = (
         "heart",
         "stop",
         "config",
+        "config_text",
         "order",
         "report",
         "typed",

@@ -10,7 +10,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from engine import host, run
-from engine.config import DataConfig, RunConfig, load_toml, override, to_toml
+from engine.config import DataConfig, RunConfig, override
+from engine.config_text import load_toml, to_toml
 from engine.errors import UserError
 from engine.host import ROOT
 from engine.paths import full_path, path_text, written_path

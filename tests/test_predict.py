@@ -14,7 +14,8 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from engine.config import DataConfig, RunConfig, load_toml
+from engine.config import DataConfig, RunConfig
+from engine.config_text import load_toml
 from engine.data.pack import PackOptions, pack
 from engine.data.records import Records, open_records
 from engine.data.split import SplitMode

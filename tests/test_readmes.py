@@ -12,7 +12,8 @@ from pathlib import Path
 import click
 import pytest
 
-from engine.config import RunConfig, override, parse_assignments
+from engine.config import RunConfig, override
+from engine.config_text import parse_assignments
 from engine.flags import flag_settings
 from engine.host import ROOT
 from tests.test_house import FLOORS

@@ -16,7 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from engine.config import RunConfig, config_of, override, to_toml
+from engine.config import RunConfig, override
+from engine.config_text import config_of, to_toml
 from engine.data.records import Records
 from engine.durable import Damaged
 from engine.errors import UserError

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from engine.config import OptimConfig, RunConfig, override, to_toml
+from engine.config import OptimConfig, RunConfig, override
+from engine.config_text import to_toml
 from engine.data.records import Records
 from engine.errors import UserError
 from engine.report import read_report

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.config import read_toml
+from engine.config_text import read_toml
 from engine.data.records import Records
 from engine.errors import first_cause, sentence
 from engine.report import environment

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from engine.config import RECIPES, RunConfig, load_toml, override
+from engine.config import RECIPES, RunConfig, override
+from engine.config_text import load_toml
 from engine.durable import is_empty, take_folder, writing
 from engine.errors import UserError, exit_on_user_error, printable
 from engine.host import cache_notes, env_world_size, prepare_process

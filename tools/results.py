@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from engine.config import read_toml
+from engine.config_text import read_toml
 from engine.errors import exit_on_user_error
 from engine.host import ROOT
 from engine.typed import read_as, typed

@@ -13,7 +13,8 @@ from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 from types import ModuleType
 
-from engine.config import ModelConfig, read_code, sha256_of
+from engine.config import ModelConfig
+from engine.config_text import read_code, sha256_of
 from engine.errors import UserError, sentence
 from engine.models.network import Network
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from engine.config import RunConfig, to_toml
+from engine.config import RunConfig
+from engine.config_text import to_toml
 from engine.durable import remove_leftovers, write_file, writing
 from engine.errors import UserError
 from engine.host import user_cache

@@ -3,7 +3,8 @@
 from dataclasses import replace
 from pathlib import Path
 
-from engine.config import flatten, read_toml
+from engine.config import flatten
+from engine.config_text import read_toml
 from engine.host import ROOT
 from engine.report import Environment
 from tools.measure.matrix import config_cell

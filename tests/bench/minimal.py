@@ -19,7 +19,8 @@ from statistics import median
 import torch
 from torch.nn import functional
 
-from engine.config import RunConfig, load_toml, override
+from engine.config import RunConfig, override
+from engine.config_text import load_toml
 from engine.data.records import Records, open_records
 from engine.data.sample import ensure_sample
 from engine.host import ROOT

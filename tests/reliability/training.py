@@ -22,7 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from engine.config import RunConfig, load_toml
+from engine.config import RunConfig
+from engine.config_text import load_toml
 from engine.data.pack import pack
 from engine.data.records import open_records
 from engine.durable import Damaged

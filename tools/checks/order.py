@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.config import RunConfig, load_toml
+from engine.config import RunConfig
+from engine.config_text import load_toml
 from engine.data.records import Split, open_records
 from engine.data.sample import sample_path
 from engine.errors import UserError

@@ -16,7 +16,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from engine.config import RunConfig, flatten, full_settings, override, read_toml, recipe_settings
+from engine.config import (
+    RunConfig,
+    flatten,
+    override,
+    recipe_settings,
+)
+from engine.config_text import full_settings, read_toml
 from engine.errors import UserError
 from engine.host import num_cpus
 from tools.measure.results import Published, Settings

@@ -12,7 +12,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from engine.config import RunConfig, load_toml, override, with_own_network
+from engine.config import RunConfig, override
+from engine.config_text import load_toml, with_own_network
 from engine.data.records import Records, open_records
 from engine.data.sample import ensure_sample
 from engine.durable import Damaged
