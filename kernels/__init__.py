@@ -15,6 +15,10 @@ NAMES = ("gather_warp", "conv_pool_relu", "bias_pool_relu", "softmax_cross_entro
 """In the order a sample meets them."""
 
 
+ON_CPU = ("conv_pool_relu", "bias_pool_relu")
+"""Of these, what is compiled for a CPU, too, where numba can be imported: cpu.py."""
+
+
 def missing() -> str:
     """Why no kernel is supported here; empty where Triton has what it needs to build one."""
     if find_spec("triton") is None:

@@ -15,7 +15,7 @@ from engine.errors import UserError
 from engine.feeds.build import choose_feed, gathers
 from engine.feeds.stream import NUM_WINDOWS
 from engine.models import network_class
-from engine.world import World, cannot_compile, cannot_fuse, has_fast_bf16
+from engine.world import World, cannot_compile, cannot_fuse, fused_on_cpu, has_fast_bf16
 
 
 def effective_config(
@@ -64,9 +64,14 @@ def _graphs(config: RunConfig, records: Records, world: World) -> Changes:
 
 
 def _kernels(config: RunConfig, records: Records, world: World) -> Changes:
-    if config.kernels and (why := cannot_fuse(world.device)):
+    if not config.kernels or not (why := cannot_fuse(world.device)):
+        return
+    on_cpu = fused_on_cpu(world.device)
+    kept = tuple(name for name in config.kernels if name in on_cpu)
+    if others := [name for name in config.kernels if name not in on_cpu]:
+        names = f" {', '.join(others)}" if kept else ""
         why = f"{why}; PyTorch's operations compute the same"
-        yield replace(config, kernels=()), f"Triton kernels are not used: {why}"
+        yield replace(config, kernels=kept), f"Triton kernels{names} are not used: {why}"
 
 
 def _layers(config: RunConfig, records: Records, world: World) -> Changes:

@@ -32,7 +32,7 @@ from engine.train.checkpoint import checkpoint_tensors, load_checkpoint, write_c
 from engine.train.folder import Manifest, Position
 from engine.train.session import open_session
 from engine.train.step import TrainStep
-from engine.world import World, cannot_fuse, end_rank, start_world
+from engine.world import World, cannot_fuse, end_rank, fused_on_cpu, start_world
 from tools.measure.runner import module_on_ranks
 from tools.measure.steps import train_epochs
 
@@ -186,7 +186,9 @@ def parity(
     }
     for precision, reference in references.items():
         for name, changed, work in _variants(on_gpu):
-            why = cannot_fuse(world.device) if "kernels" in changed else ""
+            why = ""
+            if "kernels" in changed and not fused_on_cpu(world.device):
+                why = cannot_fuse(world.device)
             if changed.get("step.cuda_graphs") and not on_gpu:
                 why = "there is no GPU"
             found = {}
@@ -208,7 +210,7 @@ def _variants(on_gpu: bool) -> list[tuple[str, dict[str, Any], Callable[..., Sta
             {"step.cuda_graphs": True, "step.steps_per_launch": K},
             trained,
         ),
-        ("Triton kernels", {"kernels": "all"}, trained),
+        ("kernels", {"kernels": "all"}, trained),
         (f"Triton kernels, one CUDA graph of {K} steps", FUSED, trained),
         ("resumed at an epoch's end", {}, resumed),
         (
