@@ -221,9 +221,7 @@ def conv_pool_relu_backward_sum(
         tl.store(grad_bias_ptr + channel, tl.sum(total, 0))
 
 
-def check_layer(
-    image_BHW: torch.Tensor, weight_C133: torch.Tensor, bias_C: torch.Tensor
-) -> None:
+def check_layer(image_BHW: torch.Tensor, weight_C133: torch.Tensor, bias_C: torch.Tensor) -> None:
     """ValueError with a sentence unless pixels, weights and bias fit each other."""
     channels = len(bias_C)
     check("image", image_BHW, (torch.uint8,), (None, None, None), image_BHW)

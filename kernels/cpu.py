@@ -43,7 +43,8 @@ def _jit() -> Any:
 
     from kernels import pools_jit
 
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    most: Any = numba.config
+    numba.set_num_threads(min(torch.get_num_threads(), most.NUMBA_NUM_THREADS))
     return pools_jit
 
 

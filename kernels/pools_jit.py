@@ -30,15 +30,14 @@ SHORT = ir.IntType(16)
 
 def _jit(function: Callable[..., Any]) -> Any:
     """Compiled at the first call, and kept beside the source or in the user's cache."""
-    options = {"nogil": True, "parallel": True, "fastmath": {"contract"}, "error_model": "numpy"}
+    options: Any = {"nogil": True, "parallel": True, "fastmath": {"contract"}, "error_model": "numpy"}
     try:
         return njit(cache=True, **options)(function)
     except RuntimeError:
         return njit(**options)(function)
 
 
-@intrinsic
-def wide(context: Any, value: Any) -> Any:
+def _wide_intrinsic(context: Any, value: Any) -> Any:
     """fp32 of a float32, or of a bf16's 16 bits."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -50,8 +49,7 @@ def wide(context: Any, value: Any) -> Any:
     return types.float32(value), codegen
 
 
-@intrinsic
-def narrow(context: Any, value: Any, like: Any) -> Any:
+def _narrow_intrinsic(context: Any, value: Any, like: Any) -> Any:
     """An fp32 as `like` is: itself, or the 16 bits of the nearest bf16, ties to even."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -68,6 +66,10 @@ def narrow(context: Any, value: Any, like: Any) -> Any:
         return builder.trunc(builder.select(is_nan, quiet, nearest), SHORT)
 
     return like(types.float32, like), codegen
+
+
+wide: Any = intrinsic(_wide_intrinsic)
+narrow: Any = intrinsic(_narrow_intrinsic)
 
 
 @_jit

@@ -35,9 +35,8 @@ from engine.train.objective import Objective
 from engine.world import World
 from kernels import bias_pool_relu as second
 from kernels import conv_pool_relu as first
-from kernels import cpu
+from kernels import cpu, launch
 from kernels import gather_warp as gather
-from kernels import launch
 from kernels import softmax_cross_entropy as loss_file
 from tests.conftest import CLASSES, Command
 from tests.kernels.__main__ import triton_versions
