@@ -30,7 +30,8 @@ SHORT = ir.IntType(16)
 
 def _jit(function: Callable[..., Any]) -> Any:
     """Compiled at the first call, and kept beside the source or in the user's cache."""
-    options: Any = {"nogil": True, "parallel": True, "fastmath": {"contract"}, "error_model": "numpy"}
+    options: Any = {"nogil": True, "parallel": True, "error_model": "numpy"}
+    options["fastmath"] = {"contract"}  # products and sums in one rounding; NaN stays NaN
     try:
         return njit(cache=True, **options)(function)
     except RuntimeError:
