@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from engine.config import AugmentConfig, RunConfig
+from engine.config import AUTO, AugmentConfig, RunConfig, override
 from engine.data.records import Records
 from engine.errors import UserError
 from engine.feeds.build import choose_feed, gathers
@@ -22,7 +22,7 @@ def effective_config(
     config: RunConfig, records: Records, world: World
 ) -> tuple[RunConfig, list[str]]:
     """What this machine supports of `config`, and a sentence for each thing that differs."""
-    notes = []
+    config, notes = _chosen_kernels(config, world), list[str]()
     for rule in RULES:
         for change, note in rule(config, records, world):
             config = change
@@ -61,6 +61,15 @@ def _graphs(config: RunConfig, records: Records, world: World) -> Changes:
     elif config.step.precision == "fp16" and not config.optim.fused:
         why = "fp16 with an optimiser that is not fused reads the host in each step"
         yield _step(config, cuda_graphs=False), f"CUDA graphs are not used: {why}"
+
+
+def _chosen_kernels(config: RunConfig, world: World) -> RunConfig:
+    """What `auto` means here: on a CPU what is compiled for it; on a GPU nothing, until measured."""
+    if config.kernels != AUTO:
+        return config
+    fitting = network_class(config.model).kernels
+    kept = [name for name in fused_on_cpu(world.device) if name in fitting]
+    return override(config, {"kernels": kept}, "auto")
 
 
 def _kernels(config: RunConfig, records: Records, world: World) -> Changes:
