@@ -64,7 +64,7 @@ def _graphs(config: RunConfig, records: Records, world: World) -> Changes:
 
 
 def _chosen_kernels(config: RunConfig, world: World) -> RunConfig:
-    """What `auto` means here: on a CPU what is compiled for it; on a GPU nothing, until measured."""
+    """What `auto` means: on a CPU what is compiled for it; on a GPU nothing, until measured."""
     if config.kernels != AUTO:
         return config
     fitting = network_class(config.model).kernels
