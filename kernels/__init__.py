@@ -1,8 +1,8 @@
 """Fused kernels for small grey images: torch, Triton and numba only, nothing of engine.
 
 A kernel's file holds, in this order: reference (PyTorch), jit, launcher, autograd; cpu.py holds
-what CPU tensors get. README.md here says what each does. This module needs no Triton, so that what is missing
-can be said; the files themselves do.
+what CPU tensors get. README.md here says what each does. This module needs no Triton, so that what
+is missing can be said; the files themselves do.
 """
 
 import os
