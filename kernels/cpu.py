@@ -3,16 +3,14 @@
 conv_pool_relu.py and bias_pool_relu.py hand CPU tensors of fp32 and bf16 to these where numba can
 be imported, and else to their references. A code is a byte a value here (pools_jit.py).
 
-The samples are shared out between as many threads as torch has at the call.
+Threads are as many as torch's, set at each call.
 
 Shapes: B samples, H x W pixels or values, Y x X pooled positions, C channels.
 """
 
 import os
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.util import find_spec
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -40,26 +38,33 @@ def fits(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
     return tensor.device.type == "cpu" and dtype in FLOATS and is_here()
 
 
-def _shared(name: str, num_items: int, *arrays: np.ndarray) -> None:
-    """Run a function of pools_jit on all items (samples, or blocks of them), on torch's threads."""
+def _jit() -> Any:
+    """pools_jit, with as many threads as torch."""
+    import numba
+
+    num_threads = torch.get_num_threads()
+    most = _start_threads(os.getpid())
+    numba.set_num_threads(min(num_threads, most))
     from kernels import pools_jit
 
-    work = getattr(pools_jit, name)
-    num_threads = min(torch.get_num_threads(), num_items)
-    bounds = [num_items * number // num_threads for number in range(num_threads + 1)]
-    others = [
-        _pool_of(os.getpid()).submit(work, first, last, *arrays)
-        for first, last in pairwise(bounds[1:])
-    ]
-    work(bounds[0], bounds[1], *arrays)
-    for other in others:
-        other.result()
+    return pools_jit
 
 
 @cache
-def _pool_of(pid: int) -> ThreadPoolExecutor:
-    """The process's threads; a forked child has none of its parent's."""
-    return ThreadPoolExecutor(os.cpu_count(), "pools")
+def _start_threads(pid: int) -> int:
+    """Start numba's threads, once in a process; how many there may be.
+
+    Those of OpenMP, where its library is torch's, too: the same threads then take turns, while two
+    sets would wait for each other's spinning. Starting them sets torch's number, which is put back.
+    """
+    import numba
+    from numba.np.ufunc import parallel
+
+    config: Any = numba.config
+    num_threads = torch.get_num_threads()
+    parallel._launch_threads()
+    torch.set_num_threads(num_threads)
+    return int(config.NUMBA_NUM_THREADS)
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray:
@@ -98,8 +103,8 @@ def _blocks(num_samples: int) -> int:
 def _pool(x_BCHW: torch.Tensor, bias_C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     y_BCYX, code_BYXC = _pool_fake(x_BCHW, bias_C)
     y_BYXC = y_BCYX.permute(0, 2, 3, 1)
-    tensors = (_nhwc(x_BCHW), bias_C.detach(), y_BYXC, code_BYXC)
-    _shared("bias_pool_relu_forward", len(x_BCHW), *map(_array, tensors))
+    arrays = (_array(t) for t in (_nhwc(x_BCHW), bias_C.detach(), y_BYXC, code_BYXC))
+    _jit().bias_pool_relu_forward(*arrays)
     return y_BCYX, code_BYXC
 
 
@@ -115,7 +120,7 @@ def _pool_backward(
     grad_BCHW, grad_bias_C = _pool_backward_fake(grad_BCYX, code_BYXC, height, width)
     bias_KC = grad_bias_C.new_empty((_blocks(len(grad_BCYX)), len(grad_bias_C)))
     tensors = (_nhwc(grad_BCYX), code_BYXC, grad_BCHW.permute(0, 2, 3, 1), bias_KC)
-    _shared("bias_pool_relu_backward", len(bias_KC), *map(_array, tensors))
+    _jit().bias_pool_relu_backward(*map(_array, tensors))
     return grad_BCHW, torch.sum(bias_KC, 0, out=grad_bias_C)
 
 
@@ -135,8 +140,7 @@ def _conv(
     y_BCYX, code_BYXC = _conv_fake(image_BHW, weight_C133, bias_C, dtype)
     weight_TC = (weight_C133.detach().reshape(len(bias_C), 9).T * SCALE).contiguous()
     tensors = (weight_TC, bias_C.detach(), y_BCYX.permute(0, 2, 3, 1), code_BYXC)
-    arrays = (_padded(image_BHW), *map(_array, tensors))
-    _shared("conv_pool_relu_forward", len(image_BHW), *arrays)
+    _jit().conv_pool_relu_forward(_padded(image_BHW), *map(_array, tensors))
     return y_BCYX, code_BYXC
 
 
@@ -155,9 +159,9 @@ def _conv_backward(
     num, channels = grad_BCYX.shape[:2]
     weight_KTC = torch.empty((_blocks(num), 9, channels))
     bias_KC = torch.empty((_blocks(num), channels))
-    grad, code, weight, bias = map(_array, (_nhwc(grad_BCYX), code_BYXC, weight_KTC, bias_KC))
-    arrays = (grad, code, _padded(image_BHW), weight, bias)
-    _shared("conv_pool_relu_backward", len(bias_KC), *arrays)
+    grads = (_array(t) for t in (_nhwc(grad_BCYX), code_BYXC))
+    sums = (_array(t) for t in (weight_KTC, bias_KC))
+    _jit().conv_pool_relu_backward(*grads, _padded(image_BHW), *sums)
     weight_TC = weight_KTC.sum(0) * SCALE
     return weight_TC.T.reshape(channels, 1, 3, 3).contiguous(), bias_KC.sum(0)
 

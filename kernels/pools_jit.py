@@ -7,9 +7,8 @@ its 16 bits and rounded to the nearest even where it is written.
 A code is a byte of a pooled value: which of four won, 2 y + x in its window, and 4 where the ReLU
 let it pass. Of equal values the first wins, and NaN wins always, as in PyTorch.
 
-Each function works on a part of the samples, `first` to `last`, so that threads can share them.
-Sums over samples are made in blocks of a fixed size and added in one order: no bit depends on the
-number of threads. OpenMP is not used: numba's would change how torch shares out its own sums.
+Images are shared out between threads; sums over images are made in blocks of a fixed size, added in
+one order, so that no bit depends on the number of threads.
 
 Shapes: B samples, H x W values, Y x X pooled positions, C channels, K blocks of samples, T = 9
 taps of a 3x3 filter.
@@ -20,7 +19,7 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import njit, prange, types
 from numba.extending import intrinsic
 
 BLOCK = 8
@@ -31,7 +30,7 @@ SHORT = ir.IntType(16)
 
 def _jit(function: Callable[..., Any]) -> Any:
     """Compiled at the first call, and kept beside the source or in the user's cache."""
-    options: Any = {"nogil": True, "error_model": "numpy"}
+    options: Any = {"nogil": True, "parallel": True, "error_model": "numpy"}
     options["fastmath"] = {"contract"}  # products and sums in one rounding; NaN stays NaN
     try:
         return njit(cache=True, **options)(function)
@@ -76,16 +75,11 @@ narrow: Any = intrinsic(_narrow_intrinsic)
 
 @_jit
 def bias_pool_relu_forward(
-    first: int,
-    last: int,
-    x_BHWC: np.ndarray,
-    bias_C: np.ndarray,
-    y_BYXC: np.ndarray,
-    code_BYXC: np.ndarray,
+    x_BHWC: np.ndarray, bias_C: np.ndarray, y_BYXC: np.ndarray, code_BYXC: np.ndarray
 ) -> None:
     """y = relu(max of 2x2 + bias) and its code; x and y float32, or bf16 as uint16."""
-    _, rows, columns, channels = y_BYXC.shape
-    for b in range(first, last):
+    num, rows, columns, channels = y_BYXC.shape
+    for b in prange(num):
         for r in range(rows):
             for k in range(columns):
                 x0, x1 = x_BHWC[b, 2 * r, 2 * k], x_BHWC[b, 2 * r, 2 * k + 1]
@@ -108,21 +102,13 @@ def bias_pool_relu_forward(
 
 @_jit
 def bias_pool_relu_backward(
-    first: int,
-    last: int,
-    grad_BYXC: np.ndarray,
-    code_BYXC: np.ndarray,
-    grad_BHWC: np.ndarray,
-    bias_KC: np.ndarray,
+    grad_BYXC: np.ndarray, code_BYXC: np.ndarray, grad_BHWC: np.ndarray, bias_KC: np.ndarray
 ) -> None:
-    """The gradient of x, everywhere, and of the bias, summed over BLOCK samples each.
-
-    From block `first` to `last`.
-    """
+    """The gradient of x, everywhere, and of the bias, summed over BLOCK samples each."""
     num, rows, columns, channels = grad_BYXC.shape
     height, width = grad_BHWC.shape[1:3]
     zero = grad_BYXC.dtype.type(0)
-    for block in range(first, last):
+    for block in prange(len(bias_KC)):
         sum_C = np.zeros(channels, np.float32)
         for b in range(block * BLOCK, min(block * BLOCK + BLOCK, num)):
             for r in range(rows):
@@ -146,8 +132,6 @@ def bias_pool_relu_backward(
 
 @_jit
 def conv_pool_relu_forward(
-    first: int,
-    last: int,
     image_BHW: np.ndarray,
     weight_TC: np.ndarray,
     bias_C: np.ndarray,
@@ -160,8 +144,8 @@ def conv_pool_relu_forward(
         image_BHW: float32 with a border of zeros, [B, H + 2, W + 2].
         weight_TC: of the pixels as they are, so with their scale in it.
     """
-    _, rows, columns, channels = y_BYXC.shape
-    for b in range(first, last):
+    num, rows, columns, channels = y_BYXC.shape
+    for b in prange(num):
         for r in range(rows):
             for k in range(columns):
                 p0, p1 = image_BHW[b, 2 * r], image_BHW[b, 2 * r + 1]
@@ -199,20 +183,15 @@ def conv_pool_relu_forward(
 
 @_jit
 def conv_pool_relu_backward(
-    first: int,
-    last: int,
     grad_BYXC: np.ndarray,
     code_BYXC: np.ndarray,
     image_BHW: np.ndarray,
     weight_KTC: np.ndarray,
     bias_KC: np.ndarray,
 ) -> None:
-    """The gradients of weight and bias, summed over BLOCK samples each; images as in forward.
-
-    From block `first` to `last`.
-    """
+    """The gradients of weight and bias, summed over BLOCK samples each; images as in forward."""
     num, rows, columns, channels = grad_BYXC.shape
-    for block in range(first, last):
+    for block in prange(len(bias_KC)):
         sum_C = np.zeros(channels, np.float32)
         sum_TC = np.zeros((9, channels), np.float32)
         live_C = np.zeros(channels, np.float32)
