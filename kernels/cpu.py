@@ -179,6 +179,7 @@ def _save_pool(
     ctx: Any, inputs: tuple[torch.Tensor, ...], output: tuple[torch.Tensor, ...]
 ) -> None:
     ctx.save_for_backward(output[1])
+    ctx.mark_non_differentiable(output[1])
     ctx.height_width = inputs[0].shape[2:]
 
 
@@ -190,6 +191,7 @@ def _save_conv(
     ctx: Any, inputs: tuple[torch.Tensor, ...], output: tuple[torch.Tensor, ...]
 ) -> None:
     ctx.save_for_backward(output[1], inputs[0])
+    ctx.mark_non_differentiable(output[1])
 
 
 def _differentiate_conv(ctx: Any, grad_BCYX: torch.Tensor, _: None) -> tuple[object, ...]:
@@ -200,9 +202,33 @@ _pool.register_autograd(_differentiate_pool, setup_context=_save_pool)
 _conv.register_autograd(_differentiate_conv, setup_context=_save_conv)
 
 
+class _Pool(torch.autograd.Function):
+    """The operator, a third of a millisecond sooner than through torch's dispatcher."""
+
+    forward = staticmethod(_pool._init_fn)
+    setup_context = staticmethod(_save_pool)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return _pool_backward._init_fn(grads[0], *ctx.saved_tensors, *ctx.height_width)
+
+
+class _Conv(torch.autograd.Function):
+    """Likewise."""
+
+    forward = staticmethod(_conv._init_fn)
+    setup_context = staticmethod(_save_conv)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        found = _conv_backward._init_fn(grads[0], *ctx.saved_tensors)
+        return None, *found, None
+
+
 def bias_pool_relu(x_BCHW: torch.Tensor, bias_C: torch.Tensor) -> torch.Tensor:
     """relu(max_pool2d(x, 2) + bias) of fp32 or bf16 on a CPU; see bias_pool_relu.py."""
-    y_BCYX: torch.Tensor = _pool(x_BCHW, bias_C)[0]
+    operator: Any = _pool if torch.compiler.is_compiling() else _Pool.apply
+    y_BCYX: torch.Tensor = operator(x_BCHW, bias_C)[0]
     return y_BCYX
 
 
@@ -210,5 +236,6 @@ def conv_pool_relu(
     image_BHW: torch.Tensor, weight_C133: torch.Tensor, bias_C: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
     """relu(max_pool2d(conv2d(image / 255, weight, padding=1) + bias, 2)); see conv_pool_relu.py."""
-    y_BCYX: torch.Tensor = _conv(image_BHW, weight_C133, bias_C, dtype)[0]
+    operator: Any = _conv if torch.compiler.is_compiling() else _Conv.apply
+    y_BCYX: torch.Tensor = operator(image_BHW, weight_C133, bias_C, dtype)[0]
     return y_BCYX

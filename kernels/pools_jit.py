@@ -38,6 +38,9 @@ def _jit(function: Callable[..., Any]) -> Any:
         return njit(**options)(function)
 
 
+_inlined: Any = njit(nogil=True, error_model="numpy", inline="always")
+
+
 def _wide_intrinsic(context: Any, value: Any) -> Any:
     """fp32 of a float32, or of a bf16's 16 bits."""
 
@@ -73,6 +76,16 @@ wide: Any = intrinsic(_wide_intrinsic)
 narrow: Any = intrinsic(_narrow_intrinsic)
 
 
+@_inlined
+def _better(best_C: Any, code_C: Any, value_C: Any, number: Any) -> None:
+    """Put the values that win, and their number, in place of the best so far."""
+    for c in range(len(best_C)):
+        value, best = wide(value_C[c]), best_C[c]
+        wins = (not value <= best) & (best == best)
+        best_C[c] = value if wins else best
+        code_C[c] = number if wins else code_C[c]
+
+
 @_jit
 def bias_pool_relu_forward(
     x_BHWC: np.ndarray, bias_C: np.ndarray, y_BYXC: np.ndarray, code_BYXC: np.ndarray
@@ -80,24 +93,31 @@ def bias_pool_relu_forward(
     """y = relu(max of 2x2 + bias) and its code; x and y float32, or bf16 as uint16."""
     num, rows, columns, channels = y_BYXC.shape
     for b in prange(num):
+        best_C, code_C = np.empty(channels, np.float32), np.empty(channels, np.float32)
         for r in range(rows):
             for k in range(columns):
-                x0, x1 = x_BHWC[b, 2 * r, 2 * k], x_BHWC[b, 2 * r, 2 * k + 1]
-                x2, x3 = x_BHWC[b, 2 * r + 1, 2 * k], x_BHWC[b, 2 * r + 1, 2 * k + 1]
-                y_C, code_C = y_BYXC[b, r, k], code_BYXC[b, r, k]
                 for c in range(channels):
-                    best, code = wide(x0[c]), np.float32(0)
-                    one, two, three = wide(x1[c]), wide(x2[c]), wide(x3[c])
-                    wins = (not one <= best) & (best == best)
-                    best, code = (one if wins else best), (np.float32(1) if wins else code)
-                    wins = (not two <= best) & (best == best)
-                    best, code = (two if wins else best), (np.float32(2) if wins else code)
-                    wins = (not three <= best) & (best == best)
-                    best, code = (three if wins else best), (np.float32(3) if wins else code)
-                    y = best + bias_C[c]
-                    passes = not y <= np.float32(0)
-                    y_C[c] = narrow(y if passes else np.float32(0), y_C[c])
-                    code_C[c] = np.uint8(code + (np.float32(4) if passes else np.float32(0)))
+                    best_C[c] = wide(x_BHWC[b, 2 * r, 2 * k, c])
+                    code_C[c] = 0
+                _better(best_C, code_C, x_BHWC[b, 2 * r, 2 * k + 1], np.float32(1))
+                _better(best_C, code_C, x_BHWC[b, 2 * r + 1, 2 * k], np.float32(2))
+                _better(best_C, code_C, x_BHWC[b, 2 * r + 1, 2 * k + 1], np.float32(3))
+                for c in range(channels):
+                    best_C[c] += bias_C[c]
+                    code_C[c] += np.float32(0) if best_C[c] <= np.float32(0) else np.float32(4)
+                y_C, out_C = y_BYXC[b, r, k], code_BYXC[b, r, k]
+                for c in range(channels):
+                    y = np.float32(0) if best_C[c] <= np.float32(0) else best_C[c]
+                    y_C[c] = narrow(y, y_C[c])
+                    out_C[c] = np.uint8(code_C[c])
+
+
+@_inlined
+def _place(grad_C: Any, code_C: Any, won: Any, out_C: Any) -> None:
+    """The gradients of the values at one place of a window: those that won it, else 0."""
+    zero = grad_C.dtype.type(0)
+    for c in range(len(out_C)):
+        out_C[c] = grad_C[c] if code_C[c] == won else zero
 
 
 @_jit
@@ -114,15 +134,13 @@ def bias_pool_relu_backward(
             for r in range(rows):
                 for k in range(columns):
                     grad_C, code_C = grad_BYXC[b, r, k], code_BYXC[b, r, k]
-                    out0, out1 = grad_BHWC[b, 2 * r, 2 * k], grad_BHWC[b, 2 * r, 2 * k + 1]
-                    out2, out3 = grad_BHWC[b, 2 * r + 1, 2 * k], grad_BHWC[b, 2 * r + 1, 2 * k + 1]
+                    _place(grad_C, code_C, np.uint8(4), grad_BHWC[b, 2 * r, 2 * k])
+                    _place(grad_C, code_C, np.uint8(5), grad_BHWC[b, 2 * r, 2 * k + 1])
+                    _place(grad_C, code_C, np.uint8(6), grad_BHWC[b, 2 * r + 1, 2 * k])
+                    _place(grad_C, code_C, np.uint8(7), grad_BHWC[b, 2 * r + 1, 2 * k + 1])
                     for c in range(channels):
-                        code, grad = code_C[c], grad_C[c]
-                        out0[c] = grad if code == np.uint8(4) else zero
-                        out1[c] = grad if code == np.uint8(5) else zero
-                        out2[c] = grad if code == np.uint8(6) else zero
-                        out3[c] = grad if code == np.uint8(7) else zero
-                        sum_C[c] += wide(grad) if code >= np.uint8(4) else np.float32(0)
+                        passes = code_C[c] >= np.uint8(4)
+                        sum_C[c] += wide(grad_C[c]) if passes else np.float32(0)
             if height % 2:
                 grad_BHWC[b, height - 1] = zero
             if width % 2:
