@@ -1,4 +1,4 @@
-"""The layers compiled for a CPU against PyTorch's own, in the whole step: --kernels auto and off."""
+"""The layers compiled for a CPU against PyTorch's, in the whole step: --kernels auto and off."""
 
 from itertools import product
 from pathlib import Path
