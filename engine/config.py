@@ -20,7 +20,10 @@ MOST_SHARDS = 64
 NETWORK_NAMES = ("baseline", "fast", "residual", "vit")
 OWN = re.compile(r"(?P<file>.+\.py):(?P<name>[A-Za-z_]\w*)", re.DOTALL)
 """A network of the user's own, as --model names it."""
-KernelName = Literal["gather_warp", "conv_pool_relu", "bias_pool_relu", "softmax_cross_entropy"]
+KernelName = Literal[
+    "auto", "gather_warp", "conv_pool_relu", "bias_pool_relu", "softmax_cross_entropy"
+]
+AUTO: tuple[KernelName, ...] = ("auto",)
 
 
 def setting(
@@ -222,7 +225,8 @@ class RunConfig:
     augment: AugmentConfig = AugmentConfig()
     kernels: tuple[KernelName, ...] = setting(
         (),
-        "Triton kernels: all, off, or names with commas between.",
+        "Fused layers: all, off, names with commas between, or auto: those that a committed result "
+        "shows to be ahead on such a device.",
         flag="--kernels",
         environment=True,
     )
@@ -300,12 +304,14 @@ RECIPES: dict[str, RunConfig] = {
         data=DataConfig(order="stratified"),
         model=ModelConfig(first_layer="whitened"),
         optim=replace(LINEAR, learning_rate=0.005),
+        kernels=AUTO,
         global_batch=128,
         epochs=2,
     ),
     "best": RunConfig(
         data=DataConfig(order="stratified"),
         optim=replace(LINEAR, learning_rate=0.008, weight_decay=0.1, label_smoothing=0.1),
+        kernels=AUTO,
         global_batch=128,
         epochs=8,
     ),
@@ -319,6 +325,7 @@ RECIPES: dict[str, RunConfig] = {
             batch_schedule="ramp",
             batch_ramp="512x4,2048x4,8192x4",
         ),
+        kernels=AUTO,
         global_batch=512,
         epochs=12,
     ),
@@ -492,6 +499,8 @@ def _checked_names(value: Any, known: tuple[str, ...], where: str) -> tuple[str,
     if unknown := [name for name in given if name not in ("all", *known)]:
         choices = ", ".join(("all", *known))
         raise UserError(f"{where}: is {unknown[0]!r}; choose from {choices}")
+    if "auto" in given and len(given) > 1:
+        raise UserError(f"{where}: is {value!r}; give auto alone")
     if "all" in given:
-        return known
+        return tuple(name for name in known if name != "auto")
     return tuple(name for name in known if name in given)

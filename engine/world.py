@@ -247,6 +247,15 @@ def cannot_compile(device: torch.device) -> str:
     return kernels.missing() if device.type == "cuda" else ""
 
 
+def fused_on_cpu(device: torch.device) -> tuple[str, ...]:
+    """Those of kernels.NAMES that are compiled for a CPU, if it is one and numba is here."""
+    if device.type != "cpu":
+        return ()
+    from kernels import cpu
+
+    return kernels.ON_CPU if cpu.is_here() else ()
+
+
 def cannot_fuse(device: torch.device) -> str:
     """Why the Triton kernels would fail here, or not be worth it; empty where they run.
 

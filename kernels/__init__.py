@@ -1,8 +1,8 @@
-"""Fused Triton kernels for small grey images: torch and Triton only, nothing of engine.
+"""Fused kernels for small grey images: torch, Triton and numba only, nothing of engine.
 
-A kernel's file holds, in this order: reference (PyTorch, what CPU tensors get), jit, launcher,
-autograd. README.md here says what each does. This module needs no Triton, so that what is missing
-can be said; the files themselves do.
+A kernel's file holds, in this order: reference (PyTorch), jit, launcher, autograd; cpu.py holds
+what CPU tensors get. README.md here says what each does. This module needs no Triton, so that what
+is missing can be said; the files themselves do.
 """
 
 import os
@@ -13,6 +13,10 @@ from pathlib import Path
 
 NAMES = ("gather_warp", "conv_pool_relu", "bias_pool_relu", "softmax_cross_entropy")
 """In the order a sample meets them."""
+
+
+ON_CPU = ("conv_pool_relu", "bias_pool_relu")
+"""Of these, what is compiled for a CPU, too, where numba can be imported: cpu.py."""
 
 
 def missing() -> str:

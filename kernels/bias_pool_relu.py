@@ -17,6 +17,7 @@ import torch
 import triton
 from triton import language as tl
 
+from kernels import cpu
 from kernels.launch import (
     FLOATS,
     LARGEST,
@@ -125,11 +126,17 @@ def bias_pool_relu_backward(
     tl.store(partial_ptr + tl.program_id(0) * CHANNELS + channel, tl.sum(bias_sum, 0)[None, :])
 
 
+def check_layer(x_BCHW: torch.Tensor, bias_C: torch.Tensor) -> None:
+    """ValueError with a sentence unless the bias fits the values, and they a code."""
+    channels = x_BCHW.shape[1]
+    check("bias", bias_C, (torch.float32, torch.float64), (channels,), x_BCHW)
+    check_channels(channels)
+
+
 @torch.library.custom_op("tmnist::bias_pool_relu", mutates_args=())
 def _op(x_BCHW: torch.Tensor, bias_C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     _, channels, height, width = x_BCHW.shape
-    check("bias", bias_C, (torch.float32, torch.float64), (channels,), x_BCHW)
-    check_channels(channels)
+    check_layer(x_BCHW, bias_C)
     if not on_triton(x_BCHW):
         return bias_pool_relu_reference(x_BCHW, bias_C)
     check("x", x_BCHW, FLOATS, (None, None, None, None), bias_C)
@@ -203,5 +210,8 @@ def bias_pool_relu(x_BCHW: torch.Tensor, bias_C: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: a shape, type or device does not fit.
     """
+    if not on_triton(x_BCHW) and cpu.fits(x_BCHW, x_BCHW.dtype):
+        check_layer(x_BCHW, bias_C)
+        return cpu.bias_pool_relu(x_BCHW, bias_C)
     y_BCYX: torch.Tensor = _op(x_BCHW, bias_C)[0]
     return y_BCYX

@@ -26,6 +26,7 @@ from torch.nn import functional
 from torch.nn.grad import conv2d_weight
 from triton import language as tl
 
+from kernels import cpu
 from kernels.launch import (
     FLOATS,
     check,
@@ -220,16 +221,22 @@ def conv_pool_relu_backward_sum(
         tl.store(grad_bias_ptr + channel, tl.sum(total, 0))
 
 
+def check_layer(image_BHW: torch.Tensor, weight_C133: torch.Tensor, bias_C: torch.Tensor) -> None:
+    """ValueError with a sentence unless pixels, weights and bias fit each other."""
+    channels = len(bias_C)
+    check("image", image_BHW, (torch.uint8,), (None, None, None), image_BHW)
+    check("weight", weight_C133, (torch.float32, torch.float64), (channels, 1, 3, 3), image_BHW)
+    check("bias", bias_C, (weight_C133.dtype,), (channels,), image_BHW)
+    check_channels(channels)
+
+
 @torch.library.custom_op("tmnist::conv_pool_relu", mutates_args=())
 def _op(
     image_BHW: torch.Tensor, weight_C133: torch.Tensor, bias_C: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    check("image", image_BHW, (torch.uint8,), (None, None, None), image_BHW)
+    check_layer(image_BHW, weight_C133, bias_C)
     _, height, width = image_BHW.shape
     channels = len(bias_C)
-    check("weight", weight_C133, (torch.float32, torch.float64), (channels, 1, 3, 3), image_BHW)
-    check("bias", bias_C, (weight_C133.dtype,), (channels,), image_BHW)
-    check_channels(channels)
     if not on_triton(image_BHW):
         return conv_pool_relu_reference(image_BHW, weight_C133, bias_C, dtype)
     y_BCYX, code_3PG = _fake(image_BHW, weight_C133, bias_C, dtype)
@@ -309,5 +316,9 @@ def conv_pool_relu(
     Raises:
         ValueError: a shape, type or device does not fit.
     """
+    is_fp32 = weight_C133.dtype == torch.float32
+    if is_fp32 and not on_triton(image_BHW) and cpu.fits(image_BHW, dtype):
+        check_layer(image_BHW, weight_C133, bias_C)
+        return cpu.conv_pool_relu(image_BHW, weight_C133, bias_C, dtype)
     y_BCYX: torch.Tensor = _op(image_BHW, weight_C133, bias_C, dtype)[0]
     return y_BCYX

@@ -10,6 +10,7 @@ from tests.bench import (
     checkpoints,
     feeds,
     fullsize,
+    layers,
     measuring,
     noise,
     pack,
@@ -53,6 +54,14 @@ def test_step(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(step, "BATCH", 32)
     step.bench(tmp_path, rounds=1, num_steps=2)
     assert "fast step over eager fp32 NCHW (x)" in checked(tmp_path / "cpu_step.json")
+
+
+def test_layers(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    monkeypatch.setattr(layers, "PRECISIONS", ("bf16",))
+    monkeypatch.setattr(layers, "BATCHES", (32,))
+    layers.bench(tmp_path, rounds=1, num_steps=2)
+    assert "bf16, batch 32, first layer trained: ratio (x)" in checked(tmp_path / "cpu_layers.json")
 
 
 def test_ranks(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -199,6 +199,7 @@ def test_recipes_are_typed_once(tmp_path: Path) -> None:
         (["softmax_cross_entropy", "gather_warp"], ("gather_warp", "softmax_cross_entropy")),
         ("gather_warp, conv_pool_relu", ("gather_warp", "conv_pool_relu")),
         ("off", ()),
+        ("auto", ("auto",)),
         ([], ()),
     ],
 )
@@ -206,9 +207,10 @@ def test_kernels_are_a_list_of_names(given: object, wanted: tuple[str, ...]) -> 
     assert override(RunConfig(), {"kernels": given}, "test").kernels == wanted
 
 
-@pytest.mark.parametrize("given", ["gather", ["all", 3], 7])
+@pytest.mark.parametrize("given", ["gather", ["all", 3], 7, "auto,gather_warp"])
 def test_other_kernels_are_refused(given: object) -> None:
     with pytest.raises(
-        UserError, match="kernels: is .*; (choose from all, gather_warp|give a list)"
+        UserError,
+        match="kernels: is .*; (choose from all, auto, gather_warp|give a list|give auto alone)",
     ):
         override(RunConfig(), {"kernels": given}, "test")

@@ -35,8 +35,8 @@ from engine.train.objective import Objective
 from engine.world import World
 from kernels import bias_pool_relu as second
 from kernels import conv_pool_relu as first
+from kernels import cpu, launch
 from kernels import gather_warp as gather
-from kernels import launch
 from kernels import softmax_cross_entropy as loss_file
 from tests.conftest import CLASSES, Command
 from tests.kernels.__main__ import triton_versions
@@ -128,7 +128,8 @@ def test_export_sees_every_operator() -> None:
     modules = program.graph_module.modules()  # autocast's region is a graph of its own
     graphs = [module.graph for module in modules if isinstance(module, torch.fx.GraphModule)]
     targets = [str(node.target) for graph in graphs for node in graph.nodes]
-    seen = {target.split(".")[1] for target in targets if target.startswith("tmnist.")}
+    names = (target.split(".")[1] for target in targets if target.startswith("tmnist."))
+    seen = {name.removesuffix("_cpu") for name in names}
     assert seen == set(kernels.NAMES) - {"gather_warp"}
 
 
@@ -373,6 +374,10 @@ def test_what_cannot_be_had_is_said(
     small: Records, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, notes = effective(small, world)
+    assert config.kernels == kernels.ON_CPU
+    assert "gather_warp, softmax_cross_entropy are not used: there is no GPU" in notes
+    monkeypatch.setattr(cpu, "is_here", lambda: False)
+    config, notes = effective(small, world)
     assert config.kernels == ()
     assert "Triton kernels are not used: there is no GPU" in notes
     monkeypatch.setenv("TRITON_INTERPRET", "1")
@@ -404,7 +409,7 @@ def test_a_run_without_a_gpu_says_so_once(command: Command, small_dir: Any, tmp_
     words = ["--data", small_dir, "--epochs", 1, "--batch-size", 64, "--kernels", "all"]
     done = command("python", "-m", "engine.run", *words, "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Triton kernels are not used: there is no GPU") == 1
+    assert done.stdout.count("are not used: there is no GPU") == 1
 
 
 @pytest.mark.slow

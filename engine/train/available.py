@@ -9,20 +9,20 @@ from typing import Any
 
 import torch
 
-from engine.config import AugmentConfig, RunConfig
+from engine.config import AUTO, AugmentConfig, RunConfig, override
 from engine.data.records import Records
 from engine.errors import UserError
 from engine.feeds.build import choose_feed, gathers
 from engine.feeds.stream import NUM_WINDOWS
 from engine.models import network_class
-from engine.world import World, cannot_compile, cannot_fuse, has_fast_bf16
+from engine.world import World, cannot_compile, cannot_fuse, fused_on_cpu, has_fast_bf16
 
 
 def effective_config(
     config: RunConfig, records: Records, world: World
 ) -> tuple[RunConfig, list[str]]:
     """What this machine supports of `config`, and a sentence for each thing that differs."""
-    notes = []
+    config, notes = _chosen_kernels(config, world), list[str]()
     for rule in RULES:
         for change, note in rule(config, records, world):
             config = change
@@ -63,10 +63,24 @@ def _graphs(config: RunConfig, records: Records, world: World) -> Changes:
         yield _step(config, cuda_graphs=False), f"CUDA graphs are not used: {why}"
 
 
+def _chosen_kernels(config: RunConfig, world: World) -> RunConfig:
+    """What `auto` means: on a CPU what is compiled for it; on a GPU nothing, until measured."""
+    if config.kernels != AUTO:
+        return config
+    fitting = network_class(config.model).kernels
+    kept = [name for name in fused_on_cpu(world.device) if name in fitting]
+    return override(config, {"kernels": kept}, "auto")
+
+
 def _kernels(config: RunConfig, records: Records, world: World) -> Changes:
-    if config.kernels and (why := cannot_fuse(world.device)):
+    if not config.kernels or not (why := cannot_fuse(world.device)):
+        return
+    on_cpu = fused_on_cpu(world.device)
+    kept = tuple(name for name in config.kernels if name in on_cpu)
+    if others := [name for name in config.kernels if name not in on_cpu]:
+        names = f" {', '.join(others)}" if kept else ""
         why = f"{why}; PyTorch's operations compute the same"
-        yield replace(config, kernels=()), f"Triton kernels are not used: {why}"
+        yield replace(config, kernels=kept), f"Triton kernels{names} are not used: {why}"
 
 
 def _layers(config: RunConfig, records: Records, world: World) -> Changes:

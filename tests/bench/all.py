@@ -10,6 +10,7 @@ from tests.bench import (
     checkpoints,
     feeds,
     fullsize,
+    layers,
     measuring,
     noise,
     pack,
@@ -30,6 +31,7 @@ def main(data: Path | None, out: Path) -> None:
     pack.bench(out, csv=None, rounds=7)
     feeds.bench(out, seconds=8.0)
     step.bench(out, rounds=7, num_steps=60)
+    layers.bench(out, rounds=5, num_steps=60)
     ranks.bench(out, pairs=5, num_steps=100)
     canonical.bench(out, rounds=5, num_steps=60)
     measuring.bench(out, rounds=9, num_steps=60)

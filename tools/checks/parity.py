@@ -32,7 +32,7 @@ from engine.train.checkpoint import checkpoint_tensors, load_checkpoint, write_c
 from engine.train.folder import Manifest, Position
 from engine.train.session import open_session
 from engine.train.step import TrainStep
-from engine.world import World, cannot_fuse, end_rank, start_world
+from engine.world import World, cannot_fuse, end_rank, fused_on_cpu, start_world
 from tools.measure.runner import module_on_ranks
 from tools.measure.steps import train_epochs
 
@@ -51,7 +51,7 @@ NUM_SHARDS = 4
 FUSED = {"kernels": "all", "step.cuda_graphs": True, "step.steps_per_launch": K}
 GROUPS = ("loss", "parameters", "gradients", "optimiser", "scaler", "counters")
 TOLERANCE = {"fp32": (1e-3, 1e-2), "tf32": (1e-2, 1e-1), "bf16": (5e-2, 5e-1), "fp16": (5e-2, 5e-1)}
-"""For what adds in another order (ranks, a GPU's kernels): of losses and parameters, of gradients
+"""For what adds in another order (ranks, fused layers): of losses and parameters, of gradients
 and optimiser.
 
 The largest norm of a difference over the norm, over the tensors of a group; scaler and counters
@@ -184,20 +184,24 @@ def parity(
         precision: trained(config_of(precision, network), records, world)
         for precision in precisions
     }
+    on_cpu = fused_on_cpu(world.device)
     for precision, reference in references.items():
-        for name, changed, work in _variants(on_gpu):
-            why = cannot_fuse(world.device) if "kernels" in changed else ""
+        for name, changed, work in _variants(on_gpu, list(on_cpu) or "all"):
+            is_fused = "kernels" in changed
+            why = cannot_fuse(world.device) if is_fused and not on_cpu else ""
             if changed.get("step.cuda_graphs") and not on_gpu:
                 why = "there is no GPU"
             found = {}
             if not why:
                 state = work(config_of(precision, network | changed), records, world)
                 found = differences(state, reference)
-            yield Verdict(precision, name, found, on_gpu, why)
+            yield Verdict(precision, name, found, on_gpu or is_fused, why)
     yield from _parity_of_ranks(references, records, world, model)
 
 
-def _variants(on_gpu: bool) -> list[tuple[str, dict[str, Any], Callable[..., State]]]:
+def _variants(
+    on_gpu: bool, fused: list[str] | str
+) -> list[tuple[str, dict[str, Any], Callable[..., State]]]:
     """(name, settings, how it is trained) of what one process can try."""
     return [
         ("eager, again", {}, trained),
@@ -208,7 +212,7 @@ def _variants(on_gpu: bool) -> list[tuple[str, dict[str, Any], Callable[..., Sta
             {"step.cuda_graphs": True, "step.steps_per_launch": K},
             trained,
         ),
-        ("Triton kernels", {"kernels": "all"}, trained),
+        ("fused layers", {"kernels": fused}, trained),
         (f"Triton kernels, one CUDA graph of {K} steps", FUSED, trained),
         ("resumed at an epoch's end", {}, resumed),
         (
