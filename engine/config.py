@@ -225,8 +225,7 @@ class RunConfig:
     augment: AugmentConfig = AugmentConfig()
     kernels: tuple[KernelName, ...] = setting(
         (),
-        "Fused layers: all, off, names with commas between, or auto: those that a committed result "
-        "shows to be ahead on such a device.",
+        "Fused layers: all, off, names with commas between, or auto: on a CPU those compiled for it.",
         flag="--kernels",
         environment=True,
     )
@@ -304,14 +303,12 @@ RECIPES: dict[str, RunConfig] = {
         data=DataConfig(order="stratified"),
         model=ModelConfig(first_layer="whitened"),
         optim=replace(LINEAR, learning_rate=0.005),
-        kernels=AUTO,
         global_batch=128,
         epochs=2,
     ),
     "best": RunConfig(
         data=DataConfig(order="stratified"),
         optim=replace(LINEAR, learning_rate=0.008, weight_decay=0.1, label_smoothing=0.1),
-        kernels=AUTO,
         global_batch=128,
         epochs=8,
     ),
@@ -325,7 +322,6 @@ RECIPES: dict[str, RunConfig] = {
             batch_schedule="ramp",
             batch_ramp="512x4,2048x4,8192x4",
         ),
-        kernels=AUTO,
         global_batch=512,
         epochs=12,
     ),
