@@ -225,7 +225,7 @@ class RunConfig:
     augment: AugmentConfig = AugmentConfig()
     kernels: tuple[KernelName, ...] = setting(
         (),
-        "Fused layers: all, off, names with commas between, or auto: on a CPU those compiled for it.",
+        "Fused layers: all, off, names with commas between, or auto: on a CPU those made for it.",
         flag="--kernels",
         environment=True,
     )
