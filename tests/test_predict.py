@@ -249,10 +249,7 @@ def test_a_run_that_is_incomplete_is_refused(
         ({"format": 2}, "format 2, this engine reads 1"),
         ({"num_steps": "7"}, "num_steps is '7', not a int"),
         ({"environment": {}}, "environment.cpu_name is missing"),
-        (
-            {"config": {"kernels": ["sum"]}},
-            "config.kernels.0 is 'sum', not one of auto, gather_warp",
-        ),
+        ({"config": {"kernels": ["sum"]}}, "kernels.0 is 'sum', not one of auto, gather_warp"),
     ],
 )
 def test_a_report_that_is_none_is_refused(
