@@ -38,16 +38,19 @@ def fits(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
     return tensor.device.type == "cpu" and dtype in FLOATS and is_here()
 
 
-def _jit() -> Any:
-    """pools_jit, with as many threads as torch."""
+def _run(name: str, *arrays: np.ndarray) -> None:
+    """A function of pools_jit, with as many threads as torch; with one, OpenMP is not started."""
     import numba
 
-    num_threads = torch.get_num_threads()
-    most = _start_threads(os.getpid())
-    numba.set_num_threads(min(num_threads, most))
     from kernels import pools_jit
 
-    return pools_jit
+    compiled = getattr(pools_jit, name)
+    num_threads = torch.get_num_threads()
+    if num_threads == 1:
+        compiled.serial(*arrays)
+        return
+    numba.set_num_threads(min(num_threads, _start_threads(os.getpid())))
+    compiled.parallel(*arrays)
 
 
 @cache
@@ -104,7 +107,7 @@ def _pool(x_BCHW: torch.Tensor, bias_C: torch.Tensor) -> tuple[torch.Tensor, tor
     y_BCYX, code_BYXC = _pool_fake(x_BCHW, bias_C)
     y_BYXC = y_BCYX.permute(0, 2, 3, 1)
     arrays = (_array(t) for t in (_nhwc(x_BCHW), bias_C.detach(), y_BYXC, code_BYXC))
-    _jit().bias_pool_relu_forward(*arrays)
+    _run("bias_pool_relu_forward", *arrays)
     return y_BCYX, code_BYXC
 
 
@@ -120,7 +123,7 @@ def _pool_backward(
     grad_BCHW, grad_bias_C = _pool_backward_fake(grad_BCYX, code_BYXC, height, width)
     bias_KC = grad_bias_C.new_empty((_blocks(len(grad_BCYX)), len(grad_bias_C)))
     tensors = (_nhwc(grad_BCYX), code_BYXC, grad_BCHW.permute(0, 2, 3, 1), bias_KC)
-    _jit().bias_pool_relu_backward(*map(_array, tensors))
+    _run("bias_pool_relu_backward", *map(_array, tensors))
     return grad_BCHW, torch.sum(bias_KC, 0, out=grad_bias_C)
 
 
@@ -140,7 +143,7 @@ def _conv(
     y_BCYX, code_BYXC = _conv_fake(image_BHW, weight_C133, bias_C, dtype)
     weight_TC = (weight_C133.detach().reshape(len(bias_C), 9).T * SCALE).contiguous()
     tensors = (weight_TC, bias_C.detach(), y_BCYX.permute(0, 2, 3, 1), code_BYXC)
-    _jit().conv_pool_relu_forward(_padded(image_BHW), *map(_array, tensors))
+    _run("conv_pool_relu_forward", _padded(image_BHW), *map(_array, tensors))
     return y_BCYX, code_BYXC
 
 
@@ -161,7 +164,7 @@ def _conv_backward(
     bias_KC = torch.empty((_blocks(num), channels))
     grads = (_array(t) for t in (_nhwc(grad_BCYX), code_BYXC))
     sums = (_array(t) for t in (weight_KTC, bias_KC))
-    _jit().conv_pool_relu_backward(*grads, _padded(image_BHW), *sums)
+    _run("conv_pool_relu_backward", *grads, _padded(image_BHW), *sums)
     weight_TC = weight_KTC.sum(0) * SCALE
     return weight_TC.T.reshape(channels, 1, 3, 3).contiguous(), bias_KC.sum(0)
 

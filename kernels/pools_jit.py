@@ -15,6 +15,7 @@ taps of a 3x3 filter.
 """
 
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -28,13 +29,31 @@ FLOAT, INT = ir.FloatType(), ir.IntType(32)
 SHORT = ir.IntType(16)
 
 
-def _jit(function: Callable[..., Any]) -> Any:
-    """Compiled at the first call, and kept beside the source or in the user's cache."""
-    options: Any = {"nogil": True, "parallel": True, "error_model": "numpy"}
+class Compiled:
+    """A function twice: for one thread, without OpenMP, and for several.
+
+    Each is compiled at its first call, and kept beside the source or in the user's cache.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.serial = _jit(_named(function, "serial"))
+        self.parallel = _jit(_named(function, "parallel"), parallel=True)
+
+
+def _named(function: Callable[..., Any], suffix: str) -> Callable[..., Any]:
+    """The same function by another name: numba's cache tells functions apart by it."""
+    name = f"{function.__name__}_{suffix}"
+    copied = FunctionType(function.__code__, function.__globals__, name)
+    copied.__qualname__ = name
+    return copied
+
+
+def _jit(function: Callable[..., Any], **more: bool) -> Any:
+    options: Any = {"nogil": True, "error_model": "numpy", **more}
     options["fastmath"] = {"contract"}  # products and sums in one rounding; NaN stays NaN
     try:
         return njit(cache=True, **options)(function)
-    except RuntimeError:
+    except RuntimeError:  # no folder for a cache
         return njit(**options)(function)
 
 
@@ -86,7 +105,7 @@ def _better(best_C: Any, code_C: Any, value_C: Any, number: Any) -> None:
         code_C[c] = number if wins else code_C[c]
 
 
-@_jit
+@Compiled
 def bias_pool_relu_forward(
     x_BHWC: np.ndarray, bias_C: np.ndarray, y_BYXC: np.ndarray, code_BYXC: np.ndarray
 ) -> None:
@@ -120,7 +139,7 @@ def _place(grad_C: Any, code_C: Any, won: Any, out_C: Any) -> None:
         out_C[c] = grad_C[c] if code_C[c] == won else zero
 
 
-@_jit
+@Compiled
 def bias_pool_relu_backward(
     grad_BYXC: np.ndarray, code_BYXC: np.ndarray, grad_BHWC: np.ndarray, bias_KC: np.ndarray
 ) -> None:
@@ -148,7 +167,7 @@ def bias_pool_relu_backward(
         bias_KC[block] = sum_C
 
 
-@_jit
+@Compiled
 def conv_pool_relu_forward(
     image_BHW: np.ndarray,
     weight_TC: np.ndarray,
@@ -199,7 +218,7 @@ def conv_pool_relu_forward(
                     code_C[c] = np.uint8(code + (np.float32(4) if passes else np.float32(0)))
 
 
-@_jit
+@Compiled
 def conv_pool_relu_backward(
     grad_BYXC: np.ndarray,
     code_BYXC: np.ndarray,
