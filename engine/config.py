@@ -356,7 +356,7 @@ of 8,192 samples, for many ranks. residual is for --model residual, which takes 
 is named.
 study is what --baseline trains, as the study did: fp32, NCHW, eager, a loader sample by sample,
 Adam at a constant 1e-3, batch 64, 12 epochs.
-What was measured of each, and of each part of fast: bench_configs/README.md.
+What was measured of them, and what was not yet: bench_configs/README.md.
 """
 
 

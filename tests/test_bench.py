@@ -58,8 +58,7 @@ def test_step(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_layers(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    monkeypatch.setattr(layers, "PRECISIONS", ("bf16",))
-    monkeypatch.setattr(layers, "BATCHES", (32,))
+    monkeypatch.setattr(layers, "CASES", (("bf16", 32, "trained"),))
     layers.bench(tmp_path, rounds=1, num_steps=2)
     assert "bf16, batch 32, first layer trained: ratio (x)" in checked(tmp_path / "cpu_layers.json")
 

@@ -1,5 +1,8 @@
 """kernels/cpu.py: the pooled layers compiled for a CPU, against PyTorch's own operations."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -7,6 +10,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from engine.host import ROOT
 from kernels import cpu
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -108,6 +112,35 @@ def test_no_bit_depends_on_the_number_of_threads() -> None:
         found.append((y.detach(), weight.grad, bias.grad))
     for other in found[1:]:
         assert all(map(torch.equal, found[0], other))
+
+
+CALL = """
+import os, torch
+from kernels import cpu
+torch.set_num_threads({threads})
+call = lambda: cpu.bias_pool_relu(torch.ones(16, 32, 4, 4), torch.zeros(32)).sum().item()
+assert call() == 2048
+"""
+
+
+def in_child(code: str, **variables: str) -> None:
+    """Run Python in a process of its own: what a library starts stays for good."""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_torch_keeps_its_number_of_threads() -> None:
+    """Or its sums are shared out otherwise from the first call on, and other in the last bit."""
+    code = CALL.format(threads=2) + "assert torch.get_num_threads() == 2"
+    in_child(code, NUMBA_NUM_THREADS="3")
+
+
+def test_a_process_of_one_thread_may_fork() -> None:
+    code = CALL.format(threads=1) + "\nif not (pid := os.fork()):\n    os._exit(call() != 2048)"
+    in_child(code + "\nassert os.waitpid(pid, 0)[1] == 0")
 
 
 def test_any_memory_format_is_read() -> None:

@@ -189,6 +189,10 @@ def test_a_profiles_report_shows_the_distance_to_the_best_ensemble(
     assert "| ensemble, 2 runs | 100.00 % | 0 |" in section
     assert "| the nearest training image | " in section
     assert "can be right on more than 100.00%" in section
+    facts_file = tmp_path / "data_facts.json"
+    other = json.loads(facts_file.read_text()) | {"dataset_fingerprint": "0" * 64}
+    facts_file.write_text(json.dumps(other))
+    assert_refused(command("tools/profile", "report", tmp_path), "of other records")
 
 
 def test_what_cannot_be_evaluated_is_refused(

@@ -12,6 +12,7 @@ from torch import distributed
 
 from engine import ranks as ranks_module
 from engine.errors import UserError
+from engine.heart import TRAINING, Heart
 from engine.ranks import OtherRankFailed, Ranks, join_ranks
 
 
@@ -116,3 +117,15 @@ def test_a_meeting_place_that_cannot_be_reached_is_named(monkeypatch: pytest.Mon
         UserError, match="rank 1: cannot meet the others at .*check torchrun's address"
     ):
         join_ranks()
+
+
+def test_no_heart_beats_on_when_the_watching_ends() -> None:
+    """A thread that asks the store while the interpreter ends would abort the process."""
+    heart = Heart(step=0, doing=TRAINING)
+
+    def watch(ranks: Ranks) -> None:
+        with ranks.watching(heart, 60.0):
+            assert "heart" in {thread.name for thread in threading.enumerate()}
+
+    assert on_all(2, watch) == [None, None]
+    assert "heart" not in {thread.name for thread in threading.enumerate()}

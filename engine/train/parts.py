@@ -85,11 +85,10 @@ def with_timings(
     is what makes a batch worth while.
     """
     timings = list(known)
+    timed = {timing.global_batch for timing in known}
     for each in neighbours(config, batch):
         part = part_config(config, each)
-        if any(timing.global_batch == each for timing in timings) or not _fits(
-            part, records, world
-        ):
+        if each in timed or not _fits(part, records, world):
             continue
         session = open_session(part, records, world)
         try:

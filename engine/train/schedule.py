@@ -110,8 +110,10 @@ def choose_batch(batch: int, critical_batch: float | None, timings: Collection[T
     """
     if critical_batch is None:
         return batch
-    cost = {each.global_batch: (1 + critical_batch / each.global_batch) * each.step_s
-            for each in timings}  # fmt: skip
+    cost = {
+        each.global_batch: (1 + critical_batch / each.global_batch) * each.step_s
+        for each in timings
+    }
     near = [each for each in (batch, batch // 2, 2 * batch) if each in cost]
     if batch not in near:
         return batch

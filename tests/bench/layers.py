@@ -1,29 +1,32 @@
 """The layers compiled for a CPU against PyTorch's, in the whole step: --kernels auto and off."""
 
-from itertools import product
 from pathlib import Path
-from typing import Any
 
 import click
 
+from engine.report import Environment
 from tests.bench import OUT
 from tests.bench.child import samples_per_s
 from tools.report.rows import Claim, Row, claim, row, write_result
 
-PRECISIONS = ("bf16", "fp32")
-BATCHES = (128, 512)
-FIRST_LAYERS = ("trained", "whitened")
+Case = tuple[str, int, str]
+"""Precision, batch, and first layer."""
+CASES: tuple[Case, ...] = (
+    ("bf16", 128, "whitened"),
+    ("bf16", 128, "trained"),
+    ("bf16", 512, "trained"),
+    ("fp32", 512, "trained"),
+)
 ON, OFF = ["conv_pool_relu", "bias_pool_relu"], list[str]()
 
 
 def bench(out: Path, rounds: int, num_steps: int) -> None:
     """Measure and write OUT/cpu_layers.json."""
-    cases = [*product(PRECISIONS, BATCHES, FIRST_LAYERS)]
-    rates: dict[tuple[Any, ...], tuple[list[float], list[float]]] = {c: ([], []) for c in cases}
+    rates: dict[Case, tuple[list[float], list[float]]] = {case: ([], []) for case in CASES}
     for _ in range(rounds):
-        for case in cases:
+        for case in CASES:
             for side, names in enumerate((OFF, ON)):
-                rate, environment = measured(*case, names, num_steps)
+                rate, environment = measured(case, names, num_steps)
                 rates[case][side].append(rate)
     rows, claims = list[Row](), list[Claim]()
     for case, (plain, fused) in rates.items():
@@ -43,10 +46,9 @@ def bench(out: Path, rounds: int, num_steps: int) -> None:
     )
 
 
-def measured(
-    precision: str, batch: int, first_layer: str, names: list[str], num_steps: int
-) -> tuple[float, Any]:
+def measured(case: Case, names: list[str], num_steps: int) -> tuple[float, Environment]:
     """samples/s of the fast step with these layers, and where it ran."""
+    precision, batch, first_layer = case
     changed = {"step.precision": precision, "model.first_layer": first_layer, "kernels": names}
     return samples_per_s("rung_bf16", batch_size=batch, num_steps=num_steps, changed=changed)
 

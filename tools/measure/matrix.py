@@ -16,12 +16,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from engine.config import (
-    RunConfig,
-    flatten,
-    override,
-    recipe_settings,
-)
+from engine.config import RunConfig, flatten, override, recipe_settings
 from engine.config_text import full_settings, read_toml
 from engine.errors import UserError
 from engine.host import num_cpus

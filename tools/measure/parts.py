@@ -57,7 +57,6 @@ Of the rates 0.02, 0.04 and 0.08 the best on two cores: 88.12 %, against 88.7 % 
 RECORD: Settings = recipe_settings("fast", "tools.gpu") | {
     "global_batch": 512,
     "optim.learning_rate": 0.012,
-    "epochs": 2,
     "evaluate_every": 32,
 }
 """The recipe fast in few steps, for a GPU, whose steps cost launches more than arithmetic."""

@@ -3,7 +3,7 @@
 evaluation.json gives the runs and their ensembles, data_facts.json what the images alone allow; the
 section stands where one of them lies in the profile's folder.
 
-Does not: check that they are of the same records; a profile does not name its own.
+Does not: check that the cells are of the same records; a profile does not name its own.
 """
 
 from collections.abc import Iterator
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from engine.errors import UserError
 from tools.measure import evaluation, neighbours
 from tools.measure.results import clean
 
@@ -31,7 +32,7 @@ def distances(folder: Path, frame: pd.DataFrame) -> tuple[str, pd.DataFrame] | N
     Args:
         frame: of the cells, as `cells_frame` makes it.
     Raises:
-        UserError: a file is damaged, or of another format.
+        UserError: a file is damaged, or of another format; or the two are of other records.
     """
     lines, reached, records, bound = list[Line](), list[Line](), "", ""
     if (folder / neighbours.NAME).exists():
@@ -40,7 +41,10 @@ def distances(folder: Path, frame: pd.DataFrame) -> tuple[str, pd.DataFrame] | N
         lines.append(("the nearest training image", facts.nearest.accuracy_fraction))
     if (folder / evaluation.NAME).exists():
         found = evaluation.read_evaluation(folder)
-        records = found.runs[0].dataset_fingerprint
+        of_facts, records = records, found.runs[0].dataset_fingerprint
+        if of_facts not in ("", records):
+            what = f"{neighbours.NAME} and {evaluation.NAME} are of other records than each other"
+            raise UserError(f"{folder}: {what}; make one of them anew with tools/evaluate")
         if found.split == "test":
             reached = list(_evaluated(found))
     if not records:
