@@ -165,6 +165,9 @@ def start_world(
     ranks.agree(lambda: check_ranks(device_name))
     allocator = "glibc, freed blocks up to 32 MiB kept" if keep_large_blocks() else "default"
     limit_threads()
+    # Adam's moments of weights that get no more gradients fade to denormal numbers, with which a
+    # CPU computes many times slower. OpenMP's threads take this over when they are started.
+    torch.set_flush_denormal(True)
     on_gpu = torch.cuda.is_available() and device_name != "cpu"
     device = torch.device("cuda", env_local_rank()) if on_gpu else torch.device("cpu")
     ledger = Ledger(device)

@@ -9,6 +9,8 @@ Shapes: B samples, H x W pixels or values, Y x X pooled positions, C channels.
 """
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -33,6 +35,29 @@ def is_here() -> bool:
 def fits(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
     """Whether these operators compute in `dtype` on the tensor's device."""
     return tensor.device.type == "cpu" and dtype in FLOATS and is_here()
+
+
+@contextmanager
+def before_compiling(call: Callable[[], None]) -> Iterator[None]:
+    """While this is entered, `call` is called once, when a function is about to be compiled.
+
+    What a user's cache holds already is not compiled again.
+    """
+    from numba.core import event
+
+    class First(event.Listener):
+        is_over = False
+
+        def on_start(self, event: Any) -> None:
+            if not self.is_over:
+                self.is_over = True
+                call()
+
+        def on_end(self, event: Any) -> None:
+            """The next is no news."""
+
+    with event.install_listener("numba:compile", First()):
+        yield
 
 
 def _run(name: str, *arrays: np.ndarray) -> None:

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -141,6 +142,22 @@ def test_torch_keeps_its_number_of_threads() -> None:
 def test_a_process_of_one_thread_may_fork() -> None:
     code = CALL.format(threads=1) + "\nif not (pid := os.fork()):\n    os._exit(call() != 2048)"
     in_child(code + "\nassert os.waitpid(pid, 0)[1] == 0")
+
+
+def test_who_compiles_is_told_once(tmp_path: Path) -> None:
+    """In a cache that is empty; what it holds already is not compiled again."""
+    code = "\n".join(
+        (
+            "from kernels import cpu",
+            "told = []",
+            "with cpu.before_compiling(lambda: told.append(1)):",
+            "    import torch; torch.set_num_threads(1)",
+            "    for _ in range(2): cpu.bias_pool_relu(torch.ones(1, 32, 2, 2), torch.zeros(32))",
+            "assert len(told) == {}",
+        )
+    )
+    for times in (1, 0):
+        in_child(code.format(times), NUMBA_CACHE_DIR=str(tmp_path))
 
 
 def test_any_memory_format_is_read() -> None:

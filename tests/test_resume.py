@@ -438,6 +438,25 @@ def test_the_savers_thread_has_ended_when_it_is_closed(world: World, tmp_path: P
     assert checkpoints(tmp_path)
 
 
+def test_writing_a_checkpoint_starts_no_threads_of_its_own(tmp_path: Path) -> None:
+    """A second team of OpenMP makes each operation of the training wait for the first to wake."""
+    num_threads, seen = torch.get_num_threads(), list[int]()
+    torch.set_num_threads(2)
+    large = {"w": torch.ones(2**20)}
+    torch.isfinite(large["w"]).all()  # starts the team of this thread
+
+    def write() -> None:
+        write_checkpoint(tmp_path, manifest(5), tensors() | {"model.safetensors": large})
+        seen.append(len(os.listdir("/proc/self/task")))
+
+    thread = threading.Thread(target=write)
+    before = len(os.listdir("/proc/self/task"))
+    thread.start()
+    thread.join()
+    torch.set_num_threads(num_threads)
+    assert seen == [before + 1]
+
+
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [

@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -177,9 +178,14 @@ def _kinds(tensors: Tensors) -> dict[str, tuple[torch.Size, torch.dtype]]:
 
 
 def _refuse_nonfinite(files: dict[str, Tensors], when: str) -> None:
+    """By NumPy, which stays in its thread.
+
+    torch would start a second team of OpenMP for the saver's. With more threads than cores none
+    spins any longer, and each operation of the training waits until its threads have woken up.
+    """
     for tensors in files.values():
         for name, tensor in tensors.items():
-            if name != LOG and not torch.isfinite(tensor).all():  # fp16 skips overflowed steps
+            if name != LOG and not np.isfinite(tensor.numpy()).all():  # fp16 skips overflowed steps
                 raise UserError(f"{name} is not finite {when}; lower optim.learning_rate")
 
 

@@ -11,7 +11,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -53,7 +53,7 @@ from engine.train.session import Session, evaluate, open_session, switches
 from engine.train.step import TrainLog
 from engine.typed import typed
 from engine.ui import progress_bar
-from engine.world import World, check_ranks
+from engine.world import World, check_ranks, fused_on_cpu
 
 NUM_CHECKPOINTS_AT_ONCE = 4
 """On the disk at the same moment: two kept, the best, and the one being written."""
@@ -83,9 +83,28 @@ def fit(
     Returns:
         The report, and the signal that stopped the run, 0 if it is finished.
     """
+    with _saying_what_is_compiled(config, world, say):
+        if config.optim.batch_schedule != "fixed":
+            return _fit_parts(config, records, world, out, resume, say)
+        return _fit_whole(config, records, world, out, resume, say)
 
-    if config.optim.batch_schedule != "fixed":
-        return _fit_parts(config, records, world, out, resume, say)
+
+def _saying_what_is_compiled(
+    config: RunConfig, world: World, say: Say
+) -> AbstractContextManager[None]:
+    if not config.kernels or not fused_on_cpu(world.device):
+        return nullcontext()
+    from kernels.cpu import before_compiling
+
+    return before_compiling(
+        lambda: say("note: layers are compiled for this CPU, which is done once: some 10 s")
+    )
+
+
+def _fit_whole(
+    config: RunConfig, records: Records, world: World, out: Path, resume: bool, say: Say
+) -> tuple[RunReport, int]:
+    """Train in one session; after what was left of an epoch of another batch."""
 
     def part(config: RunConfig, resume: bool, last_epoch: int) -> tuple[RunReport, int]:
         with world.on_stream(), closing(open_session(config, records, world)) as session:
