@@ -1,6 +1,7 @@
 """Every benchmark runs, tiny: figures are made by make bench, never here."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -108,10 +109,12 @@ def test_precision(tmp_path: Path, small_dir: Path) -> None:
 
 
 def test_fullsize(tmp_path: Path, small_dir: Path) -> None:
-    extra = ("--epochs=1", "--batch-size=32")
-    fullsize.bench(tmp_path, small_dir, "fullsize", 1, extra)
-    assert "best's mean test accuracy (%)" in checked(tmp_path / "cpu_fullsize.json")
-    fullsize.bench(tmp_path, small_dir, "networks", 2, extra)
+    """With one seed, then with one more: what is trained already stays as it is."""
+    plan = fullsize.Plan(small_dir, "networks", 1, ("--epochs=1", "--batch-size=32"))
+    fullsize.bench(tmp_path, plan, tmp_path / "runs")
+    trained = (tmp_path / "runs/networks/0-1/report.json").read_bytes()
+    fullsize.bench(tmp_path, replace(plan, seeds=2), tmp_path / "runs")
+    assert (tmp_path / "runs/networks/0-1/report.json").read_bytes() == trained
     assert "the best ensemble's test accuracy (%)" in checked(tmp_path / "cpu_networks.json")
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import combinations, product
 from pathlib import Path
@@ -15,6 +16,7 @@ from statistics import mean, median
 
 import click
 
+from engine.errors import UserError, exit_on_user_error
 from engine.host import ROOT
 from engine.report import RunReport, read_report
 from tests.bench import OUT
@@ -44,7 +46,7 @@ class Group:
 
 
 def train(data: Path, flags: tuple[str, ...], folder: Path) -> RunReport:
-    """One run of engine.run; its report."""
+    """One run of engine.run, or the one that is in its folder already; its report."""
     command = [
         sys.executable,
         "-m",
@@ -52,26 +54,63 @@ def train(data: Path, flags: tuple[str, ...], folder: Path) -> RunReport:
         "--device=cpu",
         f"--data={data}",
         f"--out={folder}",
+        "--resume=auto",
         *flags,
     ]
     subprocess.run(command, cwd=ROOT, check=True)
     return read_report(folder)
 
 
-def bench(out: Path, data: Path, name: str, seeds: int, extra: tuple[str, ...] = ()) -> None:
-    """Measure a group, write OUT/cpu_<name>.json; `extra` flags shorten a smoke run."""
-    group = GROUPS[name]
-    reports: Reports = {side: [] for side in group.sides}
-    folders: dict[str, list[Path]] = {side: [] for side in group.sides}
-    with tempfile.TemporaryDirectory() as place:
+@dataclass(frozen=True)
+class Plan:
+    """What is trained of a group, and where its runs lie."""
+
+    data: Path
+    name: str
+    seeds: int
+    extra: tuple[str, ...] = ()
+    """Flags that shorten a smoke run."""
+
+    def trained(self, place: Path) -> tuple[Reports, dict[str, list[Path]]]:
+        """The reports and folders of all sides, trained in turn, seed by seed."""
+        sides = GROUPS[self.name].sides
+        reports: Reports = {side: [] for side in sides}
+        folders: dict[str, list[Path]] = {side: [] for side in sides}
         for seed, (number, (side, flags)) in product(
-            range(1, seeds + 1), enumerate(group.sides.items())
+            range(1, self.seeds + 1), enumerate(sides.items())
         ):
-            folder = Path(place) / f"{number}-{seed}"
-            reports[side].append(train(data, (*flags, f"--seed={seed}", *extra), folder))
+            folder = place / self.name / f"{number}-{seed}"
+            given = (*flags, f"--seed={seed}", *self.extra)
+            reports[side].append(train(self.data, given, folder))
             folders[side].append(folder)
-        evaluated = group.evaluated if seeds > 1 else ()
+        _check_commits([run for runs in reports.values() for run in runs], place)
+        return reports, folders
+
+
+def _check_commits(reports: list[RunReport], place: Path) -> None:
+    commits = {report.environment.commit for report in reports}
+    if len(commits) > 1:
+        what = f"holds runs of the commits {', '.join(sorted(commits))}"
+        raise UserError(f"{place}: {what}; figures are of one: give another folder as --runs")
+
+
+def bench(out: Path, plan: Plan, runs: Path | None = None) -> None:
+    """Measure a group, write OUT/cpu_<name>.json.
+
+    Args:
+        runs: where runs are kept, and found by the next call, which goes on; None: nowhere.
+    """
+    with ExitStack() as stack:
+        place = runs or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        reports, folders = plan.trained(place)
+        evaluated = GROUPS[plan.name].evaluated if plan.seeds > 1 else ()
         more = [each for side in evaluated for each in together(side, folders[side])]
+    _write(out, plan.name, reports, more)
+
+
+def _write(out: Path, name: str, reports: Reports, more: list[Row]) -> None:
+    """The result file: figures of each side, comparisons with the first, `more`, claims."""
+    group = GROUPS[name]
     first, *others = reports
     rows = [each for side, runs in reports.items() for each in rows_of(side, runs)]
     rows += [compared(side, reports[side], first, reports[first]) for side in others]
@@ -259,10 +298,16 @@ GROUPS = {
     help="What to train; all, if it is left out.",
 )
 @click.option("--seeds", default=5, show_default=True, help="Runs of each side.")
-def main(data: Path, out: Path, groups: tuple[str, ...], seeds: int) -> None:
+@click.option(
+    "--runs",
+    type=click.Path(path_type=Path),
+    help="Keep the runs there: the same command goes on where one was cut off, or with more seeds.",
+)
+def main(data: Path, out: Path, groups: tuple[str, ...], seeds: int, runs: Path | None) -> None:
     """Benchmark whole trainings."""
-    for name in groups or GROUPS:
-        bench(out, data, name, seeds)
+    with exit_on_user_error():
+        for name in groups or GROUPS:
+            bench(out, Plan(data, name, seeds), runs)
 
 
 if __name__ == "__main__":
