@@ -74,14 +74,19 @@ class Run(Child):
 
 @functools.cache
 def warm() -> None:
-    """Import what a run imports, its optimiser's parts of torch too."""
+    """Import what a run imports, its optimiser's parts of torch too, and load its layers."""
     os.environ["OMP_NUM_THREADS"] = "1"
     prepare_process()
     for name in ("torch._dynamo", "torch.distributed.run", "engine.run", "engine.train.trainer"):
         importlib.import_module(name)
     import torch
 
+    from kernels import cpu
+
     torch.set_num_threads(1)
+    weight, bias = torch.ones(32, 1, 3, 3).requires_grad_(), torch.ones(32).requires_grad_()
+    y = cpu.conv_pool_relu(torch.ones(1, 4, 4, dtype=torch.uint8), weight, bias, torch.float32)
+    cpu.bias_pool_relu(y, bias).sum().backward()
     LIBC.prctl(PR_SET_CHILD_SUBREAPER, ctypes.c_ulong(1), 0, 0, 0)
 
 
