@@ -19,7 +19,8 @@ computes in full. For up to 128 classes a chunk is 64 numbers, so at D = 128 log
 twice: 24 kFLOP a sample more, and twice the programs.
 
 Bytes a sample (D = 128, bf16): forward reads 256 + 1 and writes 256, backward reads 256 and writes
-256; besides, forward writes and reads 48 KB a multiprocessor for weight and bias (K = 94).
+256. Besides, forward writes and reads 48 KB a multiprocessor of partial sums (K = 94): they stay in
+the second-level cache.
 
 Shapes: B samples, D numbers of the hidden layer, K classes, P programs.
 """
