@@ -276,7 +276,7 @@ def _op(
     check("weight", weight_KD, FLOATS, (None, None), hidden_BD)
     num_samples, width = hidden_BD.shape
     num_classes = len(weight_KD)
-    found = _fake(hidden_BD, weight_KD, bias_K, label_B, smoothing)
+    found: Found = _fake(hidden_BD, weight_KD, bias_K, label_B, smoothing)
     loss, correct, unit_hidden_BD, unit_weight_KD, unit_bias_K = found
     columns = max(16, triton.next_power_of_2(num_classes))
     chunk = max(16, min(triton.next_power_of_2(width), SUMS // columns))
@@ -306,10 +306,11 @@ def _fake(
     smoothing: float,
 ) -> Found:
     exact = torch.promote_types(hidden_BD.dtype, torch.float32)
-    scalars = [hidden_BD.new_empty((), dtype=exact) for _ in range(2)]
+    loss = hidden_BD.new_empty((), dtype=exact)
+    correct = hidden_BD.new_empty((), dtype=exact)
     unit_weight_KD = hidden_BD.new_empty(weight_KD.shape, dtype=exact)
     unit_bias_K = hidden_BD.new_empty(bias_K.shape, dtype=exact)
-    return *scalars, hidden_BD.new_empty(hidden_BD.shape), unit_weight_KD, unit_bias_K
+    return loss, correct, hidden_BD.new_empty(hidden_BD.shape), unit_weight_KD, unit_bias_K
 
 
 @torch.library.custom_op("tmnist::linear_cross_entropy_backward", mutates_args=())
@@ -325,8 +326,9 @@ def _backward_op(
     if not on_triton(unit_hidden_BD):
         factor = grad_loss / len(unit_hidden_BD)
         grad_hidden_BD = (unit_hidden_BD * factor).to(unit_hidden_BD.dtype)
-        return grad_hidden_BD, *((unit * factor).to(dtype) for unit in units[1:])
-    grads = _backward_fake(*units, grad_loss, dtype)
+        grad_weight_KD = (unit_weight_KD * factor).to(dtype)
+        return grad_hidden_BD, grad_weight_KD, (unit_bias_K * factor).to(dtype)
+    grads: Gradients = _backward_fake(*units, grad_loss, dtype)
     lengths = [unit.numel() for unit in units]
     grid = (triton.cdiv(max(lengths), BLOCK),)
     numbers = (len(unit_hidden_BD), *lengths)
@@ -343,11 +345,8 @@ def _backward_fake(
     dtype: torch.dtype,
 ) -> Gradients:
     grad_weight_KD = torch.empty_like(unit_weight_KD, dtype=dtype)
-    return (
-        torch.empty_like(unit_hidden_BD),
-        grad_weight_KD,
-        unit_bias_K.new_empty(unit_bias_K.shape, dtype=dtype),
-    )
+    grad_bias_K = torch.empty_like(unit_bias_K, dtype=dtype)
+    return torch.empty_like(unit_hidden_BD), grad_weight_KD, grad_bias_K
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
