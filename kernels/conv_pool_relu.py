@@ -38,12 +38,14 @@ from kernels.launch import (
     start,
     unpool_reference,
 )
-from kernels.pool import LANES, better, load_code, store_code
+from kernels.pool import LANES, better, load_words, read_code, store_code
 
 BLOCK = 64
-BACKWARD_BLOCK = 32
-"""Pooled positions a program takes at once: the most that leave registers for four programs a
-multiprocessor."""
+"""Pooled positions that a program of the forward takes at once."""
+BACKWARD_BLOCK = {torch.float32: 32, torch.bfloat16: 64, torch.float16: 64}
+"""Of the backward: the most that leave registers for three programs a multiprocessor."""
+SUM_BLOCK, SUM_WARPS = 256, 8
+"""Partial sums that a program of their sum takes at once."""
 SCALE = tl.constexpr(1 / 255)
 PRECISION = tl.constexpr("tf32x3")
 """Of products of fp32 values: three products in TF32, which together are as good as one in fp32."""
@@ -156,6 +158,32 @@ def _add_won(sum_16C, pixels, grad, winner, PLACE: tl.constexpr):
 
 
 @triton.jit
+def _loaded(
+    grad_ptr,
+    code_ptr,
+    image_ptr,
+    position,
+    channel,
+    group,
+    num_positions,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """(4x4 pixels, the code's three words, gradients) of pooled positions, as they lie in memory.
+
+    0 beyond the last.
+    """
+    real = position < num_positions
+    groups: tl.constexpr = CHANNELS // LANES
+    pixels = _patches(image_ptr, position, real, HEIGHT, WIDTH)
+    word = position * groups + group
+    low, high, passes = load_words(code_ptr, word, num_positions * groups, real)
+    at = grad_ptr + position[:, None] * CHANNELS + channel[None, :]
+    return pixels, low, high, passes, tl.load(at, mask=real[:, None], other=0.0)
+
+
+@triton.jit
 def conv_pool_relu_backward(
     grad_ptr,
     code_ptr,
@@ -168,7 +196,10 @@ def conv_pool_relu_backward(
     BLOCK: tl.constexpr,
     TURNS: tl.constexpr,
 ):
-    """partial [programs, 16, C] fp32: rows 0 to 8 the weights' gradients, row 9 the bias's."""
+    """partial [programs, 16, C] fp32: rows 0 to 8 the weights' gradients, row 9 the bias's.
+
+    What the next turn needs is loaded before this turn's products.
+    """
     dtype = grad_ptr.dtype.element_ty
     group = tl.program_id(1)
     channel = group * LANES + tl.arange(0, LANES)
@@ -177,15 +208,15 @@ def conv_pool_relu_backward(
     sum_2 = tl.zeros([16, LANES], tl.float32)
     sum_3 = tl.zeros([16, LANES], tl.float32)
     bias_sum = tl.zeros([LANES], tl.float32)
-    groups: tl.constexpr = CHANNELS // LANES
-    for turn in range(TURNS):
-        position = (tl.program_id(0) + turn * tl.num_programs(0)) * BLOCK + tl.arange(0, BLOCK)
-        real = position < num_positions
-        pixels = tl.trans(_patches(image_ptr, position, real, HEIGHT, WIDTH).to(dtype))
-        word = position * groups + group
-        winner, passes = load_code(code_ptr, word, num_positions * groups, real)
-        at = grad_ptr + position[:, None] * CHANNELS + channel[None, :]
-        grad = tl.load(at, mask=real[:, None], other=0.0)
+    ptrs = (grad_ptr, code_ptr, image_ptr)
+    position = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    ahead = _loaded(*ptrs, position, channel, group, num_positions, HEIGHT, WIDTH, CHANNELS)
+    for _ in range(TURNS):
+        patches, low, high, passes, grad = ahead
+        pixels = tl.trans(patches.to(dtype))
+        winner, passes = read_code(low, high, passes)
+        position += tl.num_programs(0) * BLOCK
+        ahead = _loaded(*ptrs, position, channel, group, num_positions, HEIGHT, WIDTH, CHANNELS)
         grad = tl.where(passes, grad.to(tl.float32), 0.0)
         bias_sum += tl.sum(grad, 0)
         sum_0 = _add_won(sum_0, pixels, grad, winner, 0)
@@ -267,16 +298,16 @@ def _backward_op(
     channels = grad_BCYX.shape[1]
     _, height, width = image_BHW.shape
     num_positions, groups = code_3PG.shape[1:]
-    block = BACKWARD_BLOCK
-    programs, turns = share(image_BHW, num_positions, block, 4)
+    block = BACKWARD_BLOCK[grad_BCYX.dtype]
+    programs, turns = share(image_BHW, num_positions, block, 3)
     partial = image_BHW.new_empty((programs, 16, channels), dtype=torch.float32)
     grad_BCYX = grad_BCYX.contiguous(memory_format=torch.channels_last)
     tensors = (grad_BCYX, code_3PG, image_BHW.contiguous(), partial)
     sizes = {"HEIGHT": height, "WIDTH": width, "CHANNELS": channels, "BLOCK": block, "TURNS": turns}
     start(conv_pool_relu_backward, (programs, groups), *tensors, num_positions, **sizes)
     sums = (partial, grad_weight, grad_bias)
-    sizes = {"CHANNELS": channels, "BLOCK": 64, "PARTIALS": programs}
-    start(conv_pool_relu_backward_sum, (10, groups), *sums, **sizes)
+    sizes = {"CHANNELS": channels, "BLOCK": SUM_BLOCK, "PARTIALS": programs}
+    start(conv_pool_relu_backward_sum, (10, groups), *sums, **sizes, num_warps=SUM_WARPS)
     return grad_weight, grad_bias
 
 
