@@ -12,7 +12,8 @@ the window the gradient of the positions won there, times their 4x4 pixels; the 
 fold into 9 x C weight gradients.
 
 Bytes a sample (28x28, C = 32, bf16): forward reads 784 and writes 12,544 + 2,352 of code; backward
-reads all three.
+reads all three. Where there is no backward, as of a frozen first layer and in evaluation, no code
+is written.
 
 Shapes: B samples, H x W pixels, P = B (H // 2) (W // 2) pooled positions, C channels, G = C / 32
 groups.
@@ -110,7 +111,9 @@ def conv_pool_relu_forward(
     CHANNELS: tl.constexpr,
     BLOCK: tl.constexpr,
     TURNS: tl.constexpr,
+    CODED: tl.constexpr,
 ):
+    """The code is not written where there is no backward."""
     dtype = y_ptr.dtype.element_ty
     group = tl.program_id(1)
     channel = group * LANES + tl.arange(0, LANES)
@@ -133,8 +136,9 @@ def conv_pool_relu_forward(
         passes = ~(y <= 0)
         at = y_ptr + position[:, None] * CHANNELS + channel[None, :]
         tl.store(at, tl.where(passes, y, 0.0), mask=real[:, None])
-        word = position * groups + group
-        store_code(code_ptr, winner, passes, word, num_positions * groups, real)
+        if CODED:
+            word = position * groups + group
+            store_code(code_ptr, winner, passes, word, num_positions * groups, real)
 
 
 @triton.jit
@@ -263,29 +267,41 @@ def check_layer(image_BHW: torch.Tensor, weight_C133: torch.Tensor, bias_C: torc
 
 @torch.library.custom_op("tmnist::conv_pool_relu", mutates_args=())
 def _op(
-    image_BHW: torch.Tensor, weight_C133: torch.Tensor, bias_C: torch.Tensor, dtype: torch.dtype
+    image_BHW: torch.Tensor,
+    weight_C133: torch.Tensor,
+    bias_C: torch.Tensor,
+    dtype: torch.dtype,
+    keeps_code: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     check_layer(image_BHW, weight_C133, bias_C)
-    _, height, width = image_BHW.shape
+    batch_size, height, width = image_BHW.shape
     channels = len(bias_C)
     if not on_triton(image_BHW):
-        return conv_pool_relu_reference(image_BHW, weight_C133, bias_C, dtype)
-    y_BCYX, code_3PG = _fake(image_BHW, weight_C133, bias_C, dtype)
+        y_BCYX, code_3PG = conv_pool_relu_reference(image_BHW, weight_C133, bias_C, dtype)
+        return y_BCYX, code_3PG if keeps_code else code_3PG.new_empty(0)
+    y_BCYX, code_3PG = _fake(image_BHW, weight_C133, bias_C, dtype, keeps_code)
     check("y", y_BCYX, FLOATS, (None, None, None, None), image_BHW)
-    num_positions, groups = code_3PG.shape[1:]
+    num_positions, groups = batch_size * (height // 2) * (width // 2), channels // LANES.value
     programs, turns = share(image_BHW, num_positions, BLOCK, 8)
     tensors = (image_BHW.contiguous(), weight_C133.contiguous(), bias_C, y_BCYX, code_3PG)
     sizes = {"HEIGHT": height, "WIDTH": width, "CHANNELS": channels, "BLOCK": BLOCK, "TURNS": turns}
-    start(conv_pool_relu_forward, (programs, groups), *tensors, num_positions, **sizes)
+    grid = (programs, groups)
+    start(conv_pool_relu_forward, grid, *tensors, num_positions, **sizes, CODED=keeps_code)
     return y_BCYX, code_3PG
 
 
 @_op.register_fake
 def _fake(
-    image_BHW: torch.Tensor, weight_C133: torch.Tensor, bias_C: torch.Tensor, dtype: torch.dtype
+    image_BHW: torch.Tensor,
+    weight_C133: torch.Tensor,
+    bias_C: torch.Tensor,
+    dtype: torch.dtype,
+    keeps_code: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     batch_size, height, width = image_BHW.shape
-    return empty_pooled(image_BHW, dtype, (batch_size, weight_C133.shape[0], height, width))
+    shape_BCHW = (batch_size, weight_C133.shape[0], height, width)
+    y_BCYX, code_3PG = empty_pooled(image_BHW, dtype, shape_BCHW)
+    return y_BCYX, code_3PG if keeps_code else code_3PG.new_empty(0)
 
 
 @torch.library.custom_op("tmnist::conv_pool_relu_backward", mutates_args=())
@@ -327,7 +343,7 @@ def _save(ctx: Any, inputs: tuple[torch.Tensor, ...], output: tuple[torch.Tensor
 
 def _differentiate(ctx: Any, grad_BCYX: torch.Tensor, _: None) -> tuple[object, ...]:
     code_3PG, image_BHW = ctx.saved_tensors
-    return None, *_backward_op(grad_BCYX, code_3PG, image_BHW, ctx.dtype), None
+    return None, *_backward_op(grad_BCYX, code_3PG, image_BHW, ctx.dtype), None, None
 
 
 _op.register_autograd(_differentiate, setup_context=_save)
@@ -347,9 +363,11 @@ def conv_pool_relu(
     Raises:
         ValueError: a shape, type or device does not fit.
     """
+    is_trained = weight_C133.requires_grad or bias_C.requires_grad
+    keeps_code = torch.is_grad_enabled() and is_trained
     is_fp32 = weight_C133.dtype == torch.float32
     if is_fp32 and not on_triton(image_BHW) and cpu.fits(image_BHW, dtype):
         check_layer(image_BHW, weight_C133, bias_C)
-        return cpu.conv_pool_relu(image_BHW, weight_C133, bias_C, dtype)
-    y_BCYX: torch.Tensor = _op(image_BHW, weight_C133, bias_C, dtype)[0]
+        return cpu.conv_pool_relu(image_BHW, weight_C133, bias_C, dtype, keeps_code)
+    y_BCYX: torch.Tensor = _op(image_BHW, weight_C133, bias_C, dtype, keeps_code)[0]
     return y_BCYX

@@ -113,6 +113,28 @@ def test_a_linear_layer_with_its_relu_is_pytorchs_two_to_the_bit(precision: str)
     assert all(map(torch.equal, results[0][1:], results[1][1:]))
 
 
+@pytest.mark.parametrize("is_compiled", [True, False])
+def test_no_code_is_made_where_there_is_no_backward(
+    is_compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a layer that is frozen, and without gradients; by numba and by the reference."""
+    monkeypatch.setattr(cpu, "is_here", lambda: is_compiled)
+    image = torch.randint(256, (2, 8, 8), dtype=torch.uint8)
+    weight, bias = torch.randn(32, 1, 3, 3).requires_grad_(), torch.randn(32)
+    kept, results = [], []
+    for file, name in ((first, "_op"), (cpu, "_run_conv")):
+        made = getattr(file, name)
+        monkeypatch.setattr(file, name, lambda *a, made=made: kept.append(a[-1]) or made(*a))
+    monkeypatch.setattr(cpu._Conv, "forward", staticmethod(lambda *a: cpu._run_conv(*a)))
+    for each in (weight, weight.detach()):
+        results.append(first.conv_pool_relu(image, each, bias, torch.float32))
+    with torch.no_grad():
+        results.append(first.conv_pool_relu(image, weight, bias, torch.float32))
+    assert kept == [True, False, False]
+    assert [y.requires_grad for y in results] == kept
+    assert all(torch.equal(y, results[0]) for y in results)
+
+
 def test_a_code_can_be_read_again() -> None:
     winner = torch.randint(4, (7, 96))
     passes = torch.rand(7, 96) < 0.5
@@ -135,6 +157,7 @@ def operators() -> list[tuple[Any, tuple[Any, ...]]]:
     out = (torch.empty_like(image), label.clone(), torch.arange(4))
     return [
         (first._op, (image, weight, bias, torch.float32)),
+        (first._op, (image, weight.detach(), bias.detach(), torch.float32, False)),
         (second._op, (x, bias)),
         (loss_file._op, (torch.randn(4, 9).requires_grad_(), label, 0.05)),
         (gather.gather_warp, (image, label, table, step, None, *out)),
@@ -143,7 +166,7 @@ def operators() -> list[tuple[Any, tuple[Any, ...]]]:
     ]
 
 
-@pytest.mark.parametrize("number", range(6))
+@pytest.mark.parametrize("number", range(7))
 def test_operators_keep_torchs_contract(number: int) -> None:
     """Schema, fake implementation, autograd registration: what torch.compile and export rest on."""
     torch.library.opcheck(*operators()[number])
@@ -291,7 +314,7 @@ def layer(channels: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def gather_with(**changed: torch.Tensor) -> None:
     """gather_warp of arguments that fit, but for those changed."""
-    _, fitting = operators()[3]
+    _, fitting = operators()[4]
     names = [argument.name for argument in torch.ops.tmnist.gather_warp.default._schema.arguments]
     gather.gather_warp(**dict(zip(names, fitting, strict=True)) | changed)
 

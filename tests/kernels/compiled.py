@@ -73,6 +73,7 @@ def _train(dtype: torch.dtype) -> None:
     label = torch.zeros(BATCH, dtype=torch.uint8)
     weight = torch.zeros(32, 1, 3, 3).requires_grad_()
     first.conv_pool_relu(image, weight, torch.zeros(32), dtype).sum().backward()
+    first.conv_pool_relu(image, weight.detach(), torch.zeros(32), dtype)
     x = torch.zeros(BATCH, 64, 14, 14, dtype=dtype).requires_grad_()
     second.bias_pool_relu(x, torch.zeros(64)).sum().backward()
     logits = torch.zeros(BATCH, 94, dtype=dtype).requires_grad_()
@@ -110,9 +111,10 @@ def source(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> tup
             marks[(number,)] = [["tt.divisibility", 16]]
     signature |= dict.fromkeys(constants, "constexpr")
     types = " ".join(t[1:] for t in signature.values() if t.startswith("*"))
-    warped = " warped" * constants.get("WARPED", False)
+    switched = " warped" * constants.get("WARPED", False)
+    switched += " uncoded" * (not constants.get("CODED", True))
     what = ASTSource(kernel, signature, constants, marks)
-    return f"{kernel.__name__} {types}{warped}", (what, options)
+    return f"{kernel.__name__} {types}{switched}", (what, options)
 
 
 @cache
@@ -136,7 +138,7 @@ def resources(architecture: int) -> dict[str, dict[str, int]]:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_nothing_spills_and_products_use_tensor_cores(architecture: int) -> None:
     found = resources(architecture)
-    assert len(found) == 3 * 8 + 3 + 2, "every kernel in every type"
+    assert len(found) == 3 * 9 + 3 + 2, "every kernel in every type"
     for name, usage in found.items():
         assert usage["STACK"] == usage["LOCAL"] == 0, f"{name} spills: {usage}"
         assert usage["mma"] == name.startswith(WITH_PRODUCTS), name

@@ -39,7 +39,8 @@ def poisoned_and_recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     def start(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
         types = [str(a.dtype).removeprefix("torch.") for a in args if isinstance(a, torch.Tensor)]
-        switches = [f"{name}={value}" for name, value in constants.items() if name == "WARPED"]
+        named = ("WARPED", "CODED")
+        switches = [f"{name}={value}" for name, value in constants.items() if name in named]
         LAUNCHED.add(" ".join([kernel.__name__, *types, *switches]))
         launch.start(kernel, grid, *args, **constants)
 
@@ -78,6 +79,8 @@ def test_conv_pool_relu(dtype: torch.dtype, shape: tuple[int, int, int], channel
     weight = torch.randn(channels, 1, 3, 3).requires_grad_()
     bias = torch.randn(channels).requires_grad_()
     y, code = first._op(image, weight, bias, dtype)
+    frozen = first.conv_pool_relu(image, weight.detach(), bias.detach(), dtype)
+    assert torch.equal(frozen, y), "without a code"
     rounded = weight.detach().to(dtype).double()
     pixels = image[:, None].double() / 255
     candidates = functional.conv2d(pixels, rounded, bias.detach().double(), padding=1)
@@ -343,7 +346,8 @@ def test_every_branch_ran() -> None:
     }
     for t in ("float32", "float16", "bfloat16"):
         if t != "bfloat16":
-            wanted.add(f"conv_pool_relu_forward uint8 float32 float32 {t} int32")
+            coded = f"conv_pool_relu_forward uint8 float32 float32 {t} int32 CODED"
+            wanted |= {f"{coded}=True", f"{coded}=False"}
             wanted.add(f"conv_pool_relu_backward {t} int32 uint8 float32")
             three = "float32 float32"
             wanted.add(f"linear_cross_entropy_forward {t} {three} uint8 {t} {three}")
