@@ -113,8 +113,8 @@ def bias_pool_relu_backward(
     channel = group * LANES + tl.arange(0, LANES)[None, :]
     bias_sum = tl.zeros([BLOCK, LANES], tl.float32)
     for turn in range(TURNS):
-        number = first + turn * (tl.num_programs(0) // groups)
-        position = number * BLOCK + tl.arange(0, BLOCK)
+        block = first + turn * (tl.num_programs(0) // groups)
+        position = block * BLOCK + tl.arange(0, BLOCK)
         real = position < num_positions
         word = position * groups + group
         winner, passes = load_code(code_ptr, word, num_positions * groups, real)

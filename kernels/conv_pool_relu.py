@@ -44,7 +44,7 @@ from kernels.pool import LANES, better, load_words, read_code, store_code
 BLOCK = 64
 """Pooled positions that a program of the forward takes at once."""
 BACKWARD_BLOCK = {torch.float32: 32, torch.bfloat16: 64, torch.float16: 64}
-"""Of the backward: the most that leave registers for three programs a multiprocessor."""
+"""Of the backward: the most that leave registers for three programs a multiprocessor of an H100."""
 SUM_BLOCK, SUM_WARPS = 256, 8
 """Partial sums that a program of their sum takes at once."""
 SCALE = tl.constexpr(1 / 255)

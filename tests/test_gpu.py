@@ -181,8 +181,9 @@ def test_feeds_bring_the_same_batches_to_the_gpu(
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("graphs", [False, True])
-@pytest.mark.parametrize("names", ["all", kernels.NAMES], ids=["all", "head"])
+@pytest.mark.parametrize(
+    "names, graphs", [("all", False), ("all", True), (kernels.NAMES, True)], ids=str
+)
 def test_the_kernels_train_as_pytorchs_operations(
     names: Any, graphs: bool, precision: str, small: Records, gpu_world: World
 ) -> None:
