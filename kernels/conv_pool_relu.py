@@ -12,7 +12,8 @@ the window the gradient of the positions won there, times their 4x4 pixels; the 
 fold into 9 x C weight gradients.
 
 Bytes a sample (28x28, C = 32, bf16): forward reads 784 and writes 12,544 + 2,352 of code; backward
-reads all three.
+reads all three. Where there is no backward, as of a frozen first layer and in evaluation, no code
+is written.
 
 Shapes: B samples, H x W pixels, P = B (H // 2) (W // 2) pooled positions, C channels, G = C / 32
 groups.
@@ -38,12 +39,14 @@ from kernels.launch import (
     start,
     unpool_reference,
 )
-from kernels.pool import LANES, better, load_code, store_code
+from kernels.pool import LANES, better, load_words, read_code, store_code
 
 BLOCK = 64
-BACKWARD_BLOCK = 32
-"""Pooled positions a program takes at once: the most that leave registers for four programs a
-multiprocessor."""
+"""Pooled positions that a program of the forward takes at once."""
+BACKWARD_BLOCK = {torch.float32: 32, torch.bfloat16: 64, torch.float16: 64}
+"""Of the backward: the most that leave registers for three programs a multiprocessor of an H100."""
+SUM_BLOCK, SUM_WARPS = 256, 8
+"""Partial sums that a program of their sum takes at once."""
 SCALE = tl.constexpr(1 / 255)
 PRECISION = tl.constexpr("tf32x3")
 """Of products of fp32 values: three products in TF32, which together are as good as one in fp32."""
@@ -108,7 +111,9 @@ def conv_pool_relu_forward(
     CHANNELS: tl.constexpr,
     BLOCK: tl.constexpr,
     TURNS: tl.constexpr,
+    CODED: tl.constexpr,
 ):
+    """The code is not written where there is no backward."""
     dtype = y_ptr.dtype.element_ty
     group = tl.program_id(1)
     channel = group * LANES + tl.arange(0, LANES)
@@ -131,8 +136,9 @@ def conv_pool_relu_forward(
         passes = ~(y <= 0)
         at = y_ptr + position[:, None] * CHANNELS + channel[None, :]
         tl.store(at, tl.where(passes, y, 0.0), mask=real[:, None])
-        word = position * groups + group
-        store_code(code_ptr, winner, passes, word, num_positions * groups, real)
+        if CODED:
+            word = position * groups + group
+            store_code(code_ptr, winner, passes, word, num_positions * groups, real)
 
 
 @triton.jit
@@ -156,6 +162,32 @@ def _add_won(sum_16C, pixels, grad, winner, PLACE: tl.constexpr):
 
 
 @triton.jit
+def _loaded(
+    grad_ptr,
+    code_ptr,
+    image_ptr,
+    position,
+    channel,
+    group,
+    num_positions,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """(4x4 pixels, the code's three words, gradients) of pooled positions, as they lie in memory.
+
+    0 beyond the last.
+    """
+    real = position < num_positions
+    groups: tl.constexpr = CHANNELS // LANES
+    pixels = _patches(image_ptr, position, real, HEIGHT, WIDTH)
+    word = position * groups + group
+    low, high, passes = load_words(code_ptr, word, num_positions * groups, real)
+    at = grad_ptr + position[:, None] * CHANNELS + channel[None, :]
+    return pixels, low, high, passes, tl.load(at, mask=real[:, None], other=0.0)
+
+
+@triton.jit
 def conv_pool_relu_backward(
     grad_ptr,
     code_ptr,
@@ -168,7 +200,10 @@ def conv_pool_relu_backward(
     BLOCK: tl.constexpr,
     TURNS: tl.constexpr,
 ):
-    """partial [programs, 16, C] fp32: rows 0 to 8 the weights' gradients, row 9 the bias's."""
+    """partial [programs, 16, C] fp32: rows 0 to 8 the weights' gradients, row 9 the bias's.
+
+    What the next turn needs is loaded before this turn's products.
+    """
     dtype = grad_ptr.dtype.element_ty
     group = tl.program_id(1)
     channel = group * LANES + tl.arange(0, LANES)
@@ -177,15 +212,15 @@ def conv_pool_relu_backward(
     sum_2 = tl.zeros([16, LANES], tl.float32)
     sum_3 = tl.zeros([16, LANES], tl.float32)
     bias_sum = tl.zeros([LANES], tl.float32)
-    groups: tl.constexpr = CHANNELS // LANES
-    for turn in range(TURNS):
-        position = (tl.program_id(0) + turn * tl.num_programs(0)) * BLOCK + tl.arange(0, BLOCK)
-        real = position < num_positions
-        pixels = tl.trans(_patches(image_ptr, position, real, HEIGHT, WIDTH).to(dtype))
-        word = position * groups + group
-        winner, passes = load_code(code_ptr, word, num_positions * groups, real)
-        at = grad_ptr + position[:, None] * CHANNELS + channel[None, :]
-        grad = tl.load(at, mask=real[:, None], other=0.0)
+    ptrs = (grad_ptr, code_ptr, image_ptr)
+    position = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    ahead = _loaded(*ptrs, position, channel, group, num_positions, HEIGHT, WIDTH, CHANNELS)
+    for _ in range(TURNS):
+        patches, low, high, passes, grad = ahead
+        pixels = tl.trans(patches.to(dtype))
+        winner, passes = read_code(low, high, passes)
+        position += tl.num_programs(0) * BLOCK
+        ahead = _loaded(*ptrs, position, channel, group, num_positions, HEIGHT, WIDTH, CHANNELS)
         grad = tl.where(passes, grad.to(tl.float32), 0.0)
         bias_sum += tl.sum(grad, 0)
         sum_0 = _add_won(sum_0, pixels, grad, winner, 0)
@@ -232,29 +267,41 @@ def check_layer(image_BHW: torch.Tensor, weight_C133: torch.Tensor, bias_C: torc
 
 @torch.library.custom_op("tmnist::conv_pool_relu", mutates_args=())
 def _op(
-    image_BHW: torch.Tensor, weight_C133: torch.Tensor, bias_C: torch.Tensor, dtype: torch.dtype
+    image_BHW: torch.Tensor,
+    weight_C133: torch.Tensor,
+    bias_C: torch.Tensor,
+    dtype: torch.dtype,
+    keeps_code: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     check_layer(image_BHW, weight_C133, bias_C)
-    _, height, width = image_BHW.shape
+    batch_size, height, width = image_BHW.shape
     channels = len(bias_C)
     if not on_triton(image_BHW):
-        return conv_pool_relu_reference(image_BHW, weight_C133, bias_C, dtype)
-    y_BCYX, code_3PG = _fake(image_BHW, weight_C133, bias_C, dtype)
+        y_BCYX, code_3PG = conv_pool_relu_reference(image_BHW, weight_C133, bias_C, dtype)
+        return y_BCYX, code_3PG if keeps_code else code_3PG.new_empty(0)
+    y_BCYX, code_3PG = _fake(image_BHW, weight_C133, bias_C, dtype, keeps_code)
     check("y", y_BCYX, FLOATS, (None, None, None, None), image_BHW)
-    num_positions, groups = code_3PG.shape[1:]
+    num_positions, groups = batch_size * (height // 2) * (width // 2), channels // LANES.value
     programs, turns = share(image_BHW, num_positions, BLOCK, 8)
     tensors = (image_BHW.contiguous(), weight_C133.contiguous(), bias_C, y_BCYX, code_3PG)
     sizes = {"HEIGHT": height, "WIDTH": width, "CHANNELS": channels, "BLOCK": BLOCK, "TURNS": turns}
-    start(conv_pool_relu_forward, (programs, groups), *tensors, num_positions, **sizes)
+    grid = (programs, groups)
+    start(conv_pool_relu_forward, grid, *tensors, num_positions, **sizes, CODED=keeps_code)
     return y_BCYX, code_3PG
 
 
 @_op.register_fake
 def _fake(
-    image_BHW: torch.Tensor, weight_C133: torch.Tensor, bias_C: torch.Tensor, dtype: torch.dtype
+    image_BHW: torch.Tensor,
+    weight_C133: torch.Tensor,
+    bias_C: torch.Tensor,
+    dtype: torch.dtype,
+    keeps_code: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     batch_size, height, width = image_BHW.shape
-    return empty_pooled(image_BHW, dtype, (batch_size, weight_C133.shape[0], height, width))
+    shape_BCHW = (batch_size, weight_C133.shape[0], height, width)
+    y_BCYX, code_3PG = empty_pooled(image_BHW, dtype, shape_BCHW)
+    return y_BCYX, code_3PG if keeps_code else code_3PG.new_empty(0)
 
 
 @torch.library.custom_op("tmnist::conv_pool_relu_backward", mutates_args=())
@@ -267,16 +314,16 @@ def _backward_op(
     channels = grad_BCYX.shape[1]
     _, height, width = image_BHW.shape
     num_positions, groups = code_3PG.shape[1:]
-    block = BACKWARD_BLOCK
-    programs, turns = share(image_BHW, num_positions, block, 4)
+    block = BACKWARD_BLOCK[grad_BCYX.dtype]
+    programs, turns = share(image_BHW, num_positions, block, 3)
     partial = image_BHW.new_empty((programs, 16, channels), dtype=torch.float32)
     grad_BCYX = grad_BCYX.contiguous(memory_format=torch.channels_last)
     tensors = (grad_BCYX, code_3PG, image_BHW.contiguous(), partial)
     sizes = {"HEIGHT": height, "WIDTH": width, "CHANNELS": channels, "BLOCK": block, "TURNS": turns}
     start(conv_pool_relu_backward, (programs, groups), *tensors, num_positions, **sizes)
     sums = (partial, grad_weight, grad_bias)
-    sizes = {"CHANNELS": channels, "BLOCK": 64, "PARTIALS": programs}
-    start(conv_pool_relu_backward_sum, (10, groups), *sums, **sizes)
+    sizes = {"CHANNELS": channels, "BLOCK": SUM_BLOCK, "PARTIALS": programs}
+    start(conv_pool_relu_backward_sum, (10, groups), *sums, **sizes, num_warps=SUM_WARPS)
     return grad_weight, grad_bias
 
 
@@ -296,7 +343,7 @@ def _save(ctx: Any, inputs: tuple[torch.Tensor, ...], output: tuple[torch.Tensor
 
 def _differentiate(ctx: Any, grad_BCYX: torch.Tensor, _: None) -> tuple[object, ...]:
     code_3PG, image_BHW = ctx.saved_tensors
-    return None, *_backward_op(grad_BCYX, code_3PG, image_BHW, ctx.dtype), None
+    return None, *_backward_op(grad_BCYX, code_3PG, image_BHW, ctx.dtype), None, None
 
 
 _op.register_autograd(_differentiate, setup_context=_save)
@@ -316,9 +363,11 @@ def conv_pool_relu(
     Raises:
         ValueError: a shape, type or device does not fit.
     """
+    is_trained = weight_C133.requires_grad or bias_C.requires_grad
+    keeps_code = torch.is_grad_enabled() and is_trained
     is_fp32 = weight_C133.dtype == torch.float32
     if is_fp32 and not on_triton(image_BHW) and cpu.fits(image_BHW, dtype):
         check_layer(image_BHW, weight_C133, bias_C)
-        return cpu.conv_pool_relu(image_BHW, weight_C133, bias_C, dtype)
-    y_BCYX: torch.Tensor = _op(image_BHW, weight_C133, bias_C, dtype)[0]
+        return cpu.conv_pool_relu(image_BHW, weight_C133, bias_C, dtype, keeps_code)
+    y_BCYX: torch.Tensor = _op(image_BHW, weight_C133, bias_C, dtype, keeps_code)[0]
     return y_BCYX

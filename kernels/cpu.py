@@ -60,7 +60,7 @@ def before_compiling(call: Callable[[], None]) -> Iterator[None]:
         yield
 
 
-def _run(name: str, *arrays: np.ndarray) -> None:
+def _run(name: str, *arrays: np.ndarray | None) -> None:
     """A function of pools_jit, with as many threads as torch; with one, OpenMP is not started."""
     import numba
 
@@ -165,12 +165,17 @@ def _pool_backward_fake(
 
 
 def _run_conv(
-    image_BHW: torch.Tensor, weight_C133: torch.Tensor, bias_C: torch.Tensor, dtype: torch.dtype
+    image_BHW: torch.Tensor,
+    weight_C133: torch.Tensor,
+    bias_C: torch.Tensor,
+    dtype: torch.dtype,
+    keeps_code: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    y_BCYX, code_BYXC = _conv_fake(image_BHW, weight_C133, bias_C, dtype)
+    y_BCYX, code_BYXC = _conv_fake(image_BHW, weight_C133, bias_C, dtype, keeps_code)
     weight_TC = (weight_C133.detach().reshape(len(bias_C), 9).T * SCALE).contiguous()
-    tensors = (weight_TC, bias_C.detach(), y_BCYX.permute(0, 2, 3, 1), code_BYXC)
-    _run("conv_pool_relu_forward", _padded(image_BHW), *map(_array, tensors))
+    arrays = map(_array, (weight_TC, bias_C.detach(), y_BCYX.permute(0, 2, 3, 1)))
+    code = _array(code_BYXC) if keeps_code else None
+    _run("conv_pool_relu_forward", _padded(image_BHW), *arrays, code)
     return y_BCYX, code_BYXC
 
 
@@ -179,10 +184,15 @@ _conv = torch.library.custom_op("tmnist::conv_pool_relu_cpu", _run_conv, mutates
 
 @_conv.register_fake
 def _conv_fake(
-    image_BHW: torch.Tensor, weight_C133: torch.Tensor, bias_C: torch.Tensor, dtype: torch.dtype
+    image_BHW: torch.Tensor,
+    weight_C133: torch.Tensor,
+    bias_C: torch.Tensor,
+    dtype: torch.dtype,
+    keeps_code: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     num, height, width = image_BHW.shape
-    return _pooled(image_BHW, dtype, (num, weight_C133.shape[0], height, width))
+    y_BCYX, code_BYXC = _pooled(image_BHW, dtype, (num, weight_C133.shape[0], height, width))
+    return y_BCYX, code_BYXC if keeps_code else code_BYXC.new_empty(0)
 
 
 def _run_conv_backward(
@@ -232,7 +242,7 @@ def _save_conv(
 
 
 def _differentiate_conv(ctx: Any, grad_BCYX: torch.Tensor, _: None) -> tuple[object, ...]:
-    return None, *_conv_backward(grad_BCYX, *ctx.saved_tensors), None
+    return None, *_conv_backward(grad_BCYX, *ctx.saved_tensors), None, None
 
 
 _pool.register_autograd(_differentiate_pool, setup_context=_save_pool)
@@ -259,7 +269,7 @@ class _Conv(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         found = _run_conv_backward(grads[0], *ctx.saved_tensors)
-        return None, *found, None
+        return None, *found, None, None
 
 
 def bias_pool_relu(x_BCHW: torch.Tensor, bias_C: torch.Tensor) -> torch.Tensor:
@@ -270,9 +280,13 @@ def bias_pool_relu(x_BCHW: torch.Tensor, bias_C: torch.Tensor) -> torch.Tensor:
 
 
 def conv_pool_relu(
-    image_BHW: torch.Tensor, weight_C133: torch.Tensor, bias_C: torch.Tensor, dtype: torch.dtype
+    image_BHW: torch.Tensor,
+    weight_C133: torch.Tensor,
+    bias_C: torch.Tensor,
+    dtype: torch.dtype,
+    keeps_code: bool,
 ) -> torch.Tensor:
     """relu(max_pool2d(conv2d(image / 255, weight, padding=1) + bias, 2)); see conv_pool_relu.py."""
     operator: Any = _conv if torch.compiler.is_compiling() else _Conv.apply
-    y_BCYX: torch.Tensor = operator(image_BHW, weight_C133, bias_C, dtype)[0]
+    y_BCYX: torch.Tensor = operator(image_BHW, weight_C133, bias_C, dtype, keeps_code)[0]
     return y_BCYX

@@ -31,10 +31,24 @@ def store_code(code_ptr, winner, passes, index, num_words, mask):
 
 
 @triton.jit
+def load_words(code_ptr, index, num_words, mask):
+    """The three words of a code at `index` [BLOCK]; 0 where masked."""
+    low = tl.load(code_ptr + index, mask=mask, other=0)
+    high = tl.load(code_ptr + num_words + index, mask=mask, other=0)
+    passes = tl.load(code_ptr + 2 * num_words + index, mask=mask, other=0)
+    return low, high, passes
+
+
+@triton.jit
+def read_code(low, high, passes):
+    """(winner, passes) [BLOCK, 32] of the three words; passes is false where they are 0."""
+    lane = tl.arange(0, LANES)[None, :]
+    winner = (low[:, None] >> lane & 1) + 2 * (high[:, None] >> lane & 1)
+    return winner, (passes[:, None] >> lane & 1) != 0
+
+
+@triton.jit
 def load_code(code_ptr, index, num_words, mask):
     """(winner, passes) [BLOCK, 32] from `index` [BLOCK]; passes is false where masked."""
-    lane = tl.arange(0, LANES)[None, :]
-    low = tl.load(code_ptr + index, mask=mask, other=0)[:, None] >> lane
-    high = tl.load(code_ptr + num_words + index, mask=mask, other=0)[:, None] >> lane
-    passes = tl.load(code_ptr + 2 * num_words + index, mask=mask, other=0)[:, None] >> lane
-    return (low & 1) + 2 * (high & 1), (passes & 1) != 0
+    low, high, passes = load_words(code_ptr, index, num_words, mask)
+    return read_code(low, high, passes)

@@ -173,13 +173,14 @@ def conv_pool_relu_forward(
     weight_TC: np.ndarray,
     bias_C: np.ndarray,
     y_BYXC: np.ndarray,
-    code_BYXC: np.ndarray,
+    code_BYXC: np.ndarray | None,
 ) -> None:
     """y = relu(max of 2x2 of conv(image, weight) + bias) and its code.
 
     Args:
         image_BHW: float32 with a border of zeros, [B, H + 2, W + 2].
         weight_TC: of the pixels as they are, so with their scale in it.
+        code_BYXC: None where there is no backward: numba compiles that without the code.
     """
     num, rows, columns, channels = y_BYXC.shape
     for b in prange(num):
@@ -188,7 +189,8 @@ def conv_pool_relu_forward(
                 p0, p1 = image_BHW[b, 2 * r], image_BHW[b, 2 * r + 1]
                 p2, p3 = image_BHW[b, 2 * r + 2], image_BHW[b, 2 * r + 3]
                 i = 2 * k
-                y_C, code_C = y_BYXC[b, r, k], code_BYXC[b, r, k]
+                y_C = y_BYXC[b, r, k]
+                code_C: Any = code_BYXC[b, r, k] if code_BYXC is not None else None
                 a00, a01, a02, a03 = p0[i], p0[i + 1], p0[i + 2], p0[i + 3]
                 a10, a11, a12, a13 = p1[i], p1[i + 1], p1[i + 2], p1[i + 3]
                 a20, a21, a22, a23 = p2[i], p2[i + 1], p2[i + 2], p2[i + 3]
@@ -215,7 +217,8 @@ def conv_pool_relu_forward(
                     y = best + bias_C[c]
                     passes = not y <= np.float32(0)
                     y_C[c] = narrow(y if passes else np.float32(0), y_C[c])
-                    code_C[c] = np.uint8(code + (np.float32(4) if passes else np.float32(0)))
+                    if code_BYXC is not None:
+                        code_C[c] = np.uint8(code + (np.float32(4) if passes else np.float32(0)))
 
 
 @Compiled

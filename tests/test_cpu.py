@@ -86,7 +86,9 @@ def test_first_layer_is_as_exact_as_pytorchs(
     image = torch.randint(256, size, dtype=torch.uint8)
     weight, bias = torch.randn(32, 1, 3, 3).requires_grad_(), torch.randn(32).requires_grad_()
     exact = [each.detach().double().requires_grad_() for each in (weight, bias)]
-    got = cpu.conv_pool_relu(image, weight, bias, dtype)
+    got = cpu.conv_pool_relu(image, weight, bias, dtype, True)
+    frozen = cpu.conv_pool_relu(image, weight.detach(), bias.detach(), dtype, False)
+    assert torch.equal(frozen, got), "without a code"
     x = functional.conv2d(image[:, None].double() / 255, *exact, padding=1)
     want = functional.relu(functional.max_pool2d(x, 2))
     eps = torch.finfo(dtype).eps
@@ -107,7 +109,7 @@ def test_no_bit_depends_on_the_number_of_threads() -> None:
         torch.set_num_threads(num)
         torch.manual_seed(1)
         weight, bias = torch.randn(32, 1, 3, 3).requires_grad_(), torch.randn(32).requires_grad_()
-        y = cpu.conv_pool_relu(image, weight, bias, torch.float32)
+        y = cpu.conv_pool_relu(image, weight, bias, torch.float32, True)
         y = cpu.bias_pool_relu(y, bias)
         y.backward(torch.randn(*y.shape))
         found.append((y.detach(), weight.grad, bias.grad))
@@ -171,5 +173,6 @@ def test_any_memory_format_is_read() -> None:
 def test_operators_keep_torchs_contract(dtype: torch.dtype) -> None:
     image = torch.randint(256, (4, 8, 8), dtype=torch.uint8)
     weight, bias = torch.randn(32, 1, 3, 3).requires_grad_(), torch.randn(32).requires_grad_()
-    torch.library.opcheck(cpu._conv, (image, weight, bias, dtype))
+    torch.library.opcheck(cpu._conv, (image, weight, bias, dtype, True))
+    torch.library.opcheck(cpu._conv, (image, weight.detach(), bias.detach(), dtype, False))
     torch.library.opcheck(cpu._pool, (values((4, 32, 6, 5), dtype), bias))

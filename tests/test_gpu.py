@@ -21,6 +21,8 @@ from engine.world import World, start_world
 from kernels.bias_pool_relu import bias_pool_relu
 from kernels.conv_pool_relu import conv_pool_relu
 from kernels.gather_warp import gather_warp
+from kernels.linear_cross_entropy import linear_cross_entropy
+from kernels.linear_relu import linear_relu
 from kernels.softmax_cross_entropy import softmax_cross_entropy
 from tools.checks.doctor import host_reads
 
@@ -179,10 +181,14 @@ def test_feeds_bring_the_same_batches_to_the_gpu(
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize(
+    "names, graphs", [("all", False), ("all", True), (kernels.NAMES, True)], ids=str
+)
 def test_the_kernels_train_as_pytorchs_operations(
-    graphs: bool, precision: str, small: Records, gpu_world: World
+    names: Any, graphs: bool, precision: str, small: Records, gpu_world: World
 ) -> None:
+    replaced = {"linear_cross_entropy" if names == "all" else "softmax_cross_entropy"}
+    used = set(kernels.NAMES) - replaced
     plain = session(small, gpu_world, step_precision=precision)
     wanted, wanted_evaluation = losses(plain), evaluate(plain, "val")
     plain.close()
@@ -191,10 +197,10 @@ def test_the_kernels_train_as_pytorchs_operations(
         "step_cuda_graphs": graphs,
         "step_steps_per_launch": 3 if graphs else 1,
     }
-    fused = session(small, gpu_world, kernels="all", **settings)
-    assert (
-        set(fused.config.kernels) == set(kernels.NAMES) and fused.effective["cuda_graphs"] == graphs
-    ), fused.notes
+    fused = session(small, gpu_world, kernels=names, **settings)
+    assert set(fused.config.kernels) == used and fused.effective["cuda_graphs"] == graphs, (
+        fused.notes
+    )
     assert losses(fused) == pytest.approx(wanted, rel=1e-3 if precision == "fp32" else 3e-2)
     assert evaluate(fused, "val")[0] == pytest.approx(wanted_evaluation[0], rel=5e-2)
     fused.close()
@@ -209,6 +215,7 @@ def test_the_kernels_agree_with_float64(batch: int, dtype: torch.dtype, gpu_worl
     weight, bias = torch.randn(32, 1, 3, 3).to(dtype).float(), torch.randn(32)
     x = torch.randn(batch, 64, 14, 14).to(dtype).contiguous(memory_format=torch.channels_last)
     logits, label = torch.randn(batch, 94).to(dtype), torch.randint(94, (batch,), dtype=torch.uint8)
+    hidden, last = torch.randn(batch, 128).to(dtype), (torch.randn(94, 128) / 11).to(dtype)
 
     def first(i: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return conv_pool_relu(i, w, b, w.dtype if w.dtype == torch.float64 else dtype)
@@ -217,6 +224,8 @@ def test_the_kernels_agree_with_float64(batch: int, dtype: torch.dtype, gpu_worl
         (first, (image, weight, bias)),
         (bias_pool_relu, (x, bias.repeat(2))),
         (lambda a, b: softmax_cross_entropy(a, b, 0.05)[0], (logits, label)),
+        (lambda *a: linear_cross_entropy(*a, 0.05)[0], (hidden, last, logits[0].clone(), label)),
+        (linear_relu, (hidden, last, logits[0].clone())),
     ]  # fmt: skip
     for call, given in cases:
         ours = [t.cuda().requires_grad_(t.is_floating_point()) for t in given]

@@ -37,7 +37,9 @@ from kernels import bias_pool_relu as second
 from kernels import conv_pool_relu as first
 from kernels import cpu, launch
 from kernels import gather_warp as gather
+from kernels import linear_cross_entropy as head_file
 from kernels import softmax_cross_entropy as loss_file
+from kernels.linear_relu import linear_relu
 from tests.conftest import CLASSES, Command
 from tests.kernels.__main__ import triton_versions
 from tools.measure import roofline
@@ -84,6 +86,55 @@ def test_the_reference_of_the_loss_is_pytorchs() -> None:
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_reference_of_the_head_is_pytorchs(smoothing: float) -> None:
+    hidden, weight, bias = float64(37, 20), float64(94, 20), float64(94)
+    label = torch.randint(94, (37,), dtype=torch.uint8)
+    loss, correct = head_file.linear_cross_entropy(hidden, weight, bias, label, smoothing)
+    logits = functional.linear(hidden, weight, bias)
+    wanted = functional.cross_entropy(logits, label.long(), label_smoothing=smoothing)
+    assert not correct.requires_grad
+    assert correct.item() == (logits.argmax(1) == label).sum()
+    leaves = [hidden, weight, bias]
+    for a, b in zip(gradients(3 * loss, leaves), gradients(3 * wanted, leaves), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_linear_layer_with_its_relu_is_pytorchs_two_to_the_bit(precision: str) -> None:
+    layer = torch.nn.Linear(50, 30)
+    results = []
+    for ours in (True, False):
+        x = torch.linspace(-1, 1, 350).sin().view(7, 50).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            y = linear_relu(x, layer.weight, layer.bias) if ours else layer(x).relu()
+        results.append([y.dtype, *gradients(y, [x, layer.weight, layer.bias])])
+    assert results[0][0] == results[1][0] and (results[0][1] == 0).any()
+    assert all(map(torch.equal, results[0][1:], results[1][1:]))
+
+
+@pytest.mark.parametrize("is_compiled", [True, False])
+def test_no_code_is_made_where_there_is_no_backward(
+    is_compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a layer that is frozen, and without gradients; by numba and by the reference."""
+    monkeypatch.setattr(cpu, "is_here", lambda: is_compiled)
+    image = torch.randint(256, (2, 8, 8), dtype=torch.uint8)
+    weight, bias = torch.randn(32, 1, 3, 3).requires_grad_(), torch.randn(32)
+    kept, results = [], []
+    for file, name in ((first, "_op"), (cpu, "_run_conv")):
+        made = getattr(file, name)
+        monkeypatch.setattr(file, name, lambda *a, made=made: kept.append(a[-1]) or made(*a))
+    monkeypatch.setattr(cpu._Conv, "forward", staticmethod(lambda *a: cpu._run_conv(*a)))
+    for each in (weight, weight.detach()):
+        results.append(first.conv_pool_relu(image, each, bias, torch.float32))
+    with torch.no_grad():
+        results.append(first.conv_pool_relu(image, weight, bias, torch.float32))
+    assert kept == [True, False, False]
+    assert [y.requires_grad for y in results] == kept
+    assert all(torch.equal(y, results[0]) for y in results)
+
+
 def test_a_code_can_be_read_again() -> None:
     winner = torch.randint(4, (7, 96))
     passes = torch.rand(7, 96) < 0.5
@@ -100,28 +151,31 @@ def operators() -> list[tuple[Any, tuple[Any, ...]]]:
     weight = torch.randn(32, 1, 3, 3).requires_grad_()
     bias = torch.randn(32).requires_grad_()
     x = torch.randn(4, 32, 6, 5).requires_grad_()
+    last = torch.randn(9, 8).requires_grad_(), torch.randn(9).requires_grad_()
     table = torch.randint(4, (3, 2))
     step = torch.tensor([2, 0])
     out = (torch.empty_like(image), label.clone(), torch.arange(4))
     return [
         (first._op, (image, weight, bias, torch.float32)),
+        (first._op, (image, weight.detach(), bias.detach(), torch.float32, False)),
         (second._op, (x, bias)),
         (loss_file._op, (torch.randn(4, 9).requires_grad_(), label, 0.05)),
         (gather.gather_warp, (image, label, table, step, None, *out)),
         (gather.gather_warp, (image, label, table, step, torch.randn(4, 2, 3), *out)),
+        (head_file._op, (x.detach()[:, :8, 0, 0].requires_grad_(), *last, label, 0.05)),
     ]
 
 
-@pytest.mark.parametrize("number", range(5))
+@pytest.mark.parametrize("number", range(7))
 def test_operators_keep_torchs_contract(number: int) -> None:
     """Schema, fake implementation, autograd registration: what torch.compile and export rest on."""
     torch.library.opcheck(*operators()[number])
 
 
-def test_export_sees_every_operator() -> None:
-    config = override(RunConfig(), {"kernels": "all"}, "test")
+@pytest.mark.parametrize("chosen", ["all", kernels.NAMES])
+def test_export_sees_every_operator(chosen: Any) -> None:
+    config = override(RunConfig(), {"kernels": chosen}, "test")
     fused = frozenset(config.kernels)
-    assert fused == set(kernels.NAMES)
     model = make_model(config.model, 28, 28, 8, seed=1, fused=fused)
     batch = random_batch(4, (28, 28), 8, CPU)
     program = torch.export.export(Objective(model, config, CPU), (batch.image_BHW, batch.label_B))
@@ -130,7 +184,8 @@ def test_export_sees_every_operator() -> None:
     targets = [str(node.target) for graph in graphs for node in graph.nodes]
     names = (target.split(".")[1] for target in targets if target.startswith("tmnist."))
     seen = {name.removesuffix("_cpu") for name in names}
-    assert seen == set(kernels.NAMES) - {"gather_warp"}
+    computed = "softmax_cross_entropy" if chosen == "all" else "linear_cross_entropy"
+    assert seen == {"conv_pool_relu", "bias_pool_relu", computed}
 
 
 def test_every_combination_of_kernels_is_the_same_objective() -> None:
@@ -236,7 +291,7 @@ def test_a_run_whose_feed_gathers_itself_does_not_name_the_gather(
     small: Records, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(available, "cannot_fuse", lambda device: "")
-    for feed, used in (("resident", set(kernels.NAMES)), ("loader", set(kernels.NAMES) - GATHER)):
+    for feed, used in (("resident", set(kernels.ALL)), ("loader", set(kernels.ALL) - GATHER)):
         config = override(RunConfig(), {"kernels": "all", "data.feed": feed}, "test")
         effective, notes = effective_config(config, small, world)
         assert set(effective.kernels) == used
@@ -259,9 +314,16 @@ def layer(channels: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def gather_with(**changed: torch.Tensor) -> None:
     """gather_warp of arguments that fit, but for those changed."""
-    _, fitting = operators()[3]
+    _, fitting = operators()[4]
     names = [argument.name for argument in torch.ops.tmnist.gather_warp.default._schema.arguments]
     gather.gather_warp(**dict(zip(names, fitting, strict=True)) | changed)
+
+
+def head_of(*, width: int = 8, rows: int = 9, label: torch.dtype = torch.uint8) -> None:
+    weight, bias = torch.zeros(rows, 8), torch.zeros(9)
+    head_file.linear_cross_entropy(
+        torch.zeros(3, width), weight, bias, torch.zeros(3, dtype=label), 0.0
+    )
 
 
 def loss_of(label_B: torch.Tensor) -> None:
@@ -290,6 +352,24 @@ def loss_of(label_B: torch.Tensor) -> None:
         (
             lambda: loss_of(torch.zeros(3)),
             "label is torch.float32; give torch.uint8",
+        ),
+        (
+            lambda: head_of(width=7),
+            r"weight has shape \[9, 8\]; give \[any, 7\]",
+        ),
+        (
+            lambda: head_of(rows=10),
+            r"bias has shape \[9\]; give \[10\]",
+        ),
+        (
+            lambda: head_of(label=torch.int64),
+            "label is torch.int64; give torch.uint8",
+        ),
+        (
+            lambda: head_file.linear_cross_entropy(
+                torch.zeros(3, 513), torch.zeros(9, 513), torch.zeros(9), torch.zeros(3).byte(), 0.0
+            ),
+            "a layer of 513 numbers and 9 classes is too large; give at most 512 and 256",
         ),
         (
             lambda: gather_with(out_MHW=torch.zeros(4, 8, 8)),
@@ -326,7 +406,8 @@ def test_what_does_not_fit_is_refused_with_a_sentence(
 
 
 def test_the_config_names_the_kernels() -> None:
-    assert override(RunConfig(), {"kernels": "all"}, "test").kernels == kernels.NAMES
+    assert override(RunConfig(), {"kernels": "all"}, "test").kernels == kernels.ALL
+    assert override(RunConfig(), {"kernels": kernels.NAMES}, "test").kernels == kernels.NAMES
     for name in kernels.NAMES:
         text = (ROOT / "kernels" / f"{name}.py").read_text()
         assert f"def {name}(" in text
@@ -388,6 +469,16 @@ def test_what_cannot_be_had_is_said(
     assert "Triton needs a C compiler" in effective(small, world)[1]
     monkeypatch.setattr(kernels, "find_spec", lambda name: None)
     assert "Triton is not installed; pip install" in effective(small, world)[1]
+
+
+def test_one_kernel_computes_the_loss(
+    small: Records, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(available, "cannot_fuse", lambda device: "")
+    config = override(RunConfig(), {"kernels": kernels.NAMES}, "test")
+    used, notes = effective_config(config, small, world)
+    assert set(used.kernels) == set(kernels.NAMES) - {"softmax_cross_entropy"}
+    assert "softmax_cross_entropy is not used: linear_cross_entropy computes the loss" in notes
 
 
 def test_old_gpus_are_refused_and_the_interpreter_is_let_in(

@@ -23,10 +23,12 @@ from engine.feeds.synthetic import random_batch
 from engine.host import ROOT
 from engine.models import make_model
 from engine.models.pixels import Pixels
+from engine.models.residual import ResidualNet
 from engine.models.vit import SIZES
 from engine.stop import STOP
 from engine.train.checkpoint import checkpoint_tensors
 from engine.train.folder import checkpoints
+from engine.train.objective import Objective
 from engine.train.optim import make_optimizer
 from engine.train.session import Session, evaluate, open_session
 from engine.world import World, end_rank, start_world
@@ -219,6 +221,29 @@ def test_layers_that_a_network_lacks_are_taken_back(
     assert "the kernels conv_pool_relu, bias_pool_relu are not used: the network residual" in str(
         notes
     )
+
+
+@pytest.mark.parametrize("name", NETWORK_NAMES)
+def test_the_last_layer_and_the_loss_in_one_kernel_are_the_objective(name: str) -> None:
+    """By its reference: loss, right answers and every gradient."""
+    batch, found = random_batch(6, (12, 12), 8, torch.device("cpu")), []
+    for kernels in ((), ("linear_cross_entropy",)):
+        config = override(RunConfig(), {"model.name": name, "kernels": kernels}, "test")
+        fused = frozenset(config.kernels)
+        model = make_model(config.model, 12, 12, 8, seed=1, fused=fused)
+        objective = Objective(model, config, torch.device("cpu"))
+        loss, correct = objective(batch.image_BHW, batch.label_B)
+        grads = torch.autograd.grad(loss, list(objective.parameters()))
+        found.append([loss, correct.float(), *grads])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
+
+
+def test_a_forward_of_ones_own_is_not_replaced() -> None:
+    class Own(ResidualNet):
+        def forward(self, image_BHW: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(image_BHW)
+
+    assert ResidualNet.kernels - Own.kernels == {"linear_cross_entropy"}
 
 
 def test_parts_leave_the_mean_of_their_running_statistics(tiny: Records, world: World) -> None:

@@ -4,12 +4,12 @@ import torch
 
 from engine.config import ModelConfig
 from engine.models.baseline import FastGlyphNet, GlyphNet
-from engine.models.network import Network, check_image_size
+from engine.models.network import HeadNetwork, Network, check_image_size
 from engine.models.own import own_network
 from engine.models.residual import ResidualNet
 from engine.models.vit import VitNet
 
-__all__ = ["NETWORKS", "Network", "make_model", "network_class"]
+__all__ = ["NETWORKS", "HeadNetwork", "Network", "make_model", "network_class"]
 
 NETWORKS: dict[str, type[Network]] = {
     "baseline": GlyphNet,

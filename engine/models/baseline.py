@@ -10,20 +10,21 @@ from torch import nn
 from torch.nn import functional
 
 from engine.config import ModelConfig
-from engine.models.network import FIT_ALL, Network
+from engine.models.network import HeadNetwork
 from engine.models.whitening import whitening_filters
 
 CONV1_CHANNELS, CONV2_CHANNELS, HIDDEN = 32, 64, 128
 
 
-class GlyphNet(Network):
+class GlyphNet(HeadNetwork):
     """The study's network: two 3x3 convolutions with ReLU and 2x2 max-pool, two linear layers.
 
     432,478 parameters at 28x28 and 94 classes.
     """
 
     min_side = 4  # two 2x2 max-pools leave a quarter, and the linear layers need a pixel of it
-    kernels = FIT_ALL | {"conv_pool_relu", "bias_pool_relu"}
+    kernels = HeadNetwork.kernels | {"conv_pool_relu", "bias_pool_relu"}
+    last = "fc2"
     can_whiten = True
     relu_after_pool: ClassVar[bool] = False
 
@@ -51,11 +52,14 @@ class GlyphNet(Network):
             self.conv1.weight.copy_(weight_C133)
             cast(torch.Tensor, self.conv1.bias).copy_(bias_C)
 
-    def forward(self, image_BHW: torch.Tensor) -> torch.Tensor:
-        """Logits [B, K] of uint8 pixels, of the type of the arithmetic."""
-        x_BCHW = self._second(self._first(image_BHW))
-        logits_BK: torch.Tensor = self.fc2(functional.relu(self.fc1(x_BCHW.flatten(1))))
-        return logits_BK
+    def hidden(self, image_BHW: torch.Tensor) -> torch.Tensor:
+        """[B, 128] of uint8 pixels, of the type of the arithmetic."""
+        x_BD = self._second(self._first(image_BHW)).flatten(1)
+        if "linear_cross_entropy" not in self.fused:
+            return functional.relu(self.fc1(x_BD))
+        from kernels.linear_relu import linear_relu
+
+        return linear_relu(x_BD, self.fc1.weight, self.fc1.bias)
 
     def _first(self, image_BHW: torch.Tensor) -> torch.Tensor:
         if "conv_pool_relu" not in self.fused:

@@ -3,10 +3,10 @@
 A network of one's own is a class with `__init__` and `forward`; README.md here shows one. All else
 below has a default.
 
-Shapes: B samples, N images, H x W pixels, K classes.
+Shapes: B samples, N images, H x W pixels, D numbers of the last hidden layer, K classes.
 """
 
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import nn
@@ -71,6 +71,33 @@ class Network(nn.Module):
         for module in self.modules():
             if isinstance(module, Pixels):
                 module.fill(image_NHW)
+
+
+class HeadNetwork(Network):
+    """A network whose last layer is linear: that layer and the loss can be one kernel."""
+
+    kernels = FIT_ALL | {"linear_cross_entropy"}
+    last: ClassVar[str]
+    """The name of the last layer, an nn.Linear with a bias."""
+
+    def __init_subclass__(cls) -> None:
+        """A class with a `forward` of its own may compute something else than its two parts."""
+        super().__init_subclass__()
+        if "forward" in vars(cls):
+            cls.kernels = cls.kernels - {"linear_cross_entropy"}
+
+    def hidden(self, image_BHW: torch.Tensor) -> torch.Tensor:
+        """What the last layer reads of uint8 pixels, [B, D]."""
+        raise NotImplementedError
+
+    @property
+    def last_layer(self) -> nn.Linear:
+        return cast(nn.Linear, getattr(self, self.last))
+
+    def forward(self, image_BHW: torch.Tensor) -> torch.Tensor:
+        """Logits [B, K] of uint8 pixels, of the type of the arithmetic."""
+        logits_BK: torch.Tensor = self.last_layer(self.hidden(image_BHW))
+        return logits_BK
 
 
 def check_image_size(kind: type[Network], height: int, width: int) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from engine.models.network import Network
+from engine.models.network import HeadNetwork
 from engine.models.pixels import Pixels
 
 CHANNELS = (32, 64, 128)
@@ -38,10 +38,11 @@ class Block(nn.Module):
         return sum_BCHW
 
 
-class ResidualNet(Network):
+class ResidualNet(HeadNetwork):
     """A 3x3 convolution, residual blocks of 64 and 128 channels, two linear layers."""
 
     min_side = 4
+    last = "fc2"
 
     def __init__(self, height: int, width: int, num_classes: int) -> None:
         super().__init__()
@@ -57,13 +58,12 @@ class ResidualNet(Network):
         self.fc1 = nn.Linear(third * num_left, HIDDEN)
         self.fc2 = nn.Linear(HIDDEN, num_classes)
 
-    def forward(self, image_BHW: torch.Tensor) -> torch.Tensor:
-        """Logits [B, K] of uint8 pixels, of the type of the arithmetic."""
+    def hidden(self, image_BHW: torch.Tensor) -> torch.Tensor:
+        """[B, 256] of uint8 pixels, of the type of the arithmetic."""
         x_BCHW = self.conv(self.pixels(image_BHW))
         x_BCHW = functional.relu(self.norm1(functional.max_pool2d(x_BCHW, 2)))
         x_BCHW = self.block1(x_BCHW)
         x_BCHW = functional.relu(self.norm2(functional.max_pool2d(x_BCHW, 2)))
         x_BCHW = self.block2(x_BCHW)
         x_BCHW = functional.relu(self.norm3(functional.max_pool2d(x_BCHW, 2, ceil_mode=True)))
-        logits_BK: torch.Tensor = self.fc2(functional.relu(self.fc1(x_BCHW.flatten(1))))
-        return logits_BK
+        return functional.relu(self.fc1(x_BCHW.flatten(1)))

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 from engine.config import ModelConfig
-from engine.models.network import Network
+from engine.models.network import HeadNetwork
 from engine.models.pixels import Pixels
 
 MLP_FACTOR = 4
@@ -57,10 +57,11 @@ class Block(nn.Module):
         return seen_BAT.transpose(1, 2).flatten(2)
 
 
-class VitNet(Network):
+class VitNet(HeadNetwork):
     """A transformer over an image's patches, of p x p pixels each."""
 
     undecayed = frozenset({"position_TD"})
+    last = "head"
 
     def __init__(
         self, height: int, width: int, num_classes: int, *, size: str = "tiny", patch: int = 4
@@ -87,13 +88,13 @@ class VitNet(Network):
     def of(cls, config: ModelConfig, height: int, width: int, num_classes: int) -> Self:
         return cls(height, width, num_classes, size=config.vit_size, patch=config.vit_patch_pixels)
 
-    def forward(self, image_BHW: torch.Tensor) -> torch.Tensor:
-        """Logits [B, K] of uint8 pixels, of the type of the arithmetic."""
+    def hidden(self, image_BHW: torch.Tensor) -> torch.Tensor:
+        """The mean of the tokens [B, D]."""
         x_BTD = self.embed(self._patches(self.pixels(image_BHW))) + self.position_TD
         for block in self.blocks:
             x_BTD = block(x_BTD)
-        logits_BK: torch.Tensor = self.head(self.norm(x_BTD).mean(1))
-        return logits_BK
+        mean_BD: torch.Tensor = self.norm(x_BTD).mean(1)
+        return mean_BD
 
     def _patches(self, image_B1HW: torch.Tensor) -> torch.Tensor:
         """The pixels of each patch, row by row: [B, T, p * p]."""

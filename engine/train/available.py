@@ -92,6 +92,14 @@ def _layers(config: RunConfig, records: Records, world: World) -> Changes:
         yield replace(config, kernels=kept), f"the {are.format(', '.join(others))} not used: {why}"
 
 
+def _loss(config: RunConfig, records: Records, world: World) -> Changes:
+    names = config.kernels
+    if "linear_cross_entropy" in names and "softmax_cross_entropy" in names:
+        kept = tuple(name for name in names if name != "softmax_cross_entropy")
+        why = "linear_cross_entropy computes the loss"
+        yield replace(config, kernels=kept), f"softmax_cross_entropy is not used: {why}"
+
+
 def _compile(config: RunConfig, records: Records, world: World) -> Changes:
     if config.step.compile != "off" and (why := cannot_compile(world.device)):
         yield _step(config, compile="off"), f"torch.compile is not used: {why}"
@@ -172,6 +180,7 @@ RULES: tuple[Callable[[RunConfig, Records, World], Changes], ...] = (
     _graphs,
     _kernels,
     _layers,
+    _loss,
     _compile,
     _canonical,
     _noise_scale,

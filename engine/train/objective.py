@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from engine.config import RunConfig
-from engine.models import Network
+from engine.models import HeadNetwork, Network
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -23,11 +23,14 @@ class Objective(torch.nn.Module):
         self.model = model
         self._smoothing = config.optim.label_smoothing
         self._fused_loss = "softmax_cross_entropy" in config.kernels
+        self._fused_head = "linear_cross_entropy" in config.kernels
         self._device_type, self._dtype = device.type, _AUTOCAST.get(config.step.precision)
 
     def forward(
         self, image_BHW: torch.Tensor, label_B: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._fused_head:
+            return self._head_loss(image_BHW, label_B)
         if self._fused_loss:
             from kernels.softmax_cross_entropy import softmax_cross_entropy
 
@@ -35,6 +38,19 @@ class Objective(torch.nn.Module):
         logits_BC, target_B = self._raw_logits(image_BHW).float(), label_B.long()
         loss = functional.cross_entropy(logits_BC, target_B, label_smoothing=self._smoothing)
         return loss, (logits_BC.detach().argmax(1) == target_B).sum()
+
+    def _head_loss(
+        self, image_BHW: torch.Tensor, label_B: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The last layer and the loss in one kernel: there are no logits."""
+        from kernels.linear_cross_entropy import linear_cross_entropy
+
+        assert isinstance(self.model, HeadNetwork), "train/available.py asks its `kernels`"
+        with self._autocast():
+            hidden_BD = self.model.hidden(image_BHW)
+        hidden_BD = hidden_BD.to(self._dtype or hidden_BD.dtype)
+        last = self.model.last_layer
+        return linear_cross_entropy(hidden_BD, last.weight, last.bias, label_B, self._smoothing)
 
     def logits(self, image_BHW: torch.Tensor) -> torch.Tensor:
         """fp32 logits_BC of evaluation: BatchNorm goes by its running statistics."""
@@ -46,11 +62,13 @@ class Objective(torch.nn.Module):
             self.model.train(was_training)
 
     def _raw_logits(self, image_BHW: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(
-            self._device_type, self._dtype or torch.bfloat16, enabled=self._dtype is not None
-        ):
+        with self._autocast():
             logits_BC: torch.Tensor = self.model(image_BHW)
         return logits_BC
+
+    def _autocast(self) -> torch.autocast:
+        is_on = self._dtype is not None
+        return torch.autocast(self._device_type, self._dtype or torch.bfloat16, enabled=is_on)
 
 
 def set_fp32_precision(precision: str) -> None:

@@ -26,17 +26,23 @@ from kernels import bias_pool_relu as second
 from kernels import conv_pool_relu as first
 from kernels import gather_warp as gather
 from kernels import launch
+from kernels import linear_cross_entropy as head_file
 from kernels import softmax_cross_entropy as loss_file
 from tests.kernels.__main__ import triton_versions
 
 ARCHITECTURES = (80, 90, 100)
 EXPECTED = Path(__file__).with_name("resources.json")
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-FILES = (first, second, gather, loss_file)
+FILES = (first, second, gather, loss_file, head_file)
 NAMES = {
     torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64",
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",
 }  # fmt: skip
+WITH_PRODUCTS = (
+    "conv_pool_relu_forward ",
+    "conv_pool_relu_backward ",
+    "linear_cross_entropy_forward ",
+)
 BATCH = 2048
 Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
 
@@ -67,10 +73,14 @@ def _train(dtype: torch.dtype) -> None:
     label = torch.zeros(BATCH, dtype=torch.uint8)
     weight = torch.zeros(32, 1, 3, 3).requires_grad_()
     first.conv_pool_relu(image, weight, torch.zeros(32), dtype).sum().backward()
+    first.conv_pool_relu(image, weight.detach(), torch.zeros(32), dtype)
     x = torch.zeros(BATCH, 64, 14, 14, dtype=dtype).requires_grad_()
     second.bias_pool_relu(x, torch.zeros(64)).sum().backward()
     logits = torch.zeros(BATCH, 94, dtype=dtype).requires_grad_()
     loss_file.softmax_cross_entropy(logits, label, 0.05)[0].backward()
+    hidden = torch.zeros(BATCH, 128, dtype=dtype).requires_grad_()
+    last = torch.zeros(94, 128).requires_grad_()
+    head_file.linear_cross_entropy(hidden, last, torch.zeros(94), label, 0.05)[0].backward()
 
 
 def _gather(matrix: torch.Tensor | None) -> None:
@@ -81,11 +91,17 @@ def _gather(matrix: torch.Tensor | None) -> None:
     gather.gather_warp(image, label, table, step, matrix, image.clone(), label, table[0])
 
 
-def source(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> tuple[str, ASTSource]:
-    """(name, what triton.compile takes), specialised as a launch is.
+Compilable = tuple[ASTSource, dict[str, int]]
+"""What triton.compile takes, and its options."""
+
+
+def source(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> tuple[str, Compilable]:
+    """(name, what is to be compiled), specialised as a launch is.
 
     Pointers and whole multiples of 16 are marked.
     """
+    options = {name: value for name, value in constants.items() if name == "num_warps"}
+    constants = {name: value for name, value in constants.items() if name not in options}
     signature: dict[str, str] = {}
     marks: dict[tuple[int, ...], Any] = {}
     for number, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
@@ -95,9 +111,10 @@ def source(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> tup
             marks[(number,)] = [["tt.divisibility", 16]]
     signature |= dict.fromkeys(constants, "constexpr")
     types = " ".join(t[1:] for t in signature.values() if t.startswith("*"))
-    warped = " warped" * constants.get("WARPED", False)
+    switched = " warped" * constants.get("WARPED", False)
+    switched += " uncoded" * (not constants.get("CODED", True))
     what = ASTSource(kernel, signature, constants, marks)
-    return f"{kernel.__name__} {types}{warped}", what
+    return f"{kernel.__name__} {types}{switched}", (what, options)
 
 
 @cache
@@ -105,8 +122,8 @@ def resources(architecture: int) -> dict[str, dict[str, int]]:
     """REG, STACK and LOCAL of each kernel compiled for an architecture; mma is 1 where it has
     tensor-core products."""
     found: dict[str, dict[str, int]] = {}
-    for name, what in dict(source(*launched) for launched in launches()).items():
-        compiled = triton.compile(what, target=GPUTarget("cuda", architecture, 32))
+    for name, (what, options) in dict(source(*launched) for launched in launches()).items():
+        compiled = triton.compile(what, target=GPUTarget("cuda", architecture, 32), options=options)
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(compiled.asm["cubin"])
             file.flush()
@@ -121,11 +138,10 @@ def resources(architecture: int) -> dict[str, dict[str, int]]:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_nothing_spills_and_products_use_tensor_cores(architecture: int) -> None:
     found = resources(architecture)
-    assert len(found) == 3 * 6 + 2 + 2, "every kernel in every type"
+    assert len(found) == 3 * 9 + 3 + 2, "every kernel in every type"
     for name, usage in found.items():
         assert usage["STACK"] == usage["LOCAL"] == 0, f"{name} spills: {usage}"
-        product = name.startswith(("conv_pool_relu_forward ", "conv_pool_relu_backward "))
-        assert usage["mma"] == product, name
+        assert usage["mma"] == name.startswith(WITH_PRODUCTS), name
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -15,10 +15,12 @@ import pytest
 import torch
 from torch.nn import functional
 
+import kernels
 from kernels import bias_pool_relu as second
 from kernels import conv_pool_relu as first
 from kernels import gather_warp as gather
 from kernels import launch
+from kernels import linear_cross_entropy as head_file
 from kernels import softmax_cross_entropy as loss_file
 
 SHAPES = [(1, 28, 28), (5, 28, 28), (3, 9, 7), (7, 4, 6)]
@@ -37,11 +39,12 @@ def poisoned_and_recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     def start(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
         types = [str(a.dtype).removeprefix("torch.") for a in args if isinstance(a, torch.Tensor)]
-        switches = [f"{name}={value}" for name, value in constants.items() if name == "WARPED"]
+        named = ("WARPED", "CODED")
+        switches = [f"{name}={value}" for name, value in constants.items() if name in named]
         LAUNCHED.add(" ".join([kernel.__name__, *types, *switches]))
         launch.start(kernel, grid, *args, **constants)
 
-    for file in (first, second, gather, loss_file):
+    for file in (first, second, gather, loss_file, head_file):
         monkeypatch.setattr(file, "start", start)
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)
@@ -76,6 +79,8 @@ def test_conv_pool_relu(dtype: torch.dtype, shape: tuple[int, int, int], channel
     weight = torch.randn(channels, 1, 3, 3).requires_grad_()
     bias = torch.randn(channels).requires_grad_()
     y, code = first._op(image, weight, bias, dtype)
+    frozen = first.conv_pool_relu(image, weight.detach(), bias.detach(), dtype)
+    assert torch.equal(frozen, y), "without a code"
     rounded = weight.detach().to(dtype).double()
     pixels = image[:, None].double() / 255
     candidates = functional.conv2d(pixels, rounded, bias.detach().double(), padding=1)
@@ -192,6 +197,66 @@ def test_a_label_that_is_no_class_and_a_nan_reach_the_loss() -> None:
     assert correct == 1, "of equal logits the first is the answer"
 
 
+HEADS = [(1, 128, 94), (37, 128, 94), (5, 20, 8), (19, 96, 128), (3, 300, 200)]
+"""B, D, K: one and several turns and chunks, sizes that fill no block, the widest classes."""
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("batch_size, width, num_classes", HEADS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_linear_cross_entropy(
+    dtype: torch.dtype, batch_size: int, width: int, num_classes: int, smoothing: float
+) -> None:
+    wide = torch.randn(batch_size, width + 3).to(dtype)
+    hidden = wide[:, :width].detach().requires_grad_()  # rows lie further apart than they are long
+    weight = (3 * torch.randn(num_classes, width) / width**0.5).requires_grad_()
+    bias = torch.randn(num_classes).requires_grad_()
+    label = torch.randint(num_classes, (batch_size,), dtype=torch.uint8)
+    rounded = weight.detach().to(dtype)
+    twins = [t.detach().double().requires_grad_() for t in (hidden, rounded, bias)]
+    logits = functional.linear(*twins)
+    wanted = functional.cross_entropy(logits, label.long(), label_smoothing=smoothing)
+    scale = 1024.0 if dtype == torch.float16 else 3.0
+    loss, correct = head_file.linear_cross_entropy(hidden, weight, bias, label, smoothing)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+    assert correct.item() == (logits.argmax(1) == label).sum()
+    (scale * loss).backward()
+    (scale * wanted).backward()
+    chosen = functional.one_hot(label.long(), num_classes) * (1 - smoothing)
+    unit = (logits.detach().softmax(1) - chosen - smoothing / num_classes).abs()
+    sizes = (unit @ rounded.double().abs(), unit.T @ hidden.detach().double().abs(), unit.sum(0))
+    for ours, twin, size in zip((hidden, weight, bias), twins, sizes, strict=True):
+        assert ours.grad is not None and twin.grad is not None and ours.grad.dtype == ours.dtype
+        largest = float(size.max()) * scale / batch_size
+        rounded_unit = UNIT[dtype] / 4e-6 if dtype == torch.float16 and ours is not bias else 1.0
+        close(ours.grad, twin.grad, ours.dtype, scale=largest * rounded_unit, units=2)
+
+
+def test_many_samples_of_few_programs_are_all_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Turns beyond the first, a last one that is partly filled, and partial sums of several."""
+    monkeypatch.setattr(launch, "num_processors", lambda tensor: 3)
+    hidden, label = torch.randn(16 * 7 + 5, 20), torch.zeros(16 * 7 + 5, dtype=torch.uint8)
+    weight, bias = torch.randn(9, 20), torch.randn(9)
+    found = head_file._op(hidden, weight, bias, label, 0.1)
+    wanted = head_file.linear_cross_entropy_reference(hidden, weight, bias, label, 0.1)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("place", ["hidden", "weight", "bias", "label"])
+def test_what_is_no_number_or_no_class_reaches_the_heads_loss(place: str) -> None:
+    given = {"hidden": torch.randn(3, 20), "weight": torch.randn(9, 20), "bias": torch.randn(9)}
+    label = torch.tensor([1, 9 if place == "label" else 8, 2], dtype=torch.uint8)
+    if place in given:
+        given[place].flatten()[5] = torch.nan
+    assert head_file.linear_cross_entropy(*given.values(), label, 0.1)[0].isnan()
+    for t in given.values():
+        t.zero_()
+    _, correct = head_file.linear_cross_entropy(*given.values(), label.clamp(max=1) - 1, 0.0)
+    assert correct == 3, "of equal logits the first is the answer"
+
+
 @pytest.mark.parametrize("warped", [False, True])
 @pytest.mark.parametrize("shape", [(28, 28), (9, 7)])
 def test_gather_warp(shape: tuple[int, int], warped: bool) -> None:
@@ -249,13 +314,14 @@ def test_the_identity_and_whole_shifts_move_pixels_exactly() -> None:
     assert torch.equal(out[2], functional.pad(image[2, :-3], (0, 0, 3, 0)))
 
 
+@pytest.mark.parametrize("names", ["all", kernels.NAMES], ids=["all", "head"])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_a_training_step_with_all_kernels_is_the_plain_step(precision: str) -> None:
+def test_a_training_step_with_all_kernels_is_the_plain_step(precision: str, names: Any) -> None:
     """20 steps of 6 samples, fp16 by autocast on the CPU; 2 a launch: gather_warp gathers."""
     from tests.kernels.training import train
 
     plain = train(precision, "off")
-    fused = train(precision, "all")
+    fused = train(precision, names)
     tight = precision == "fp32"
     assert fused.loss_S == pytest.approx(plain.loss_S, rel=1e-5 if tight else 2e-2)
     falls = plain.loss_S[-5:].mean() < 0.7 * plain.loss_S[:5].mean()
@@ -274,13 +340,18 @@ def test_every_branch_ran() -> None:
     wanted = {
         "conv_pool_relu_backward_sum float32 float32 float32",
         "softmax_cross_entropy_forward_sum float32 float32 float32",
+        "linear_cross_entropy_forward_sum " + " ".join(6 * ["float32"]),
         "gather_warp_forward uint8 uint8 int64 int64 uint8 uint8 uint8 int64 WARPED=False",
         "gather_warp_forward uint8 uint8 int64 int64 float32 uint8 uint8 int64 WARPED=True",
     }
     for t in ("float32", "float16", "bfloat16"):
         if t != "bfloat16":
-            wanted.add(f"conv_pool_relu_forward uint8 float32 float32 {t} int32")
+            coded = f"conv_pool_relu_forward uint8 float32 float32 {t} int32 CODED"
+            wanted |= {f"{coded}=True", f"{coded}=False"}
             wanted.add(f"conv_pool_relu_backward {t} int32 uint8 float32")
+            three = "float32 float32"
+            wanted.add(f"linear_cross_entropy_forward {t} {three} uint8 {t} {three}")
+            wanted.add(f"linear_cross_entropy_backward {t} {three} float32 {t} {three}")
         wanted.add(f"bias_pool_relu_forward {t} float32 {t} int32")
         wanted.add(f"bias_pool_relu_backward {t} int32 {t} float32")
         wanted.add(f"softmax_cross_entropy_forward {t} uint8 float32 {t}")

@@ -25,7 +25,7 @@ class Trained:
     parameters: dict[str, torch.Tensor]
 
 
-def train(precision: str, names: str) -> Trained:
+def train(precision: str, names: str | tuple[str, ...]) -> Trained:
     """The same 20 steps, two in a launch, on drawn bars, from the same weights."""
     settings = {
         "step.precision": precision,

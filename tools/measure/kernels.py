@@ -19,9 +19,11 @@ from torch.nn import functional
 
 from engine.errors import first_cause, sentence
 from engine.meters import Stopwatch
+from engine.models.baseline import HIDDEN
 from kernels.bias_pool_relu import bias_pool_relu
 from kernels.conv_pool_relu import conv_pool_relu
 from kernels.gather_warp import gather_warp, gather_warp_reference
+from kernels.linear_cross_entropy import linear_cross_entropy
 from kernels.softmax_cross_entropy import softmax_cross_entropy
 from tools.measure import roofline
 from tools.report.rows import Row, row
@@ -101,7 +103,8 @@ def cases(device: torch.device, batch: int, compiled: bool) -> Iterator[Case]:
     """Every kernel's forward and backward, on random data."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     sizes = roofline.Shapes(*HEIGHT_WIDTH, CLASSES, dtype.itemsize)
-    num_bytes = {work.name: batch * work.num_bytes for work in roofline.kernels(sizes)}
+    works = roofline.kernels(sizes) + roofline.head(sizes)
+    num_bytes = {work.name: batch * work.num_bytes for work in works}
     height, width = HEIGHT_WIDTH
     image = torch.randint(256, (batch, height, width), dtype=torch.uint8, device=device)
     label = torch.randint(CLASSES, (batch,), dtype=torch.uint8, device=device)
@@ -114,6 +117,8 @@ def cases(device: torch.device, batch: int, compiled: bool) -> Iterator[Case]:
     x = layer(batch, 64, height // 2, width // 2, kind=dtype).detach()
     x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
     bias2, logits = layer(64), layer(batch, CLASSES, kind=dtype)
+    hidden = layer(batch, HIDDEN, kind=dtype)
+    head = (hidden, layer(CLASSES, HIDDEN), layer(CLASSES), label)
     layers: list[tuple[str, Function, Function, tuple[torch.Tensor, ...]]] = [
         (
             "conv_pool_relu",
@@ -123,15 +128,18 @@ def cases(device: torch.device, batch: int, compiled: bool) -> Iterator[Case]:
         ),
         ("bias_pool_relu", bias_pool_relu, _second, (x, bias2)),
         ("softmax_cross_entropy", _fused_loss, _loss, (logits, label)),
+        ("linear_cross_entropy", _fused_head, _head, head),
     ]
     for name, fused, plain, leaves in layers:
         ways = _ways(plain, fused, compiled)
-        forward: dict[str, Work] = {
-            way: partial(function, *leaves) for way, function in ways.items()
-        }
+        forward: dict[str, Work] = {w: partial(function, *leaves) for w, function in ways.items()}
         yield Case(f"{name} forward", forward, num_bytes[f"{name} forward"])
         backward = {way: _backward(function, leaves) for way, function in ways.items()}
         yield Case(f"{name} backward", backward, num_bytes[f"{name} backward"])
+    ways = _ways(_head, _fused_head, compiled)
+    both = {way: _both(function, head) for way, function in ways.items()}
+    head_bytes = sum(batch * work.num_bytes for work in roofline.head(sizes))
+    yield Case("linear_cross_entropy forward and backward", both, head_bytes)
 
 
 def _gathers(
@@ -179,6 +187,12 @@ def _backward(function: Function, leaves: tuple[torch.Tensor, ...]) -> Work:
     return lambda: prepared()()
 
 
+def _both(function: Function, leaves: tuple[torch.Tensor, ...]) -> Work:
+    """Forward and backward: a kernel's forward may have done the backward's work."""
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    return lambda: torch.autograd.grad(function(*leaves), wanted)
+
+
 def _first(
     image: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
@@ -196,6 +210,19 @@ def _loss(logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
     chosen = label.long()
     loss = functional.cross_entropy(logits.float(), chosen, label_smoothing=SMOOTHING)
     return loss + 0 * (logits.detach().argmax(1) == chosen).sum()
+
+
+def _head(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, label: torch.Tensor
+) -> torch.Tensor:
+    kind = hidden.dtype
+    return _loss(functional.linear(hidden, weight.to(kind), bias.to(kind)), label)
+
+
+def _fused_head(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, label: torch.Tensor
+) -> torch.Tensor:
+    return linear_cross_entropy(hidden, weight, bias, label, SMOOTHING)[0]
 
 
 def _fused_loss(logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:

@@ -135,6 +135,14 @@ def kernels(s: Shapes) -> list[Work]:
     ]
 
 
+def head(s: Shapes) -> list[Work]:
+    """linear_cross_entropy, in which forward makes the gradients, and backward scales them."""
+    return [
+        Work("linear_cross_entropy forward", s.hidden + 1, s.hidden),
+        Work("linear_cross_entropy backward", s.hidden, s.hidden),
+    ]
+
+
 def eager(s: Shapes) -> list[Work]:
     """PyTorch's operations of the `fast` model under autocast, channels-last.
 
