@@ -202,14 +202,14 @@ def _digits(word, end):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _pixels(buffer, i, image_P):  # type: ignore[no-untyped-def]
-    """A row's pixels from `i` on, all alike with ".0" or without where it is to be fast.
+def _decimals(buffer, i, image_P):  # type: ignore[no-untyped-def]
+    """A row's pixels from `i` on, fast where they have ".0". Returns the next line's offset, or -1.
 
-    Returns the next line's offset, or -1.
+    This and `_integers` take arrays once a row: passing one costs more than looking at a pixel.
     """
     num = len(image_P)
     p = 0
-    while p + 1 < num:
+    while p < num:
         word = _load8(buffer, i)
         if word == TWO_ZEROS and p + 2 < num:  # most of a glyph is background
             for k in range(2):
@@ -223,11 +223,25 @@ def _pixels(buffer, i, image_P):  # type: ignore[no-untyped-def]
                 i += 32
             continue
         num_digits, value, good = _digits(word, DOT)
-        if good & ((word >> (U(8) * num_digits)) & U(0xFFFFFF) == DOT_ZERO_COMMA):
+        if good & ((word >> (U(8) * num_digits)) & U(0xFFFFFF) == DOT_ZERO_COMMA) and p + 1 < num:
             image_P[p] = value
             i += np.int64(num_digits) + 3
-            p += 1
-            continue
+        else:
+            i, any_value = _any_pixel(buffer, i, p + 1 == num)
+            if i < 0:
+                return -1
+            image_P[p] = any_value
+        p += 1
+    return i
+
+
+@_jit
+def _integers(buffer, i, image_P):  # type: ignore[no-untyped-def]
+    """As `_decimals`, fast where pixels are nothing but digits."""
+    num = len(image_P)
+    p = 0
+    while p < num:
+        word = _load8(buffer, i)
         if word == FOUR_ZEROS and p + 4 < num:
             for k in range(4):
                 image_P[p + k] = 0
@@ -240,19 +254,30 @@ def _pixels(buffer, i, image_P):  # type: ignore[no-untyped-def]
                 i += 32
             continue
         num_digits, value, good = _digits(word, COMMA)
-        if good & ((word >> (U(8) * num_digits)) & U(255) == U(COMMA)):
+        if good & ((word >> (U(8) * num_digits)) & U(255) == U(COMMA)) and p + 1 < num:
+            image_P[p] = value
             i += np.int64(num_digits) + 1
         else:
-            i, any_value = _any_pixel(buffer, i, False)
+            i, any_value = _any_pixel(buffer, i, p + 1 == num)
             if i < 0:
                 return -1
-            value = U(any_value)
-        image_P[p] = value
+            image_P[p] = any_value
         p += 1
-    i, value = _any_pixel(buffer, i, True)
-    if i >= 0:
-        image_P[p] = value
     return i
+
+
+@_jit
+def _pixels(buffer, i, image_P):  # type: ignore[no-untyped-def]
+    """A row's pixels from `i` on, as its first is written. Returns the next line's offset, or -1.
+
+    Others of the row may be written in another way: it only takes longer.
+    """
+    end = i
+    while end < i + 3 and ZERO <= buffer[end] <= NINE:
+        end += 1
+    if buffer[end] == COMMA:
+        return _integers(buffer, i, image_P)
+    return _decimals(buffer, i, image_P)
 
 
 @_jit
