@@ -16,7 +16,8 @@ NAMES = ("gather_warp", "conv_pool_relu", "bias_pool_relu", "softmax_cross_entro
 
 
 ON_CPU = ("conv_pool_relu", "bias_pool_relu")
-"""Of these, what is compiled for a CPU, too, where numba can be imported: cpu.py."""
+"""Of these, what is compiled for a CPU, too, where numba can be imported: cpu.py. The warp is, as
+well, but whatever is named: feeds and gather_warp alike call it."""
 
 
 def missing() -> str:
