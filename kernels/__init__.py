@@ -24,7 +24,8 @@ ALL = tuple(name for name in NAMES if name != "linear_cross_entropy")
 """What `all` means: the rest wait for a result file that shows what they are worth."""
 
 ON_CPU = ("conv_pool_relu", "bias_pool_relu")
-"""Of these, what is compiled for a CPU, too, where numba can be imported: cpu.py."""
+"""Of these, what is compiled for a CPU, too, where numba can be imported: cpu.py. The warp is, as
+well, but whatever is named: feeds and gather_warp alike call it."""
 
 
 def missing() -> str:

@@ -1,17 +1,19 @@
-"""The pooled layers on a CPU: custom operators around what numba compiled.
+"""What CPU tensors get, compiled by numba: custom operators of the pooled layers, and the warp.
 
 conv_pool_relu.py and bias_pool_relu.py hand CPU tensors of fp32 and bf16 to these where numba can
 be imported, and else to their references. A code is a byte a value here (pools_jit.py).
+gather_warp.py warps by the same function (warp_jit.py) as every feed on a CPU.
 
 Threads are as many as torch's, set at each call.
 
-Shapes: B samples, H x W pixels or values, Y x X pooled positions, C channels.
+Shapes: B samples, H x W pixels or values, Y x X pooled positions, C channels; N images, M samples
+of a batch, P = H W.
 """
 
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -61,12 +63,16 @@ def before_compiling(call: Callable[[], None]) -> Iterator[None]:
 
 
 def _run(name: str, *arrays: np.ndarray | None) -> None:
-    """A function of pools_jit, with as many threads as torch; with one, OpenMP is not started."""
-    import numba
-
+    """A function of pools_jit."""
     from kernels import pools_jit
 
-    compiled = getattr(pools_jit, name)
+    _start(getattr(pools_jit, name), *arrays)
+
+
+def _start(compiled: Any, *arrays: np.ndarray | None) -> None:
+    """With as many threads as torch; with one, OpenMP is not started."""
+    import numba
+
     num_threads = torch.get_num_threads()
     if num_threads == 1:
         compiled.serial(*arrays)
@@ -290,3 +296,33 @@ def conv_pool_relu(
     operator: Any = _conv if torch.compiler.is_compiling() else _Conv.apply
     y_BCYX: torch.Tensor = operator(image_BHW, weight_C133, bias_C, dtype, keeps_code)[0]
     return y_BCYX
+
+
+def warps(image_NHW: torch.Tensor) -> bool:
+    """Whether `warp` takes these images: uint8 on a CPU, where numba can be imported."""
+    return image_NHW.device.type == "cpu" and image_NHW.dtype == torch.uint8 and is_here()
+
+
+def warp(
+    image_NHW: torch.Tensor, row_M: torch.Tensor, matrix_M23: torch.Tensor, out_MHW: torch.Tensor
+) -> None:
+    """out[m] = image[row[m]] through matrix[m]; see gather_warp.py. All contiguous, rows trusted.
+
+    A grey value is the nearest to the exact one, but for fp32's rounding of coordinates and sums.
+    """
+    from kernels import warp_jit
+
+    num_pixels = out_MHW[0].numel() if len(out_MHW) else 0
+    if not num_pixels:
+        return
+    _, height, width = image_NHW.shape
+    flat = (image_NHW.view(-1, num_pixels), row_M, matrix_M23.view(-1, 6))
+    places = (*_centres(height, width), np.array([height, width]))
+    _start(warp_jit.warp, *map(_array, flat), *places, _array(out_MHW.view(-1, num_pixels)))
+
+
+@lru_cache(maxsize=2)
+def _centres(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """float32 (x_P, y_P) of each pixel's centre."""
+    y_HW, x_HW = np.mgrid[:height, :width].astype(np.float32) + np.float32(0.5)
+    return x_HW.ravel(), y_HW.ravel()

@@ -7,7 +7,8 @@ One kernel does all of it, from the resident pixels into the caller's tensors, a
     out[k B + b] = image[row], or image[row] through the sample's 2x3 matrix
 
 A matrix maps output to input in pixels, a pixel's centre at its index + 0.5; bilinear, black
-outside. Pixels stay uint8, rounded to nearest.
+outside. Pixels stay uint8, rounded to nearest. CPU tensors are warped by cpu.py where numba can be
+imported.
 
 Bytes a sample (28x28): reads 784 + 8 + 1 (with a matrix 24 more), writes 784 + 8 + 1.
 
@@ -20,6 +21,7 @@ import triton
 from torch.nn import functional
 from triton import language as tl
 
+from kernels import cpu
 from kernels.launch import check, check_contiguous, on_triton, start
 
 ROUND = tl.constexpr(12582912.0)
@@ -140,7 +142,7 @@ def gather_warp(
     tensors = (image_NHW, label_N, table_SB, step_K, matrix_M23, out_MHW, label_M, id_M)
     _check(*tensors)
     if not on_triton(out_MHW):
-        gather_warp_reference(*tensors)
+        _on_cpu(*tensors)
         return
     num_samples, height, width = out_MHW.shape
     sizes = {"HEIGHT": height, "WIDTH": width, "BLOCK": triton.next_power_of_2(height * width)}
@@ -149,6 +151,27 @@ def gather_warp(
     outputs = (out_MHW, label_M, id_M)
     constants = {**sizes, "WARPED": matrix_M23 is not None}
     start(gather_warp_forward, (num_samples,), *inputs, *outputs, table_SB.shape[1], **constants)
+
+
+def _on_cpu(
+    image_NHW: torch.Tensor,
+    label_N: torch.Tensor,
+    table_SB: torch.Tensor,
+    step_K: torch.Tensor,
+    matrix_M23: torch.Tensor | None,
+    out_MHW: torch.Tensor,
+    label_M: torch.Tensor,
+    id_M: torch.Tensor,
+) -> None:
+    """The same without Triton: by the reference, or warped by what is compiled for a CPU."""
+    if matrix_M23 is None or not cpu.warps(image_NHW):
+        tensors = (image_NHW, label_N, table_SB, step_K, matrix_M23, out_MHW, label_M, id_M)
+        gather_warp_reference(*tensors)
+        return
+    id_M.copy_(table_SB[step_K].flatten())
+    row_M = id_M.clamp(min=0)
+    torch.index_select(label_N, 0, row_M, out=label_M)
+    cpu.warp(image_NHW, row_M, matrix_M23, out_MHW)
 
 
 def _check(

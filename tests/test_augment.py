@@ -1,40 +1,56 @@
-"""The matrices do what they are named for; the warp is bilinear, exact for whole pixels."""
+"""The matrices do what they are named for; either warp is bilinear, exact for whole pixels."""
+
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 
 from engine.config import AugmentConfig
-from engine.feeds.augment import matrices, warp
+from engine.feeds.augment import matrices, warp, warp_by_torch
 
 ID_B = torch.arange(20_000)
+
+
+def warp_here(image_BHW: torch.Tensor, matrix_B23: torch.Tensor) -> torch.Tensor:
+    """By what is compiled for a CPU."""
+    out_BHW = torch.full_like(image_BHW, 77)
+    warp(image_BHW, matrix_B23, out_BHW)
+    return out_BHW
+
+
+WARPS = pytest.mark.parametrize("warped", [warp_here, warp_by_torch])
+Warp = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def drawn(size: tuple[int, int] = (28, 28), **amounts: float) -> np.ndarray:
     return matrices(AugmentConfig(**amounts), ID_B, 1, 0, size).numpy().astype(np.float64)
 
 
-def test_nothing_asked_is_the_identity_to_the_bit() -> None:
+@WARPS
+def test_nothing_asked_is_the_identity_to_the_bit(warped: Warp) -> None:
     matrix_B23 = torch.from_numpy(drawn()).float()
     assert torch.equal(matrix_B23, torch.eye(2, 3).expand(len(ID_B), 2, 3))
     image_BHW = torch.randint(256, (50, 28, 28), dtype=torch.uint8)
-    assert torch.equal(warp(image_BHW, matrix_B23[:50]), image_BHW)
+    assert torch.equal(warped(image_BHW, matrix_B23[:50]), image_BHW)
 
 
-def test_a_shift_moves_whole_pixels_and_black_comes_in() -> None:
+@WARPS
+def test_a_shift_moves_whole_pixels_and_black_comes_in(warped: Warp) -> None:
     image_BHW = torch.randint(1, 256, (1, 20, 28), dtype=torch.uint8)
     matrix_B23 = torch.tensor(
         [[[1.0, 0, -3], [0, 1, 2]]]
     )  # output (x, y) shows input (x - 3, y + 2)
-    warped_HW = warp(image_BHW, matrix_B23)[0]
+    warped_HW = warped(image_BHW, matrix_B23)[0]
     assert torch.equal(warped_HW[:-2, 3:], image_BHW[0, 2:, :-3])
     assert not warped_HW[-2:].any() and not warped_HW[:, :3].any()
 
 
-def test_a_quarter_turn_is_exact() -> None:
+@WARPS
+def test_a_quarter_turn_is_exact(warped: Warp) -> None:
     image_BHW = torch.randint(256, (1, 28, 28), dtype=torch.uint8)
     matrix_B23 = torch.tensor([[[0.0, -1, 28], [1, 0, 0]]])
-    assert torch.equal(warp(image_BHW, matrix_B23)[0], torch.rot90(image_BHW[0]))
+    assert torch.equal(warped(image_BHW, matrix_B23)[0], torch.rot90(image_BHW[0]))
 
 
 @pytest.mark.parametrize("size", [(28, 28), (20, 32)])

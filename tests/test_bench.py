@@ -19,6 +19,7 @@ from tests.bench import (
     ranks,
     report,
     step,
+    warp,
 )
 from tests.conftest import FAST_PRECISION
 
@@ -47,6 +48,14 @@ def test_feeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert checked(tmp_path / "cpu_feeds.json") == [
         "stream (samples/s)",
         "training at batch 512 waits for stream (%)",
+    ]
+
+
+def test_warp(tmp_path: Path) -> None:
+    warp.bench(tmp_path, rounds=1, seconds=0.1, num_rows=3000)
+    assert checked(tmp_path / "cpu_warp.json") == [
+        "resident augmented, compiled (samples/s)",
+        "training at batch 512 waits, compiled (%)",
     ]
 
 

@@ -1,4 +1,4 @@
-"""kernels/cpu.py: the pooled layers compiled for a CPU, against PyTorch's own operations."""
+"""kernels/cpu.py: what is compiled for a CPU, against PyTorch's own operations and float64."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 
 from engine.host import ROOT
-from kernels import cpu
+from kernels import cpu, gather_warp
 
 DTYPES = [torch.float32, torch.bfloat16]
 SIZES = [(3, 14, 14), (19, 9, 7), (1, 2, 2)]
@@ -176,3 +176,81 @@ def test_operators_keep_torchs_contract(dtype: torch.dtype) -> None:
     torch.library.opcheck(cpu._conv, (image, weight, bias, dtype, True))
     torch.library.opcheck(cpu._conv, (image, weight.detach(), bias.detach(), dtype, False))
     torch.library.opcheck(cpu._pool, (values((4, 32, 6, 5), dtype), bias))
+
+
+WARPED = [(28, 28), (9, 7), (33, 3), (5, 40), (1, 1), (17, 16)]
+
+
+def distortions(num: int, shape: tuple[int, int], seed: int = 0) -> torch.Tensor:
+    """Random matrices about the image; the last three look far outside, or nowhere."""
+    rng = np.random.default_rng(seed)
+    matrix_M23 = np.eye(2, 3) + 0.3 * rng.standard_normal((num, 2, 3))
+    matrix_M23[:, :, 2] *= max(shape)
+    matrix_M23[-3] = [[1, 0, 1e9], [0, 1, -1e9]]
+    matrix_M23[-2] = [[1, 0, np.inf], [0, 1, 0]]
+    matrix_M23[-1] = np.nan
+    return torch.from_numpy(matrix_M23.astype(np.float32))
+
+
+def exactly(image_HW: np.ndarray, matrix_23: np.ndarray) -> np.ndarray:
+    """One image through its matrix, bilinear in float64, not rounded."""
+    height, width = image_HW.shape
+    padded = np.pad(image_HW.astype(np.float64), 2)
+    y, x = np.mgrid[:height, :width] + 0.5
+    u, v = (row[0] * x + row[1] * y + row[2] - 0.5 for row in matrix_23.astype(np.float64))
+    u, v = np.clip(u, -2, width), np.clip(v, -2, height)
+    left, top = np.floor(u).astype(int), np.floor(v).astype(int)
+    beside, below = u - left, v - top
+    upper, lower = ((1 - beside) * padded[top + dy, left + 2] + beside * padded[top + dy, left + 3]
+                    for dy in (2, 3))  # fmt: skip
+    return np.asarray((1 - below) * upper + below * lower)
+
+
+@pytest.mark.parametrize("shape", WARPED, ids=str)
+def test_a_warped_pixel_is_the_nearest_grey_value(shape: tuple[int, int]) -> None:
+    """To the exact one in float64; nothing beside the results is written, any row is read."""
+    num, margin = 60, 2
+    image_NHW = torch.randint(256, (num + 5, *shape), dtype=torch.uint8)
+    row_M = torch.randint(num + 5, (num,))
+    row_M[-4:] = num + 4  # the end of the memory
+    matrix_M23 = distortions(num, shape)
+    whole = torch.full((num + 2 * margin, *shape), 77, dtype=torch.uint8)
+    out_MHW = whole[margin:-margin]
+    cpu.warp(image_NHW, row_M, matrix_M23, out_MHW)
+    assert (whole[:margin] == 77).all() and (whole[-margin:] == 77).all()
+    assert not out_MHW[-3:].any(), "what lies far outside is black, and so is nowhere"
+    for out_HW, row, matrix_23 in zip(out_MHW[:-3], row_M, matrix_M23, strict=False):
+        exact_HW = exactly(image_NHW[row].numpy(), matrix_23.numpy())
+        assert np.abs(out_HW.numpy() - exact_HW).max() < 0.505
+
+
+def test_a_warp_does_not_depend_on_threads_or_what_was_warped_before() -> None:
+    image = torch.randint(256, (100, 28, 28), dtype=torch.uint8)
+    row, matrix = torch.randint(100, (300,)), distortions(300, (28, 28))
+    found = []
+    for num in (1, 2):
+        torch.set_num_threads(num)
+        found.append(torch.empty(300, 28, 28, dtype=torch.uint8))
+        cpu.warp(image, row, matrix, found[-1])
+    assert torch.equal(*found)
+    alone = torch.empty(1, 28, 28, dtype=torch.uint8)
+    for m in range(0, 300, 37):
+        cpu.warp(image, row[m : m + 1], matrix[m : m + 1].clone(), alone)
+        assert torch.equal(alone[0], found[0][m])
+
+
+def test_the_gathering_operator_warps_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what is compiled and without: ids, padding and labels alike, grey values within one."""
+    image = torch.randint(256, (20, 28, 28), dtype=torch.uint8)
+    label = torch.randint(94, (20,), dtype=torch.uint8)
+    table, step = torch.randint(-1, 20, (6, 10)), torch.tensor([5, 0, 3])
+    found = []
+    for has_numba in (True, False):
+        monkeypatch.setattr(cpu, "is_here", lambda has_numba=has_numba: has_numba)
+        out = [image.new_empty(30, 28, 28), label.new_empty(30), table.new_empty(30)]
+        gather_warp.gather_warp(image, label, table, step, distortions(30, (28, 28)), *out)
+        found.append(out)
+    assert torch.equal(found[0][1], found[1][1]) and torch.equal(found[0][2], found[1][2])
+    away = (found[0][0].int() - found[1][0].int())[:-3].abs()
+    assert away.max() <= 1 and away.float().mean() < 0.01
+    assert away.any(), "or the same code ran twice"

@@ -64,6 +64,22 @@ def lines(rng: random.Random, layout: Layout) -> bytes:
     return data if data.endswith(b"\n") else data + b"\n"
 
 
+@pytest.mark.parametrize("spelling", ["{}", "{}.0"])
+def test_runs_of_zeros_end_anywhere(spelling: str) -> None:
+    """At any pixel, by any number of digits, or by a zero that is spelled otherwise."""
+    layout = read_header(",".join(["names", "labels", *map(str, range(1, 50))]).encode())
+    rows = []
+    for place in range(49):
+        for pixel in (spelling.format(7), spelling.format(10), spelling.format(255), "0", "0.00"):
+            pixels = [spelling.format(0)] * 49
+            pixels[place] = pixel
+            rows.append(",".join(["font", "label", *pixels]))
+    data = "".join(line + "\n" for line in rows).encode()
+    found, fault = lexed(lex, layout, data)
+    assert fault == -1
+    assert found == by_csv(layout, data)
+
+
 def fuzz(count: int, seed: int) -> dict[str, int]:
     """Both lexers must agree on verdict, position and pixels; how many inputs were accepted."""
     rng = random.Random(seed)

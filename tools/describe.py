@@ -8,7 +8,6 @@ import numpy as np
 from engine.data.records import Records, open_records
 from engine.data.split import family
 from engine.errors import printable
-from tools.report.sheet import BLACK, check_picture, class_captions, draw_sheet, save_picture
 
 SHEET_IMAGES = 192
 
@@ -19,7 +18,9 @@ def describe(path: Path, sheet: Path) -> str:
     Raises:
         UserError: the records cannot be opened, or the sheet not be written.
     """
-    check_picture(sheet)
+    from tools.report import sheet as picture  # not above: packing needs no Pillow
+
+    picture.check_picture(sheet)
     records = open_records(path)
     splits = records.splits
     num_images = sum(map(len, splits.values()))
@@ -37,8 +38,11 @@ def describe(path: Path, sheet: Path) -> str:
         name: np.bincount(s.label_N, minlength=len(records.classes)) for name, s in splits.items()
     }
     lines += class_table(records.classes, counts)
-    image_MHW, captions = _examples(records)
-    save_picture(draw_sheet(image_MHW, captions, [BLACK] * len(captions)), sheet)
+    image_MHW, label_M = _examples(records)
+    by_class = picture.class_captions(records.classes)
+    captions = [by_class[label] for label in label_M]
+    drawn = picture.draw_sheet(image_MHW, captions, [picture.BLACK] * len(captions))
+    picture.save_picture(drawn, sheet)
     return "\n".join([*lines, f"sheet of glyphs: {printable(str(sheet))}"])
 
 
@@ -74,8 +78,8 @@ def _repeated(records: Records) -> int:
     return len(contents) - len(set(contents))
 
 
-def _examples(records: Records) -> tuple[np.ndarray, list[str]]:
-    """Images of train and their labels, class by class, the same number of each."""
+def _examples(records: Records) -> tuple[np.ndarray, np.ndarray]:
+    """(image_MHW, label_M) of train, class by class, the same number of each."""
     train = records.split("train")
     num = max(SHEET_IMAGES // len(records.classes), 1)
     rows = []
@@ -83,5 +87,4 @@ def _examples(records: Records) -> tuple[np.ndarray, list[str]]:
         row_M = np.flatnonzero(train.label_N == label)
         rows.append(row_M[np.linspace(0, len(row_M) - 1, min(num, len(row_M))).astype(int)])
     shown = train.take(np.concatenate(rows))
-    captions = class_captions(records.classes)
-    return shown.image_NHW, [captions[label] for label in shown.label_N]
+    return shown.image_NHW, shown.label_N

@@ -32,7 +32,7 @@ from engine.data.lexer import (
 assert SLACK_BYTES >= 40, "a wide comparison reads 40 bytes from the start of a field"
 U = np.uint64
 QUOTE, COMMA, DOT, ZERO, NINE, LF, CR = (np.uint8(ord(c)) for c in '",.09\n\r')
-TWO_ZEROS = U(int.from_bytes(b"0.0,0.0,", "little"))
+TWO_ZEROS, FOUR_ZEROS = (U(int.from_bytes(t, "little")) for t in (b"0.0,0.0,", b"0,0,0,0,"))
 DOT_ZERO_COMMA = U(int.from_bytes(b".0,", "little"))
 FACTOR = U(0x9E3779B97F4A7C15)  # 2**64 / golden ratio (Knuth, TAOCP 6.4)
 SEED = U(secrets.randbits(64))
@@ -139,7 +139,7 @@ def _text(buffer, i, texts):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _pixel(buffer, i, last):  # type: ignore[no-untyped-def]
+def _any_pixel(buffer, i, last):  # type: ignore[no-untyped-def]
     """Any accepted pixel at `i`. Returns (offset behind its separator, value), or (-1, 0)."""
     quoted = buffer[i] == QUOTE
     i += int(quoted)
@@ -169,55 +169,115 @@ def _pixel(buffer, i, last):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _pixels(buffer, i, image_P):  # type: ignore[no-untyped-def]
-    """A row's pixels from `i` on. Returns the next line's offset, or -1."""
+def _are_four(buffer, i, word):  # type: ignore[no-untyped-def]
+    """Whether this word stands at `i` four times."""
+    return (
+        (_load8(buffer, i) ^ word)
+        | (_load8(buffer, i + 8) ^ word)
+        | (_load8(buffer, i + 16) ^ word)
+        | (_load8(buffer, i + 24) ^ word)
+    ) == U(0)
+
+
+@_jit
+def _digits(word, end):  # type: ignore[no-untyped-def]
+    """One to three digits at the start of `word` that `end` follows, without a branch: nothing
+    predicts a pixel's digits. Returns (how many, value, whether that is a pixel's)."""
+    two = U((word >> U(8)) & U(255) != U(end))
+    three = two & U((word >> U(16)) & U(255) != U(end))
+    num_digits = U(1) + two + three
+    digits = word << (U(32) - U(8) * num_digits)  # the last digit in bits 24 to 31
+    ones = ((digits >> U(24)) & U(255)) - U(ZERO)  # what is below "0" wraps to a huge number
+    tens = (((digits >> U(16)) & U(255)) - U(ZERO)) * two
+    hundreds = (((digits >> U(8)) & U(255)) - U(ZERO)) * three
+    value = ones + U(10) * tens + U(100) * hundreds
+    good = (
+        (ones < U(10))
+        & (tens < U(10))
+        & (hundreds < U(10))
+        & (value < U(256))
+        & ((two == U(0)) | (word & U(255) != U(ZERO)))
+    )
+    return num_digits, value, good
+
+
+@_jit
+def _decimals(buffer, i, image_P):  # type: ignore[no-untyped-def]
+    """A row's pixels from `i` on, fast where they have ".0". Returns the next line's offset, or -1.
+
+    This and `_integers` take arrays once a row: passing one costs more than looking at a pixel.
+    """
     num = len(image_P)
     p = 0
     while p < num:
         word = _load8(buffer, i)
         if word == TWO_ZEROS and p + 2 < num:  # most of a glyph is background
-            image_P[p] = 0
-            image_P[p + 1] = 0
+            for k in range(2):
+                image_P[p + k] = 0
             p += 2
             i += 8
-            while p + 8 < num and (
-                (_load8(buffer, i) ^ TWO_ZEROS)
-                | (_load8(buffer, i + 8) ^ TWO_ZEROS)
-                | (_load8(buffer, i + 16) ^ TWO_ZEROS)
-                | (_load8(buffer, i + 24) ^ TWO_ZEROS)
-            ) == U(0):
+            while p + 8 < num and _are_four(buffer, i, TWO_ZEROS):
                 for k in range(8):
                     image_P[p + k] = 0
                 p += 8
                 i += 32
             continue
-        # One to three digits and ".0," without a branch: nothing predicts a pixel's digits.
-        two = U((word >> U(8)) & U(255) != U(DOT))
-        three = two & U((word >> U(16)) & U(255) != U(DOT))
-        num_digits = U(1) + two + three
-        digits = word << (U(32) - U(8) * num_digits)  # the last digit in bits 24 to 31
-        ones = ((digits >> U(24)) & U(255)) - U(ZERO)  # what is below "0" wraps to a huge number
-        tens = (((digits >> U(16)) & U(255)) - U(ZERO)) * two
-        hundreds = (((digits >> U(8)) & U(255)) - U(ZERO)) * three
-        value = ones + U(10) * tens + U(100) * hundreds
-        plain = (
-            ((word >> (U(8) * num_digits)) & U(0xFFFFFF) == DOT_ZERO_COMMA)
-            & (ones < U(10))
-            & (tens < U(10))
-            & (hundreds < U(10))
-            & (value < U(256))
-            & ((two == U(0)) | (word & U(255) != U(ZERO)))
-        )
-        if plain and p + 1 < num:
+        num_digits, value, good = _digits(word, DOT)
+        if good & ((word >> (U(8) * num_digits)) & U(0xFFFFFF) == DOT_ZERO_COMMA) and p + 1 < num:
             image_P[p] = value
             i += np.int64(num_digits) + 3
         else:
-            i, any_value = _pixel(buffer, i, p + 1 == num)
+            i, any_value = _any_pixel(buffer, i, p + 1 == num)
             if i < 0:
                 return -1
             image_P[p] = any_value
         p += 1
     return i
+
+
+@_jit
+def _integers(buffer, i, image_P):  # type: ignore[no-untyped-def]
+    """As `_decimals`, fast where pixels are nothing but digits."""
+    num = len(image_P)
+    p = 0
+    while p < num:
+        word = _load8(buffer, i)
+        if word == FOUR_ZEROS and p + 4 < num:
+            for k in range(4):
+                image_P[p + k] = 0
+            p += 4
+            i += 8
+            while p + 16 < num and _are_four(buffer, i, FOUR_ZEROS):
+                for k in range(16):
+                    image_P[p + k] = 0
+                p += 16
+                i += 32
+            continue
+        num_digits, value, good = _digits(word, COMMA)
+        if good & ((word >> (U(8) * num_digits)) & U(255) == U(COMMA)) and p + 1 < num:
+            image_P[p] = value
+            i += np.int64(num_digits) + 1
+        else:
+            i, any_value = _any_pixel(buffer, i, p + 1 == num)
+            if i < 0:
+                return -1
+            image_P[p] = any_value
+        p += 1
+    return i
+
+
+@_jit
+def _pixels(buffer, i, image_P):  # type: ignore[no-untyped-def]
+    """A row's pixels from `i` on, as its first is written. Returns the next line's offset, or -1.
+
+    Others of the row may be written in another way: it only takes longer.
+    """
+    end = i
+    while end < i + 3 and ZERO <= buffer[end] <= NINE:
+        end += 1
+    if buffer[end] == COMMA:
+        return _integers(buffer, i, image_P)
+    return _decimals(buffer, i, image_P)
 
 
 @_jit

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,8 @@ def _read(
         return goes_on
 
     with ThreadPoolExecutor(workers) as pool:
+        if spool is not None:  # for the second pass, while nobody waits for it
+            pool.submit(import_module, "pyarrow")
         for buffer, stop in blocks(source, lambda: buffers[0], options.block_bytes):
             start = 0
             if collector is None:

@@ -45,10 +45,16 @@ def odd_counts(table: Table) -> dict[str, int]:
     whole_N = labelled_N + table.font_N.astype(np.uint64) * np.uint64(0xC2B2AE3D27D4EB4F)
     return {
         "rows": len(whole_N),
-        "duplicates": len(whole_N) - len(np.unique(whole_N)),
-        "under_several_labels": len(np.unique(labelled_N)) - len(np.unique(table.hash_N)),
+        "duplicates": len(whole_N) - _num_different(whole_N),
+        "under_several_labels": _num_different(labelled_N) - _num_different(table.hash_N),
         "constant": int((table.side**2 * table.squares_N == table.sum_N**2).sum()),
     }
+
+
+def _num_different(value_N: np.ndarray) -> int:
+    """How many values differ; np.unique takes many times as long."""
+    sorted_N = np.sort(value_N)
+    return int(np.count_nonzero(sorted_N[1:] != sorted_N[:-1])) + min(len(sorted_N), 1)
 
 
 def warnings_of(table: Table, counts: dict[str, int]) -> list[str]:

@@ -1,13 +1,15 @@
-"""Random affine distortion, defined once: a matrix for each sample, and the warp that torch does.
+"""Random affine distortion, defined once: a matrix for each sample, and the warp.
 
 A matrix maps output to input in pixels, with a pixel's centre at its index + 0.5 (the convention of
 DALI, and of torch with align_corners=False). It is a pure function of (seed, epoch, sample id), so
 every feed and any number of ranks distort a sample alike. Images stay uint8, rounded to nearest.
 
-Others only warp, by these matrices and to the same grey value give or take one: DALI in the dali
-feed, and the kernel gather_warp in the resident feed, where it gathers anyway.
+On a CPU the warp is the one that is compiled for it (kernels/cpu.py), in every feed and whatever
+kernels are named: it is the same function. On a GPU, and without numba, torch warps. Others warp by
+these matrices to the same grey value, give or take one: DALI in the dali feed, and on a GPU the
+kernel gather_warp in the resident feed, where it gathers anyway.
 
-Shapes: B samples, H x W pixels.
+Shapes: B samples, N images, H x W pixels.
 """
 
 import math
@@ -19,6 +21,7 @@ from torch.nn import functional
 from engine.config import AugmentConfig
 from engine.feeds.batch import Batch, Feed
 from engine.order import MASK32, hash32, round_keys
+from kernels import cpu
 
 
 def matrices(
@@ -51,8 +54,23 @@ def matrices(
     return torch.stack(x_row + y_row, 1).view(-1, 2, 3).float()
 
 
-def warp(image_BHW: torch.Tensor, matrix_B23: torch.Tensor) -> torch.Tensor:
-    """uint8 images through their matrices: bilinear, black outside."""
+def warp(
+    image_NHW: torch.Tensor,
+    matrix_B23: torch.Tensor,
+    out_BHW: torch.Tensor,
+    row_B: torch.Tensor | None = None,
+) -> None:
+    """out[b] = image[row[b]], or image[b], through matrix[b]: bilinear, black outside; uint8."""
+    if cpu.warps(image_NHW):
+        row_B = torch.arange(len(out_BHW)) if row_B is None else row_B
+        cpu.warp(image_NHW, row_B, matrix_B23, out_BHW)
+        return
+    image_BHW = image_NHW if row_B is None else image_NHW[row_B]
+    out_BHW.copy_(warp_by_torch(image_BHW, matrix_B23))
+
+
+def warp_by_torch(image_BHW: torch.Tensor, matrix_B23: torch.Tensor) -> torch.Tensor:
+    """As `warp`, on any device, by torch's grid_sample; at most one grey value apart."""
     _, height, width = image_BHW.shape
     xx, xy, x, yx, yy, y = matrix_B23.view(-1, 6).unbind(1)
     # From pixels u to coordinates 2 u / size - 1, by Python numbers: a tensor would be uploaded.
@@ -66,8 +84,15 @@ def warp(image_BHW: torch.Tensor, matrix_B23: torch.Tensor) -> torch.Tensor:
     return warped_B1HW[:, 0].round_().to(torch.uint8)
 
 
+def make_ready(device: torch.device, height_width: tuple[int, int]) -> None:
+    """Compile the warp for a CPU, or load it, before a clock runs."""
+    if device.type == "cpu":
+        image_BHW = torch.zeros(1, *height_width, dtype=torch.uint8)
+        warp(image_BHW, torch.eye(2, 3)[None], image_BHW.clone())
+
+
 class AugmentedFeed:
-    """The batches of a feed that does not distort by itself, warped by torch."""
+    """The batches of a feed that does not distort by itself, warped."""
 
     def __init__(self, feed: Feed, config: AugmentConfig) -> None:
         self.name = feed.name
@@ -82,7 +107,7 @@ class AugmentedFeed:
                 self._out = Batch(torch.empty_like(batch.image_BHW), batch.label_B, batch.id_B)
             _, height, width = batch.image_BHW.shape
             matrix_B23 = matrices(self._config, batch.id_B, self.order.seed, epoch, (height, width))
-            self._out.image_BHW.copy_(warp(batch.image_BHW, matrix_B23))
+            warp(batch.image_BHW, matrix_B23, self._out.image_BHW)
             yield self._out
 
     def close(self) -> None:

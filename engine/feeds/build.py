@@ -8,7 +8,7 @@ import torch
 from engine.config import DataConfig, RunConfig
 from engine.data.records import Records, Split, StoredImages, open_records
 from engine.errors import UserError
-from engine.feeds.augment import AugmentedFeed
+from engine.feeds.augment import AugmentedFeed, make_ready
 from engine.feeds.batch import Feed
 from engine.feeds.resident import ResidentFeed
 from engine.feeds.synthetic import SyntheticFeed, random_batch
@@ -78,6 +78,8 @@ def make_feed(
         from engine.feeds.dali import DaliFeed
 
         return DaliFeed(split, order, device, augment)
+    if augment:
+        make_ready(device, split.height_width)
     if name == "resident":
         return ResidentFeed(split, order, device, frozenset(config.kernels), augment)
     if name in ("loader", "loader_batched"):

@@ -22,7 +22,7 @@ from engine.errors import UserError
 from engine.feeds.ahead import Ahead
 from engine.feeds.augment import matrices
 from engine.feeds.batch import Batch
-from engine.feeds.resident import Gather, id_blocks
+from engine.feeds.resident import Gather, id_batches
 from engine.order import Order
 
 PREFETCH = 2
@@ -121,7 +121,7 @@ class DaliFeed:
         turn = 0
         filled = 0
         for step, id_B in enumerate(
-            id_blocks(self.order, epoch, first_step, torch.device("cpu")), start=first_step
+            id_batches(self.order, epoch, first_step, torch.device("cpu")), start=first_step
         ):
             frames, matrix_F23 = self._ring[turn]
             rows = slice(filled, filled + size)

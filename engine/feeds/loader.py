@@ -19,7 +19,7 @@ from engine.data.records import Split
 from engine.errors import UserError, sentence
 from engine.feeds.ahead import DEADLINE_S, late
 from engine.feeds.batch import Batch
-from engine.feeds.resident import id_blocks
+from engine.feeds.resident import id_batches
 from engine.order import Order
 
 
@@ -53,7 +53,7 @@ class _Steps(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         epoch, first_step = self.start
-        for id_B in id_blocks(self._order, epoch, first_step, torch.device("cpu")):
+        for id_B in id_batches(self._order, epoch, first_step, torch.device("cpu")):
             yield id_B.tolist()
 
 

@@ -2,7 +2,8 @@
 
 The feed hands batches out, distorted if asked to, or a launch of the step gathers those of its K
 steps itself, inside a graph: the ids of an epoch are then a table on the device, indexed by the
-device's step counter. With the kernel gather_warp either is one launch, the distortion included.
+device's step counter. With the kernel gather_warp either is one launch, the distortion included; on
+a CPU gather and distortion are one pass over the pixels with or without it.
 
 Shapes: N images of the split, S steps of a block or an epoch, K of a launch, B samples of one rank,
 P = H W pixels.
@@ -58,16 +59,20 @@ class Gather:
             self._launch(id_B[None], self._only_step, matrix_B23, out)
             return
         row_B = id_B.clamp(min=0)
-        image_BP = out.image_BHW.view(len(row_B), -1)
-        if self._one_thread:
-            image_NP = self._image_NP.numpy()
-            np.take(image_NP, row_B.numpy(), axis=0, out=image_BP.numpy(), mode="clip")
+        if matrix_B23 is not None:
+            image_NHW = self._image_NP.view(-1, *out.image_BHW.shape[1:])
+            warp(image_NHW, matrix_B23, out.image_BHW, row_B)
         else:
-            torch.index_select(self._image_NP, 0, row_B, out=image_BP)
+            self._pixels(row_B, out.image_BHW.view(len(row_B), -1))
         torch.index_select(self._label_N, 0, row_B, out=out.label_B)
         out.id_B.copy_(id_B)
-        if matrix_B23 is not None:
-            out.image_BHW.copy_(warp(out.image_BHW, matrix_B23))
+
+    def _pixels(self, row_B: torch.Tensor, out_BP: torch.Tensor) -> None:
+        if self._one_thread:
+            image_NP = self._image_NP.numpy()
+            np.take(image_NP, row_B.numpy(), axis=0, out=out_BP.numpy(), mode="clip")
+        else:
+            torch.index_select(self._image_NP, 0, row_B, out=out_BP)
 
     def steps(self, table_SB: torch.Tensor, step_K: torch.Tensor, out: Batch) -> None:
         """Fill `out` with the K * B samples of some steps."""
@@ -95,7 +100,7 @@ class Gather:
 def id_blocks(
     order: Order, epoch: int, first_step: int, device: torch.device
 ) -> Iterator[torch.Tensor]:
-    """An epoch's ids on `device`, a tensor id_B per step.
+    """An epoch's ids on `device`, a tensor id_SB of some steps at a time.
 
     They are drawn on the CPU in blocks of at least 64k ids, not on the GPU: cycle walking asks
     whether an id is outside, and the host would wait for all queued steps.
@@ -106,6 +111,14 @@ def id_blocks(
         id_SB = torch.from_numpy(order.ids(epoch, step, num_steps))
         if device.type == "cuda":
             id_SB = id_SB.pin_memory().to(device, non_blocking=True)
+        yield id_SB
+
+
+def id_batches(
+    order: Order, epoch: int, first_step: int, device: torch.device
+) -> Iterator[torch.Tensor]:
+    """An epoch's ids on `device`, a tensor id_B per step."""
+    for id_SB in id_blocks(order, epoch, first_step, device):
         yield from id_SB
 
 
@@ -132,15 +145,20 @@ class ResidentFeed:
         """The epoch whose ids the table holds."""
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        for id_B in id_blocks(self.order, epoch, first_step, self._device):
-            self._gather(id_B, self._out, self._matrices(id_B, epoch))
-            yield self._out
+        for id_SB in id_blocks(self.order, epoch, first_step, self._device):
+            matrix_SB23 = self._matrices(id_SB, epoch)
+            for step, id_B in enumerate(id_SB):
+                matrix_B23 = None if matrix_SB23 is None else matrix_SB23[step]
+                self._gather(id_B, self._out, matrix_B23)
+                yield self._out
 
-    def _matrices(self, id_B: torch.Tensor, epoch: int) -> torch.Tensor | None:
+    def _matrices(self, id_SB: torch.Tensor, epoch: int) -> torch.Tensor | None:
+        """Those of some steps at once: their array operations cost microseconds to start, too."""
         if self._augment is None:
             return None
         _, height, width = self._out.image_BHW.shape
-        return matrices(self._augment, id_B, self.order.seed, epoch, (height, width))
+        found = matrices(self._augment, id_SB.flatten(), self.order.seed, epoch, (height, width))
+        return found.view(*id_SB.shape, 2, 3)
 
     def load_epoch(self, epoch: int) -> None:
         if self._loaded == epoch:  # the first is loaded before the clock starts

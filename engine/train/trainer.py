@@ -92,12 +92,13 @@ def fit(
 def _saying_what_is_compiled(
     config: RunConfig, world: World, say: Say
 ) -> AbstractContextManager[None]:
-    if not config.kernels or not fused_on_cpu(world.device):
+    is_used = config.kernels or config.augment.is_on
+    if not is_used or not fused_on_cpu(world.device):
         return nullcontext()
     from kernels.cpu import before_compiling
 
     return before_compiling(
-        lambda: say("note: layers are compiled for this CPU, which is done once: some 10 s")
+        lambda: say("note: functions are compiled for this CPU, which is done once: some 10 s")
     )
 
 

@@ -24,12 +24,19 @@ WANTED = {"resident": 12e6, "dali": 5e6, "stream": 3e6}
 AUGMENT = ("shift_pixels=2", "rotate_degrees=10", "shear_degrees=5", "scale_fraction=0.1")
 
 
-def train(records: Path, feed: str, augmented: bool, folder: Path) -> tuple[float, Environment]:
-    """One epoch of the fast recipe; the percentage of it that the host waited for the feed."""
+def train(
+    records: Path, feed: str, augmented: bool, folder: Path, first: str = ""
+) -> tuple[float, Environment]:
+    """One epoch of the fast recipe; the percentage of it that the host waited for the feed.
+
+    Args:
+        first: Python that the training process runs before anything else.
+    """
     order = "blocked" if feed == "stream" else "exact"
     flags = ["--amp", "--device=cpu", "--epochs=1", f"--feed={feed}", f"--order={order}"]
     places = [f"--data={records}", f"--out={folder}"]
-    command = [sys.executable, "-m", "engine.run", *flags, *places]
+    code = f"{first}from engine.run import main; main()"
+    command = [sys.executable, "-c", code, *flags, *places]
     if augmented:
         command += [word for amount in AUGMENT for word in ("--set", f"augment.{amount}")]
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)

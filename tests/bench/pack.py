@@ -1,4 +1,7 @@
-"""Packing TMNIST's CSV against polars.read_csv of it, and opening the records, in turn."""
+"""Packing TMNIST's CSV against polars.read_csv of it, and opening the records, in turn.
+
+The two that are compared are timed as whole processes, start of the interpreter included.
+"""
 
 import gzip
 import json
@@ -7,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import click
@@ -27,22 +31,23 @@ print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 
 """
 POLARS = TIMED.format(work="import polars; polars.read_csv(sys.argv[1])")
 PACK = TIMED.format(
-    work="from pathlib import Path; from engine.data.pack import pack\n"
-    "pack(*map(Path, sys.argv[1:3]))"
+    work="from tools.pack_tmnist import main\nmain(sys.argv[1:3], standalone_mode=False)"
 )
 OPEN = TIMED.format(
     work="from engine.data.records import open_records; open_records(sys.argv[2])"
 ).replace("start =", "import engine.data.records\nstart =")
 
 
-def measure(code: str, *arguments: Path) -> tuple[float, float]:
-    """(seconds, peak MiB) of a process that runs `code`."""
+def measure(code: str, *arguments: Path, whole: bool = True) -> tuple[float, float]:
+    """(seconds, peak MiB) of a process that runs `code`, or, if not `whole`, of its work alone."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
+    start = time.perf_counter()
     done = subprocess.run(
         command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=600
     )
-    seconds, peak_mib = json.loads(done.stdout)
-    return seconds, peak_mib
+    whole_s = time.perf_counter() - start
+    seconds, peak_mib = json.loads(done.stdout.splitlines()[-1])
+    return whole_s if whole else seconds, peak_mib
 
 
 def repeated_sample(path: Path, num_rows: int) -> Path:
@@ -75,15 +80,15 @@ def bench(out: Path, csv: Path | None, rounds: int, num_rows: int = TMNIST_ROWS)
             shutil.rmtree(records)
             os.sync()
             sides["pack"].append(measure(PACK, csv, records))
-            sides["open"].append(measure(OPEN, csv, records))
+            sides["open"].append(measure(OPEN, csv, records, whole=False))
         num_bytes = sum(file.stat().st_size for file in records.iterdir())
     (polars, _), (pack, pack_mib), (opened, _) = (zip(*sides[name], strict=True) for name in sides)
     rows = [
-        row("polars.read_csv alone, with its import", list(polars), "s"),
-        row("pack: read, split, write, fsync, publish, with imports", list(pack), "s"),
+        row("polars.read_csv alone, whole process", list(polars), "s"),
+        row("tools/pack_tmnist, whole process", list(pack), "s"),
         row(
-            "ratio polars over pack, round by round",
-            [a / b for a, b in zip(polars, pack, strict=True)],
+            "ratio pack over polars, round by round",
+            [b / a for a, b in zip(polars, pack, strict=True)],
             "x",
         ),
         row("pack: peak memory", list(pack_mib), "MiB"),
@@ -91,9 +96,8 @@ def bench(out: Path, csv: Path | None, rounds: int, num_rows: int = TMNIST_ROWS)
         row(f"open_records, verified, {num_bytes / 2**20:.0f} MiB", list(opened), "s"),
     ]
     claims = [
-        claim("polars' time over pack's (x)", rows[2].value, 1.0),
-        claim("polars' time over pack's, stretch (x)", rows[2].value, 2.0),
-        claim("pack's peak memory (MiB)", rows[3].value, 600, at_most=True),
+        claim("pack's time over polars' (x)", rows[2].value, 0.6, at_most=True),
+        claim("pack's peak memory (MiB)", rows[3].value, 500, at_most=True),
         claim("open_records (s)", rows[5].value, 0.25, at_most=True),
     ]
     title = f"Packing a CSV of {csv_mb:,.0f} MB from the page cache, two cores"

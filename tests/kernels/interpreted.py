@@ -18,8 +18,8 @@ from torch.nn import functional
 import kernels
 from kernels import bias_pool_relu as second
 from kernels import conv_pool_relu as first
+from kernels import cpu, launch
 from kernels import gather_warp as gather
-from kernels import launch
 from kernels import linear_cross_entropy as head_file
 from kernels import softmax_cross_entropy as loss_file
 
@@ -289,6 +289,11 @@ def test_gather_warp(shape: tuple[int, int], warped: bool) -> None:
     assert away.max() <= 1, "rounded to nearest, but for fp32's own rounding"
     assert away.float().mean() < 0.02
     assert not out[0][0].any(), "what lies far outside is black"
+    if cpu.warps(image):
+        cpu.warp(image, number.clamp(min=0), matrix, wanted[0])
+        away = (out[0].int() - wanted[0].int()).abs()
+        assert away.max() <= 1, "and so it is where it is compiled for a CPU"
+        assert away.float().mean() < 0.02
 
 
 def distortions(size: int) -> torch.Tensor:
