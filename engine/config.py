@@ -21,9 +21,16 @@ NETWORK_NAMES = ("baseline", "fast", "residual", "vit")
 OWN = re.compile(r"(?P<file>.+\.py):(?P<name>[A-Za-z_]\w*)", re.DOTALL)
 """A network of the user's own, as --model names it."""
 KernelName = Literal[
-    "auto", "gather_warp", "conv_pool_relu", "bias_pool_relu", "softmax_cross_entropy"
+    "auto",
+    "gather_warp",
+    "conv_pool_relu",
+    "bias_pool_relu",
+    "conv2_pool_relu",
+    "softmax_cross_entropy",
 ]
 AUTO: tuple[KernelName, ...] = ("auto",)
+NOT_IN_ALL: tuple[KernelName, ...] = ("auto", "conv2_pool_relu")
+"""What `--kernels all` leaves out: a kernel joins it once a result file shows what it is worth."""
 
 
 def setting(
@@ -498,5 +505,5 @@ def _checked_names(value: Any, known: tuple[str, ...], where: str) -> tuple[str,
     if "auto" in given and len(given) > 1:
         raise UserError(f"{where}: is {value!r}; give auto alone")
     if "all" in given:
-        return tuple(name for name in known if name != "auto")
+        return tuple(name for name in known if name not in NOT_IN_ALL)
     return tuple(name for name in known if name in given)

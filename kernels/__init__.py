@@ -11,9 +11,17 @@ import sysconfig
 from importlib.util import find_spec
 from pathlib import Path
 
-NAMES = ("gather_warp", "conv_pool_relu", "bias_pool_relu", "softmax_cross_entropy")
+NAMES = (
+    "gather_warp",
+    "conv_pool_relu",
+    "bias_pool_relu",
+    "conv2_pool_relu",
+    "softmax_cross_entropy",
+)
 """In the order a sample meets them."""
 
+ALL = tuple(name for name in NAMES if name != "conv2_pool_relu")
+"""What `all` means: the rest wait for a result file that shows what they are worth."""
 
 ON_CPU = ("conv_pool_relu", "bias_pool_relu")
 """Of these, what is compiled for a CPU, too, where numba can be imported: cpu.py."""
