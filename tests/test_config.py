@@ -21,7 +21,7 @@ from engine.config_text import load_toml, parse_assignments, to_toml
 from engine.errors import UserError
 from engine.flags import flag_settings
 from engine.host import ROOT
-from kernels import NAMES
+from kernels import ALL, NAMES
 from tests.conftest import run_configs
 
 PATHS = st.sampled_from(["", "/data/tmnist", '/a b/\u00e9 = "x"', "/no utf-8 \udcff"])
@@ -195,7 +195,8 @@ def test_recipes_are_typed_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "wanted"),
     [
-        ("all", NAMES),
+        ("all", ALL),
+        ("all, conv2_pool_relu", ALL),
         (["softmax_cross_entropy", "gather_warp"], ("gather_warp", "softmax_cross_entropy")),
         ("gather_warp, conv_pool_relu", ("gather_warp", "conv_pool_relu")),
         ("off", ()),

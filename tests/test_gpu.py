@@ -19,6 +19,7 @@ from engine.train.session import Session, evaluate, open_session
 from engine.train.step import TrainLog
 from engine.world import World, start_world
 from kernels.bias_pool_relu import bias_pool_relu
+from kernels.conv2_pool_relu import conv2_pool_relu
 from kernels.conv_pool_relu import conv_pool_relu
 from kernels.gather_warp import gather_warp
 from kernels.softmax_cross_entropy import softmax_cross_entropy
@@ -26,6 +27,7 @@ from tools.checks.doctor import host_reads
 
 pytestmark = pytest.mark.gpu
 BATCH = 32
+WITH_CONV2 = ("gather_warp", "conv_pool_relu", "conv2_pool_relu", "softmax_cross_entropy")
 
 
 @pytest.fixture
@@ -180,8 +182,9 @@ def test_feeds_bring_the_same_batches_to_the_gpu(
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("names", [kernels.ALL, WITH_CONV2])
 def test_the_kernels_train_as_pytorchs_operations(
-    graphs: bool, precision: str, small: Records, gpu_world: World
+    names: tuple[str, ...], graphs: bool, precision: str, small: Records, gpu_world: World
 ) -> None:
     plain = session(small, gpu_world, step_precision=precision)
     wanted, wanted_evaluation = losses(plain), evaluate(plain, "val")
@@ -191,10 +194,8 @@ def test_the_kernels_train_as_pytorchs_operations(
         "step_cuda_graphs": graphs,
         "step_steps_per_launch": 3 if graphs else 1,
     }
-    fused = session(small, gpu_world, kernels="all", **settings)
-    assert (
-        set(fused.config.kernels) == set(kernels.NAMES) and fused.effective["cuda_graphs"] == graphs
-    ), fused.notes
+    fused = session(small, gpu_world, kernels=names, **settings)
+    assert fused.config.kernels == names and fused.effective["cuda_graphs"] == graphs, fused.notes
     assert losses(fused) == pytest.approx(wanted, rel=1e-3 if precision == "fp32" else 3e-2)
     assert evaluate(fused, "val")[0] == pytest.approx(wanted_evaluation[0], rel=5e-2)
     fused.close()
@@ -208,6 +209,8 @@ def test_the_kernels_agree_with_float64(batch: int, dtype: torch.dtype, gpu_worl
     image = torch.randint(256, (batch, 28, 28), dtype=torch.uint8)
     weight, bias = torch.randn(32, 1, 3, 3).to(dtype).float(), torch.randn(32)
     x = torch.randn(batch, 64, 14, 14).to(dtype).contiguous(memory_format=torch.channels_last)
+    pooled = x[:, :32].contiguous(memory_format=torch.channels_last)
+    weight_2 = (torch.randn(64, 32, 3, 3) / 17).to(dtype).float()
     logits, label = torch.randn(batch, 94).to(dtype), torch.randint(94, (batch,), dtype=torch.uint8)
 
     def first(i: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -216,6 +219,7 @@ def test_the_kernels_agree_with_float64(batch: int, dtype: torch.dtype, gpu_worl
     cases: list[tuple[Any, tuple[torch.Tensor, ...]]] = [
         (first, (image, weight, bias)),
         (bias_pool_relu, (x, bias.repeat(2))),
+        (conv2_pool_relu, (pooled, weight_2, bias.repeat(2))),
         (lambda a, b: softmax_cross_entropy(a, b, 0.05)[0], (logits, label)),
     ]  # fmt: skip
     for call, given in cases:
