@@ -25,11 +25,12 @@ KernelName = Literal[
     "gather_warp",
     "conv_pool_relu",
     "bias_pool_relu",
+    "conv2_pool_relu",
     "softmax_cross_entropy",
     "linear_cross_entropy",
 ]
 AUTO: tuple[KernelName, ...] = ("auto",)
-NOT_IN_ALL: tuple[KernelName, ...] = ("auto", "linear_cross_entropy")
+NOT_IN_ALL: tuple[KernelName, ...] = ("auto", "conv2_pool_relu", "linear_cross_entropy")
 """What `--kernels all` leaves out: a kernel joins it once a result file shows what it is worth."""
 
 

@@ -196,6 +196,7 @@ def test_recipes_are_typed_once(tmp_path: Path) -> None:
     ("given", "wanted"),
     [
         ("all", ALL),
+        ("all, conv2_pool_relu", ALL),
         (["softmax_cross_entropy", "gather_warp"], ("gather_warp", "softmax_cross_entropy")),
         ("gather_warp, conv_pool_relu", ("gather_warp", "conv_pool_relu")),
         ("off", ()),

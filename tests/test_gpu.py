@@ -19,6 +19,7 @@ from engine.train.session import Session, evaluate, open_session
 from engine.train.step import TrainLog
 from engine.world import World, start_world
 from kernels.bias_pool_relu import bias_pool_relu
+from kernels.conv2_pool_relu import conv2_pool_relu
 from kernels.conv_pool_relu import conv_pool_relu
 from kernels.gather_warp import gather_warp
 from kernels.linear_cross_entropy import linear_cross_entropy
@@ -28,6 +29,8 @@ from tools.checks.doctor import host_reads
 
 pytestmark = pytest.mark.gpu
 BATCH = 32
+WITH_HEAD = ("gather_warp", "conv_pool_relu", "bias_pool_relu", "linear_cross_entropy")
+WITH_CONV2 = ("gather_warp", "conv_pool_relu", "conv2_pool_relu", "softmax_cross_entropy")
 
 
 @pytest.fixture
@@ -181,14 +184,11 @@ def test_feeds_bring_the_same_batches_to_the_gpu(
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize(
-    "names, graphs", [("all", False), ("all", True), (kernels.NAMES, True)], ids=str
-)
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("names", [kernels.ALL, WITH_CONV2, WITH_HEAD])
 def test_the_kernels_train_as_pytorchs_operations(
-    names: Any, graphs: bool, precision: str, small: Records, gpu_world: World
+    names: tuple[str, ...], graphs: bool, precision: str, small: Records, gpu_world: World
 ) -> None:
-    replaced = {"linear_cross_entropy" if names == "all" else "softmax_cross_entropy"}
-    used = set(kernels.NAMES) - replaced
     plain = session(small, gpu_world, step_precision=precision)
     wanted, wanted_evaluation = losses(plain), evaluate(plain, "val")
     plain.close()
@@ -198,9 +198,7 @@ def test_the_kernels_train_as_pytorchs_operations(
         "step_steps_per_launch": 3 if graphs else 1,
     }
     fused = session(small, gpu_world, kernels=names, **settings)
-    assert set(fused.config.kernels) == used and fused.effective["cuda_graphs"] == graphs, (
-        fused.notes
-    )
+    assert fused.config.kernels == names and fused.effective["cuda_graphs"] == graphs, fused.notes
     assert losses(fused) == pytest.approx(wanted, rel=1e-3 if precision == "fp32" else 3e-2)
     assert evaluate(fused, "val")[0] == pytest.approx(wanted_evaluation[0], rel=5e-2)
     fused.close()
@@ -214,6 +212,8 @@ def test_the_kernels_agree_with_float64(batch: int, dtype: torch.dtype, gpu_worl
     image = torch.randint(256, (batch, 28, 28), dtype=torch.uint8)
     weight, bias = torch.randn(32, 1, 3, 3).to(dtype).float(), torch.randn(32)
     x = torch.randn(batch, 64, 14, 14).to(dtype).contiguous(memory_format=torch.channels_last)
+    pooled = x[:, :32].contiguous(memory_format=torch.channels_last)
+    weight_2 = (torch.randn(64, 32, 3, 3) / 17).to(dtype).float()
     logits, label = torch.randn(batch, 94).to(dtype), torch.randint(94, (batch,), dtype=torch.uint8)
     hidden, last = torch.randn(batch, 128).to(dtype), (torch.randn(94, 128) / 11).to(dtype)
 
@@ -223,6 +223,7 @@ def test_the_kernels_agree_with_float64(batch: int, dtype: torch.dtype, gpu_worl
     cases: list[tuple[Any, tuple[torch.Tensor, ...]]] = [
         (first, (image, weight, bias)),
         (bias_pool_relu, (x, bias.repeat(2))),
+        (conv2_pool_relu, (pooled, weight_2, bias.repeat(2))),
         (lambda a, b: softmax_cross_entropy(a, b, 0.05)[0], (logits, label)),
         (lambda *a: linear_cross_entropy(*a, 0.05)[0], (hidden, last, logits[0].clone(), label)),
         (linear_relu, (hidden, last, logits[0].clone())),

@@ -34,6 +34,7 @@ from engine.train.available import effective_config
 from engine.train.objective import Objective
 from engine.world import World
 from kernels import bias_pool_relu as second
+from kernels import conv2_pool_relu as whole
 from kernels import conv_pool_relu as first
 from kernels import cpu, launch
 from kernels import gather_warp as gather
@@ -70,6 +71,10 @@ def test_the_references_are_pytorchs_own_operations(shape: tuple[int, int, int])
     bias = float64(64)
     got += gradients(second.bias_pool_relu(x, bias), [x, bias])
     want += gradients(functional.relu(functional.max_pool2d(x, 2) + bias[:, None, None]), [x, bias])
+    leaves = [float64(size, 16, height, width), float64(32, 16, 3, 3), float64(32)]
+    got += gradients(whole.conv2_pool_relu(*leaves), leaves)
+    x = functional.conv2d(*leaves, padding=1)
+    want += gradients(functional.relu(functional.max_pool2d(x, 2)), leaves)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
@@ -152,6 +157,7 @@ def operators() -> list[tuple[Any, tuple[Any, ...]]]:
     bias = torch.randn(32).requires_grad_()
     x = torch.randn(4, 32, 6, 5).requires_grad_()
     last = torch.randn(9, 8).requires_grad_(), torch.randn(9).requires_grad_()
+    weight_2 = torch.randn(64, 32, 3, 3).requires_grad_()
     table = torch.randint(4, (3, 2))
     step = torch.tensor([2, 0])
     out = (torch.empty_like(image), label.clone(), torch.arange(4))
@@ -163,17 +169,21 @@ def operators() -> list[tuple[Any, tuple[Any, ...]]]:
         (gather.gather_warp, (image, label, table, step, None, *out)),
         (gather.gather_warp, (image, label, table, step, torch.randn(4, 2, 3), *out)),
         (head_file._op, (x.detach()[:, :8, 0, 0].requires_grad_(), *last, label, 0.05)),
+        (whole._op, (x, weight_2, torch.randn(64).requires_grad_())),
     ]
 
 
-@pytest.mark.parametrize("number", range(7))
+@pytest.mark.parametrize("number", range(8))
 def test_operators_keep_torchs_contract(number: int) -> None:
     """Schema, fake implementation, autograd registration: what torch.compile and export rest on."""
     torch.library.opcheck(*operators()[number])
 
 
-@pytest.mark.parametrize("chosen", ["all", kernels.NAMES])
-def test_export_sees_every_operator(chosen: Any) -> None:
+NEW = ("conv_pool_relu", "conv2_pool_relu", "linear_cross_entropy")
+
+
+@pytest.mark.parametrize("chosen", [kernels.ALL, NEW])
+def test_export_sees_every_operator(chosen: tuple[str, ...]) -> None:
     config = override(RunConfig(), {"kernels": chosen}, "test")
     fused = frozenset(config.kernels)
     model = make_model(config.model, 28, 28, 8, seed=1, fused=fused)
@@ -184,14 +194,13 @@ def test_export_sees_every_operator(chosen: Any) -> None:
     targets = [str(node.target) for graph in graphs for node in graph.nodes]
     names = (target.split(".")[1] for target in targets if target.startswith("tmnist."))
     seen = {name.removesuffix("_cpu") for name in names}
-    computed = "softmax_cross_entropy" if chosen == "all" else "linear_cross_entropy"
-    assert seen == {"conv_pool_relu", "bias_pool_relu", computed}
+    assert seen == set(chosen) - {"gather_warp"}
 
 
 def test_every_combination_of_kernels_is_the_same_objective() -> None:
     batch = random_batch(6, (28, 28), 8, CPU)
     results = []
-    for chosen in ((), *[(name,) for name in kernels.NAMES], kernels.NAMES):
+    for chosen in ((), *[(name,) for name in kernels.NAMES], kernels.ALL, kernels.NAMES):
         config = override(RunConfig(), {"kernels": list(chosen)}, "test")
         fused = frozenset(config.kernels)
         assert fused == set(chosen)
@@ -321,6 +330,12 @@ def layer(channels: int) -> tuple[torch.Tensor, torch.Tensor]:
     return float64(channels, 1, 3, 3), float64(channels)
 
 
+def second_layer(inputs: int, outputs: int, given: int = 0) -> None:
+    """conv2_pool_relu of so many channels, or of other values than its weights are for."""
+    weight = torch.zeros(outputs, inputs, 3, 3)
+    whole._op(torch.zeros(2, given or inputs, 4, 4), weight, torch.zeros(outputs))
+
+
 def gather_with(**changed: torch.Tensor) -> None:
     """gather_warp of arguments that fit, but for those changed."""
     _, fitting = operators()[4]
@@ -353,6 +368,18 @@ def loss_of(label_B: torch.Tensor) -> None:
         (
             lambda: second._op(torch.zeros(2, 32, 4, 4), torch.zeros(31)),
             r"bias has shape \[31\]; give \[32\]",
+        ),
+        (
+            lambda: second_layer(40, 32),
+            "40 to 32 channels are not multiples of 16 to multiples of 32, up to 256; leave",
+        ),
+        (
+            lambda: second_layer(16, 288),
+            "16 to 288 channels are not multiples of 16 to multiples of 32, up to 256; leave",
+        ),
+        (
+            lambda: second_layer(32, 32, given=16),
+            r"x has shape \[2, 16, 4, 4\]; give \[any, 32, any, any\]",
         ),
         (
             lambda: loss_of(torch.zeros(4).byte()),
@@ -439,7 +466,7 @@ def test_a_kernel_file_is_reference_jit_launcher_autograd(name: str) -> None:
     launched = started(tree)
     assert launched <= jits.keys()
     for kernel in launched:
-        assert re.fullmatch(rf"{name}_(forward|backward)(_sum)?", kernel), kernel
+        assert re.fullmatch(rf"{name}_(forward|(input_|weight_)?backward)(_sum)?", kernel), kernel
     for helper in jits.keys() - launched:
         assert helper.startswith("_"), f"{helper} is launched by nobody"
 
@@ -486,8 +513,23 @@ def test_one_kernel_computes_the_loss(
     monkeypatch.setattr(available, "cannot_fuse", lambda device: "")
     config = override(RunConfig(), {"kernels": kernels.NAMES}, "test")
     used, notes = effective_config(config, small, world)
-    assert set(used.kernels) == set(kernels.NAMES) - {"softmax_cross_entropy"}
+    assert set(used.kernels) == set(kernels.NAMES) - {"softmax_cross_entropy", "bias_pool_relu"}
     assert "softmax_cross_entropy is not used: linear_cross_entropy computes the loss" in notes
+
+
+def test_the_kernel_of_the_whole_second_layer_is_named_or_off(
+    small: Records, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it runs, bias_pool_relu has nothing to do; where it cannot, that one stays."""
+    both = override(RunConfig(), {"kernels": "bias_pool_relu,conv2_pool_relu"}, "test")
+    config, notes = effective_config(both, small, world)
+    assert config.kernels == ("bias_pool_relu",)
+    assert "Triton kernels conv2_pool_relu are not used: there is no GPU" in " ".join(notes)
+    monkeypatch.setattr(available, "cannot_fuse", lambda device: "")
+    config, notes = effective_config(both, small, world)
+    assert config.kernels == ("conv2_pool_relu",)
+    why = "bias_pool_relu is not used: conv2_pool_relu computes the whole layer"
+    assert why in " ".join(notes)
 
 
 def test_old_gpus_are_refused_and_the_interpreter_is_let_in(

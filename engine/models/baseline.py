@@ -23,7 +23,7 @@ class GlyphNet(HeadNetwork):
     """
 
     min_side = 4  # two 2x2 max-pools leave a quarter, and the linear layers need a pixel of it
-    kernels = HeadNetwork.kernels | {"conv_pool_relu", "bias_pool_relu"}
+    kernels = HeadNetwork.kernels | {"conv_pool_relu", "bias_pool_relu", "conv2_pool_relu"}
     last = "fc2"
     can_whiten = True
     relu_after_pool: ClassVar[bool] = False
@@ -80,6 +80,10 @@ class GlyphNet(HeadNetwork):
         return image_B1HW
 
     def _second(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        if "conv2_pool_relu" in self.fused:
+            from kernels.conv2_pool_relu import conv2_pool_relu
+
+            return conv2_pool_relu(x_BCHW, self.conv2.weight, cast(torch.Tensor, self.conv2.bias))
         if "bias_pool_relu" not in self.fused:
             return self._relu_pool(self.conv2(x_BCHW))
         from kernels.bias_pool_relu import bias_pool_relu

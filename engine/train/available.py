@@ -100,6 +100,14 @@ def _loss(config: RunConfig, records: Records, world: World) -> Changes:
         yield replace(config, kernels=kept), f"softmax_cross_entropy is not used: {why}"
 
 
+def _second_layer(config: RunConfig, records: Records, world: World) -> Changes:
+    """Two kernels compute it: one what follows the library's convolution, one all of it."""
+    if {"bias_pool_relu", "conv2_pool_relu"} <= set(config.kernels):
+        kept = tuple(name for name in config.kernels if name != "bias_pool_relu")
+        why = "conv2_pool_relu computes the whole layer"
+        yield replace(config, kernels=kept), f"the kernel bias_pool_relu is not used: {why}"
+
+
 def _compile(config: RunConfig, records: Records, world: World) -> Changes:
     if config.step.compile != "off" and (why := cannot_compile(world.device)):
         yield _step(config, compile="off"), f"torch.compile is not used: {why}"
@@ -181,6 +189,7 @@ RULES: tuple[Callable[[RunConfig, Records, World], Changes], ...] = (
     _kernels,
     _layers,
     _loss,
+    _second_layer,
     _compile,
     _canonical,
     _noise_scale,

@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-import kernels
 from kernels import bias_pool_relu as second
+from kernels import conv2_pool_relu as whole
 from kernels import conv_pool_relu as first
 from kernels import cpu, launch
 from kernels import gather_warp as gather
@@ -44,7 +44,7 @@ def poisoned_and_recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         LAUNCHED.add(" ".join([kernel.__name__, *types, *switches]))
         launch.start(kernel, grid, *args, **constants)
 
-    for file in (first, second, gather, loss_file, head_file):
+    for file in (first, second, whole, gather, loss_file, head_file):
         monkeypatch.setattr(file, "start", start)
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)
@@ -159,6 +159,93 @@ def test_nan_is_not_lost_in_a_pool() -> None:
         x[0, 5, place // 2, place % 2] = torch.nan
         y = second.bias_pool_relu(x, torch.zeros(32))
         assert y.isnan().sum() == 1 and y[0, 5].isnan()
+
+
+LAYERS = [(1, 14, 14, 32, 64), (3, 9, 7, 16, 32), (5, 4, 6, 48, 96), (2, 5, 4, 64, 128)]
+"""B, H, W, channels in and out: the study's; odd sides; blocks of fewer channels than the most; and
+more channels than a block."""
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_conv2_pool_relu(
+    dtype: torch.dtype, layer: tuple[int, int, int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At odd sizes in two programs, so that there are partial sums to add, and a turn too many."""
+    monkeypatch.setattr(launch, "num_processors", lambda tensor: 1 + layer[1] % 2)
+    size, height, width, inputs, outputs = layer
+    x = torch.randn(size, inputs, height, width)
+    x[0, :, :3] = 0  # a blank part: ties and, with a negative bias, nothing passes
+    x = x.to(dtype).requires_grad_()
+    weight = (torch.randn(outputs, inputs, 3, 3) / 8).requires_grad_()
+    bias = torch.randn(outputs).requires_grad_()
+    y, code = whole._op(x, weight, bias)
+    values, rounded = x.detach().double(), weight.detach().to(dtype).double()
+    candidates = functional.conv2d(values, rounded, padding=1)
+    wanted, _ = launch.pool_reference(candidates, bias.detach().double())
+    close(y, wanted, dtype, scale=5)
+
+    winner, passes = launch.unpack_code(code)
+    rows = wanted.permute(0, 2, 3, 1).reshape(-1, outputs)
+    assert torch.equal(passes, (y > 0).permute(0, 2, 3, 1).reshape(-1, outputs))
+    assert passes[rows > 1e-4].all(), "what is clearly positive passes"
+    largest, _ = launch.pool_reference(candidates - candidates.min(), torch.zeros(outputs))
+    every = launch.pack_code(winner, torch.ones_like(passes))
+    chosen, _ = launch.unpool_reference(torch.ones_like(wanted), every, height, width)
+    chosen_values = functional.avg_pool2d(chosen * candidates, 2) * 4 - candidates.min()
+    assert (chosen_values - largest).abs().max() < 1e-4, "the winner is the largest"
+    assert not winner.view(size, -1, outputs)[0, 0].any(), "of equal values the first wins"
+
+    grad = torch.randn(y.shape).to(dtype)
+    y.backward(grad)
+    check_gradients(dtype, grad, code, (x, weight, bias), rounded)
+
+
+def check_gradients(
+    dtype: torch.dtype,
+    grad: torch.Tensor,
+    code: torch.Tensor,
+    leaves: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    rounded: torch.Tensor,
+) -> None:
+    """The three gradients are those of float64, for the winners of the code."""
+    x, weight, bias = leaves
+    height_width = x.shape[2:]
+    exact = [
+        whole.conv2_pool_relu_input_backward_reference(g, code, w, *height_width)
+        for g, w in ((grad.double(), rounded), (grad.double().abs(), rounded.abs()))
+    ]
+    assert x.grad is not None and x.grad.dtype == dtype
+    close(x.grad, exact[0], dtype, scale=float(exact[1].max()))
+    values = x.detach()
+    sums = [
+        whole.conv2_pool_relu_weight_backward_reference(g, code, v, torch.float64)
+        for g, v in ((grad, values), (grad.abs(), values.abs()))
+    ]
+    for got, want, size in zip((weight.grad, bias.grad), *sums, strict=True):
+        assert got is not None and got.dtype == torch.float32
+        close(got, want, torch.float32, scale=float(size.max()))
+
+
+def test_a_nan_reaches_what_sees_it_and_no_other() -> None:
+    x = torch.randn(2, 32, 6, 6)
+    x[0, 3, 2, 2] = torch.nan
+    weight = torch.randn(32, 32, 3, 3)
+    y = whole.conv2_pool_relu(x, weight, torch.zeros(32))
+    wanted = torch.zeros(2, 3, 3, dtype=torch.bool)
+    wanted[0, :2, :2] = True
+    assert torch.equal(y.isnan(), wanted[:, None].expand_as(y))
+
+
+def test_no_gradient_of_x_is_computed_for_a_frozen_first_layer() -> None:
+    before = LAUNCHED.copy()
+    LAUNCHED.clear()
+    x = torch.randn(2, 32, 4, 4)
+    weight = torch.randn(32, 32, 3, 3).requires_grad_()
+    whole.conv2_pool_relu(x, weight, torch.zeros(32)).sum().backward()
+    assert weight.grad is not None and weight.grad.any()
+    assert not any("_input_backward" in name for name in LAUNCHED)
+    LAUNCHED.update(before)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.05])
@@ -319,12 +406,25 @@ def test_the_identity_and_whole_shifts_move_pixels_exactly() -> None:
     assert torch.equal(out[2], functional.pad(image[2, :-3], (0, 0, 3, 0)))
 
 
-@pytest.mark.parametrize("names", ["all", kernels.NAMES], ids=["all", "head"])
+WITH_CONV2 = "gather_warp,conv_pool_relu,conv2_pool_relu,softmax_cross_entropy"
+"""The second layer by the kernel that computes all of it."""
+WITH_HEAD = "gather_warp,conv_pool_relu,bias_pool_relu,linear_cross_entropy"
+
+
+@pytest.mark.parametrize("names", ["all", WITH_CONV2, WITH_HEAD])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_a_training_step_with_all_kernels_is_the_plain_step(precision: str, names: Any) -> None:
-    """20 steps of 6 samples, fp16 by autocast on the CPU; 2 a launch: gather_warp gathers."""
+def test_a_training_step_with_kernels_is_the_plain_step(
+    precision: str, names: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """20 steps of 6 samples, fp16 by autocast on the CPU; 2 a launch: gather_warp gathers.
+
+    conv2_pool_relu takes all at once, which is fast in the interpreter.
+    """
     from tests.kernels.training import train
 
+    for blocks in ("FORWARD", "INPUT_BACKWARD", "WEIGHT_BACKWARD"):
+        monkeypatch.setattr(whole, blocks, whole.Blocks(512, 32, 64))
+        monkeypatch.setattr(whole, f"{blocks}_FP32", whole.Blocks(512, 32, 64))
     plain = train(precision, "off")
     fused = train(precision, names)
     tight = precision == "fp32"
@@ -344,6 +444,7 @@ def test_every_branch_ran() -> None:
     """
     wanted = {
         "conv_pool_relu_backward_sum float32 float32 float32",
+        "conv2_pool_relu_weight_backward_sum float32 float32 float32",
         "softmax_cross_entropy_forward_sum float32 float32 float32",
         "linear_cross_entropy_forward_sum " + " ".join(6 * ["float32"]),
         "gather_warp_forward uint8 uint8 int64 int64 uint8 uint8 uint8 int64 WARPED=False",
@@ -357,6 +458,9 @@ def test_every_branch_ran() -> None:
             three = "float32 float32"
             wanted.add(f"linear_cross_entropy_forward {t} {three} uint8 {t} {three}")
             wanted.add(f"linear_cross_entropy_backward {t} {three} float32 {t} {three}")
+            wanted.add(f"conv2_pool_relu_forward {t} {t} float32 {t} int32")
+            wanted.add(f"conv2_pool_relu_input_backward {t} int32 {t} {t}")
+            wanted.add(f"conv2_pool_relu_weight_backward {t} int32 {t} float32")
         wanted.add(f"bias_pool_relu_forward {t} float32 {t} int32")
         wanted.add(f"bias_pool_relu_backward {t} int32 {t} float32")
         wanted.add(f"softmax_cross_entropy_forward {t} uint8 float32 {t}")

@@ -21,6 +21,7 @@ from engine.errors import first_cause, sentence
 from engine.meters import Stopwatch
 from engine.models.baseline import HIDDEN
 from kernels.bias_pool_relu import bias_pool_relu
+from kernels.conv2_pool_relu import conv2_pool_relu
 from kernels.conv_pool_relu import conv_pool_relu
 from kernels.gather_warp import gather_warp, gather_warp_reference
 from kernels.linear_cross_entropy import linear_cross_entropy
@@ -105,6 +106,7 @@ def cases(device: torch.device, batch: int, compiled: bool) -> Iterator[Case]:
     sizes = roofline.Shapes(*HEIGHT_WIDTH, CLASSES, dtype.itemsize)
     works = roofline.kernels(sizes) + roofline.head(sizes)
     num_bytes = {work.name: batch * work.num_bytes for work in works}
+    num_bytes |= _conv2_bytes(sizes, batch)
     height, width = HEIGHT_WIDTH
     image = torch.randint(256, (batch, height, width), dtype=torch.uint8, device=device)
     label = torch.randint(CLASSES, (batch,), dtype=torch.uint8, device=device)
@@ -116,6 +118,8 @@ def cases(device: torch.device, batch: int, compiled: bool) -> Iterator[Case]:
     weight, bias = layer(32, 1, 3, 3), layer(32)
     x = layer(batch, 64, height // 2, width // 2, kind=dtype).detach()
     x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    pooled = layer(batch, 32, height // 2, width // 2, kind=dtype).detach()
+    pooled = pooled.contiguous(memory_format=torch.channels_last).requires_grad_()
     bias2, logits = layer(64), layer(batch, CLASSES, kind=dtype)
     hidden = layer(batch, HIDDEN, kind=dtype)
     head = (hidden, layer(CLASSES, HIDDEN), layer(CLASSES), label)
@@ -127,6 +131,7 @@ def cases(device: torch.device, batch: int, compiled: bool) -> Iterator[Case]:
             (image, weight, bias),
         ),
         ("bias_pool_relu", bias_pool_relu, _second, (x, bias2)),
+        ("conv2_pool_relu", conv2_pool_relu, _whole_second, (pooled, layer(64, 32, 3, 3), bias2)),
         ("softmax_cross_entropy", _fused_loss, _loss, (logits, label)),
         ("linear_cross_entropy", _fused_head, _head, head),
     ]
@@ -204,6 +209,16 @@ def _first(
 
 def _second(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     return functional.max_pool2d(x + bias.to(x.dtype)[:, None, None], 2).relu()
+
+
+def _whole_second(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return _second(functional.conv2d(x, weight.to(x.dtype), padding=1), bias)
+
+
+def _conv2_bytes(s: roofline.Shapes, batch: int) -> dict[str, float]:
+    """Forward; and backward, which is two kernels that both read the pooled gradient and codes."""
+    once = s.pool1 + s.pool2 + s.code2
+    return {"conv2_pool_relu forward": batch * once, "conv2_pool_relu backward": 2 * batch * once}
 
 
 def _loss(logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ import click
 import torch
 
 from engine import meters
-from engine.config import RunConfig, override, recipe_settings
+from engine.config import NOT_IN_ALL, RunConfig, override, recipe_settings
 from engine.data.records import Records
 from engine.errors import first_cause, sentence
 from engine.feeds.batch import Feed
@@ -147,6 +147,8 @@ def facts_of(world: World) -> Environment:
 def part_of(cell: Cell) -> str:
     """The name of the part that measures a cell."""
     config = override(RunConfig(), cell.settings, cell.name)
+    if new := [name for name in config.kernels if name in NOT_IN_ALL]:
+        return new[0]
     if len(config.kernels) > 1:
         return "all_kernels"
     if config.kernels:
@@ -318,6 +320,7 @@ PARTS = (
     _cells("softmax_cross_entropy", 60),
     _cells("linear_cross_entropy", 60),
     _cells("all_kernels", 120),
+    _cells("conv2_pool_relu", 60),
     Part("kernels", bench_kernels, 120),
     Part("feeds", measure_feeds, 60),
     Part("tests", run_tests, 170),
