@@ -77,7 +77,7 @@ def make_feed(
     if name == "dali":
         from engine.feeds.dali import DaliFeed
 
-        return DaliFeed(split, order, device, augment)
+        return DaliFeed(split, order, device, augment, config.step.steps_per_launch)
     if name == "resident":
         return ResidentFeed(split, order, device, frozenset(config.kernels), augment)
     if name in ("loader", "loader_batched"):
