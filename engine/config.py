@@ -185,8 +185,8 @@ class StepConfig:
     )
     triton_conv_backward: bool = setting(
         False,
-        "torch.compile may write convolutions' gradients in Triton, where it times them as faster "
-        "(torch 2.13 or newer).",
+        "torch.compile max-autotune may write convolutions' gradients in Triton, where it times "
+        "them as faster (torch 2.13 or newer).",
         environment=True,
     )
     split_under_ddp: bool = setting(

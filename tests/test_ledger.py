@@ -51,6 +51,8 @@ def test_directions_come_from_a_kernels_source() -> None:
     gathered = pointers(gather.gather_warp_forward)
     assert gathered.stored == {"out_ptr", "out_label_ptr", "out_id_ptr"}
     assert {"image_ptr", "matrix_ptr", "table_ptr"} < gathered.loaded
+    plain = pointers(gather.gather_warp_forward, frozenset({"WARPED"}))
+    assert gathered.loaded - plain.loaded == {"matrix_ptr"}
 
 
 def test_a_kernels_bytes_are_those_of_its_docstring() -> None:

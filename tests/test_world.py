@@ -67,11 +67,11 @@ def test_what_only_a_gpus_libraries_do_is_taken_back(
     assert effective(small, gpu, cudnn_benchmark=True)[0].cudnn_benchmark
     step, note = effective(small, gpu, cudnn_benchmark=True, canonical=2)
     assert not step.cudnn_benchmark and "fixed algorithms" in note
-    step, note = effective(small, gpu, triton_conv_backward=True)
-    assert not step.triton_conv_backward and "give --compile" in note
+    step, note = effective(small, gpu, triton_conv_backward=True, compile="default")
+    assert not step.triton_conv_backward and "take --compile max-autotune" in note
     for can in (True, False):
         monkeypatch.setattr(available, "has_conv_backward", lambda can=can: can)
-        step, note = effective(small, gpu, triton_conv_backward=True, compile="default")
+        step, note = effective(small, gpu, triton_conv_backward=True, compile="max-autotune")
         assert step.triton_conv_backward is can and ("2.13 or newer" in note) is not can
 
 

@@ -102,8 +102,8 @@ def _conv_backward(config: RunConfig, records: Records, world: World) -> Changes
     if not config.step.triton_conv_backward:
         return
     why = ""
-    if config.step.compile == "off":
-        why = "torch.compile is off; give --compile"
+    if config.step.compile != "max-autotune":
+        why = "they take --compile max-autotune"
     elif world.device.type == "cpu":
         why = "there is no GPU"
     elif not has_conv_backward():

@@ -76,8 +76,7 @@ def compile_arguments(step: StepConfig) -> dict[str, Any]:
     Never its own graphs: the step is captured as a whole.
     """
     mode = None if step.compile == "default" else f"{step.compile}-no-cudagraphs"
-    if not step.triton_conv_backward:
+    if not step.triton_conv_backward or not mode:
         return {"mode": mode, "dynamic": False}
-    options = torch._inductor.list_mode_options(mode) if mode else {}
-    backends = dict.fromkeys(CONV_BACKWARD, "ATEN,TRITON")
-    return {"options": {**options, **backends}, "dynamic": False}
+    options: dict[str, Any] = dict(torch._inductor.list_mode_options(mode))
+    return {"options": options | dict.fromkeys(CONV_BACKWARD, "ATEN,TRITON"), "dynamic": False}

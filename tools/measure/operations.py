@@ -37,11 +37,12 @@ from torch.utils.flop_counter import flop_registry
 
 from engine.config import RunConfig
 from engine.data.records import Split
+from engine.feeds.batch import Batch
 from engine.feeds.build import SOURCES
 from engine.feeds.resident import ResidentFeed
-from engine.feeds.synthetic import random_batch
-from engine.models import Network, make_model
+from engine.models import make_model
 from engine.order import Order
+from engine.train.backends import backends_kept
 from engine.train.step import TrainStep
 from engine.world import World
 from kernels import launch
@@ -146,8 +147,8 @@ class Assumption:
     reason: str
 
 
-def _nothing(call: Call) -> list[Operation]:
-    return []
+def _one(call: Call) -> list[Operation]:
+    return [call.launch()]
 
 
 def _convolution(call: Call) -> list[Operation]:
@@ -221,6 +222,11 @@ _MULTI = Assumption(
     "1 for each 320 chunks of 65,536 numbers, or 30 to 110 tensors",
     "MultiTensorApply.cuh; the program of a full chunk waits for memory 32 times in turn",
 )
+_PRODUCT = Assumption(
+    _one, "1", "cuBLAS's product with its bias; the sum of one that is split is not counted"
+)
+FOREACH = "_foreach_..."
+"""Stands for every operator whose name begins so."""
 _FUSED = replace(_MULTI, launches=_fused_optimizer)
 ASSUMED: dict[str, Assumption] = {
     "convolution": Assumption(
@@ -234,36 +240,41 @@ ASSUMED: dict[str, Assumption] = {
         "1 for each gradient: input, weight, bias",
         "cuDNN's two products and torch's sum; the sum of a split weight gradient is not counted",
     ),
+    "mm": _PRODUCT,
+    "addmm": _PRODUCT,
     "max_pool2d_with_indices_backward": _ZEROED,
     "nll_loss_backward": _ZEROED,
     "index_select": _INDEXED,
     "index": _INDEXED,
     "embedding": _INDEXED,
+    FOREACH: _MULTI,
     "_amp_foreach_non_finite_check_and_unscale_": _MULTI,
     "_fused_adam_": _FUSED,
     "_fused_adamw_": _FUSED,
 }
-"""By the operator's name, without its overload. Every `_foreach_` one is _MULTI, too."""
+"""By the operator's name, without its overload. All others are one launch, views none."""
 LEFT_OUT = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "detach",
             "lift_fresh", "is_pinned", "_unsafe_view")  # fmt: skip
 """Operators that launch nothing although their result is no view."""
+SAME_FLOPS = {"_addmm_activation": torch.ops.aten.addmm}
+"""Products that torch does not count, and those that are as large."""
 UNREAD = ("zero_", "fill_", "copy_")
 """Their first tensor is written and not read; so is every `out`."""
 
 
-def _conv_flops(constants: dict[str, Any], num_positions: int) -> float:
-    """Of four 3x3 products per pooled position; of several input channels where there are."""
-    products = constants["CHANNELS"] * constants.get("IN_CHANNELS", 1)
-    return float(2 * 4 * 9 * products * num_positions)
+def _conv_flops(given: dict[str, Any]) -> float:
+    """Of four 3x3 products per pooled position; of one input channel where no number is given."""
+    products = given["CHANNELS"] * given.get("INPUTS", 1)
+    return float(2 * 4 * 9 * products * given["num_positions"])
 
 
-FLOPS: dict[str, Callable[[dict[str, Any], int], float]] = {
+FLOPS: dict[str, Callable[[dict[str, Any]], float]] = {
     "conv_pool_relu_forward": _conv_flops,
     "conv_pool_relu_backward": _conv_flops,
 }
-"""FLOPs of kernels/ with products, from their constants and their last argument, a number."""
-GATHERS = ("gather_warp_forward",)
-"""Kernels that read rows by index: as many bytes as they write."""
+"""Of kernels/ with products, from their arguments and constants by name."""
+GATHERS = {"gather_warp_forward": ("image_ptr", "label_ptr", "table_ptr")}
+"""What kernels read by index: as many bytes as they write."""
 
 
 @dataclass(frozen=True)
@@ -276,10 +287,14 @@ class Pointers:
 
 
 @cache
-def pointers(kernel: Any) -> Pointers:
-    """What the kernel's source says; functions that it calls are looked into, too."""
+def pointers(kernel: Any, off: frozenset[str] = frozenset()) -> Pointers:
+    """What the kernel's source says; functions that it calls are looked into, too.
+
+    Args:
+        off: constants that are false, whose branches are left out.
+    """
     tree = ast.parse(textwrap.dedent(inspect.getsource(kernel.fn)))
-    reader = _Pointers(kernel.fn.__globals__)
+    reader = _Pointers(kernel.fn.__globals__, off)
     reader.visit(tree)
     return Pointers(frozenset(reader.loaded), frozenset(reader.stored), reader.has_products)
 
@@ -287,18 +302,27 @@ def pointers(kernel: Any) -> Pointers:
 class _Pointers(ast.NodeVisitor):
     """Follows `..._ptr` through sums and local names to tl.load, tl.store, and calls."""
 
-    def __init__(self, names: dict[str, Any]) -> None:
+    def __init__(self, names: dict[str, Any], off: frozenset[str]) -> None:
         self._names = names
+        self._off = off
         self._comes_from: dict[str, set[str]] = {}
+        self._tuples: dict[str, list[ast.expr]] = {}
         self.loaded: set[str] = set()
         self.stored: set[str] = set()
         self.has_products = False
+
+    def visit_If(self, node: ast.If) -> None:
+        is_off = isinstance(node.test, ast.Name) and node.test.id in self._off
+        for statement in node.orelse if is_off else [*node.body, *node.orelse]:
+            self.visit(statement)
 
     def visit_Assign(self, node: ast.Assign) -> None:
         self.visit(node.value)
         for target in node.targets:
             if isinstance(target, ast.Name):
                 self._comes_from[target.id] = self._origins(node.value)
+                if isinstance(node.value, ast.Tuple):
+                    self._tuples[target.id] = node.value.elts
 
     def visit_Call(self, node: ast.Call) -> None:
         self.generic_visit(node)
@@ -314,10 +338,16 @@ class _Pointers(ast.NodeVisitor):
     def _called(self, helper: Any, node: ast.Call) -> None:
         inside = pointers(helper)
         self.has_products |= inside.has_products
-        for name, value in zip(inspect.signature(helper.fn).parameters, node.args, strict=False):
+        given = [value for argument in node.args for value in self._unpacked(argument)]
+        for name, value in zip(inspect.signature(helper.fn).parameters, given, strict=False):
             origins = self._origins(value)
             self.loaded |= origins if name in inside.loaded else set()
             self.stored |= origins if name in inside.stored else set()
+
+    def _unpacked(self, argument: ast.expr) -> list[ast.expr]:
+        if isinstance(argument, ast.Starred) and isinstance(argument.value, ast.Name):
+            return self._tuples.get(argument.value.id, [argument])
+        return [argument]
 
     def _origins(self, node: ast.expr) -> set[str]:
         """The pointers that an address is made of; a value that was loaded is none."""
@@ -333,28 +363,35 @@ class _Pointers(ast.NodeVisitor):
 def launched(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> Operation:
     """A launch of a Triton kernel, as launch.listening tells it."""
     name = kernel.fn.__name__
-    found = pointers(kernel)
+    _check_kernel(kernel)
+    found = pointers(kernel, frozenset(key for key, value in constants.items() if value is False))
     named = dict(zip(inspect.signature(kernel.fn).parameters, args, strict=False))
     tensors = {key: value for key, value in named.items() if isinstance(value, torch.Tensor)}
-    written = sum(num_bytes(t) for key, t in tensors.items() if key in found.stored)
-    read = sum(num_bytes(t) for key, t in tensors.items() if key in found.loaded)
+    written, read = (
+        sum(map(num_bytes, _distinct([t for key, t in tensors.items() if key in names])))
+        for names in (found.stored, found.loaded.difference(GATHERS.get(name, ())))
+    )
     if name in GATHERS:
-        read = written + sum(num_bytes(t) for key, t in tensors.items() if _is_matrix(key, t))
-    if found.has_products and name not in FLOPS:
-        raise KeyError(f"{name} has products; add its FLOPs to {__name__}.FLOPS")
+        read += written
     return Operation(
         name=name,
         read_bytes=read,
         write_bytes=written,
-        flops=FLOPS[name](constants, args[-1]) if name in FLOPS else 0.0,
+        flops=FLOPS[name](named | constants) if name in FLOPS else 0.0,
         turns=_turns(constants),
         dtype=_dtype(sorted(tensors.values(), key=lambda tensor: tensor.element_size())),
     )
 
 
-def _is_matrix(name: str, tensor: torch.Tensor) -> bool:
-    """Whether it is the matrices of a gather; pixels stand in where there are none."""
-    return name == "matrix_ptr" and tensor.dtype == torch.float32
+@cache
+def _check_kernel(kernel: Any) -> None:
+    """Raise KeyError where a kernel's launches could not be counted whole."""
+    name, found = kernel.fn.__name__, pointers(kernel)
+    given = {key for key in inspect.signature(kernel.fn).parameters if key.endswith("_ptr")}
+    if unseen := sorted(given - found.loaded - found.stored):
+        raise KeyError(f"{name}: neither a load nor a store of {', '.join(unseen)} was found")
+    if found.has_products and name not in FLOPS:
+        raise KeyError(f"{name} has products; add its FLOPs to {__name__}.FLOPS")
 
 
 def _turns(constants: dict[str, Any]) -> int:
@@ -385,8 +422,6 @@ class Operations(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func.overloadpacket.__name__ == "_local_scalar_dense":
-            return True  # torch.optim asks whether a rate on the device is positive
         if func.namespace == "tmnist":
             with self:  # its launcher's own operations count
                 return OPDEFS[func._schema.name]._init_fn(*args, **(kwargs or {}))
@@ -403,9 +438,7 @@ class Operations(TorchDispatchMode):
 
 
 def _launches(call: Call) -> list[Operation]:
-    assumed = ASSUMED.get(call.name)
-    if assumed is None and call.name.startswith("_foreach_"):
-        assumed = _MULTI
+    assumed = ASSUMED.get(FOREACH if call.name.startswith("_foreach_") else call.name)
     return assumed.launches(call) if assumed else [call.launch()]
 
 
@@ -431,7 +464,7 @@ def _call(func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> Call:
         reads += [] if unread else tensors
     if not writes:
         writes = _tensors(out)
-    count = flop_registry.get(func.overloadpacket)
+    count = flop_registry.get(SAME_FLOPS.get(name, func.overloadpacket))
     flops = int(count(*args, **kwargs, out_val=out)) if count else 0
     return Call(name=name, reads=reads, writes=writes, inputs=list(given.values()), result=out,
                 flops=flops)  # fmt: skip
@@ -492,13 +525,13 @@ def step_operations(
         shape: height and width of an image, and classes.
     """
     mode = Operations()
-    model = make_model(config.model, *shape, config.seed, frozenset(config.kernels))
     with ExitStack() as stack:
+        stack.enter_context(backends_kept())
+        step, feed = _step(config, batch, shape)
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(_as_on_a_gpu())
         stack.enter_context(launch.listening(mode.started, processors))
         stack.enter_context(mode)
-        step, feed = _fake_step(config, model, batch, shape)
         launches = step.train_epoch(feed, 0)
         next(launches)
         mode.found.clear()
@@ -506,17 +539,15 @@ def step_operations(
     return _summed(mode.found, num_steps)
 
 
-def _fake_step(
-    config: RunConfig, model: Network, batch: int, shape: tuple[int, int, int]
+def _step(
+    config: RunConfig, batch: int, shape: tuple[int, int, int]
 ) -> tuple[TrainStep, ResidentFeed]:
     """The step and its feed, gathering within the launch where it would.
 
-    A conversion of a real parameter makes a fake one; of a fake one torch makes none.
+    They are real, and train on fake tensors. Their batches' memory is never touched, so never
+    taken.
     """
-    if not config.step.channels_last:
-        model._apply(torch.clone)
-    *height_width, num_classes = shape
-    size = (height_width[0], height_width[1])
+    size = shape[:2]
     num_steps = config.step.steps_per_launch
     num = 2 * num_steps * batch
     order = Order(num_samples=num, global_batch=batch, seed=config.seed)
@@ -526,12 +557,15 @@ def _fake_step(
         font_N=np.zeros(num, np.int32),
     )
     fused = frozenset(config.kernels)
+    model = make_model(config.model, *shape, config.seed, fused)
     feed = ResidentFeed(split, order, _CPU, fused)
-    static = random_batch(batch, size, num_classes, _CPU, copies=num_steps)
+    static = Batch.empty(num_steps * batch, size, _CPU)
     world = World(rank=0, size=1, device=_CPU, stream=None)
     in_launches = config.step.cuda_graphs or num_steps > 1
     gathers = in_launches and config.data.feed in (*SOURCES, "auto") and not config.augment.is_on
-    return TrainStep(model, config, order, static, world, feed if gathers else None), feed
+    with _as_on_a_gpu():
+        step = TrainStep(model, config, order, static, world, feed if gathers else None)
+    return step, feed
 
 
 def _summed(found: list[Operation], num_steps: int) -> list[Operation]:
