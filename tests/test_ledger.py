@@ -21,14 +21,10 @@ from kernels import gather_warp as gather
 from kernels import launch
 from tests.conftest import Command, assert_refused
 from tools.measure import ledger
-from tools.measure.operations import (
-    Operation,
-    Operations,
-    launched_bytes,
-    pointers,
-    step_operations,
-)
+from tools.measure.assumed import Operation
+from tools.measure.operations import Operations, step_operations
 from tools.measure.results import CellResult, Profile, Repetition
+from tools.measure.started import launched_bytes, pointers
 
 H100 = ledger.MACHINES[ledger.H100]
 SMALL = """

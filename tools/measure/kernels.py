@@ -2,7 +2,7 @@
 
 What is measured is time, GB/s and the part of the bandwidth.
 
-The bytes are those that the Triton kernels' launchers ask for (operations.py).
+The bytes are those that the Triton kernels' launchers ask for (started.py).
 Between repetitions 1 GiB is read. Then the second-level cache holds nothing of the last, and
 nothing that must be written back while the next is measured. The host gets ahead of the GPU, too,
 so that its own time is not measured. The ways are measured in turn, the copy bandwidth in the same
@@ -25,7 +25,7 @@ from kernels.gather_warp import gather_warp, gather_warp_reference
 from kernels.launch import num_processors
 from kernels.softmax_cross_entropy import softmax_cross_entropy
 from tools.measure import roofline
-from tools.measure.operations import launched_bytes
+from tools.measure.started import launched_bytes
 from tools.report.rows import Row, row
 
 HEIGHT_WIDTH, CLASSES, SMOOTHING = (28, 28), 94, 0.05

@@ -22,8 +22,9 @@ from engine.errors import UserError
 from engine.host import ROOT
 from engine.report import command_line, write_json
 from engine.typed import read_as
+from tools.measure.assumed import ASSUMED, Operation
 from tools.measure.matrix import Cell, read_cells
-from tools.measure.operations import ASSUMED, STUDYS_SHAPE, Operation, step_operations
+from tools.measure.operations import STUDYS_SHAPE, step_operations
 from tools.measure.results import Profile, Settings
 from tools.measure.roofline import PEAK_FLOPS, Shapes, floor
 from tools.report.rows import Claim, claim, markdown_table, number
