@@ -191,6 +191,24 @@ class StepConfig:
         flag="--compile",
         environment=True,
     )
+    triton_conv_backward: bool = setting(
+        False,
+        "torch.compile max-autotune may write convolutions' gradients in Triton, where it times "
+        "them as faster (torch 2.13 or newer).",
+        environment=True,
+    )
+    split_under_ddp: bool = setting(
+        True,
+        "torch.compile on several ranks: a graph for each bucket of gradients, whose all-reduce "
+        "starts early; false: one graph.",
+        environment=True,
+    )
+    cudnn_benchmark: bool = setting(
+        False,
+        "cuDNN times its algorithms in warm-up and takes the fastest; the last bits may then "
+        "differ from run to run.",
+        environment=True,
+    )
     accumulate: int = setting(
         1,
         "Parts of a rank's batch before the one update.",

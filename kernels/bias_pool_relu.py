@@ -189,6 +189,7 @@ def _backward_fake(
 
 
 def _save(ctx: Any, inputs: tuple[torch.Tensor, ...], output: tuple[torch.Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)  # of outputs that have none: a launch each
     ctx.save_for_backward(output[1])
     ctx.height_width = inputs[0].shape[2:]
     ctx.dtype = inputs[1].dtype

@@ -489,6 +489,7 @@ def _weight_backward_fake(
 
 def _save(ctx: Any, inputs: tuple[torch.Tensor, ...], output: tuple[torch.Tensor, ...]) -> None:
     ctx.save_for_backward(output[1], *inputs[:2])
+    ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, grad_BOYX: torch.Tensor, _: None) -> tuple[object, ...]:

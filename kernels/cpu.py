@@ -233,6 +233,7 @@ def _save_pool(
 ) -> None:
     ctx.save_for_backward(output[1])
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
     ctx.height_width = inputs[0].shape[2:]
 
 
@@ -245,6 +246,7 @@ def _save_conv(
 ) -> None:
     ctx.save_for_backward(output[1], inputs[0])
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
 def _differentiate_conv(ctx: Any, grad_BCYX: torch.Tensor, _: None) -> tuple[object, ...]:

@@ -1,7 +1,8 @@
 """What the kernels share: where they run, checks that are sentences, what starts them.
 
 On CUDA tensors a kernel runs, on CPU tensors its reference does, unless Triton's interpreter is on
-(TRITON_INTERPRET=1 before the import): then the kernel runs everywhere, slowly, for proofs.
+(TRITON_INTERPRET=1 before the import): then the kernel runs everywhere, slowly, for proofs. While
+`listening` nothing runs: who listens gets what would have been started.
 
 A *code* is what a pool keeps for its backward: for each pooled position and channel two bits that
 name the winner of four, 2 y + x in its window, and one that says whether the ReLU let it pass.
@@ -11,6 +12,8 @@ its high bits, and the passing bits.
 Shapes: B samples, H x W pixels, P pooled positions of all samples, C channels, G = C / 32 groups.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,20 +25,44 @@ LANES = 32
 LARGEST = 2**31
 """Elements that 32-bit offsets reach."""
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+Listener = Callable[[Any, tuple[Any, ...], dict[str, Any]], None]
+"""Gets a kernel, its arguments and its constants."""
+_listener: tuple[Listener, int] | None = None
+
+
+@contextmanager
+def listening(listener: Listener, processors: int) -> Iterator[None]:
+    """While this is entered, launchers start nothing: they tell the listener what they would start.
+
+    They do so for tensors of any device, as on a GPU of so many multiprocessors; results stay
+    uninitialised. For counting launches and bytes where there is no GPU; one listener at a time.
+    """
+    global _listener
+    assert _listener is None, "somebody listens already"
+    _listener = (listener, processors)
+    try:
+        yield
+    finally:
+        _listener = None
 
 
 def on_triton(tensor: torch.Tensor) -> bool:
     """Whether the kernel runs for this tensor, rather than its reference."""
-    return tensor.is_cuda or INTERPRETED
+    return tensor.is_cuda or INTERPRETED or _listener is not None
 
 
 def start(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
     """Start a kernel on the current stream."""
+    if _listener is not None:
+        _listener[0](kernel, args, constants)
+        return
     kernel[grid](*args, **constants)
 
 
 def num_processors(tensor: torch.Tensor) -> int:
     """Multiprocessors of the tensor's GPU; 1 elsewhere."""
+    if _listener is not None:
+        return _listener[1]
     if not tensor.is_cuda:
         return 1
     return torch.cuda.get_device_properties(tensor.device).multi_processor_count

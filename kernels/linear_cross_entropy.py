@@ -351,6 +351,7 @@ def _backward_fake(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     ctx.save_for_backward(*output[2:])
+    ctx.set_materialize_grads(False)
     ctx.dtype = inputs[1].dtype
 
 

@@ -162,6 +162,7 @@ def _backward_fake(unit_BK: torch.Tensor, grad_loss: torch.Tensor) -> torch.Tens
 
 
 def _save(ctx: Any, inputs: object, output: tuple[torch.Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)  # of outputs that have none: a launch each
     ctx.save_for_backward(output[2])
 
 

@@ -14,8 +14,10 @@ import sys
 import threading
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,7 +32,7 @@ from engine.feeds import build as feeds
 from engine.feeds import dali, loader
 from engine.feeds.batch import Batch, Feed
 from engine.feeds.build import choose_feed, make_feed, open_for
-from engine.feeds.dali import DaliFeed
+from engine.feeds.dali import FRAMES, DaliFeed, batches_of_run, presize
 from engine.feeds.resident import ResidentFeed
 from engine.host import ROOT
 from engine.order import PADDING_ID, Order, Strata
@@ -183,6 +185,31 @@ def test_what_pads_is_an_image_of_a_class_that_exists(
                 0, min(48 - rank * 128 // world_size, 128 // world_size)
             )
         feed.close()
+
+
+def test_a_run_of_dali_holds_whole_launches() -> None:
+    """While it ends the host waits, which must not be amid the batches of a launch."""
+    order = Order(num_samples=2**20, global_batch=512, seed=1)
+    assert batches_of_run(order, 1) == batches_of_run(order, 16) == FRAMES // 512
+    assert batches_of_run(order, 6) == 12, "as many launches as go into FRAMES"
+    assert batches_of_run(order, 64) == 64 and batches_of_run(order, 24) == 24
+    large = replace(order, global_batch=8192)
+    assert batches_of_run(large, 8) == 8 and batches_of_run(large, 64) == 1, "it would not fit"
+    assert batches_of_run(replace(order, num_samples=512 * 3), 16) == 3, "an epoch has no more"
+
+
+def test_dalis_pools_take_their_memory_before() -> None:
+    """By the functions that the installed DALI has; one that lacks them is left as it is."""
+    found: list[tuple[int, ...]] = []
+    new = SimpleNamespace(
+        PreallocateDeviceMemory=lambda *given: found.append(given),
+        PreallocatePinnedMemory=lambda *given: found.append(given),
+    )
+    presize(new, 1000, 3)
+    presize(SimpleNamespace(), 1000, 3)
+    assert found == [(1000, 3), (1000,)]
+    backend = pytest.importorskip("nvidia.dali.backend")
+    assert set(vars(new)) <= set(dir(backend)), "the installed DALI calls them otherwise"
 
 
 def test_dali_gives_no_stale_batch_after_a_failure(

@@ -86,7 +86,13 @@ def test_the_graph_trains_as_the_eager_step(
 
 @pytest.mark.parametrize(
     "settings",
-    [{"step_accumulate": 4}, {"step_compile": "default"}, {"optim_fused": False}],
+    [
+        {"step_accumulate": 4},
+        {"step_compile": "default"},
+        {"step_compile": "max-autotune", "step_triton_conv_backward": True},
+        {"step_cudnn_benchmark": True},
+        {"optim_fused": False},
+    ],
     ids=str,
 )
 def test_other_ways_of_stepping_are_captured_too(
@@ -97,6 +103,7 @@ def test_other_ways_of_stepping_are_captured_too(
     plain.close()
     graph = session(small, gpu_world, step_cuda_graphs=True, step_steps_per_launch=3, **settings)
     assert graph.effective["cuda_graphs"], graph.notes
+    assert torch.backends.cudnn.benchmark == settings.get("step_cudnn_benchmark", False)
     assert losses(graph) == pytest.approx(wanted, rel=5e-3)
     graph.close()
 

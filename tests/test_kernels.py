@@ -587,13 +587,11 @@ def test_resources_are_on_file_for_every_triton_that_an_allowed_torch_asks_for()
 
 
 def test_the_designs_bytes_fall_out_of_the_model() -> None:
-    """113 KB and 231 KB a sample with two bits a pooled value; 25.1 MFLOP; 27 M samples/s."""
-    shapes = roofline.Shapes(28, 28, 94, code_bits=2)
+    """113 KB a sample with two bits a pooled value; 25.1 MFLOP; 27 M samples/s."""
+    shapes = roofline.Shapes(28, 28, 94)
     kilobytes = [round(work.num_bytes / 1000, 1) for work in roofline.floor(shapes)]
     assert kilobytes == [2.4, 15.7, 19.6, 7.2, 12.8, 19.6, 19.6, 15.7]
-    assert sum(w.num_bytes for w in roofline.kernels(shapes)) == pytest.approx(231e3, rel=0.01)
-    for way in (roofline.floor, roofline.kernels, roofline.eager):
-        assert sum(w.flops for w in way(shapes)) == pytest.approx(25.06e6, rel=1e-3)
+    assert sum(w.flops for w in roofline.floor(shapes)) == pytest.approx(25.06e6, rel=1e-3)
     frozen = roofline.frozen_floor(shapes)
     saved = sum(w.num_bytes for w in roofline.floor(shapes)) - sum(w.num_bytes for w in frozen)
     assert saved == pytest.approx(19.6e3 + 15.7e3 + 32 * 14 * 14 / 4, rel=0.01)
@@ -614,7 +612,3 @@ def test_unknown_hardware_has_no_prediction() -> None:
     fraction = roofline.roofline_fraction(12e6, "NVIDIA H100 80GB HBM3", "bf16", 3e12, works)
     assert fraction is not None and 0.4 < fraction < 0.6
     assert roofline.copy_bandwidth(CPU) is None
-
-
-def test_readme_shows_the_models_table() -> None:
-    assert roofline.table(28, 28, 94) in (ROOT / "kernels" / "README.md").read_text()

@@ -1,6 +1,7 @@
 """The network, the optimiser and the step: exact where they can be, else within tolerances."""
 
 import json
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,15 @@ from engine.feeds.resident import ResidentFeed
 from engine.feeds.synthetic import random_batch
 from engine.models import NETWORKS, make_model
 from engine.order import PADDING_ID, Order
+from engine.train.backends import (
+    CONV_BACKWARD,
+    compile_arguments,
+    has_conv_backward,
+    use_backends,
+)
 from engine.train.capture import check_like
 from engine.train.optim import lr_table, make_optimizer
+from engine.train.session import open_session
 from engine.train.step import TrainStep
 from engine.world import World
 
@@ -143,9 +151,49 @@ def test_every_switch_is_the_same_training(
 @pytest.fixture
 def fp32_kept() -> Any:
     """The process's own switches, put back at the end."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
     yield
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+    matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = before
+
+
+def test_each_steps_switches_hold_in_its_turn(world: World, fp32_kept: None) -> None:
+    first = make_step(world, cudnn_benchmark=True)
+    assert torch.backends.cudnn.benchmark
+    make_step(world)
+    assert not torch.backends.cudnn.benchmark, "off where nobody asks for it, as in parity"
+    first.use_backends()
+    assert torch.backends.cudnn.benchmark
+
+
+def test_a_session_puts_back_what_it_switched(
+    small: Records, world: World, fp32_kept: None
+) -> None:
+    torch.backends.cudnn.benchmark = True
+    config = RunConfig(global_batch=32)
+    with closing(open_session(config, small, world)):
+        assert not torch.backends.cudnn.benchmark
+    assert torch.backends.cudnn.benchmark
+
+
+def test_the_compiler_gets_each_switch(fp32_kept: None) -> None:
+    """By its mode or by that mode's options; torch refuses a name that it does not know."""
+    config = torch._dynamo.config
+    before = config.optimize_ddp
+    try:
+        for whole in (True, False):
+            use_backends(StepConfig(compile="default", split_under_ddp=not whole))
+            assert config.optimize_ddp is not whole
+    finally:
+        config.optimize_ddp = before
+    plain = StepConfig(compile="max-autotune")
+    assert compile_arguments(plain)["mode"] == "max-autotune-no-cudagraphs"
+    if not has_conv_backward():
+        pytest.skip("this torch's inductor cannot write convolution gradients")
+    step = StepConfig(compile="max-autotune", triton_conv_backward=True)
+    wrapper = torch._TorchCompileInductorWrapper(None, compile_arguments(step)["options"], False)
+    assert all(wrapper.config[name] == "ATEN,TRITON" for name in CONV_BACKWARD)
+    assert wrapper.config["max_autotune"], "the mode's own options stay"
 
 
 @pytest.mark.parametrize("precisions", [("fp32", "tf32"), ("tf32", "bf16")])
@@ -157,13 +205,13 @@ def test_steps_of_two_precisions_cannot_mix(
     batch = random_batch(32, (28, 28), 8, CPU)
     second.train(batch)
     for refused in (first.train, first.evaluate):
-        with pytest.raises(RuntimeError, match=r"precision .*call use_precision\(\)"):
+        with pytest.raises(RuntimeError, match=r"precision .*call use_backends\(\)"):
             refused(batch)
-    first.use_precision()
+    first.use_backends()
     assert torch.backends.cudnn.allow_tf32 == (precisions[0] == "tf32")
     first.train(batch)
     first.evaluate(batch)
-    with pytest.raises(RuntimeError, match="call use_precision"):
+    with pytest.raises(RuntimeError, match="call use_backends"):
         second.train(batch)
 
 

@@ -216,7 +216,7 @@ def test_a_way_that_fails_leaves_the_case_its_other_figures() -> None:
         raise TypeError("no such launch\nand more")
 
     flush, bandwidth = setting(torch.device("cpu"))
-    case = Case("k", {"eager": lambda: None, "Triton": refused}, 1.0)
+    case = Case("k", {"eager": lambda: None, "Triton": refused})
     measured = measure_case(case, flush, bandwidth, 2)
     assert [line.name for line in measured.rows] == ["k: eager"]
     assert measured.failures == ["k: Triton: TypeError: no such launch"]

@@ -61,6 +61,11 @@ def test_graphs_are_set_aside_and_come_back(session: Session) -> None:
         next(endless(session))
 
 
+def test_the_launches_of_the_same_step_on_a_gpu_are_told(session: Session) -> None:
+    (line,) = trace._launches(session)
+    assert "counted, not measured" in line and "launches and moves" in line, line
+
+
 def test_operators_carry_the_profilers_flops(session: Session) -> None:
     traced = trace.traced(session, 3, detailed=True)
     frame = trace.operators(traced, torch.device("cpu"))

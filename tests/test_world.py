@@ -55,6 +55,27 @@ def test_fp16_and_graphs_need_a_gpu(small: Records, world: World) -> None:
     assert not step.cuda_graphs and "there is no GPU" in note
 
 
+def test_what_only_a_gpus_libraries_do_is_taken_back(
+    small: Records, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, note = effective(small, world, cudnn_benchmark=True)
+    assert not step.cudnn_benchmark and "there is no GPU" in note
+    gpu = replace(world, device=torch.device("cuda", 0))
+    monkeypatch.setattr(
+        available, "choose_feed", lambda config, split, device: ("resident", "it fits")
+    )
+    monkeypatch.setattr(available, "cannot_compile", lambda device: "")
+    assert effective(small, gpu, cudnn_benchmark=True)[0].cudnn_benchmark
+    step, note = effective(small, gpu, cudnn_benchmark=True, canonical=2)
+    assert not step.cudnn_benchmark and "fixed algorithms" in note
+    step, note = effective(small, gpu, triton_conv_backward=True, compile="default")
+    assert not step.triton_conv_backward and "take --compile max-autotune" in note
+    for can in (True, False):
+        monkeypatch.setattr(available, "has_conv_backward", lambda can=can: can)
+        step, note = effective(small, gpu, triton_conv_backward=True, compile="max-autotune")
+        assert step.triton_conv_backward is can and ("2.13 or newer" in note) is not can
+
+
 def test_graphs_on_a_gpu(small: Records, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         available, "choose_feed", lambda config, split, device: ("resident", "it fits")

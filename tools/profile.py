@@ -208,6 +208,36 @@ def trace(
 
 
 @main.command()
+@click.argument("matrix", required=False, type=PATH, metavar="[MATRIX]")
+@click.option(
+    "--gpu", default="NVIDIA H100 80GB HBM3", show_default=True, help="The GPU of the model."
+)
+@click.option("--out", type=PATH, help="Write the ledger there, too, as JSON.")
+def ledger(matrix: Path | None, gpu: str, out: Path | None) -> None:
+    """Count the launches and bytes of MATRIX's steps, without a GPU, and predict their time.
+
+    The default is bench_configs/ledger.toml. What is printed is a model's, not measured.
+    """
+    with exit_on_user_error():
+        from tools.measure.ledger import (
+            ROWS,
+            launches_table,
+            make_ledger,
+            to_markdown,
+            write_ledger,
+        )
+
+        if out:
+            check_file(out)
+        found = make_ledger(matrix or ROWS, gpu)
+        click.echo(to_markdown(found, out.name if out else "none"))
+        if not matrix:
+            click.echo(launches_table(found), nl=False)
+        if out:
+            write_ledger(found, out)
+
+
+@main.command()
 @DATA
 @click.option(
     "--config", "config_file", type=PATH, help="TOML file: a recipe other than the study's."

@@ -10,6 +10,8 @@ from engine.errors import exit_on_user_error
 from engine.host import ROOT
 from engine.typed import read_as, typed
 from engine.ui import guard_outputs
+from tools.measure.ledger import RESULT, read_ledger
+from tools.measure.ledger import to_markdown as ledger_to_markdown
 from tools.measure.results import read_profile
 from tools.report.rows import (
     Proofs,
@@ -23,6 +25,8 @@ from tools.report.tables import best_rates
 
 RESULTS = ROOT / "bench_configs" / "results"
 LADDER = ROOT / "bench_configs" / "ladder_h100.toml"
+GPU = "gpu"
+"""What `tools.gpu` left, a folder."""
 PROOFS = "reliability.json"
 """What `make reliability` leaves has rows of its own."""
 TARGET = RESULTS.parent / "RESULTS.md"
@@ -56,6 +60,10 @@ def _section(file: Path) -> str:
     source = f"results/{file.name}"
     if file.name == PROOFS:
         return proofs_to_markdown(read_as(Proofs, file), source)
+    if file == RESULT:
+        measured = (RESULTS / GPU / "profile.json").exists()
+        profile = read_profile(RESULTS / GPU) if measured else None
+        return ledger_to_markdown(read_ledger(file), source, profile)
     return to_markdown(read_result(file), source)
 
 

@@ -77,7 +77,7 @@ def make_feed(
     if name == "dali":
         from engine.feeds.dali import DaliFeed
 
-        return DaliFeed(split, order, device, augment)
+        return DaliFeed(split, order, device, augment, config.step.steps_per_launch)
     if augment:
         make_ready(device, split.height_width)
     if name == "resident":

@@ -33,13 +33,44 @@ NUM_RUNS = HELD + 3
 """With two that are ready, and the one that is gathered."""
 FRAMES = 8192
 """Frames of a run, at least one batch."""
+MOST_FRAMES = 65_536
+"""Of a run that holds all batches of a launch: 50 MB of 28x28 pixels, NUM_RUNS times."""
+
+
+def batches_of_run(order: Order, steps_per_launch: int) -> int:
+    """Whole launches, FRAMES at least if the epoch has them.
+
+    Between two runs the host waits for the device. Between two launches it may, since the device
+    has the next one to do; amid the batches of one, the device would have nothing.
+    """
+    size = order.rank_batch
+    num = max(FRAMES // (size * steps_per_launch), 1) * steps_per_launch
+    if num * size > max(MOST_FRAMES, size):
+        num = max(FRAMES // size, 1)
+    return min(num, order.steps_per_epoch)
+
+
+def presize(backend: Any, num_bytes: int, device_index: int) -> None:
+    """Let DALI's pools take their memory before the first run, rather than amid training.
+
+    An older DALI lacks the functions; its pools grow as they are used.
+    """
+    if hasattr(backend, "PreallocateDeviceMemory"):
+        backend.PreallocateDeviceMemory(num_bytes, device_index)
+    if hasattr(backend, "PreallocatePinnedMemory"):
+        backend.PreallocatePinnedMemory(num_bytes)
 
 
 class DaliFeed:
     name = "dali"
 
     def __init__(
-        self, split: Split, order: Order, device: torch.device, augment: AugmentConfig | None = None
+        self,
+        split: Split,
+        order: Order,
+        device: torch.device,
+        augment: AugmentConfig | None = None,
+        steps_per_launch: int = 1,
     ) -> None:
         self.order = order
         self._augment = augment
@@ -47,7 +78,7 @@ class DaliFeed:
         self._height_width = split.height_width
         self._on_gpu = device.type == "cuda"
         self._gather = Gather(split, torch.device("cpu"), one_thread=not self._on_gpu)
-        num = max(min(FRAMES // order.rank_batch, order.steps_per_epoch), 1) * order.rank_batch
+        num = batches_of_run(order, steps_per_launch) * order.rank_batch
         frames = (
             Batch.empty(num, split.height_width, torch.device("cpu"), self._on_gpu)
             for _ in range(NUM_RUNS)
@@ -67,12 +98,14 @@ class DaliFeed:
 
     def _build(self) -> Any:
         try:
-            from nvidia.dali import Pipeline, fn, types
+            from nvidia.dali import Pipeline, backend, fn, types
         except ImportError as error:
             raise UserError(
                 f"--feed dali: {error}; install nvidia-dali-cuda120, or use --feed resident"
             ) from None
         num_inputs = 4 if self._augment else 3
+        if self._on_gpu:
+            presize(backend, (PREFETCH + 1) * self._run_bytes(), self._device.index or 0)
         pipe = Pipeline(
             batch_size=1,
             num_threads=2 if self._augment else 1,
@@ -100,6 +133,13 @@ class DaliFeed:
             pipe.set_outputs(image, label, sample_id)
         pipe.build()
         return pipe
+
+    def _run_bytes(self) -> int:
+        """Of the tensors of a run; distorted images are there twice."""
+        frames, matrix_F23 = self._ring[0]
+        tensors = [frames.image_BHW, frames.label_B, frames.id_B]
+        tensors += [frames.image_BHW, matrix_F23] if self._augment else []
+        return sum(tensor.nbytes for tensor in tensors)
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         self._stop(to_restart=True)

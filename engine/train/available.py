@@ -15,6 +15,7 @@ from engine.errors import UserError
 from engine.feeds.build import choose_feed, gathers
 from engine.feeds.stream import NUM_WINDOWS
 from engine.models import network_class
+from engine.train.backends import has_conv_backward
 from engine.world import World, cannot_compile, cannot_fuse, fused_on_cpu, has_fast_bf16
 
 
@@ -113,6 +114,31 @@ def _compile(config: RunConfig, records: Records, world: World) -> Changes:
         yield _step(config, compile="off"), f"torch.compile is not used: {why}"
 
 
+def _conv_backward(config: RunConfig, records: Records, world: World) -> Changes:
+    if not config.step.triton_conv_backward:
+        return
+    why = ""
+    if config.step.compile != "max-autotune":
+        why = "they take --compile max-autotune"
+    elif world.device.type == "cpu":
+        why = "there is no GPU"
+    elif not has_conv_backward():
+        why = "this torch cannot write them; it takes 2.13 or newer"
+    if why:
+        step = _step(config, triton_conv_backward=False)
+        yield step, f"Triton's convolution gradients are not used: {why}"
+
+
+def _cudnn(config: RunConfig, records: Records, world: World) -> Changes:
+    if not config.step.cudnn_benchmark:
+        return
+    why = "there is no GPU" if world.device.type == "cpu" else ""
+    if config.step.canonical:
+        why = "--canonical takes fixed algorithms"
+    if why:
+        yield _step(config, cudnn_benchmark=False), f"cuDNN's benchmark is not used: {why}"
+
+
 def _canonical(config: RunConfig, records: Records, world: World) -> Changes:
     if config.step.canonical and world.device.type == "cpu" and torch.get_num_threads() > 1:
         why = "more would add in another order on another machine"
@@ -191,6 +217,8 @@ RULES: tuple[Callable[[RunConfig, Records, World], Changes], ...] = (
     _loss,
     _second_layer,
     _compile,
+    _conv_backward,
+    _cudnn,
     _canonical,
     _noise_scale,
     _first_layer,

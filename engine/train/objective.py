@@ -69,22 +69,3 @@ class Objective(torch.nn.Module):
     def _autocast(self) -> torch.autocast:
         is_on = self._dtype is not None
         return torch.autocast(self._device_type, self._dtype or torch.bfloat16, enabled=is_on)
-
-
-def set_fp32_precision(precision: str) -> None:
-    """What fp32 is on this process's GPU: IEEE's, or TF32 in convolutions and products.
-
-    By the older switches, since they set the `fp32_precision` ones too. Those alone leave the older
-    ones behind, and inductor, which reads them, then raises (torch 2.13).
-    """
-    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"  # torch's default is True
-
-
-def check_fp32_precision(precision: str) -> None:
-    """RuntimeError if fp32 is another now than `set_fp32_precision(precision)` left it."""
-    if torch.backends.cuda.matmul.allow_tf32 != (precision == "tf32"):
-        raise RuntimeError(
-            f"fp32 was set otherwise since this step of precision {precision} was made, by another "
-            "step of this process; call use_precision() before going on with this one"
-        )

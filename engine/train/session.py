@@ -26,6 +26,7 @@ from engine.models.network import check_image_size
 from engine.order import Order, Strata, permute, round_keys
 from engine.report import Environment, environment
 from engine.train.available import effective_config
+from engine.train.backends import backends_kept
 from engine.train.canonical import check_shards, fixed_arithmetic
 from engine.train.schedule import planned_batches
 from engine.train.step import TrainStep
@@ -152,6 +153,7 @@ def open_session(config: RunConfig, records: Records, world: World) -> Session:
     order = make_order(config, train, world.rank, world.size)
     start = time.perf_counter()
     with ExitStack() as stack:
+        stack.enter_context(backends_kept())
         if effective.step.canonical:
             stack.enter_context(fixed_arithmetic(world.device))
         step, source = _make_step(effective, records, order, world)
@@ -225,6 +227,8 @@ def switches(config: RunConfig) -> dict[str, Any]:
         "precision": config.step.precision,
         "channels_last": config.step.channels_last,
         "compile": config.step.compile,
+        "triton_conv_backward": config.step.triton_conv_backward,
+        "cudnn_benchmark": config.step.cudnn_benchmark,
         "accumulate": config.step.accumulate,
         "canonical": config.step.canonical,
         "cuda_graphs": config.step.cuda_graphs,

@@ -32,9 +32,10 @@ from engine.heart import EVALUATING, TRAINING, WAITING
 from engine.meters import span
 from engine.models import Network
 from engine.order import PADDING_ID, Order, round_keys
+from engine.train.backends import check_fp32_precision, compile_arguments, use_backends
 from engine.train.canonical import Shards
 from engine.train.capture import Graph, check_like
-from engine.train.objective import Objective, check_fp32_precision, set_fp32_precision
+from engine.train.objective import Objective
 from engine.train.optim import lr_table, make_optimizer
 from engine.train.state import TrainState
 from engine.train.statistics import Statistics
@@ -147,7 +148,7 @@ class TrainStep:
         self._static = static
         self._world = world
         self._source = source
-        self.use_precision()
+        self.use_backends()
         device = world.device
         num_steps = (config.schedule_epochs or config.epochs) * order.steps_per_epoch
         if config.step.channels_last:
@@ -192,20 +193,18 @@ class TrainStep:
         )
         self.objective = Objective(self.model, self._config, device)
         self._net: torch.nn.Module | None = None  # the old DDP's hooks go with it
-        if (mode := self._config.step.compile) != "off":
-            self.objective.compile(
-                mode=None if mode == "default" else f"{mode}-no-cudagraphs", dynamic=False
-            )
+        if self._config.step.compile != "off":
+            self.objective.compile(**compile_arguments(self._config.step))
         self._net = self.objective
         if self._world.size > 1 and not self._shards:
             self._net = _on_ranks(self.objective, device)
 
-    def use_precision(self) -> None:
-        """Make fp32 what this step's precision says, for the whole process.
+    def use_backends(self) -> None:
+        """Make precision, cuDNN and the compiler what this step's config says, process-wide.
 
         A new step does so itself. Of two that take turns, each must call it when its turn comes.
         """
-        set_fp32_precision(self._config.step.precision)
+        use_backends(self._config.step)
 
     @property
     def part_samples(self) -> int:

@@ -21,7 +21,7 @@ from engine.config import RunConfig
 from engine.data.records import Records
 from engine.errors import UserError
 from engine.report import Environment
-from engine.train.objective import set_fp32_precision
+from engine.train.backends import set_fp32_precision
 from engine.typed import read_result_as
 from tools.measure.answers import all_logits
 from tools.measure.scores import Answers, Scores, scores_of

@@ -61,7 +61,7 @@ class InProcess:
             config = override(RunConfig(), job.settings, "the cell")
             self._sessions[key] = open_session(config, self._records, self._world)
         session = self._sessions[key]
-        session.step.use_precision()  # another cell's may have run since
+        session.step.use_backends()  # another cell's may have run since
         done = self._num_done[key] = self._num_done.get(key, 0) + 1
         is_long = bool(self._long) and done == self._long + 1
         first = measure(session, 2 * session.step.steps_per_launch)

@@ -2,7 +2,7 @@
 
 What is measured is time, GB/s and the part of the bandwidth.
 
-The bytes are the roofline model's (roofline.py), the same for all three ways, so that GB/s compare.
+The bytes are those that the Triton kernels' launchers ask for (started.py).
 Between repetitions 1 GiB is read. Then the second-level cache holds nothing of the last, and
 nothing that must be written back while the next is measured. The host gets ahead of the GPU, too,
 so that its own time is not measured. The ways are measured in turn, the copy bandwidth in the same
@@ -24,9 +24,11 @@ from kernels.bias_pool_relu import bias_pool_relu
 from kernels.conv2_pool_relu import conv2_pool_relu
 from kernels.conv_pool_relu import conv_pool_relu
 from kernels.gather_warp import gather_warp, gather_warp_reference
+from kernels.launch import num_processors
 from kernels.linear_cross_entropy import linear_cross_entropy
 from kernels.softmax_cross_entropy import softmax_cross_entropy
 from tools.measure import roofline
+from tools.measure.started import launched_bytes
 from tools.report.rows import Row, row
 
 HEIGHT_WIDTH, CLASSES, SMOOTHING = (28, 28), 94, 0.05
@@ -38,11 +40,10 @@ Function = Callable[..., torch.Tensor]
 
 
 class Case(NamedTuple):
-    """A kernel, the ways to do its work, and the bytes of the whole batch."""
+    """A kernel, and the ways to do its work."""
 
     name: str
     ways: dict[str, Work]
-    num_bytes: float
 
 
 @dataclass(frozen=True)
@@ -78,16 +79,20 @@ def measure_case(
     kept = {way: times for way, times in times_us.items() if way not in failures}
     rows = [row(f"{case.name}: {way}", times, "us") for way, times in kept.items()]
     if "Triton" in kept:
-        rows += _rates(case, kept["Triton"], bandwidth)
+        processors = num_processors(flush)
+        num_bytes = launched_bytes(case.ways["Triton"], processors)
+        rows += _rates(case.name, num_bytes, kept["Triton"], bandwidth)
     return MeasuredCase(rows, [f"{case.name}: {way}: {why}" for way, why in failures.items()])
 
 
-def _rates(case: Case, times_us: list[float], bandwidth: float | None) -> list[Row]:
-    rates = [case.num_bytes / us / 1000 for us in times_us]
-    rows = [row(f"{case.name}: Triton", rates, "GB/s")]
+def _rates(
+    name: str, num_bytes: float, times_us: list[float], bandwidth: float | None
+) -> list[Row]:
+    rates = [num_bytes / us / 1000 for us in times_us]
+    rows = [row(f"{name}: Triton", rates, "GB/s")]
     if bandwidth:
         parts = [1e11 * rate / bandwidth for rate in rates]
-        rows.append(row(f"{case.name}: part of the copy bandwidth", parts, "%"))
+        rows.append(row(f"{name}: part of the copy bandwidth", parts, "%"))
     return rows
 
 
@@ -103,14 +108,10 @@ def _time_us(work: Work, flush: torch.Tensor) -> float:
 def cases(device: torch.device, batch: int, compiled: bool) -> Iterator[Case]:
     """Every kernel's forward and backward, on random data."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    sizes = roofline.Shapes(*HEIGHT_WIDTH, CLASSES, dtype.itemsize)
-    works = roofline.kernels(sizes) + roofline.head(sizes)
-    num_bytes = {work.name: batch * work.num_bytes for work in works}
-    num_bytes |= _conv2_bytes(sizes, batch)
     height, width = HEIGHT_WIDTH
     image = torch.randint(256, (batch, height, width), dtype=torch.uint8, device=device)
     label = torch.randint(CLASSES, (batch,), dtype=torch.uint8, device=device)
-    yield from _gathers(image, label, num_bytes["gather_warp"], compiled)
+    yield from _gathers(image, label, compiled)
 
     def layer(*shape: int, kind: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.randn(shape, device=device).to(kind).requires_grad_()
@@ -138,18 +139,15 @@ def cases(device: torch.device, batch: int, compiled: bool) -> Iterator[Case]:
     for name, fused, plain, leaves in layers:
         ways = _ways(plain, fused, compiled)
         forward: dict[str, Work] = {w: partial(function, *leaves) for w, function in ways.items()}
-        yield Case(f"{name} forward", forward, num_bytes[f"{name} forward"])
+        yield Case(f"{name} forward", forward)
         backward = {way: _backward(function, leaves) for way, function in ways.items()}
-        yield Case(f"{name} backward", backward, num_bytes[f"{name} backward"])
+        yield Case(f"{name} backward", backward)
     ways = _ways(_head, _fused_head, compiled)
     both = {way: _both(function, head) for way, function in ways.items()}
-    head_bytes = sum(batch * work.num_bytes for work in roofline.head(sizes))
-    yield Case("linear_cross_entropy forward and backward", both, head_bytes)
+    yield Case("linear_cross_entropy forward and backward", both)
 
 
-def _gathers(
-    image: torch.Tensor, label: torch.Tensor, num_bytes: float, compiled: bool
-) -> Iterator[Case]:
+def _gathers(image: torch.Tensor, label: torch.Tensor, compiled: bool) -> Iterator[Case]:
     """One step of one batch, its ids in any order; and the same through drawn matrices."""
     batch, device = len(label), image.device
     table, step = (
@@ -161,15 +159,12 @@ def _gathers(
     )
     out = (torch.empty_like(image), torch.empty_like(label), torch.empty_like(table[0]))
     ways = _ways(gather_warp_reference, gather_warp, compiled)
-    for name, given, extra in (
-        ("gather_warp", None, 0),
-        ("gather_warp, warped", matrix, 24 * batch),
-    ):
+    for name, given in (("gather_warp", None), ("gather_warp, warped", matrix)):
         works: dict[str, Work] = {
             way: partial(function, image, label, table, step, given, *out)
             for way, function in ways.items()
         }
-        yield Case(name, works, num_bytes + extra)
+        yield Case(name, works)
 
 
 def _ways(
@@ -213,12 +208,6 @@ def _second(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
 
 def _whole_second(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     return _second(functional.conv2d(x, weight.to(x.dtype), padding=1), bias)
-
-
-def _conv2_bytes(s: roofline.Shapes, batch: int) -> dict[str, float]:
-    """Forward; and backward, which is two kernels that both read the pooled gradient and codes."""
-    once = s.pool1 + s.pool2 + s.code2
-    return {"conv2_pool_relu forward": batch * once, "conv2_pool_relu backward": 2 * batch * once}
 
 
 def _loss(logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:

@@ -25,10 +25,12 @@ from engine import meters
 from engine.config import RunConfig
 from engine.data.sample import ensure_sample
 from engine.durable import write_file, writing
+from engine.errors import first_cause, sentence
 from engine.feeds.build import open_for
 from engine.report import write_json
 from engine.train.session import Session, open_session
 from engine.world import start_world
+from tools.measure.ledger import in_words
 from tools.measure.steps import endless
 
 STAGES = ("copy", "forward", "backward", "all_reduce", "optimiser")
@@ -257,7 +259,20 @@ def write_trace(session: Session, num_steps: int, out: Path | None) -> str:
         tables = {"stage_ms": ms, "launch_gaps": gaps, "operators": _records(operator_frame)}
         write_json(_circumstances(session, trace) | tables, out / "tables.json")
     place = f"written: {out / 'trace.json.gz'} (open it at ui.perfetto.dev), tables beside it\n"
-    return "\n\n".join([*_shown(stage_frame, operator_frame, gaps, trace), place])
+    shown = _shown(stage_frame, operator_frame, gaps, trace)
+    return "\n\n".join([*shown, *_launches(session), place])
+
+
+def _launches(session: Session) -> list[str]:
+    """The line of the ledger, where what was asked for can be counted."""
+    config, records = session.requested, session.records
+    if config.step.compile != "off" or session.world.size > 1:
+        return []
+    shape = (*records.height_width, len(records.classes))
+    try:
+        return [in_words(config, config.global_batch, shape)]
+    except Exception as error:  # a network of one's own may do what fake tensors cannot
+        return [f"launches are not counted: {sentence(first_cause(error))}"]
 
 
 def _circumstances(session: Session, trace: Traced) -> dict[str, object]:
