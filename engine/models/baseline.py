@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from engine.config import ModelConfig
+from engine.models.columns import Columns
 from engine.models.network import FIT_ALL, Network
 from engine.models.whitening import whitening_filters
 
@@ -31,7 +32,7 @@ class GlyphNet(Network):
         super().__init__()
         self.conv1 = nn.Conv2d(1, CONV1_CHANNELS, 3, padding=1)
         self.conv2 = nn.Conv2d(CONV1_CHANNELS, CONV2_CHANNELS, 3, padding=1)
-        self.fc1 = nn.Linear(CONV2_CHANNELS * (height // 4) * (width // 4), HIDDEN)
+        self.fc1 = Columns((CONV2_CHANNELS, height // 4, width // 4), HIDDEN)
         self.fc2 = nn.Linear(HIDDEN, num_classes)
 
     @classmethod
@@ -54,7 +55,7 @@ class GlyphNet(Network):
     def forward(self, image_BHW: torch.Tensor) -> torch.Tensor:
         """Logits [B, K] of uint8 pixels, of the type of the arithmetic."""
         x_BCHW = self._second(self._first(image_BHW))
-        logits_BK: torch.Tensor = self.fc2(functional.relu(self.fc1(x_BCHW.flatten(1))))
+        logits_BK: torch.Tensor = self.fc2(functional.relu(self.fc1(x_BCHW)))
         return logits_BK
 
     def _first(self, image_BHW: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from engine.models.columns import Columns
 from engine.models.network import Network
 from engine.models.pixels import Pixels
 
@@ -53,8 +54,7 @@ class ResidualNet(Network):
         self.norm2 = nn.BatchNorm2d(second)
         self.block2 = Block(second, third)
         self.norm3 = nn.BatchNorm2d(third)
-        num_left = -(-(height // 4) // 2) * -(-(width // 4) // 2)
-        self.fc1 = nn.Linear(third * num_left, HIDDEN)
+        self.fc1 = Columns((third, -(-(height // 4) // 2), -(-(width // 4) // 2)), HIDDEN)
         self.fc2 = nn.Linear(HIDDEN, num_classes)
 
     def forward(self, image_BHW: torch.Tensor) -> torch.Tensor:
@@ -65,5 +65,5 @@ class ResidualNet(Network):
         x_BCHW = functional.relu(self.norm2(functional.max_pool2d(x_BCHW, 2)))
         x_BCHW = self.block2(x_BCHW)
         x_BCHW = functional.relu(self.norm3(functional.max_pool2d(x_BCHW, 2, ceil_mode=True)))
-        logits_BK: torch.Tensor = self.fc2(functional.relu(self.fc1(x_BCHW.flatten(1))))
+        logits_BK: torch.Tensor = self.fc2(functional.relu(self.fc1(x_BCHW)))
         return logits_BK

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from engine.models.columns import columns_of
+
 Tensors = dict[str, torch.Tensor]
 
 
@@ -26,7 +28,16 @@ class TrainState:
 
     def model_tensors(self) -> Tensors:
         """Parameters and buffers."""
-        return dict(self.model.state_dict())
+        live = {name: p.detach() for name, p in self.model.named_parameters()}
+        return {name: live.get(name, t) for name, t in self.model.state_dict().items()}
+
+    def in_files(self, tensors: Tensors) -> Tensors:
+        """Some of these tensors in the shapes that files hold."""
+        merged = columns_of(self.model)
+        return {
+            name: tensor.flatten(1) if name.split("/")[0] in merged and tensor.dim() > 2 else tensor
+            for name, tensor in tensors.items()
+        }
 
     def optimizer_tensors(self) -> Tensors:
         """The optimiser's state, "conv1.weight/exp_avg" and so on; empty before its first step."""

@@ -154,7 +154,9 @@ def resumed(config: RunConfig, records: Records, world: World) -> State:
             step = session.step
             state = step.state
             manifest = replace(manifest, scaler=state.scaler_numbers())
-            write_checkpoint(Path(folder), manifest, checkpoint_tensors(state))
+            live = checkpoint_tensors(state).items()
+            files = {name: state.in_files(tensors) for name, tensors in live}
+            write_checkpoint(Path(folder), manifest, files)
         with closing(open_session(config, records, world)) as session:
             step = session.step
             load_checkpoint(Path(folder), step.state)
