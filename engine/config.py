@@ -21,7 +21,7 @@ NETWORK_NAMES = ("baseline", "fast", "residual", "vit")
 OWN = re.compile(r"(?P<file>.+\.py):(?P<name>[A-Za-z_]\w*)", re.DOTALL)
 """A network of the user's own, as --model names it."""
 KernelName = Literal[
-    "auto", "gather_warp", "conv_pool_relu", "bias_pool_relu", "softmax_cross_entropy"
+    "auto", "gather_warp", "conv_pool_relu", "bias_pool_relu", "softmax_cross_entropy", "adamw"
 ]
 AUTO: tuple[KernelName, ...] = ("auto",)
 
@@ -225,7 +225,8 @@ class RunConfig:
     augment: AugmentConfig = AugmentConfig()
     kernels: tuple[KernelName, ...] = setting(
         (),
-        "Fused layers: all, off, names with commas between, or auto: on a CPU those made for it.",
+        "Fused layers, and the optimiser adamw: all, off, names with commas between, or auto: "
+        "on a CPU those made for it.",
         flag="--kernels",
         environment=True,
     )

@@ -11,7 +11,7 @@ import sysconfig
 from importlib.util import find_spec
 from pathlib import Path
 
-NAMES = ("gather_warp", "conv_pool_relu", "bias_pool_relu", "softmax_cross_entropy")
+NAMES = ("gather_warp", "conv_pool_relu", "bias_pool_relu", "softmax_cross_entropy", "adamw")
 """In the order a sample meets them."""
 
 

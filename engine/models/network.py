@@ -15,8 +15,8 @@ from engine.config import ModelConfig
 from engine.errors import UserError
 from engine.models.pixels import Pixels
 
-FIT_ALL = frozenset({"gather_warp", "softmax_cross_entropy"})
-"""Those of kernels.NAMES that work before and behind a network, whatever it is."""
+FIT_ALL = frozenset({"gather_warp", "softmax_cross_entropy", "adamw"})
+"""Those of kernels.NAMES that work around a network, whatever it is."""
 
 
 class Network(nn.Module):

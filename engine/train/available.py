@@ -92,6 +92,13 @@ def _layers(config: RunConfig, records: Records, world: World) -> Changes:
         yield replace(config, kernels=kept), f"the {are.format(', '.join(others))} not used: {why}"
 
 
+def _optimizer(config: RunConfig, records: Records, world: World) -> Changes:
+    if "adamw" in config.kernels and config.optim.name != "adamw":
+        others = tuple(name for name in config.kernels if name != "adamw")
+        why = f"the optimiser is {config.optim.name}"
+        yield replace(config, kernels=others), f"the kernel adamw is not used: {why}"
+
+
 def _compile(config: RunConfig, records: Records, world: World) -> Changes:
     if config.step.compile != "off" and (why := cannot_compile(world.device)):
         yield _step(config, compile="off"), f"torch.compile is not used: {why}"
@@ -172,6 +179,7 @@ RULES: tuple[Callable[[RunConfig, Records, World], Changes], ...] = (
     _graphs,
     _kernels,
     _layers,
+    _optimizer,
     _compile,
     _canonical,
     _noise_scale,

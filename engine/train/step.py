@@ -34,6 +34,7 @@ from engine.models import Network
 from engine.order import PADDING_ID, Order, round_keys
 from engine.train.canonical import Shards
 from engine.train.capture import Graph, check_like
+from engine.train.flat import FlatAdamW
 from engine.train.objective import Objective, check_fp32_precision, set_fp32_precision
 from engine.train.optim import lr_table, make_optimizer
 from engine.train.state import TrainState
@@ -172,10 +173,11 @@ class TrainStep:
         num_shards = config.step.canonical
         self._eval_N3 = torch.zeros(max(num_shards, 1), 3, dtype=torch.float64, device=device)
         self._graphs: dict[int | str, Graph] = {}
-        self._rate_on_device = config.optim.fused or config.step.cuda_graphs
+        is_flat = "adamw" in config.kernels
+        self._rate_on_device = config.optim.fused or config.step.cuda_graphs or is_flat
         rate = self._rate_K[0] if self._rate_on_device else config.optim.learning_rate
         self.optimizer = make_optimizer(
-            config.optim, model, rate, capturable=config.step.cuda_graphs
+            config.optim, model, rate, capturable=config.step.cuda_graphs, flat=is_flat
         )
         self._num_parts = num_shards // world.size if num_shards else config.step.accumulate
         self._measures_noise = config.step.noise_scale
@@ -494,6 +496,10 @@ class TrainStep:
             bad.copy_(found)
             self.scaler.step(self.optimizer)
             self.scaler.update()
+            return
+        if isinstance(self.optimizer, FlatAdamW):  # looks by itself
+            self.optimizer.found_inf = bad
+            self.optimizer.step()
             return
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         # GradScaler's own check, one kernel; and its way to tell a fused optimiser

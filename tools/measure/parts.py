@@ -316,6 +316,7 @@ PARTS = (
     _cells("conv_pool_relu", 60),
     _cells("bias_pool_relu", 60),
     _cells("softmax_cross_entropy", 60),
+    _cells("adamw", 60),
     _cells("all_kernels", 120),
     Part("kernels", bench_kernels, 120),
     Part("feeds", measure_feeds, 60),
