@@ -92,6 +92,14 @@ def moves(settings: dict[str, Any]) -> Counter[str]:
     return seen.found
 
 
+def reference(num_rounded: int) -> dict[str, str]:
+    """What kernels/adamw.py's reference moves in the kernel's place; the kernel itself does not."""
+    return {
+        "gradients to fp32": f"_to_copy bfloat16 float32 [{num_rounded}]",
+        "parameters rounded to bf16": f"copy_ bfloat16 - [{num_rounded}]",
+    }
+
+
 @pytest.mark.parametrize(
     ("settings", "reasons"),
     [
@@ -100,8 +108,13 @@ def moves(settings: dict[str, Any]) -> Counter[str]:
             {"kernels": ["conv_pool_relu", "bias_pool_relu"]},
             COMMON | FIRST_ON_CPU | casts(set(SHAPES) - FUSED),
         ),
+        ({"kernels": ["adamw"]}, COMMON | FIRST | reference(421_384)),
+        (
+            {"kernels": ["conv_pool_relu", "bias_pool_relu", "adamw"]},
+            COMMON | FIRST_ON_CPU | reference(421_384 - 288 - 32 - 64),
+        ),
     ],
-    ids=["torch", "kernels of a CPU"],
+    ids=["torch", "kernels of a CPU", "adamw", "all of these"],
 )
 def test_a_step_moves_nothing_without_a_reason(
     settings: dict[str, Any], reasons: dict[str, str]

@@ -13,6 +13,7 @@ from torch import nn
 
 from engine.config import ModelConfig
 from engine.errors import UserError
+from engine.models.columns import Columns
 from engine.models.pixels import Pixels
 
 FIT_ALL = frozenset({"gather_warp", "softmax_cross_entropy", "adamw"})
@@ -56,6 +57,16 @@ class Network(nn.Module):
         for module in self.modules():
             if isinstance(module, Pixels):
                 module.channels_last = True
+
+    def rounded(self) -> frozenset[str]:
+        """Names of the parameters that reach nothing but operations which autocast runs in bf16.
+
+        Those of plain convolutions and linear layers; override it where `forward` uses one
+        otherwise.
+        """
+        kinds = (nn.Conv2d, nn.Linear, Columns)
+        layers = [(name, m) for name, m in self.named_modules() if type(m) in kinds]
+        return frozenset(f"{name}.{own}" for name, m in layers for own, _ in m.named_parameters())
 
     @property
     def wants_images(self) -> bool:

@@ -15,6 +15,7 @@ from engine.errors import UserError
 from engine.feeds.build import choose_feed, gathers
 from engine.feeds.stream import NUM_WINDOWS
 from engine.models import network_class
+from engine.train.flat import why_not_rounded
 from engine.world import World, cannot_compile, cannot_fuse, fused_on_cpu, has_fast_bf16
 
 
@@ -97,6 +98,13 @@ def _optimizer(config: RunConfig, records: Records, world: World) -> Changes:
         others = tuple(name for name in config.kernels if name != "adamw")
         why = f"the optimiser is {config.optim.name}"
         yield replace(config, kernels=others), f"the kernel adamw is not used: {why}"
+
+
+def _shadows(config: RunConfig, records: Records, world: World) -> Changes:
+    if "adamw" not in config.kernels or config.step.precision != "bf16":
+        return
+    if why := why_not_rounded(config, world.size):
+        yield config, f"weights are cast to bf16 in each step: {why}"
 
 
 def _compile(config: RunConfig, records: Records, world: World) -> Changes:
@@ -183,6 +191,7 @@ RULES: tuple[Callable[[RunConfig, Records, World], Changes], ...] = (
     _compile,
     _canonical,
     _noise_scale,
+    _shadows,
     _first_layer,
     _launches,
     _feed,

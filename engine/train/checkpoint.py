@@ -122,6 +122,7 @@ def load_checkpoint(run: Path, state: TrainState) -> tuple[Manifest, torch.Tenso
                 remedy = "resume with the model and the precision it was made by"
                 raise UserError(f"{checkpoint}: holds tensors of another model; {remedy}")
             _copy(tensors, files[name])
+        state.written()
         if state.scaler.is_enabled():
             state.load_scaler(manifest.scaler)
         return manifest, loss_S, skipped

@@ -4,6 +4,7 @@ Shapes: B samples, H x W pixels, C classes.
 """
 
 import torch
+from torch.func import functional_call
 from torch.nn import functional
 
 from engine.config import RunConfig
@@ -21,6 +22,8 @@ class Objective(torch.nn.Module):
     def __init__(self, model: Network, config: RunConfig, device: torch.device) -> None:
         super().__init__()
         self.model = model
+        self.rounded: dict[str, torch.Tensor] = {}
+        """By name, what the network computes with instead of its parameters."""
         self._smoothing = config.optim.label_smoothing
         self._fused_loss = "softmax_cross_entropy" in config.kernels
         self._device_type, self._dtype = device.type, _AUTOCAST.get(config.step.precision)
@@ -49,7 +52,11 @@ class Objective(torch.nn.Module):
         with torch.autocast(
             self._device_type, self._dtype or torch.bfloat16, enabled=self._dtype is not None
         ):
-            logits_BC: torch.Tensor = self.model(image_BHW)
+            logits_BC: torch.Tensor
+            if self.rounded:
+                logits_BC = functional_call(self.model, self.rounded, (image_BHW,))
+            else:
+                logits_BC = self.model(image_BHW)
         return logits_BC
 
 

@@ -1,6 +1,7 @@
 """The optimiser and the learning rate, which is a pure function of the step."""
 
 import math
+from collections.abc import Collection
 
 import numpy as np
 import torch
@@ -42,6 +43,7 @@ def make_optimizer(
     *,
     capturable: bool,
     flat: bool = False,
+    rounded: Collection[str] = (),
 ) -> torch.optim.Optimizer:
     """Adam or AdamW over two groups: weights with decay; biases, norms and `undecayed` without.
 
@@ -49,6 +51,7 @@ def make_optimizer(
         rate: the learning rate; a tensor for a fused or capturable optimiser, so that none is
             baked into a graph.
         flat: AdamW by kernels/adamw.py.
+        rounded: names of parameters that get bf16 shadows then.
     """
     decayed, plain = list[torch.Tensor](), list[torch.Tensor]()
     for name, parameter in model.named_parameters():
@@ -60,7 +63,9 @@ def make_optimizer(
         {"params": plain, "weight_decay": 0.0},
     ]
     if flat:
-        return FlatAdamW(groups, rate, (BETA1, config.beta2), capturable=capturable)
+        chosen = [p for name, p in model.named_parameters() if name in rounded]
+        betas = (BETA1, config.beta2)
+        return FlatAdamW(groups, rate, betas, capturable=capturable, rounded=chosen)
     kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
     fused = config.fused or None  # False would turn off torch's foreach, too: 100 launches
     betas = (BETA1, config.beta2)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from engine.models.columns import columns_of
+from engine.train.flat import FlatAdamW
 
 Tensors = dict[str, torch.Tensor]
 
@@ -65,6 +66,11 @@ class TrainState:
         kinds = {key: type(found[key]) for key in numbers if key in found}
         self.scaler.load_state_dict(found | {key: kinds[key](numbers[key]) for key in kinds})
 
+    def written(self) -> None:
+        """Call it after others wrote parameters: what is kept of them elsewhere follows."""
+        if isinstance(self.optimizer, FlatAdamW):
+            self.optimizer.round()
+
     @contextmanager
     def kept(self) -> Iterator[None]:
         """Let warm-up train, then put everything back in place, random state included.
@@ -86,6 +92,7 @@ class TrainState:
                 for name, tensor in self.optimizer_tensors().items():
                     if name not in before:
                         tensor.zero_()
+            self.written()
             self.scaler.load_state_dict(scaler_state)
             torch.set_rng_state(cpu_rng)
             if cuda_rng is not None:
