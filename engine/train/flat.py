@@ -82,14 +82,14 @@ class FlatAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def _add_part(self, rounded: set[int], is_rounded: bool) -> None:
         """Move the parameters with shadows, or the others, into buffers of their own."""
-        ordered = sorted(self.param_groups, key=lambda group: group["weight_decay"] == 0)
-        decayed, plain = (
-            [p for group in ordered for p in group["params"] if bool(group["weight_decay"]) == yes]
-            for yes in (True, False)
-        )
-        decayed, plain = (
-            [p for p in each if (id(p) in rounded) == is_rounded] for each in (decayed, plain)
-        )
+        mine = [
+            (p, bool(group["weight_decay"]))
+            for group in self.param_groups
+            for p in group["params"]
+            if (id(p) in rounded) == is_rounded
+        ]
+        decayed = [p for p, decays in mine if decays]
+        plain = [p for p, decays in mine if not decays]
         if not decayed + plain:
             return
         part = _part_of(decayed, plain, is_rounded)
