@@ -28,6 +28,7 @@ KernelName = Literal[
     "conv2_pool_relu",
     "softmax_cross_entropy",
     "linear_cross_entropy",
+    "adamw",
 ]
 AUTO: tuple[KernelName, ...] = ("auto",)
 NOT_IN_ALL: tuple[KernelName, ...] = ("auto", "conv2_pool_relu", "linear_cross_entropy")
@@ -251,7 +252,8 @@ class RunConfig:
     augment: AugmentConfig = AugmentConfig()
     kernels: tuple[KernelName, ...] = setting(
         (),
-        "Fused layers: all, off, names with commas between, or auto: on a CPU those made for it.",
+        "Fused layers, and the optimiser adamw: all, off, names with commas between, or auto: "
+        "on a CPU those made for it.",
         flag="--kernels",
         environment=True,
     )

@@ -18,6 +18,7 @@ NAMES = (
     "conv2_pool_relu",
     "softmax_cross_entropy",
     "linear_cross_entropy",
+    "adamw",
 )
 """In the order a sample meets them."""
 

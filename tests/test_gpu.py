@@ -158,11 +158,14 @@ def test_warm_up_and_capture_change_nothing(graphs: bool, small: Records, gpu_wo
 
 
 @pytest.mark.parametrize("graphs", [False, True])
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize(
+    ("precision", "names"), [("bf16", "off"), ("bf16", "all"), ("fp16", "off")]
+)
 def test_a_step_never_waits_for_the_device(
-    precision: str, graphs: bool, small: Records, gpu_world: World
+    precision: str, names: str, graphs: bool, small: Records, gpu_world: World
 ) -> None:
-    opened = session(small, gpu_world, step_precision=precision, step_cuda_graphs=graphs)
+    settings = {"step_precision": precision, "step_cuda_graphs": graphs}
+    opened = session(small, gpu_world, kernels=names, **settings)
     assert (
         host_reads(opened.step.train_epoch(opened.feed, 0), gpu_world.device, num_launches=7) == []
     )

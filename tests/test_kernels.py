@@ -194,7 +194,7 @@ def test_export_sees_every_operator(chosen: tuple[str, ...]) -> None:
     targets = [str(node.target) for graph in graphs for node in graph.nodes]
     names = (target.split(".")[1] for target in targets if target.startswith("tmnist."))
     seen = {name.removesuffix("_cpu") for name in names}
-    assert seen == set(chosen) - {"gather_warp"}
+    assert seen == set(chosen) - {"gather_warp", "adamw"}
 
 
 def test_every_combination_of_kernels_is_the_same_objective() -> None:
@@ -447,8 +447,8 @@ def test_the_config_names_the_kernels() -> None:
     for name in kernels.NAMES:
         text = (ROOT / "kernels" / f"{name}.py").read_text()
         assert f"def {name}(" in text
-        assert f"tmnist::{name}" in text
-        assert "Bytes a sample" in text
+        assert f"tmnist::{name}" in text or name == "adamw", "no layer: nobody differentiates it"
+        assert "Bytes a sample" in text or "Bytes a parameter" in text
 
 
 @pytest.mark.parametrize("name", kernels.NAMES)
@@ -466,7 +466,8 @@ def test_a_kernel_file_is_reference_jit_launcher_autograd(name: str) -> None:
     launched = started(tree)
     assert launched <= jits.keys()
     for kernel in launched:
-        assert re.fullmatch(rf"{name}_(forward|(input_|weight_)?backward)(_sum)?", kernel), kernel
+        pattern = rf"{name}_((forward|(input_|weight_)?backward)(_sum)?|check|update)"
+        assert re.fullmatch(pattern, kernel), kernel
     for helper in jits.keys() - launched:
         assert helper.startswith("_"), f"{helper} is launched by nobody"
 
@@ -492,7 +493,7 @@ def test_what_cannot_be_had_is_said(
 ) -> None:
     config, notes = effective(small, world)
     assert config.kernels == kernels.ON_CPU
-    assert "gather_warp, softmax_cross_entropy are not used: there is no GPU" in notes
+    assert "gather_warp, softmax_cross_entropy, adamw are not used: there is no GPU" in notes
     monkeypatch.setattr(cpu, "is_here", lambda: False)
     config, notes = effective(small, world)
     assert config.kernels == ()

@@ -217,7 +217,7 @@ def test_layers_that_a_network_lacks_are_taken_back(
 
     config = config_of("residual", kernels="all")
     effective, notes = effective_config(config, tiny, world)
-    assert effective.kernels == ("gather_warp", "softmax_cross_entropy")
+    assert effective.kernels == ("gather_warp", "softmax_cross_entropy", "adamw")
     assert "the kernels conv_pool_relu, bias_pool_relu are not used: the network residual" in str(
         notes
     )

@@ -26,7 +26,14 @@ from engine.host import ROOT
 from engine.report import read_report
 from engine.stop import STOP, Stopped
 from engine.train import trainer
-from engine.train.checkpoint import FILES, prune, read_checkpoint, write_checkpoint
+from engine.train.checkpoint import (
+    FILES,
+    checkpoint_tensors,
+    load_checkpoint,
+    prune,
+    read_checkpoint,
+    write_checkpoint,
+)
 from engine.train.folder import (
     Manifest,
     Position,
@@ -42,7 +49,7 @@ from engine.train.step import TrainStep
 from engine.train.trainer import fit
 from engine.world import World
 from tests.conftest import Command, assert_refused, child
-from tests.test_step import make_step
+from tests.test_step import losses, make_step
 
 CONFIG = RunConfig(global_batch=16, epochs=3, seed=5, checkpoint_every="4steps,1epoch")
 """14 steps in each epoch of the small records."""
@@ -375,6 +382,34 @@ def test_checkpoints_are_sorted_by_number_and_strangers_are_left(tmp_path: Path)
     prune(tmp_path, set(found), best_number=None)
     assert checkpoints(tmp_path) == found[:2]
     assert len(list((tmp_path / "checkpoints").iterdir())) == 6
+
+
+@pytest.mark.parametrize("to_nhwc", [True, False])
+def test_nhwc_and_nchw_read_each_others_checkpoints(
+    to_nhwc: bool, small: Records, world: World, tmp_path: Path
+) -> None:
+    """The same numbers by the same index, weights and moments, in the shapes of torch's layers."""
+    first, second = (make_step(world, channels_last=last) for last in (not to_nhwc, to_nhwc))
+    losses(first, small, 3)
+    live = checkpoint_tensors(first.state).items()
+    files = {name: first.state.in_files(tensors) for name, tensors in live}
+    for name in ("fc1.weight", "fc1.weight/exp_avg"):
+        (found,) = (tensors[name] for tensors in files.values() if name in tensors)
+        assert found.shape == (128, 64 * 7 * 7)
+    assert torch.equal(files["model.safetensors"]["fc1.weight"], first.model.fc1.weight.flatten(1))
+    write_checkpoint(tmp_path, manifest(3), files)
+    second.prepare()
+    load_checkpoint(tmp_path, second.state)
+    loaded = dict(checkpoint_tensors(second.state))
+    for name, tensors in live:
+        assert [key for key, t in tensors.items() if not torch.equal(t, loaded[name][key])] == []
+    strides = second.model.fc1.weight.stride()
+    assert (strides[1] == 1) == to_nhwc
+    assert second.optimizer.state[second.model.fc1.weight]["exp_avg"].stride() == strides
+    image_BHW = torch.from_numpy(small.split("val").image_NHW[:16])
+    plain = make_step(world, channels_last=not to_nhwc).model
+    plain.load_state_dict(second.model.state_dict())
+    torch.testing.assert_close(plain(image_BHW), second.model(image_BHW), rtol=1e-5, atol=1e-5)
 
 
 def test_what_does_not_verify_never_pushes_out_what_does(tmp_path: Path) -> None:

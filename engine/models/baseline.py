@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from engine.config import ModelConfig
+from engine.models.columns import Columns
 from engine.models.network import HeadNetwork
 from engine.models.whitening import whitening_filters
 
@@ -32,7 +33,7 @@ class GlyphNet(HeadNetwork):
         super().__init__()
         self.conv1 = nn.Conv2d(1, CONV1_CHANNELS, 3, padding=1)
         self.conv2 = nn.Conv2d(CONV1_CHANNELS, CONV2_CHANNELS, 3, padding=1)
-        self.fc1 = nn.Linear(CONV2_CHANNELS * (height // 4) * (width // 4), HIDDEN)
+        self.fc1 = Columns((CONV2_CHANNELS, height // 4, width // 4), HIDDEN)
         self.fc2 = nn.Linear(HIDDEN, num_classes)
 
     @classmethod
@@ -52,14 +53,23 @@ class GlyphNet(HeadNetwork):
             self.conv1.weight.copy_(weight_C133)
             cast(torch.Tensor, self.conv1.bias).copy_(bias_C)
 
+    def rounded(self) -> frozenset[str]:
+        """But those that a fused layer takes in fp32 and rounds itself."""
+        taken = {
+            "conv_pool_relu": {"conv1.weight", "conv1.bias"},
+            "bias_pool_relu": {"conv2.bias"},
+            "conv2_pool_relu": {"conv2.weight", "conv2.bias"},
+        }
+        return super().rounded() - {p for name in self.fused & taken.keys() for p in taken[name]}
+
     def hidden(self, image_BHW: torch.Tensor) -> torch.Tensor:
         """[B, 128] of uint8 pixels, of the type of the arithmetic."""
-        x_BD = self._second(self._first(image_BHW)).flatten(1)
+        x_BCHW = self._second(self._first(image_BHW))
         if "linear_cross_entropy" not in self.fused:
-            return functional.relu(self.fc1(x_BD))
+            return functional.relu(self.fc1(x_BCHW))
         from kernels.linear_relu import linear_relu
 
-        return linear_relu(x_BD, self.fc1.weight, self.fc1.bias)
+        return linear_relu(*self.fc1.sides(x_BCHW), self.fc1.bias)
 
     def _first(self, image_BHW: torch.Tensor) -> torch.Tensor:
         if "conv_pool_relu" not in self.fused:

@@ -13,10 +13,11 @@ from torch import nn
 
 from engine.config import ModelConfig
 from engine.errors import UserError
+from engine.models.columns import Columns
 from engine.models.pixels import Pixels
 
-FIT_ALL = frozenset({"gather_warp", "softmax_cross_entropy"})
-"""Those of kernels.NAMES that work before and behind a network, whatever it is."""
+FIT_ALL = frozenset({"gather_warp", "softmax_cross_entropy", "adamw"})
+"""Those of kernels.NAMES that work around a network, whatever it is."""
 
 
 class Network(nn.Module):
@@ -57,6 +58,16 @@ class Network(nn.Module):
             if isinstance(module, Pixels):
                 module.channels_last = True
 
+    def rounded(self) -> frozenset[str]:
+        """Names of the parameters that reach nothing but operations which autocast runs in bf16.
+
+        Those of plain convolutions and linear layers; override it where `forward` uses one
+        otherwise.
+        """
+        kinds = (nn.Conv2d, nn.Linear, Columns)
+        layers = [(name, m) for name, m in self.named_modules() if type(m) in kinds]
+        return frozenset(f"{name}.{own}" for name, m in layers for own, _ in m.named_parameters())
+
     @property
     def wants_images(self) -> bool:
         """Whether `prepare` has anything to take from training images."""
@@ -85,6 +96,13 @@ class HeadNetwork(Network):
         super().__init_subclass__()
         if "forward" in vars(cls):
             cls.kernels = cls.kernels - {"linear_cross_entropy"}
+
+    def rounded(self) -> frozenset[str]:
+        """But those of the last layer, where the kernel takes them in fp32."""
+        names = super().rounded()
+        if "linear_cross_entropy" not in self.fused:
+            return names
+        return names - {f"{self.last}.weight", f"{self.last}.bias"}
 
     def hidden(self, image_BHW: torch.Tensor) -> torch.Tensor:
         """What the last layer reads of uint8 pixels, [B, D]."""

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from engine.models.columns import Columns
 from engine.models.network import HeadNetwork
 from engine.models.pixels import Pixels
 
@@ -54,8 +55,7 @@ class ResidualNet(HeadNetwork):
         self.norm2 = nn.BatchNorm2d(second)
         self.block2 = Block(second, third)
         self.norm3 = nn.BatchNorm2d(third)
-        num_left = -(-(height // 4) // 2) * -(-(width // 4) // 2)
-        self.fc1 = nn.Linear(third * num_left, HIDDEN)
+        self.fc1 = Columns((third, -(-(height // 4) // 2), -(-(width // 4) // 2)), HIDDEN)
         self.fc2 = nn.Linear(HIDDEN, num_classes)
 
     def hidden(self, image_BHW: torch.Tensor) -> torch.Tensor:
@@ -66,4 +66,4 @@ class ResidualNet(HeadNetwork):
         x_BCHW = functional.relu(self.norm2(functional.max_pool2d(x_BCHW, 2)))
         x_BCHW = self.block2(x_BCHW)
         x_BCHW = functional.relu(self.norm3(functional.max_pool2d(x_BCHW, 2, ceil_mode=True)))
-        return functional.relu(self.fc1(x_BCHW.flatten(1)))
+        return functional.relu(self.fc1(x_BCHW))

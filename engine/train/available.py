@@ -16,6 +16,7 @@ from engine.feeds.build import choose_feed, gathers
 from engine.feeds.stream import NUM_WINDOWS
 from engine.models import network_class
 from engine.train.backends import has_conv_backward
+from engine.train.flat import why_not_rounded
 from engine.world import World, cannot_compile, cannot_fuse, fused_on_cpu, has_fast_bf16
 
 
@@ -107,6 +108,20 @@ def _second_layer(config: RunConfig, records: Records, world: World) -> Changes:
         kept = tuple(name for name in config.kernels if name != "bias_pool_relu")
         why = "conv2_pool_relu computes the whole layer"
         yield replace(config, kernels=kept), f"the kernel bias_pool_relu is not used: {why}"
+
+
+def _optimizer(config: RunConfig, records: Records, world: World) -> Changes:
+    if "adamw" in config.kernels and config.optim.name != "adamw":
+        others = tuple(name for name in config.kernels if name != "adamw")
+        why = f"the optimiser is {config.optim.name}"
+        yield replace(config, kernels=others), f"the kernel adamw is not used: {why}"
+
+
+def _shadows(config: RunConfig, records: Records, world: World) -> Changes:
+    if "adamw" not in config.kernels or config.step.precision != "bf16":
+        return
+    if why := why_not_rounded(config, world.size):
+        yield config, f"weights are cast to bf16 in each step: {why}"
 
 
 def _compile(config: RunConfig, records: Records, world: World) -> Changes:
@@ -216,11 +231,13 @@ RULES: tuple[Callable[[RunConfig, Records, World], Changes], ...] = (
     _layers,
     _loss,
     _second_layer,
+    _optimizer,
     _compile,
     _conv_backward,
     _cudnn,
     _canonical,
     _noise_scale,
+    _shadows,
     _first_layer,
     _launches,
     _feed,

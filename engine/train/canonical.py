@@ -18,6 +18,7 @@ statistics, its loss, its right answers.
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import chain
 
 import torch
 from torch import distributed
@@ -39,7 +40,7 @@ class Shards:
         self, model: torch.nn.Module, num_shards: int, world: World, statistics: Statistics
     ) -> None:
         """The parameters become rank 0's on all ranks. Collective."""
-        for tensor in model.state_dict().values():
+        for tensor in chain(model.parameters(), model.buffers()):
             world.copy_from_first(tensor)
         self._world = world
         self._parameters = [p for p in model.parameters() if p.requires_grad]

@@ -119,7 +119,11 @@ def load_checkpoint(run: Path, state: TrainState) -> tuple[Manifest, torch.Tenso
             continue
         loss_S = files[OPTIM].pop(LOG, torch.zeros(0, dtype=torch.float64))
         for name, tensors in checkpoint_tensors(state).items():
-            _copy(checkpoint, tensors, files[name])
+            if _kinds(state.in_files(tensors)) != _kinds(files[name]):
+                remedy = "resume with the model and the precision it was made by"
+                raise UserError(f"{checkpoint}: holds tensors of another model; {remedy}")
+            _copy(tensors, files[name])
+        state.written()
         if state.scaler.is_enabled():
             state.load_scaler(manifest.scaler)
         return manifest, loss_S, skipped
@@ -163,14 +167,11 @@ def _verified(path: Path, sha256: str | None) -> Tensors:
         raise Damaged(f"{path.name} is not safetensors ({error})") from None
 
 
-def _copy(checkpoint: Path, live: Tensors, stored: Tensors) -> None:
-    """Copy in place; UserError unless names, shapes and types are the same."""
-    if _kinds(live) != _kinds(stored):
-        remedy = "resume with the model and the precision it was made by"
-        raise UserError(f"{checkpoint}: holds tensors of another model; {remedy}")
+def _copy(live: Tensors, stored: Tensors) -> None:
+    """Copy in place what files hold, by name."""
     with torch.no_grad():
         for name, tensor in live.items():
-            tensor.copy_(stored[name])
+            tensor.copy_(stored[name].view(tensor.shape))
 
 
 def _kinds(tensors: Tensors) -> dict[str, tuple[torch.Size, torch.dtype]]:

@@ -4,6 +4,7 @@ Shapes: B samples, H x W pixels, C classes.
 """
 
 import torch
+from torch.func import functional_call
 from torch.nn import functional
 
 from engine.config import RunConfig
@@ -21,6 +22,8 @@ class Objective(torch.nn.Module):
     def __init__(self, model: Network, config: RunConfig, device: torch.device) -> None:
         super().__init__()
         self.model = model
+        self.rounded: dict[str, torch.Tensor] = {}
+        """By name, what the network computes with instead of its parameters."""
         self._smoothing = config.optim.label_smoothing
         self._fused_loss = "softmax_cross_entropy" in config.kernels
         self._fused_head = "linear_cross_entropy" in config.kernels
@@ -46,8 +49,9 @@ class Objective(torch.nn.Module):
         from kernels.linear_cross_entropy import linear_cross_entropy
 
         assert isinstance(self.model, HeadNetwork), "train/available.py asks its `kernels`"
+        rounded = {f"model.{name}": tensor for name, tensor in self.rounded.items()}
         with self._autocast():
-            hidden_BD = self.model.hidden(image_BHW)
+            hidden_BD = functional_call(_Hidden(self.model), rounded, (image_BHW,))
         hidden_BD = hidden_BD.to(self._dtype or hidden_BD.dtype)
         last = self.model.last_layer
         return linear_cross_entropy(hidden_BD, last.weight, last.bias, label_B, self._smoothing)
@@ -63,9 +67,24 @@ class Objective(torch.nn.Module):
 
     def _raw_logits(self, image_BHW: torch.Tensor) -> torch.Tensor:
         with self._autocast():
-            logits_BC: torch.Tensor = self.model(image_BHW)
+            logits_BC: torch.Tensor
+            if self.rounded:
+                logits_BC = functional_call(self.model, self.rounded, (image_BHW,))
+            else:
+                logits_BC = self.model(image_BHW)
         return logits_BC
 
     def _autocast(self) -> torch.autocast:
         is_on = self._dtype is not None
         return torch.autocast(self._device_type, self._dtype or torch.bfloat16, enabled=is_on)
+
+
+class _Hidden(torch.nn.Module):
+    """`hidden` as a module's `forward`, which is what can be called with other parameters."""
+
+    def __init__(self, model: HeadNetwork) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, image_BHW: torch.Tensor) -> torch.Tensor:
+        return self.model.hidden(image_BHW)

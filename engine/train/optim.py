@@ -1,12 +1,14 @@
 """The optimiser and the learning rate, which is a pure function of the step."""
 
 import math
+from collections.abc import Collection
 
 import numpy as np
 import torch
 
 from engine.config import OptimConfig
 from engine.models import Network
+from engine.train.flat import FlatAdamW
 
 ONE_CYCLE_START = 1 / 25
 """First learning rate as a part of the highest: OneCycleLR's div_factor in torch."""
@@ -35,13 +37,21 @@ def lr_table(config: OptimConfig, num_steps: int) -> np.ndarray:
 
 
 def make_optimizer(
-    config: OptimConfig, model: Network, rate: float | torch.Tensor, *, capturable: bool
+    config: OptimConfig,
+    model: Network,
+    rate: float | torch.Tensor,
+    *,
+    capturable: bool,
+    flat: bool = False,
+    rounded: Collection[str] = (),
 ) -> torch.optim.Optimizer:
     """Adam or AdamW over two groups: weights with decay; biases, norms and `undecayed` without.
 
     Args:
         rate: the learning rate; a tensor for a fused or capturable optimiser, so that none is
             baked into a graph.
+        flat: AdamW by kernels/adamw.py.
+        rounded: names of parameters that get bf16 shadows then.
     """
     decayed, plain = list[torch.Tensor](), list[torch.Tensor]()
     for name, parameter in model.named_parameters():
@@ -52,6 +62,10 @@ def make_optimizer(
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": plain, "weight_decay": 0.0},
     ]
+    if flat:
+        chosen = [p for name, p in model.named_parameters() if name in rounded]
+        betas = (BETA1, config.beta2)
+        return FlatAdamW(groups, rate, betas, capturable=capturable, rounded=chosen)
     kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
     fused = config.fused or None  # False would turn off torch's foreach, too: 100 launches
     betas = (BETA1, config.beta2)

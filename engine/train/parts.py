@@ -57,6 +57,7 @@ def put_back(files: dict[str, Tensors], state: TrainState) -> None:
         for name, tensors in checkpoint_tensors(state).items():
             for key, tensor in tensors.items():
                 tensor.copy_(files[name][key])
+    state.written()
 
 
 def stored_position(out: Path, resume: bool, world: World) -> Position:

@@ -125,7 +125,7 @@ class Saver:
         if job.copied:
             job.copied.synchronize()
         assert self._buffers is not None
-        files = {name: dict(tensors) for name, tensors in self._buffers.items()}
+        files = {name: self._state.in_files(tensors) for name, tensors in self._buffers.items()}
         files[OPTIM][LOG] = job.loss_S
         self._sound.add(write_checkpoint(self._run, job.manifest, files))
         prune(self._run, self._sound, job.manifest.position.best_number)

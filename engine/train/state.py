@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
+from engine.models.columns import columns_of
+from engine.train.flat import FlatAdamW
+
 Tensors = dict[str, torch.Tensor]
 
 
@@ -26,7 +29,16 @@ class TrainState:
 
     def model_tensors(self) -> Tensors:
         """Parameters and buffers."""
-        return dict(self.model.state_dict())
+        live = {name: p.detach() for name, p in self.model.named_parameters()}
+        return {name: live.get(name, t) for name, t in self.model.state_dict().items()}
+
+    def in_files(self, tensors: Tensors) -> Tensors:
+        """Some of these tensors in the shapes that files hold."""
+        merged = columns_of(self.model)
+        return {
+            name: tensor.flatten(1) if name.split("/")[0] in merged and tensor.dim() > 2 else tensor
+            for name, tensor in tensors.items()
+        }
 
     def optimizer_tensors(self) -> Tensors:
         """The optimiser's state, "conv1.weight/exp_avg" and so on; empty before its first step."""
@@ -54,6 +66,11 @@ class TrainState:
         kinds = {key: type(found[key]) for key in numbers if key in found}
         self.scaler.load_state_dict(found | {key: kinds[key](numbers[key]) for key in kinds})
 
+    def written(self) -> None:
+        """Call it after others wrote parameters: what is kept of them elsewhere follows."""
+        if isinstance(self.optimizer, FlatAdamW):
+            self.optimizer.round()
+
     @contextmanager
     def kept(self) -> Iterator[None]:
         """Let warm-up train, then put everything back in place, random state included.
@@ -75,6 +92,7 @@ class TrainState:
                 for name, tensor in self.optimizer_tensors().items():
                     if name not in before:
                         tensor.zero_()
+            self.written()
             self.scaler.load_state_dict(scaler_state)
             torch.set_rng_state(cpu_rng)
             if cuda_rng is not None:

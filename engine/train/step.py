@@ -35,9 +35,10 @@ from engine.order import PADDING_ID, Order, round_keys
 from engine.train.backends import check_fp32_precision, compile_arguments, use_backends
 from engine.train.canonical import Shards
 from engine.train.capture import Graph, check_like
+from engine.train.flat import FlatAdamW, why_not_rounded
 from engine.train.objective import Objective
 from engine.train.optim import lr_table, make_optimizer
-from engine.train.state import TrainState
+from engine.train.state import Tensors, TrainState
 from engine.train.statistics import Statistics
 from engine.world import World
 
@@ -173,10 +174,16 @@ class TrainStep:
         num_shards = config.step.canonical
         self._eval_N3 = torch.zeros(max(num_shards, 1), 3, dtype=torch.float64, device=device)
         self._graphs: dict[int | str, Graph] = {}
-        self._rate_on_device = config.optim.fused or config.step.cuda_graphs
+        is_flat = "adamw" in config.kernels
+        self._rate_on_device = config.optim.fused or config.step.cuda_graphs or is_flat
         rate = self._rate_K[0] if self._rate_on_device else config.optim.learning_rate
         self.optimizer = make_optimizer(
-            config.optim, model, rate, capturable=config.step.cuda_graphs
+            config.optim,
+            model,
+            rate,
+            capturable=config.step.cuda_graphs,
+            flat=is_flat,
+            rounded=() if why_not_rounded(config, world.size) else model.rounded(),
         )
         self._num_parts = num_shards // world.size if num_shards else config.step.accumulate
         self._measures_noise = config.step.noise_scale
@@ -192,6 +199,10 @@ class TrainStep:
             device.type, enabled=self._config.step.precision == "fp16"
         )
         self.objective = Objective(self.model, self._config, device)
+        if isinstance(self.optimizer, FlatAdamW):
+            shadows = self.optimizer.shadows
+            named = self.model.named_parameters()
+            self.objective.rounded = {name: shadows[p] for name, p in named if p in shadows}
         self._net: torch.nn.Module | None = None  # the old DDP's hooks go with it
         if self._config.step.compile != "off":
             self.objective.compile(**compile_arguments(self._config.step))
@@ -216,6 +227,11 @@ class TrainStep:
         """Every tensor that the run keeps."""
         counters = {"counters": self.counter_21, "evaluation sums": self._eval_N3}
         return TrainState(self.model, self.optimizer, self.scaler, counters)
+
+    def gradients(self) -> Tensors:
+        """Those of the last step, fp32, by parameter's name."""
+        leaves = dict(self.model.named_parameters()) | self.objective.rounded
+        return {name: p.grad.float() for name, p in leaves.items() if p.grad is not None}
 
     @contextmanager
     def eagerly(self) -> Iterator[None]:
@@ -493,6 +509,10 @@ class TrainStep:
             bad.copy_(found)
             self.scaler.step(self.optimizer)
             self.scaler.update()
+            return
+        if isinstance(self.optimizer, FlatAdamW):  # looks by itself
+            self.optimizer.found_inf = bad
+            self.optimizer.step()
             return
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         # GradScaler's own check, one kernel; and its way to tell a fused optimiser

@@ -446,6 +446,7 @@ class Trainer:
         for tensors in checkpoint_tensors(self.step.state).values():
             for tensor in tensors.values():
                 self.world.copy_from_first(tensor)
+        self.step.state.written()
         if self.step.state.scaler.is_enabled():
             self.step.state.load_scaler(manifest.scaler)
         self._take_up(manifest, loss_S)

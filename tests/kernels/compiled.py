@@ -22,6 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from kernels import adamw as optimiser
 from kernels import bias_pool_relu as second
 from kernels import conv2_pool_relu as whole
 from kernels import conv_pool_relu as first
@@ -34,7 +35,7 @@ from tests.kernels.__main__ import triton_versions
 ARCHITECTURES = (80, 90, 100)
 EXPECTED = Path(__file__).with_name("resources.json")
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-FILES = (first, second, whole, gather, loss_file, head_file)
+FILES = (first, second, whole, gather, loss_file, head_file, optimiser)
 NAMES = {
     torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64",
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",
@@ -65,6 +66,8 @@ def launches() -> list[Launch]:
             _train(dtype)
         _gather(None)
         _gather(torch.zeros(BATCH, 2, 3))
+        for dtype in (torch.float32, torch.bfloat16):
+            _optimise(dtype)
     return found
 
 
@@ -95,6 +98,16 @@ def _gather(matrix: torch.Tensor | None) -> None:
     gather.gather_warp(image, label, table, step, matrix, image.clone(), label, table[0])
 
 
+def _optimise(dtype: torch.dtype) -> None:
+    """One step of the study's network, without and with shadows."""
+    size = 432_512
+    buffers = (*(torch.zeros(size) for _ in range(3)), torch.zeros(size, dtype=dtype))
+    rate, steps, bad, scalars = (torch.zeros(shape) for shape in ((), 8, (), 4))
+    rates = optimiser.Rates(rate, steps, bad, scalars, (0.9, 0.99), 0.01, 1e-8)
+    for shadow_P in (None, torch.zeros(size, dtype=torch.bfloat16)):
+        optimiser.adamw([optimiser.Flat(*buffers, 432_128, shadow_P)], rates)
+
+
 Compilable = tuple[ASTSource, dict[str, int]]
 """What triton.compile takes, and its options."""
 
@@ -111,12 +124,14 @@ def source(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> tup
     for number, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
         tensor = isinstance(value, torch.Tensor)
         signature[name] = "*" + NAMES[value.dtype] if tensor else "i32"
-        if tensor or value % 16 == 0:
+        aligned = name not in kernel.do_not_specialize_on_alignment
+        if aligned and (tensor or value % 16 == 0):
             marks[(number,)] = [["tt.divisibility", 16]]
     signature |= dict.fromkeys(constants, "constexpr")
     types = " ".join(t[1:] for t in signature.values() if t.startswith("*"))
     switched = " warped" * constants.get("WARPED", False)
     switched += " uncoded" * (not constants.get("CODED", True))
+    switched += " shadow" * constants.get("SHADOW", False)
     what = ASTSource(kernel, signature, constants, marks)
     return f"{kernel.__name__} {types}{switched}", (what, options)
 
@@ -142,7 +157,7 @@ def resources(architecture: int) -> dict[str, dict[str, int]]:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_nothing_spills_and_products_use_tensor_cores(architecture: int) -> None:
     found = resources(architecture)
-    assert len(found) == 3 * 12 + 4 + 2, "every kernel in every type"
+    assert len(found) == 3 * 12 + 4 + 2 + 2 * 3, "every kernel in every type"
     for name, usage in found.items():
         assert usage["STACK"] == usage["LOCAL"] == 0, f"{name} spills: {usage}"
         assert usage["mma"] == has_products(name), name

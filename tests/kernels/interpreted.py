@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from kernels import adamw as optimiser
 from kernels import bias_pool_relu as second
 from kernels import conv2_pool_relu as whole
 from kernels import conv_pool_relu as first
@@ -39,12 +40,12 @@ def poisoned_and_recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     def start(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
         types = [str(a.dtype).removeprefix("torch.") for a in args if isinstance(a, torch.Tensor)]
-        named = ("WARPED", "CODED")
+        named = ("WARPED", "CODED", "SHADOW")
         switches = [f"{name}={value}" for name, value in constants.items() if name in named]
         LAUNCHED.add(" ".join([kernel.__name__, *types, *switches]))
         launch.start(kernel, grid, *args, **constants)
 
-    for file in (first, second, whole, gather, loss_file, head_file):
+    for file in (first, second, whole, gather, loss_file, head_file, optimiser):
         monkeypatch.setattr(file, "start", start)
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)
@@ -406,6 +407,87 @@ def test_the_identity_and_whole_shifts_move_pixels_exactly() -> None:
     assert torch.equal(out[2], functional.pad(image[2, :-3], (0, 0, 3, 0)))
 
 
+DECAY, BETAS, EPS = 0.1, (0.9, 0.97), 1e-8
+
+
+def flat_of(size: int, num_decayed: int, dtype: torch.dtype, shadow: bool) -> optimiser.Flat:
+    """Drawn parameters at their start, a margin of NaN behind each buffer."""
+    buffers = [torch.full((size + 8,), torch.nan)[:size] for _ in range(3)]
+    buffers[0].copy_(torch.randn(size))
+    buffers[1].zero_()
+    buffers[2].zero_()
+    shadow_P = torch.full((size,), 7, dtype=torch.bfloat16) if shadow else None
+    return optimiser.Flat(*buffers, torch.zeros(size, dtype=dtype), num_decayed, shadow_P)
+
+
+def rates_of(num_tensors: int) -> optimiser.Rates:
+    zeros = (torch.zeros(()), torch.zeros(num_tensors), torch.zeros(()), torch.zeros(4))
+    return optimiser.Rates(*zeros, BETAS, DECAY, EPS)
+
+
+@pytest.mark.parametrize("shadow", [False, True])
+@pytest.mark.parametrize("size, num_decayed", [(1, 0), (1024, 1024), (2077, 1031)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adamw(dtype: torch.dtype, size: int, num_decayed: int, shadow: bool) -> None:
+    """25 steps, each from where torch's fused AdamW stands: within 2^-23 of the larger of a number
+    and what it was, which is one or two units in its last place."""
+    flat, rates = flat_of(size, num_decayed, dtype, shadow), rates_of(3)
+    groups = [flat.param_P[:num_decayed], flat.param_P[num_decayed:]]
+    groups = [part.clone() for part in groups]
+    decays = [{"params": groups[0], "weight_decay": DECAY}, {"params": groups[1]}]
+    rate = rates.rate
+    torchs = torch.optim.AdamW(decays, rate, BETAS, weight_decay=0.0, fused=True)
+    for step in range(25):
+        rate.fill_(1e-3 * (1 + step % 5))
+        flat.grad_P.copy_(torch.randn(size) * 10.0 ** torch.randint(-6, 2, ()))
+        before = [part.clone() for part in flat[:3]]
+        for part, grad_P in zip(
+            groups, flat.grad_P.float().split([num_decayed, size - num_decayed]), strict=True
+        ):
+            part.grad = grad_P
+        torchs.step()
+        optimiser.adamw([flat], rates)
+        wanted = [torch.cat(groups)]
+        for key in ("exp_avg", "exp_avg_sq"):
+            wanted.append(torch.cat([torchs.state[part][key] for part in groups]))
+        for got, was, want in zip(flat[:3], before, wanted, strict=True):
+            allowed = 2.0**-23 * torch.maximum(was.abs(), want.abs()) + 1e-38
+            assert ((got - want).abs() <= allowed).all(), (
+                step,
+                ((got - want).abs() / allowed).max(),
+            )
+        if flat.shadow_P is not None:
+            close(flat.shadow_P, flat.param_P, torch.bfloat16)
+        for got, want in zip(flat[:3], wanted, strict=True):
+            got.copy_(want)
+    assert (rates.step_T == 25).all() and rates.bad == 0
+    assert flat.param_P.as_strided((size + 8,), (1,))[size:].isnan().all(), "the margin is left"
+
+
+@pytest.mark.parametrize("fault", [torch.nan, torch.inf, -torch.inf, 0.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adamw_leaves_everything_where_a_gradient_is_not_finite(
+    dtype: torch.dtype, fault: float
+) -> None:
+    """In any part, or found before: neither part moves."""
+    parts, rates = [flat_of(2077, 1031, t, True) for t in (torch.float32, dtype)], rates_of(3)
+    rates.rate.fill_(1e-3)
+    for part in parts:
+        part.grad_P.copy_(torch.randn(2077))
+    optimiser.adamw(parts, rates)
+    assert rates.bad == 0 and (rates.step_T == 1).all()
+    before = [t.clone() for part in parts for t in part if isinstance(t, torch.Tensor)]
+    parts[1].grad_P[2070] += fault
+    before[8][2070] += fault
+    if fault == 0:
+        rates.bad.fill_(1)
+    optimiser.adamw(parts, rates)
+    after = [t for part in parts for t in part if isinstance(t, torch.Tensor)]
+    assert rates.bad == 1 and (rates.step_T == 1).all()
+    for got, want in zip(after, before, strict=True):
+        assert torch.equal(got.nan_to_num(), want.nan_to_num())
+
+
 WITH_CONV2 = "gather_warp,conv_pool_relu,conv2_pool_relu,softmax_cross_entropy"
 """The second layer by the kernel that computes all of it."""
 WITH_HEAD = "gather_warp,conv_pool_relu,bias_pool_relu,linear_cross_entropy"
@@ -450,6 +532,10 @@ def test_every_branch_ran() -> None:
         "gather_warp_forward uint8 uint8 int64 int64 uint8 uint8 uint8 int64 WARPED=False",
         "gather_warp_forward uint8 uint8 int64 int64 float32 uint8 uint8 int64 WARPED=True",
     }
+    for t in ("float32", "bfloat16"):
+        wanted.add(f"adamw_check {t}{' float32' * 4}")
+        wanted.add(f"adamw_update {t}{' float32' * 7} SHADOW=False")
+        wanted.add(f"adamw_update {t}{' float32' * 6} bfloat16 SHADOW=True")
     for t in ("float32", "float16", "bfloat16"):
         if t != "bfloat16":
             coded = f"conv_pool_relu_forward uint8 float32 float32 {t} int32 CODED"

@@ -121,9 +121,9 @@ def state_of(step: TrainStep, losses: list[np.ndarray]) -> State:
     state["scaler"] = torch.tensor(list(left.scaler_numbers().values()))
     state |= {f"parameters {name}": tensor for name, tensor in left.model_tensors().items()}
     state |= {f"optimiser {name}": tensor for name, tensor in left.optimizer_tensors().items()}
-    for name, parameter in step.model.named_parameters():
-        assert parameter.grad is not None
-        state[f"gradients {name}"] = parameter.grad
+    gradients = step.gradients()
+    assert gradients.keys() == {name for name, _ in step.model.named_parameters()}
+    state |= {f"gradients {name}": tensor for name, tensor in gradients.items()}
     return {
         name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()
     }
@@ -154,7 +154,9 @@ def resumed(config: RunConfig, records: Records, world: World) -> State:
             step = session.step
             state = step.state
             manifest = replace(manifest, scaler=state.scaler_numbers())
-            write_checkpoint(Path(folder), manifest, checkpoint_tensors(state))
+            live = checkpoint_tensors(state).items()
+            files = {name: state.in_files(tensors) for name, tensors in live}
+            write_checkpoint(Path(folder), manifest, files)
         with closing(open_session(config, records, world)) as session:
             step = session.step
             load_checkpoint(Path(folder), step.state)

@@ -319,6 +319,7 @@ PARTS = (
     _cells("bias_pool_relu", 60),
     _cells("softmax_cross_entropy", 60),
     _cells("linear_cross_entropy", 60),
+    _cells("adamw", 60),
     _cells("all_kernels", 120),
     _cells("conv2_pool_relu", 60),
     Part("kernels", bench_kernels, 120),
