@@ -2,7 +2,7 @@
 
 A pixel of the result looks up one word that holds the four pixels around its source, so each image
 is first laid out as such words. Both loops have neither branch nor remainder to speak of, and LLVM
-turns them into wide instructions: the words are gathered, 8 at a time with AVX2 or AVX-512.
+turns them into wide instructions: the words are gathered, 8 at a time with AVX2, 16 with AVX-512.
 
 Every product is fused with a sum in one rounding, where the processor has such an instruction or
 not, and no other order of sums is allowed: no bit depends on the machine or the number of threads.
@@ -33,6 +33,8 @@ LINE = 64
 LANES = 32
 """What is made for whole vectors is a multiple of this long."""
 BYTE, WORD, LONG = ir.IntType(8), ir.IntType(32), ir.IntType(64)
+WIDEST = '"prefer-vector-width"="512"'
+"""Left alone, LLVM keeps to half of AVX-512, for the sake of code around it."""
 ROUND = np.float32(12582912.0)
 """1.5 * 2^23: added to a float32 below 2^22, it leaves the nearest whole number, ties to even, in
 the lowest bits."""
@@ -54,6 +56,7 @@ def _look_up_intrinsic(context: Any, array_P: Any, offset: Any, index: Any) -> A
     """array[offset + index], from an array that nobody changes while `put` is in use."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        set.add(builder.function.attributes, WIDEST)  # llvmlite's own add refuses it
         start = _address(context, builder, signature.args[0], arguments[0], arguments[1])
         value = builder.load(builder.gep(start, [builder.sext(arguments[2], LONG)]))
         value.set_metadata("alias.scope", _apart(builder))
