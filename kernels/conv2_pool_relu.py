@@ -57,10 +57,10 @@ class Blocks(NamedTuple):
 FORWARD = Blocks(64, 32, 64)
 INPUT_BACKWARD = Blocks(64, 32, 32)
 WEIGHT_BACKWARD = Blocks(32, 32, 64)
-"""Of 2-byte numbers, for three programs a multiprocessor on an H100: at most 168 of 65,536 / 384
-registers and 75 KB of shared memory each. Forward: 4 sums of 64 x 64 are 128 registers a thread;
-three stages of 4 x 64 x 32 pixels' values and 64 x 32 weights are 60 KB. Input backward: 2 sums of
-64 x 32 are 32 registers. Weight backward: 3 of 64 x 32 are 48."""
+"""Of 2-byte numbers, for three programs a multiprocessor on an H100: at most 168 registers a thread
+(65,536 / 384) and 75 KB of shared memory each. Forward: 4 sums of 64 x 64 are 128 registers; three
+stages of 4 x 64 x 32 values of x and 64 x 32 weights are 60 KB. Input backward: 2 sums of 64 x 32
+are 32 registers. Weight backward: 3 of 64 x 32 are 48."""
 FORWARD_FP32 = Blocks(32, 16, 64)
 INPUT_BACKWARD_FP32 = Blocks(32, 16, 32)
 WEIGHT_BACKWARD_FP32 = Blocks(16, 16, 32)
@@ -298,7 +298,7 @@ def conv2_pool_relu_weight_backward(
     BLOCK_O: tl.constexpr,
     TURNS: tl.constexpr,
 ):
-    """Three taps, a row: program_id(1) % 3. The shares of a program's positions.
+    """Three taps, a row of the nine: program_id(1) % 3; a turn takes both rows of its windows.
 
     partial [programs, O 9 I + O] fp32: the weights', in channels-last memory, then the bias's.
     """
