@@ -43,7 +43,7 @@ from kernels.launch import (
     start,
     unpool_reference,
 )
-from kernels.pool import LANES, better, keep_won, load_won, store_codes
+from kernels.pool import LANES, better, keep_won, keep_won_across, load_won, store_codes
 
 
 class Blocks(NamedTuple):
@@ -57,13 +57,13 @@ class Blocks(NamedTuple):
 FORWARD = Blocks(64, 32, 64)
 INPUT_BACKWARD = Blocks(64, 32, 32)
 WEIGHT_BACKWARD = Blocks(32, 32, 64)
-"""Of 2-byte numbers, for three programs a multiprocessor on an H100: at most 168 of 65,536 / 384
-registers and 75 KB of shared memory each. Forward: 4 sums of 64 x 64 are 128 registers a thread;
-three stages of 4 x 64 x 32 pixels' values and 64 x 32 weights are 60 KB. Input backward: 2 sums of
-64 x 32 are 32 registers. Weight backward: 3 of 64 x 32 are 48."""
+"""Of 2-byte numbers, for three programs a multiprocessor on an H100: at most 168 registers a thread
+(65,536 / 384) and 75 KB of shared memory each. Forward: 4 sums of 64 x 64 are 128 registers; three
+stages of 4 x 64 x 32 values of x and 64 x 32 weights are 60 KB. Input backward: 2 sums of 64 x 32
+are 32 registers. Weight backward: 3 of 64 x 32 are 48."""
 FORWARD_FP32 = Blocks(32, 16, 64)
 INPUT_BACKWARD_FP32 = Blocks(32, 16, 32)
-WEIGHT_BACKWARD_FP32 = Blocks(16, 32, 32)
+WEIGHT_BACKWARD_FP32 = Blocks(16, 16, 32)
 """Of fp32, whose operands stand in registers, too."""
 MOST_CHANNELS = 256
 """In or out: then the weight gradient's shares are 311 MB on an H100."""
@@ -298,7 +298,7 @@ def conv2_pool_relu_weight_backward(
     BLOCK_O: tl.constexpr,
     TURNS: tl.constexpr,
 ):
-    """Three taps, a row: program_id(1) % 3. The shares of a program's positions.
+    """Three taps, a row of the nine: program_id(1) % 3; a turn takes both rows of its windows.
 
     partial [programs, O 9 I + O] fp32: the weights', in channels-last memory, then the bias's.
     """
@@ -308,38 +308,42 @@ def conv2_pool_relu_weight_backward(
     sum_0 = tl.zeros([BLOCK_O, BLOCK_I], tl.float32)
     sum_1 = tl.zeros([BLOCK_O, BLOCK_I], tl.float32)
     sum_2 = tl.zeros([BLOCK_O, BLOCK_I], tl.float32)
-    bias_sum = tl.zeros([BLOCK, BLOCK_O], tl.float32)
-    for turn in range(TURNS):
-        position = (tl.program_id(0) + turn * tl.num_programs(0)) * BLOCK + tl.arange(0, BLOCK)
+    bias_sum = tl.zeros([BLOCK_O, BLOCK], tl.float32)
+    channel = part * BLOCK_O + tl.arange(0, BLOCK_O)
+    groups: tl.constexpr = CHANNELS // LANES
+    group = part * (BLOCK_O // LANES) + tl.arange(0, BLOCK_O // LANES)
+    for step in range(2 * TURNS):
+        first = (tl.program_id(0) + step // 2 * tl.num_programs(0)) * BLOCK
+        row = step % 2
+        position = first + tl.arange(0, BLOCK)
         real = position < num_positions
         sample, top, left = _corner(position, HEIGHT, WIDTH)
-        for row in tl.static_range(2):
-            won_0, won_1 = _load_won(
-                grad_ptr, code_ptr, position, real, part, num_positions, row, CHANNELS, BLOCK_O
-            )
-            bias_sum += won_0.to(tl.float32) + won_1.to(tl.float32)
-            won_0 = tl.trans(won_0)
-            won_1 = tl.trans(won_1)
-            y = top + tap_row + row
-            x = _load_pixels(x_ptr, sample, y, left, real, inputs, HEIGHT, WIDTH, INPUTS)
-            sum_0 = tl.dot(won_0, x, sum_0, input_precision=PRECISION)
-            x = _load_pixels(x_ptr, sample, y, left + 1, real, inputs, HEIGHT, WIDTH, INPUTS)
-            sum_1 = tl.dot(won_0, x, sum_1, input_precision=PRECISION)
-            sum_0 = tl.dot(won_1, x, sum_0, input_precision=PRECISION)
-            x = _load_pixels(x_ptr, sample, y, left + 2, real, inputs, HEIGHT, WIDTH, INPUTS)
-            sum_2 = tl.dot(won_0, x, sum_2, input_precision=PRECISION)
-            sum_1 = tl.dot(won_1, x, sum_1, input_precision=PRECISION)
-            x = _load_pixels(x_ptr, sample, y, left + 3, real, inputs, HEIGHT, WIDTH, INPUTS)
-            sum_2 = tl.dot(won_1, x, sum_2, input_precision=PRECISION)
+        at = grad_ptr + position[None, :] * CHANNELS + channel[:, None]
+        grad = tl.load(at, mask=real[None, :], other=0.0)
+        word = position[:, None] * groups + group[None, :]
+        won = load_won(code_ptr, word, num_positions * groups, real[:, None], row)
+        won_0 = keep_won_across(grad, won[0])
+        won_1 = keep_won_across(grad, won[1])
+        bias_sum += won_0.to(tl.float32) + won_1.to(tl.float32)
+        y = top + tap_row + row
+        x = _load_pixels(x_ptr, sample, y, left, real, inputs, HEIGHT, WIDTH, INPUTS)
+        sum_0 = tl.dot(won_0, x, sum_0, input_precision=PRECISION)
+        x = _load_pixels(x_ptr, sample, y, left + 1, real, inputs, HEIGHT, WIDTH, INPUTS)
+        sum_1 = tl.dot(won_0, x, sum_1, input_precision=PRECISION)
+        sum_0 = tl.dot(won_1, x, sum_0, input_precision=PRECISION)
+        x = _load_pixels(x_ptr, sample, y, left + 2, real, inputs, HEIGHT, WIDTH, INPUTS)
+        sum_2 = tl.dot(won_0, x, sum_2, input_precision=PRECISION)
+        sum_1 = tl.dot(won_1, x, sum_1, input_precision=PRECISION)
+        x = _load_pixels(x_ptr, sample, y, left + 3, real, inputs, HEIGHT, WIDTH, INPUTS)
+        sum_2 = tl.dot(won_1, x, sum_2, input_precision=PRECISION)
     weights: tl.constexpr = CHANNELS * 9 * INPUTS
-    channel = part * BLOCK_O + tl.arange(0, BLOCK_O)
     mine = partial_ptr + tl.program_id(0) * (weights + CHANNELS)
     at = mine + channel[:, None] * (9 * INPUTS) + tap_row * 3 * INPUTS + inputs[None, :]
     tl.store(at, sum_0)
     tl.store(at + INPUTS, sum_1)
     tl.store(at + 2 * INPUTS, sum_2)
     if tl.program_id(1) == 0:
-        tl.store(mine + weights + channel, tl.sum(bias_sum, 0))
+        tl.store(mine + weights + channel, tl.sum(bias_sum, 1))
 
 
 @triton.jit

@@ -83,3 +83,11 @@ def keep_won(value, won):
     lane = tl.arange(0, LANES)[None, None, :]
     bits = tl.reshape((won[:, :, None] >> lane) & 1, value.shape)
     return tl.where(bits != 0, value, 0.0).to(value.dtype)
+
+
+@triton.jit
+def keep_won_across(value, won):
+    """The same of value [C, BLOCK] and won [BLOCK, C // 32]."""
+    lane = tl.arange(0, LANES)[None, :, None]
+    bits = tl.reshape((tl.trans(won)[:, None, :] >> lane) & 1, value.shape)
+    return tl.where(bits != 0, value, 0.0).to(value.dtype)

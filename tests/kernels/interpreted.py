@@ -500,17 +500,19 @@ def test_a_training_step_with_kernels_is_the_plain_step(
 ) -> None:
     """20 steps of 6 samples, fp16 by autocast on the CPU; 2 a launch: gather_warp gathers.
 
-    conv2_pool_relu takes all at once, which is fast in the interpreter.
+    conv2_pool_relu never rounds the convolution to fp16, so its steps are nearer those in fp32 than
+    the plain ones in fp16 are: they are held to fp32's. It takes all at once, for speed.
     """
     from tests.kernels.training import train
 
     for blocks in ("FORWARD", "INPUT_BACKWARD", "WEIGHT_BACKWARD"):
         monkeypatch.setattr(whole, blocks, whole.Blocks(512, 32, 64))
         monkeypatch.setattr(whole, f"{blocks}_FP32", whole.Blocks(512, 32, 64))
-    plain = train(precision, "off")
+    plain = train(precision if names == "all" else "fp32", "off")
     fused = train(precision, names)
     tight = precision == "fp32"
-    assert fused.loss_S == pytest.approx(plain.loss_S, rel=1e-5 if tight else 2e-2)
+    loose = 2e-2 if names == "all" else 3e-2
+    assert fused.loss_S == pytest.approx(plain.loss_S, rel=1e-5 if tight else loose)
     falls = plain.loss_S[-5:].mean() < 0.7 * plain.loss_S[:5].mean()
     assert falls, "the loss must fall, or equality shows nothing"
     for name, wanted in plain.parameters.items():
