@@ -168,7 +168,7 @@ def has_products(name: str) -> bool:
     kernel, kind = name.split()[:2]
     if kernel.startswith("conv2_pool_relu"):
         return kind in ("bf16", "fp16") and not kernel.endswith("_sum")
-    return kernel.startswith(WITH_PRODUCTS)
+    return name.startswith(WITH_PRODUCTS)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
