@@ -56,7 +56,7 @@ class Blocks(NamedTuple):
 
 FORWARD = Blocks(64, 32, 64)
 INPUT_BACKWARD = Blocks(64, 32, 32)
-WEIGHT_BACKWARD = Blocks(32, 32, 64)
+WEIGHT_BACKWARD = Blocks(32, 32, 32)
 """Of 2-byte numbers, for three programs a multiprocessor on an H100: at most 168 registers a thread
 (65,536 / 384) and 75 KB of shared memory each. Forward: 4 sums of 64 x 64 are 128 registers; three
 stages of 4 x 64 x 32 values of x and 64 x 32 weights are 60 KB. Input backward: 2 sums of 64 x 32

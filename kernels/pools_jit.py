@@ -132,6 +132,20 @@ def bias_pool_relu_forward(
 
 
 @_inlined
+def _fill(out_C: Any, value: Any) -> None:
+    """As out_C[:] = value; numba would compile the text of an error for that, too."""
+    for c in range(len(out_C)):
+        out_C[c] = value
+
+
+@_inlined
+def _copy(out_C: Any, value_C: Any) -> None:
+    """Likewise."""
+    for c in range(len(out_C)):
+        out_C[c] = value_C[c]
+
+
+@_inlined
 def _place(grad_C: Any, code_C: Any, won: Any, out_C: Any) -> None:
     """The gradients of the values at one place of a window: those that won it, else 0."""
     zero = grad_C.dtype.type(0)
@@ -160,11 +174,11 @@ def bias_pool_relu_backward(
                     for c in range(channels):
                         passes = code_C[c] >= np.uint8(4)
                         sum_C[c] += wide(grad_C[c]) if passes else np.float32(0)
-            if height % 2:
-                grad_BHWC[b, height - 1] = zero
-            if width % 2:
-                grad_BHWC[b, :, width - 1] = zero
-        bias_KC[block] = sum_C
+            for k in range(width * (height % 2)):
+                _fill(grad_BHWC[b, height - 1, k], zero)
+            for r in range(height * (width % 2)):
+                _fill(grad_BHWC[b, r, width - 1], zero)
+        _copy(bias_KC[block], sum_C)
 
 
 @Compiled
@@ -254,5 +268,6 @@ def conv_pool_relu_backward(
                             lower = a2 if code == np.uint8(6) else a3
                             pixel = upper if code <= np.uint8(5) else lower
                             out_C[c] += live_C[c] * pixel
-        bias_KC[block] = sum_C
-        weight_KTC[block] = sum_TC
+        _copy(bias_KC[block], sum_C)
+        for tap in range(9):
+            _copy(weight_KTC[block, tap], sum_TC[tap])

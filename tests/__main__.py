@@ -106,6 +106,7 @@ def main() -> None:
     seed = int(os.environ.get("TEST_SEED") or random.randrange(2**32))
     chosen = sys.argv[1:] or ["test_*.py"]
     print(f"each test file in a process of its own, in random order: TEST_SEED={seed}", flush=True)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # teams that spin beside each other are slow
     for name in IMPORTED:
         importlib.import_module(name)
     files = {file for name in chosen for file in (ROOT / "tests").glob(name)}

@@ -461,7 +461,8 @@ class TrainStep:
                 with span("forward"):
                     loss, correct = self._net(part.image_BHW, part.label_B)
                 with span("backward"):
-                    self.scaler.scale(loss / divisor if divisor > 1 else loss).backward()
+                    part_loss = loss / divisor if divisor > 1 else loss
+                    self.scaler.scale(part_loss).backward(self._one)
             if self._shards:
                 self._shards.keep(number, loss.detach(), correct)
                 continue

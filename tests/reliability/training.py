@@ -81,12 +81,13 @@ def warm() -> None:
         importlib.import_module(name)
     import torch
 
-    from kernels import cpu
+    from kernels.bias_pool_relu import bias_pool_relu
+    from kernels.conv_pool_relu import conv_pool_relu
 
     torch.set_num_threads(1)
     weight, bias = torch.ones(32, 1, 3, 3).requires_grad_(), torch.ones(32).requires_grad_()
-    y = cpu.conv_pool_relu(torch.ones(1, 4, 4, dtype=torch.uint8), weight, bias, torch.float32)
-    cpu.bias_pool_relu(y, bias).sum().backward()
+    y = conv_pool_relu(torch.ones(1, 4, 4, dtype=torch.uint8), weight, bias, torch.float32)
+    bias_pool_relu(y, bias).sum().backward()
     LIBC.prctl(PR_SET_CHILD_SUBREAPER, ctypes.c_ulong(1), 0, 0, 0)
 
 
