@@ -488,12 +488,11 @@ def test_adamw_leaves_everything_where_a_gradient_is_not_finite(
         assert torch.equal(got.nan_to_num(), want.nan_to_num())
 
 
-WITH_CONV2 = "gather_warp,conv_pool_relu,conv2_pool_relu,softmax_cross_entropy"
-"""The second layer by the kernel that computes all of it."""
-WITH_HEAD = "gather_warp,conv_pool_relu,bias_pool_relu,linear_cross_entropy"
+NEW = "gather_warp,conv_pool_relu,conv2_pool_relu,linear_cross_entropy"
+"""The second layer and the head by the kernels that `all` leaves out."""
 
 
-@pytest.mark.parametrize("names", ["all", WITH_CONV2, WITH_HEAD])
+@pytest.mark.parametrize("names", ["all", NEW])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_training_step_with_kernels_is_the_plain_step(
     precision: str, names: str, monkeypatch: pytest.MonkeyPatch
