@@ -500,10 +500,11 @@ def test_a_training_step_with_kernels_is_the_plain_step(
     """20 steps of 6 samples, fp16 by autocast on the CPU; 2 a launch: gather_warp gathers.
 
     conv2_pool_relu never rounds the convolution to fp16, so its steps are nearer those in fp32 than
-    the plain ones in fp16 are: they are held to fp32's. It takes all at once, for speed.
+    the plain ones in fp16 are: they are held to fp32's. It and adamw take all at once, for speed.
     """
     from tests.kernels.training import train
 
+    monkeypatch.setattr(optimiser, "BLOCK", 2**17)
     for blocks in ("FORWARD", "INPUT_BACKWARD", "WEIGHT_BACKWARD"):
         monkeypatch.setattr(whole, blocks, whole.Blocks(512, 32, 64))
         monkeypatch.setattr(whole, f"{blocks}_FP32", whole.Blocks(512, 32, 64))
