@@ -35,7 +35,7 @@ def values(kind: Any, each: Field[Any]) -> st.SearchStrategy[Any]:
     if kind is int:
         return st.integers(low, high)
     if kind is float:
-        return st.floats(low, high) | st.integers(low, int(high))
+        return st.floats(low, high, allow_subnormal=False) | st.integers(low, int(high))
     if each.metadata["path"]:
         return PATHS
     if kind is str:
