@@ -3,9 +3,11 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from engine.errors import UserError
 from tests.bench import (
     canonical,
     checkpoints,
@@ -125,6 +127,14 @@ def test_fullsize(tmp_path: Path, small_dir: Path) -> None:
     fullsize.bench(tmp_path, replace(plan, seeds=2), tmp_path / "runs")
     assert (tmp_path / "runs/networks/0-1/report.json").read_bytes() == trained
     assert "the best ensemble's test accuracy (%)" in checked(tmp_path / "cpu_networks.json")
+
+
+def test_runs_of_several_commits_are_no_one_figure(tmp_path: Path) -> None:
+    one = SimpleNamespace(environment=SimpleNamespace(commit="a1"))
+    other = SimpleNamespace(environment=SimpleNamespace(commit="b2"))
+    fullsize._check_commits([one, one], tmp_path)  # type: ignore[list-item]
+    with pytest.raises(UserError, match="holds runs of the commits a1, b2; figures are of one"):
+        fullsize._check_commits([one, other], tmp_path)  # type: ignore[list-item]
 
 
 def test_the_permutation_test_counts_the_ways_to_deal() -> None:

@@ -228,6 +228,7 @@ def switches(config: RunConfig) -> dict[str, Any]:
         "channels_last": config.step.channels_last,
         "compile": config.step.compile,
         "triton_conv_backward": config.step.triton_conv_backward,
+        "split_under_ddp": config.step.split_under_ddp,
         "cudnn_benchmark": config.step.cudnn_benchmark,
         "accumulate": config.step.accumulate,
         "canonical": config.step.canonical,

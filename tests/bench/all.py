@@ -31,7 +31,7 @@ def main(data: Path | None, out: Path) -> None:
     """Run the benchmarks and print the files they left."""
     pack.bench(out, csv=None, rounds=7)
     feeds.bench(out, seconds=8.0)
-    warp.bench(out, rounds=5, seconds=4.0)
+    warp.bench(out, rounds=3, seconds=2.0)
     step.bench(out, rounds=7, num_steps=60)
     layers.bench(out, rounds=5, num_steps=60)
     ranks.bench(out, pairs=5, num_steps=100)

@@ -84,8 +84,8 @@ def waits_for(records: Path, side: str, folder: Path) -> tuple[float, Environmen
 
 @click.command()
 @OUT
-@click.option("--rounds", default=5, show_default=True)
-@click.option("--seconds", default=4.0, show_default=True, help="For each side of a round.")
+@click.option("--rounds", default=3, show_default=True)
+@click.option("--seconds", default=2.0, show_default=True, help="For each side of a round.")
 def main(out: Path, rounds: int, seconds: float) -> None:
     """Benchmark the warp."""
     bench(out, rounds, seconds)
