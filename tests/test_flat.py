@@ -181,9 +181,20 @@ def test_several_steps_in_a_launch_change_no_bit(
     assert_same(*found)
 
 
-@pytest.mark.parametrize("fused", [(), ("conv_pool_relu", "bias_pool_relu")])
+@pytest.mark.parametrize(
+    ("fused", "num_shadows"),
+    [
+        ((), 8),
+        (("conv_pool_relu", "bias_pool_relu"), 5),
+        (("conv2_pool_relu", "linear_cross_entropy"), 4),
+    ],
+)
 def test_shadows_are_autocasts_casts_to_the_bit(
-    fused: tuple[str, ...], small: Records, world: World, monkeypatch: pytest.MonkeyPatch
+    fused: tuple[str, ...],
+    num_shadows: int,
+    small: Records,
+    world: World,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The same sessions, with shadows and with autocast's casts."""
     monkeypatch.setattr(available, "cannot_fuse", lambda device: "")
@@ -196,7 +207,7 @@ def test_shadows_are_autocasts_casts_to_the_bit(
             step = opened.step
             for _ in step.train_epoch(opened.feed, 0):
                 pass
-            assert len(step.objective.rounded) == (0 if why else 5 if fused else 8)
+            assert len(step.objective.rounded) == (0 if why else num_shadows)
             left = tensors_of(step.model, step.optimizer) | step.gradients()
             loss = torch.from_numpy(step.read_training().loss_S)
             accuracy = torch.tensor(evaluate(opened, "val"))

@@ -16,9 +16,11 @@ from engine.errors import UserError
 from engine.host import ROOT
 from engine.report import environment
 from kernels import bias_pool_relu as second
+from kernels import conv2_pool_relu as whole
 from kernels import conv_pool_relu as first
 from kernels import gather_warp as gather
 from kernels import launch
+from kernels import linear_cross_entropy as head
 from tests.conftest import Command, assert_refused
 from tools.measure import ledger
 from tools.measure.assumed import Operation
@@ -64,6 +66,18 @@ def test_a_kernels_bytes_are_those_of_its_docstring() -> None:
     sizes = (14, 14, torch.float32)
     back = launched_bytes(lambda: second._backward_op(grad, code, *sizes), 132)
     assert back == 4 * (25_088 + 6_272 + 1_176) + 4 * 64 * 4, "4 programs' partial sums"
+
+
+def test_flops_are_those_of_the_products() -> None:
+    """Of the head: logits, and two gradients; of the second layer three products of as many."""
+    hidden, label = torch.zeros(6, 128), torch.zeros(6, dtype=torch.uint8)
+    counted = Operations()
+    with launch.listening(counted.started, 132):
+        head._op(hidden, torch.zeros(94, 128), torch.zeros(94), label, 0.0)
+        whole._op(torch.zeros(6, 32, 14, 14), torch.zeros(64, 32, 3, 3), torch.zeros(64))
+    flops = {each.name: each.flops for each in counted.found}
+    assert flops["linear_cross_entropy_forward"] == 3 * 2 * 6 * 128 * 94
+    assert flops["conv2_pool_relu_forward"] == 2 * 6 * 14 * 14 * 9 * 32 * 64
 
 
 def test_views_are_no_launches_and_pytorchs_are_as_assumed() -> None:
