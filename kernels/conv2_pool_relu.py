@@ -216,6 +216,36 @@ def _load_won(
 
 
 @triton.jit
+def _load_row(
+    grad_ptr,
+    code_ptr,
+    near,
+    x,
+    in_row,
+    part,
+    num_positions,
+    row,
+    WIDTH: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+):
+    """Gradients [BLOCK, O] at the 4 places of a row around window `near`: they lie in 3 windows."""
+    inside = in_row & (x > 0) & (x <= WIDTH // 2)
+    _, won_0 = _load_won(
+        grad_ptr, code_ptr, near - 1, inside, part, num_positions, row, CHANNELS, BLOCK_O
+    )
+    inside = in_row & (x < WIDTH // 2)
+    won_1, won_2 = _load_won(
+        grad_ptr, code_ptr, near, inside, part, num_positions, row, CHANNELS, BLOCK_O
+    )
+    inside = in_row & (x + 1 < WIDTH // 2)
+    won_3, _ = _load_won(
+        grad_ptr, code_ptr, near + 1, inside, part, num_positions, row, CHANNELS, BLOCK_O
+    )
+    return won_0, won_1, won_2, won_3
+
+
+@triton.jit
 def conv2_pool_relu_input_backward(
     grad_ptr,
     code_ptr,
@@ -233,7 +263,7 @@ def conv2_pool_relu_input_backward(
 ):
     """Two pixels, a row of a 2x2 window: the upper or the lower, program_id(1) % 2.
 
-    Each sees 3x3 of the 3x4 places around both: 4 places a row, which lie in 3 windows.
+    Each sees 3x3 of the 3x4 places around both.
     Windows are those of all pixels: at an odd side one more than are pooled.
     """
     columns: tl.constexpr = (WIDTH + 1) // 2
@@ -253,17 +283,8 @@ def conv2_pool_relu_input_backward(
         row = (lower + away + 1) % 2
         in_row = (window < num_windows) & (near_y >= 0) & (near_y < HEIGHT // 2)
         near = (sample * (HEIGHT // 2) + near_y) * (WIDTH // 2) + x
-        inside = in_row & (x > 0) & (x <= WIDTH // 2)
-        _, won_0 = _load_won(
-            grad_ptr, code_ptr, near - 1, inside, part, num_positions, row, CHANNELS, BLOCK_O
-        )
-        inside = in_row & (x < WIDTH // 2)
-        won_1, won_2 = _load_won(
-            grad_ptr, code_ptr, near, inside, part, num_positions, row, CHANNELS, BLOCK_O
-        )
-        inside = in_row & (x + 1 < WIDTH // 2)
-        won_3, _ = _load_won(
-            grad_ptr, code_ptr, near + 1, inside, part, num_positions, row, CHANNELS, BLOCK_O
+        won_0, won_1, won_2, won_3 = _load_row(
+            grad_ptr, code_ptr, near, x, in_row, part, num_positions, row, WIDTH, CHANNELS, BLOCK_O
         )
         tap = 3 * (2 - away)
         channel = part * BLOCK_O + tl.arange(0, BLOCK_O)
@@ -281,6 +302,35 @@ def conv2_pool_relu_input_backward(
     at = grad_x_ptr + first[:, None] * INPUTS + inputs[None, :]
     tl.store(at, left_sum, mask=real[:, None])
     tl.store(at + INPUTS, right_sum, mask=(real & (2 * x + 1 < WIDTH))[:, None])
+
+
+@triton.jit
+def _add_taps(
+    sums,
+    won_0,
+    won_1,
+    x_ptr,
+    sample,
+    y,
+    left,
+    real,
+    inputs,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    INPUTS: tl.constexpr,
+):
+    """Three taps' sums [O, I] with the shares of a row's two places: their gradients times x."""
+    sum_0, sum_1, sum_2 = sums
+    x = _load_pixels(x_ptr, sample, y, left, real, inputs, HEIGHT, WIDTH, INPUTS)
+    sum_0 = tl.dot(won_0, x, sum_0, input_precision=PRECISION)
+    x = _load_pixels(x_ptr, sample, y, left + 1, real, inputs, HEIGHT, WIDTH, INPUTS)
+    sum_1 = tl.dot(won_0, x, sum_1, input_precision=PRECISION)
+    sum_0 = tl.dot(won_1, x, sum_0, input_precision=PRECISION)
+    x = _load_pixels(x_ptr, sample, y, left + 2, real, inputs, HEIGHT, WIDTH, INPUTS)
+    sum_2 = tl.dot(won_0, x, sum_2, input_precision=PRECISION)
+    sum_1 = tl.dot(won_1, x, sum_1, input_precision=PRECISION)
+    x = _load_pixels(x_ptr, sample, y, left + 3, real, inputs, HEIGHT, WIDTH, INPUTS)
+    return sum_0, sum_1, tl.dot(won_1, x, sum_2, input_precision=PRECISION)
 
 
 @triton.jit
@@ -327,16 +377,10 @@ def conv2_pool_relu_weight_backward(
         won_1 = keep_won_across(grad, won[1])
         bias_sum += won_0.to(tl.float32) + won_1.to(tl.float32)
         y = top + tap_row + row
-        x = _load_pixels(x_ptr, sample, y, left, real, inputs, HEIGHT, WIDTH, INPUTS)
-        sum_0 = tl.dot(won_0, x, sum_0, input_precision=PRECISION)
-        x = _load_pixels(x_ptr, sample, y, left + 1, real, inputs, HEIGHT, WIDTH, INPUTS)
-        sum_1 = tl.dot(won_0, x, sum_1, input_precision=PRECISION)
-        sum_0 = tl.dot(won_1, x, sum_0, input_precision=PRECISION)
-        x = _load_pixels(x_ptr, sample, y, left + 2, real, inputs, HEIGHT, WIDTH, INPUTS)
-        sum_2 = tl.dot(won_0, x, sum_2, input_precision=PRECISION)
-        sum_1 = tl.dot(won_1, x, sum_1, input_precision=PRECISION)
-        x = _load_pixels(x_ptr, sample, y, left + 3, real, inputs, HEIGHT, WIDTH, INPUTS)
-        sum_2 = tl.dot(won_1, x, sum_2, input_precision=PRECISION)
+        sums = (sum_0, sum_1, sum_2)
+        sum_0, sum_1, sum_2 = _add_taps(
+            sums, won_0, won_1, x_ptr, sample, y, left, real, inputs, HEIGHT, WIDTH, INPUTS
+        )
     weights: tl.constexpr = CHANNELS * 9 * INPUTS
     mine = partial_ptr + tl.program_id(0) * (weights + CHANNELS)
     at = mine + channel[:, None] * (9 * INPUTS) + tap_row * 3 * INPUTS + inputs[None, :]
