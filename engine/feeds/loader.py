@@ -10,6 +10,8 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +23,10 @@ from engine.feeds.ahead import DEADLINE_S, late
 from engine.feeds.batch import Batch
 from engine.feeds.resident import id_batches
 from engine.order import Order
+
+ENDS_S = 1.0
+"""How long a killed worker may take to be gone; one that waits for a disk takes longer."""
+SHARED_MEMORY = Path("/dev/shm")
 
 
 class _Samples(Dataset[tuple[torch.Tensor, torch.Tensor, int]]):
@@ -79,7 +85,7 @@ class LoaderFeed:
         assert self._loader is not None, "the feed is closed"
         self._steps.start = (epoch, first_step)
         batches = iter(self._loader)
-        deadline = _Deadline()
+        deadline = _Deadline(multiprocessing.active_children())
         _translate_deaths(self.name, deadline)
         try:
             while batch := self._next(batches, deadline):
@@ -108,7 +114,8 @@ class _Deadline:
     was stopped in the middle of it; once it has ended, the reading breaks.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, workers: list[BaseProcess]) -> None:
+        self.workers = workers
         self.since_s: float | None = None
         """When the batch was asked for (time.monotonic); None: nobody waits for one."""
         self.has_passed = False
@@ -123,19 +130,26 @@ class _Deadline:
             since_s = self.since_s
             if since_s is not None and time.monotonic() - since_s > DEADLINE_S:
                 self.has_passed = True
-                return _end_workers()
+                return _end(self.workers)
 
 
-def _end_workers() -> None:
-    """At once: one that is stopped would outlive the run."""
-    for worker in multiprocessing.active_children():
+def _end(workers: list[BaseProcess]) -> None:
+    """At once: one that is stopped would outlive the run.
+
+    torch gives a batch's memory a name for a moment; a worker that ends in it leaves an empty file.
+    """
+    for worker in workers:
         worker.kill()
+    for worker in workers:
+        worker.join(ENDS_S)
+        for left in SHARED_MEMORY.glob(f"torch_{worker.pid}_*"):
+            left.unlink(missing_ok=True)
 
 
 def _ended(name: str, error: Exception, deadline: _Deadline) -> UserError:
     """The sentence; what is left of the workers is ended."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for each of them
-    _end_workers()
+    _end(deadline.workers)
     if deadline.has_passed:
         return late(DEADLINE_S)
     what = f"the {name} feed cannot go on ({sentence(error)})"
