@@ -5,21 +5,21 @@
     p = p (1 - rate decay) - rate / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 
 That is Loshchilov & Hutter, arXiv 1711.05101, as torch.optim.AdamW computes it; the decay is that
-of the first `num_decayed` numbers. Gradients are fp32 or bf16, everything else fp32; where there is
-a shadow, it is p rounded to bf16. The learning rate and the step are read on the device, and the
-step's own numbers are computed once, in fp64.
+of some of them. Everything is fp32; but the first parameters may have gradients in bf16, and then a
+shadow, p rounded to bf16. The learning rate and the step are read on the device, and the step's own
+numbers are computed once, in fp64.
 
 The first launch looks for a gradient that is not finite and prepares the step's numbers; the second
 updates. Where one was found, by it or before, parameters, moments and step stay as they are.
 
 Bytes a parameter: the first launch reads its gradient (4, or 2 in bf16), the second that, p, m and
-v, and writes the latter three: 28 more (26), and 2 for a shadow. It does not gather gradients.
+v, and writes the latter three: 28 more, with bf16 gradients and a shadow, too. It does not gather
+gradients.
 
-Shapes: P numbers of the flat buffers, T parameters.
+Shapes: P = R + F numbers of the flat buffers, T parameters.
 """
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -35,17 +35,21 @@ NUM_SCALARS = 4
 
 
 class Flat(NamedTuple):
-    """Parameters whose gradients are of one type; each buffer is contiguous."""
+    """All parameters: R numbers whose gradients are bf16, then F whose gradients are fp32.
+
+    Each buffer is contiguous; R or F may be 0.
+    """
 
     param_P: torch.Tensor
     exp_avg_P: torch.Tensor
     exp_avg_sq_P: torch.Tensor
-    grad_P: torch.Tensor
-    """fp32 or bf16; the others are fp32."""
-    num_decayed: int
-    """The first so many decay."""
-    shadow_P: torch.Tensor | None = None
+    """fp32, like the two before."""
+    rounded_grad_R: torch.Tensor
+    shadow_R: torch.Tensor
     """bf16, to be written."""
+    grad_F: torch.Tensor
+    num_decayed: tuple[int, int]
+    """The first so many decay, of R and of F."""
 
 
 class Rates(NamedTuple):
@@ -64,35 +68,46 @@ class Rates(NamedTuple):
     eps: float
 
 
-def adamw_reference(parts: Sequence[Flat], rates: Rates) -> None:
+def adamw_reference(flat: Flat, rates: Rates) -> None:
     """One step in PyTorch's operations; reads the host."""
-    for part in parts:
-        if not torch.isfinite(part.grad_P).all():
-            rates.bad.fill_(1)
+    grad_P = torch.cat([flat.rounded_grad_R.float(), flat.grad_F])
+    if not torch.isfinite(grad_P).all():
+        rates.bad.fill_(1)
     if rates.bad.item():
         return
     (beta1, beta2), rate = rates.betas, rates.rate.item()
     step = rates.step_T[0].item() + 1
     root = math.sqrt(1 - beta2**step)
-    for part in parts:
-        grad_P = part.grad_P.float()
-        part.param_P[: part.num_decayed].mul_(1 - rate * rates.decay)
-        part.exp_avg_P.lerp_(grad_P, 1 - beta1)
-        part.exp_avg_sq_P.mul_(beta2).addcmul_(grad_P, grad_P, value=1 - beta2)
-        size_P = part.exp_avg_sq_P.sqrt().div_(root).add_(rates.eps)
-        part.param_P.addcdiv_(part.exp_avg_P, size_P, value=-rate / (1 - beta1**step))
-        if part.shadow_P is not None:
-            part.shadow_P.copy_(part.param_P)
+    num_rounded = flat.shadow_R.numel()
+    for first, num_decayed in zip((0, num_rounded), flat.num_decayed, strict=True):
+        flat.param_P[first : first + num_decayed].mul_(1 - rate * rates.decay)
+    flat.exp_avg_P.lerp_(grad_P, 1 - beta1)
+    flat.exp_avg_sq_P.mul_(beta2).addcmul_(grad_P, grad_P, value=1 - beta2)
+    size_P = flat.exp_avg_sq_P.sqrt().div_(root).add_(rates.eps)
+    flat.param_P.addcdiv_(flat.exp_avg_P, size_P, value=-rate / (1 - beta1**step))
+    flat.shadow_R.copy_(flat.param_P[:num_rounded])
     rates.step_T.fill_(step)
+
+
+@triton.jit
+def _gradient(rounded_grad_ptr, grad_ptr, place, num_rounded, num):
+    """fp32 at `place`; 0 beyond the last."""
+    is_rounded = place < num_rounded
+    rounded = tl.load(rounded_grad_ptr + place, mask=is_rounded, other=0.0).to(tl.float32)
+    is_plain = (place >= num_rounded) & (place < num)
+    plain = tl.load(grad_ptr + (place - num_rounded), mask=is_plain, other=0.0)
+    return tl.where(is_rounded, rounded, plain)
 
 
 @triton.jit(do_not_specialize_on_alignment=["rate_ptr", "bad_ptr"])
 def adamw_check(
+    rounded_grad_ptr,
     grad_ptr,
     rate_ptr,
     step_ptr,
     bad_ptr,
     scalars_ptr,
+    num_rounded,
     num,
     LOG_BETA1: tl.constexpr,
     LOG_BETA2: tl.constexpr,
@@ -101,7 +116,7 @@ def adamw_check(
 ):
     """bad = 1 where a gradient is not finite; the first program writes the scalars."""
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    grad = tl.load(grad_ptr + place, mask=place < num, other=0.0).to(tl.float32)
+    grad = _gradient(rounded_grad_ptr, grad_ptr, place, num_rounded, num)
     worst = tl.max(tl.where(tl.abs(grad) < float("inf"), 0.0, 1.0), 0)
     tl.store(bad_ptr, worst, mask=worst > 0)
     if tl.program_id(0) == 0:
@@ -117,6 +132,7 @@ def adamw_check(
 
 @triton.jit(do_not_specialize_on_alignment=["bad_ptr"])
 def adamw_update(
+    rounded_grad_ptr,
     grad_ptr,
     bad_ptr,
     scalars_ptr,
@@ -125,13 +141,14 @@ def adamw_update(
     exp_avg_ptr,
     exp_avg_sq_ptr,
     shadow_ptr,
+    num_rounded,
     num,
-    num_decayed,
+    rounded_decay_end,
+    decay_end,
     num_steps,
     BETA1: tl.constexpr,
     BETA2: tl.constexpr,
     EPS: tl.constexpr,
-    SHADOW: tl.constexpr,
     STEPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -143,11 +160,12 @@ def adamw_update(
     kept = tl.load(scalars_ptr + 3)
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = place < tl.where(bad == 0, num, 0)
-    grad = tl.load(grad_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    grad = _gradient(rounded_grad_ptr, grad_ptr, place, num_rounded, num)
     param = tl.load(param_ptr + place, mask=mask, other=0.0)
     exp_avg = tl.load(exp_avg_ptr + place, mask=mask, other=0.0)
     exp_avg_sq = tl.load(exp_avg_sq_ptr + place, mask=mask, other=0.0)
-    param = tl.where(place < num_decayed, param * kept, param)
+    decays = (place < rounded_decay_end) | ((place >= num_rounded) & (place < decay_end))
+    param = tl.where(decays, param * kept, param)
     exp_avg = exp_avg + (1 - BETA1) * (grad - exp_avg)
     exp_avg_sq = BETA2 * exp_avg_sq + (1 - BETA2) * grad * grad
     size = tl.div_rn(tl.sqrt_rn(exp_avg_sq), root) + EPS
@@ -155,58 +173,51 @@ def adamw_update(
     tl.store(param_ptr + place, param, mask=mask)
     tl.store(exp_avg_ptr + place, exp_avg, mask=mask)
     tl.store(exp_avg_sq_ptr + place, exp_avg_sq, mask=mask)
-    if SHADOW:
-        tl.store(shadow_ptr + place, param.to(tl.bfloat16), mask=mask)
+    tl.store(shadow_ptr + place, param.to(tl.bfloat16), mask=mask & (place < num_rounded))
     if tl.program_id(0) == 0:
         number = tl.arange(0, STEPS)
         many = step + tl.zeros([STEPS], tl.float32)
         tl.store(step_ptr + number, many, mask=number < tl.where(bad == 0, num_steps, 0))
 
 
-def adamw(parts: Sequence[Flat], rates: Rates) -> None:
+def adamw(flat: Flat, rates: Rates) -> None:
     """One step of all parameters, in place; device work only.
 
-    Args:
-        parts: each with gradients of one type; two launches each.
     Raises:
         ValueError: a shape, type or device does not fit.
     """
-    _check(parts, rates)
+    _check(flat, rates)
     if not on_triton(rates.step_T):
-        adamw_reference(parts, rates)
+        adamw_reference(flat, rates)
         return
     (beta1, beta2), scalars = rates.betas, rates.scalars_4
     logs = {"LOG_BETA1": math.log(beta1), "LOG_BETA2": math.log(beta2) if beta2 else -1e3}
-    for part in parts:  # all are looked at before any is changed
-        num = part.grad_P.numel()
-        looked_at = (part.grad_P, rates.rate, rates.step_T, rates.bad, scalars, num)
-        grid = (triton.cdiv(num, BLOCK),)
-        start(adamw_check, grid, *looked_at, **logs, DECAY=rates.decay, BLOCK=BLOCK)
+    gradients = (flat.rounded_grad_R, flat.grad_F)
+    num_rounded, num = flat.shadow_R.numel(), flat.param_P.numel()
+    grid = (triton.cdiv(num, BLOCK),)
+    looked_at = (*gradients, rates.rate, rates.step_T, rates.bad, scalars, num_rounded, num)
+    start(adamw_check, grid, *looked_at, **logs, DECAY=rates.decay, BLOCK=BLOCK)
+    buffers = (flat.param_P, flat.exp_avg_P, flat.exp_avg_sq_P, flat.shadow_R)
+    ends = (flat.num_decayed[0], num_rounded + flat.num_decayed[1])
     num_steps = rates.step_T.numel()
+    given = (*gradients, rates.bad, scalars, rates.step_T, *buffers)
+    numbers = (num_rounded, num, *ends, num_steps)
+    chosen = {"BETA1": beta1, "BETA2": beta2, "EPS": rates.eps}
     sizes = {"STEPS": triton.next_power_of_2(num_steps), "BLOCK": BLOCK}
-    for part in parts:
-        num, has_shadow = part.grad_P.numel(), part.shadow_P is not None
-        buffers = (part.param_P, part.exp_avg_P, part.exp_avg_sq_P)
-        shadow_P = part.shadow_P if part.shadow_P is not None else part.param_P  # is not written
-        given = (part.grad_P, rates.bad, scalars, rates.step_T, *buffers, shadow_P)
-        numbers = (num, part.num_decayed, num_steps)
-        chosen = {"BETA1": beta1, "BETA2": beta2, "EPS": rates.eps, "SHADOW": has_shadow}
-        start(adamw_update, (triton.cdiv(num, BLOCK),), *given, *numbers, **chosen, **sizes)
+    start(adamw_update, grid, *given, *numbers, **chosen, **sizes)
 
 
-def _check(parts: Sequence[Flat], rates: Rates) -> None:
-    like, fp32 = rates.step_T, (torch.float32,)
+def _check(flat: Flat, rates: Rates) -> None:
+    like, fp32, bf16 = rates.step_T, (torch.float32,), (torch.bfloat16,)
     check("the rate", rates.rate, fp32, (), like)
     check("bad", rates.bad, fp32, (), like)
     check("the steps", rates.step_T, fp32, (None,), like)
     check("the scalars", rates.scalars_4, fp32, (NUM_SCALARS,), like)
-    for part in parts:
-        size = (part.grad_P.numel(),)
-        check("the gradient", part.grad_P, (torch.float32, torch.bfloat16), size, like)
-        for name in ("param_P", "exp_avg_P", "exp_avg_sq_P"):
-            check(name, getattr(part, name), fp32, size, like)
-        if part.shadow_P is not None:
-            check("the shadow", part.shadow_P, (torch.bfloat16,), size, like)
-        for tensor in part:
-            if isinstance(tensor, torch.Tensor):
-                check_contiguous("a flat buffer", tensor)
+    num, num_rounded = flat.param_P.numel(), flat.shadow_R.numel()
+    for name in ("param_P", "exp_avg_P", "exp_avg_sq_P"):
+        check(name, getattr(flat, name), fp32, (num,), like)
+    check("the shadow", flat.shadow_R, bf16, (num_rounded,), like)
+    check("the gradient in bf16", flat.rounded_grad_R, bf16, (num_rounded,), like)
+    check("the gradient", flat.grad_F, fp32, (num - num_rounded,), like)
+    for tensor in flat[:-1]:
+        check_contiguous("a flat buffer", tensor)

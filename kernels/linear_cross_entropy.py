@@ -9,6 +9,9 @@ hidden (unit weight), a sample's own, so that fp16 loses nothing; and of weight 
 a program's samples that a small second launch adds up in a fixed order. The backward multiplies all
 three by the incoming gradient (GradScaler's scale) over B, read on the device.
 
+Where hidden is the result of a ReLU, its gradient may be masked by that ReLU in the same launch:
+0 where hidden is not above 0.
+
 Rounding: the weight is rounded to hidden's type, as autocast does; products are summed in fp32, and
 bias, logits, loss and bias gradient stay fp32, where autocast rounds the logits. unit is rounded to
 hidden's type for its two products. A label that is no class makes the loss NaN. Of equal logits
@@ -60,6 +63,7 @@ def linear_cross_entropy_reference(
     bias_K: torch.Tensor,
     label_B: torch.Tensor,
     smoothing: float,
+    after_relu: bool = False,
 ) -> Found:
     """(mean loss, right answers, and for a gradient of B of that mean, those of the three)."""
     exact = torch.promote_types(hidden_BD.dtype, torch.float32)
@@ -67,6 +71,8 @@ def linear_cross_entropy_reference(
     logits_BK = functional.linear(hidden_BD.to(exact), rounded_KD, bias_K.to(exact))
     loss, correct, unit_BK = softmax_cross_entropy_reference(logits_BK, label_B, smoothing)
     unit_hidden_BD = (unit_BK @ rounded_KD).to(hidden_BD.dtype)
+    if after_relu:
+        unit_hidden_BD = unit_hidden_BD.masked_fill(hidden_BD <= 0, 0)
     return loss, correct, unit_hidden_BD, unit_BK.T @ hidden_BD.to(exact), unit_BK.sum(0)
 
 
@@ -130,6 +136,7 @@ def linear_cross_entropy_forward(
     rest_ptr,
     num_samples,
     SMOOTHING: tl.constexpr,
+    AFTER_RELU: tl.constexpr,
     WIDTH: tl.constexpr,
     CLASSES: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -162,6 +169,8 @@ def linear_cross_entropy_forward(
         weight = _rows(weight_ptr, column, place, CLASSES, WIDTH).to(hidden.dtype)
         unit = unit.to(hidden.dtype)
         unit_hidden = tl.dot(unit, weight, input_precision=PRECISION)
+        if AFTER_RELU:
+            unit_hidden = tl.where(hidden.to(tl.float32) <= 0, 0.0, unit_hidden)
         at = unit_hidden_ptr + sample[:, None] * WIDTH + place[None, :]
         tl.store(at, unit_hidden, mask=real[:, None] & (place < WIDTH)[None, :])
         weight_sum = tl.dot(tl.trans(hidden), unit, weight_sum, input_precision=PRECISION)
@@ -268,15 +277,18 @@ def _op(
     bias_K: torch.Tensor,
     label_B: torch.Tensor,
     smoothing: float,
+    after_relu: bool,
 ) -> Found:
     _check(hidden_BD, weight_KD, bias_K, label_B)
     if not on_triton(hidden_BD):
-        return linear_cross_entropy_reference(hidden_BD, weight_KD, bias_K, label_B, smoothing)
+        return linear_cross_entropy_reference(
+            hidden_BD, weight_KD, bias_K, label_B, smoothing, after_relu
+        )
     check("hidden", hidden_BD, FLOATS, (None, None), hidden_BD)
     check("weight", weight_KD, FLOATS, (None, None), hidden_BD)
     num_samples, width = hidden_BD.shape
     num_classes = len(weight_KD)
-    found: Found = _fake(hidden_BD, weight_KD, bias_K, label_B, smoothing)
+    found: Found = _fake(hidden_BD, weight_KD, bias_K, label_B, smoothing, after_relu)
     loss, correct, unit_hidden_BD, unit_weight_KD, unit_bias_K = found
     columns = max(16, triton.next_power_of_2(num_classes))
     chunk = max(16, min(triton.next_power_of_2(width), SUMS // columns))
@@ -287,7 +299,8 @@ def _op(
     made = (unit_hidden_BD, partial_PDK, rest_PK2)
     layer = {"WIDTH": width, "CLASSES": num_classes}
     blocks = {"COLUMNS": columns, "ROWS": ROWS, "CHUNK": chunk, "DEPTH": DEPTH, "TURNS": turns}
-    constants = {"SMOOTHING": smoothing, **layer, **blocks, "num_warps": WARPS}
+    asked = {"SMOOTHING": smoothing, "AFTER_RELU": after_relu}
+    constants = {**asked, **layer, **blocks, "num_warps": WARPS}
     grid = (programs, triton.cdiv(width, chunk))
     start(linear_cross_entropy_forward, grid, *given, *made, num_samples, **constants)
     sums = (partial_PDK, rest_PK2, loss, correct, unit_weight_KD, unit_bias_K)
@@ -304,6 +317,7 @@ def _fake(
     bias_K: torch.Tensor,
     label_B: torch.Tensor,
     smoothing: float,
+    after_relu: bool,
 ) -> Found:
     exact = torch.promote_types(hidden_BD.dtype, torch.float32)
     loss = hidden_BD.new_empty((), dtype=exact)
@@ -356,7 +370,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -
 
 
 def _differentiate(ctx: Any, grad_loss: torch.Tensor, *_: None) -> tuple[object, ...]:
-    return *_backward_op(*ctx.saved_tensors, grad_loss, ctx.dtype), None, None
+    return *_backward_op(*ctx.saved_tensors, grad_loss, ctx.dtype), None, None, None
 
 
 _op.register_autograd(_differentiate, setup_context=_save)
@@ -368,6 +382,7 @@ def linear_cross_entropy(
     bias_K: torch.Tensor,
     label_B: torch.Tensor,
     smoothing: float,
+    after_relu: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(mean loss, right answers) of the logits hidden weight' + bias, fp32 scalars.
 
@@ -379,8 +394,10 @@ def linear_cross_entropy(
         weight_KD, bias_K: of one of these types, both of the same. K is at most 256.
         label_B: uint8.
         smoothing: share of the target spread over all classes, 0..1; compiled into the kernel.
+        after_relu: hidden is the result of a ReLU. Its gradient is then the one before that ReLU,
+            which must not be masked again; see linear_relu.
     Raises:
         ValueError: a shape, type or device does not fit.
     """
-    loss, correct, *_ = _op(hidden_BD, weight_KD, bias_K, label_B, smoothing)
+    loss, correct, *_ = _op(hidden_BD, weight_KD, bias_K, label_B, smoothing, after_relu)
     return loss, correct.detach()

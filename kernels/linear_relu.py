@@ -2,7 +2,7 @@
 
 On a GPU `torch._addmm_activation` is cuBLASLt's product with that epilogue; it has no derivative of
 its own. Backward passes the gradient where the result is above 0, then makes the products of any
-linear layer.
+linear layer. The first is left out where linear_cross_entropy, told `after_relu`, did so already.
 
 It needs no Triton and is no kernel of this project; it comes with linear_cross_entropy.
 
@@ -17,32 +17,45 @@ import torch
 class _LinearReLU(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_BD: torch.Tensor, weight_ED: torch.Tensor, bias_E: torch.Tensor
+        ctx: Any,
+        x_BD: torch.Tensor,
+        weight_ED: torch.Tensor,
+        bias_E: torch.Tensor,
+        masked: bool,
     ) -> torch.Tensor:
         y_BE = torch._addmm_activation(bias_E, x_BD, weight_ED.t())
         ctx.save_for_backward(x_BD, weight_ED, y_BE)
+        ctx.masked = masked
         return y_BE
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         x_BD, weight_ED, y_BE = ctx.saved_tensors
-        live_BE = torch.ops.aten.threshold_backward(grads[0], y_BE, 0)
-        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+        live_BE = grads[0]
+        if not ctx.masked:
+            live_BE = torch.ops.aten.threshold_backward(live_BE, y_BE, 0)
+        wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
         return (
             live_BE @ weight_ED if wants_x else None,
             live_BE.t() @ x_BD if wants_weight else None,
             live_BE.sum(0) if wants_bias else None,
+            None,
         )
 
 
-def linear_relu(x_BD: torch.Tensor, weight_ED: torch.Tensor, bias_E: torch.Tensor) -> torch.Tensor:
+def linear_relu(
+    x_BD: torch.Tensor, weight_ED: torch.Tensor, bias_E: torch.Tensor, masked: bool = False
+) -> torch.Tensor:
     """relu(linear(x, weight, bias)) [B, E], differentiable in all three; in autocast's type.
 
     Equal to PyTorch's linear and relu to the bit on a CPU, forward and gradients.
+
+    Args:
+        masked: the gradient will be 0 wherever the result is not above 0; it is taken as it comes.
     """
     device = x_BD.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x_BD, weight_ED, bias_E = x_BD.to(dtype), weight_ED.to(dtype), bias_E.to(dtype)
-    y_BE: torch.Tensor = _LinearReLU.apply(x_BD, weight_ED, bias_E)
+    y_BE: torch.Tensor = _LinearReLU.apply(x_BD, weight_ED, bias_E, masked)
     return y_BE

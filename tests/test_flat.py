@@ -95,7 +95,7 @@ def test_the_steps_are_those_of_torchs_fused_adamw(channels_last: bool) -> None:
 
 def test_every_parameter_lies_aligned_in_one_buffer_as_it_did() -> None:
     (model, optimizer, _), (twin, _, _) = twins()
-    buffer = optimizer._parts[0].flat.param_P  # type: ignore[attr-defined]
+    buffer = optimizer._flat.param_P  # type: ignore[attr-defined]
     first = buffer.data_ptr()
     trained_ones = [p for p in model.parameters() if p.requires_grad]
     for parameter in trained_ones:

@@ -227,6 +227,8 @@ def test_the_kernels_agree_with_float64(batch: int, dtype: torch.dtype, gpu_worl
     logits, label = torch.randn(batch, 94).to(dtype), torch.randint(94, (batch,), dtype=torch.uint8)
     hidden, last = torch.randn(batch, 128).to(dtype), (torch.randn(94, 128) / 11).to(dtype)
 
+    layer = (last, logits[0].clone())
+
     def first(i: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return conv_pool_relu(i, w, b, w.dtype if w.dtype == torch.float64 else dtype)
 
@@ -235,8 +237,9 @@ def test_the_kernels_agree_with_float64(batch: int, dtype: torch.dtype, gpu_worl
         (bias_pool_relu, (x, bias.repeat(2))),
         (conv2_pool_relu, (pooled, weight_2, bias.repeat(2))),
         (lambda a, b: softmax_cross_entropy(a, b, 0.05)[0], (logits, label)),
-        (lambda *a: linear_cross_entropy(*a, 0.05)[0], (hidden, last, logits[0].clone(), label)),
-        (linear_relu, (hidden, last, logits[0].clone())),
+        (lambda *a: linear_cross_entropy(*a, 0.05)[0], (hidden, *layer, label)),
+        (lambda *a: linear_cross_entropy(*a, 0.05, True)[0], (hidden.relu(), *layer, label)),
+        (linear_relu, (hidden, *layer)),
     ]  # fmt: skip
     for call, given in cases:
         ours = [t.cuda().requires_grad_(t.is_floating_point()) for t in given]

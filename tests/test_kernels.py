@@ -105,6 +105,24 @@ def test_the_reference_of_the_head_is_pytorchs(smoothing: float) -> None:
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_head_masks_the_relu_before_it_to_the_bit(dtype: torch.dtype) -> None:
+    """The gradients of a layer, its ReLU and the head, whichever of the two masks."""
+    x, layer, last = float64(37, 12), (float64(20, 12), float64(20)), (float64(94, 20), float64(94))
+    leaves = [t.detach().to(dtype).requires_grad_() for t in (x, *layer, *last)]
+    label = torch.randint(94, (37,), dtype=torch.uint8)
+    found = []
+    for head_masks in (True, False):
+        hidden = linear_relu(*leaves[:3], masked=head_masks)
+        assert (hidden == 0).any()
+        loss, _ = head_file.linear_cross_entropy(hidden, *leaves[3:], label, 0.1, head_masks)
+        found.append(gradients(loss, leaves))
+    assert all(map(torch.equal, *found))
+    hidden = linear_relu(*leaves[:3], masked=True)
+    unmasked, _ = head_file.linear_cross_entropy(hidden, *leaves[3:], label, 0.1)
+    assert not all(map(torch.equal, found[0], gradients(unmasked, leaves))), "nobody masks"
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_linear_layer_with_its_relu_is_pytorchs_two_to_the_bit(precision: str) -> None:
     layer = torch.nn.Linear(50, 30)

@@ -22,6 +22,7 @@ from engine.errors import UserError
 from engine.feeds.synthetic import random_batch
 from engine.host import ROOT
 from engine.models import make_model
+from engine.models.baseline import FastGlyphNet
 from engine.models.pixels import Pixels
 from engine.models.residual import ResidualNet
 from engine.models.vit import SIZES
@@ -244,6 +245,14 @@ def test_a_forward_of_ones_own_is_not_replaced() -> None:
             return 2 * super().forward(image_BHW)
 
     assert ResidualNet.kernels - Own.kernels == {"linear_cross_entropy"}
+
+
+def test_the_head_masks_no_relu_of_a_hidden_layer_of_ones_own() -> None:
+    class Own(FastGlyphNet):
+        def hidden(self, image_BHW: torch.Tensor) -> torch.Tensor:
+            return super().hidden(image_BHW) - 1
+
+    assert FastGlyphNet.head_masks_relu and not Own.head_masks_relu
 
 
 def test_parts_leave_the_mean_of_their_running_statistics(tiny: Records, world: World) -> None:

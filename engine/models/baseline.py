@@ -26,6 +26,7 @@ class GlyphNet(HeadNetwork):
     min_side = 4  # two 2x2 max-pools leave a quarter, and the linear layers need a pixel of it
     kernels = HeadNetwork.kernels | {"conv_pool_relu", "bias_pool_relu", "conv2_pool_relu"}
     last = "fc2"
+    head_masks_relu = True
     can_whiten = True
     relu_after_pool: ClassVar[bool] = False
 
@@ -69,7 +70,7 @@ class GlyphNet(HeadNetwork):
             return functional.relu(self.fc1(x_BCHW))
         from kernels.linear_relu import linear_relu
 
-        return linear_relu(*self.fc1.sides(x_BCHW), self.fc1.bias)
+        return linear_relu(*self.fc1.sides(x_BCHW), self.fc1.bias, masked=True)
 
     def _first(self, image_BHW: torch.Tensor) -> torch.Tensor:
         if "conv_pool_relu" not in self.fused:

@@ -90,10 +90,15 @@ class HeadNetwork(Network):
     kernels = FIT_ALL | {"linear_cross_entropy"}
     last: ClassVar[str]
     """The name of the last layer, an nn.Linear with a bias."""
+    head_masks_relu: ClassVar[bool] = False
+    """Whether, where linear_cross_entropy is in `fused`, `hidden` ends in a ReLU that leaves the
+    masking of its gradient to that kernel."""
 
     def __init_subclass__(cls) -> None:
-        """A class with a `forward` of its own may compute something else than its two parts."""
+        """What a class computes in its own way has not what is promised of its parent's."""
         super().__init_subclass__()
+        if "hidden" in vars(cls) and "head_masks_relu" not in vars(cls):
+            cls.head_masks_relu = False
         if "forward" in vars(cls):
             cls.kernels = cls.kernels - {"linear_cross_entropy"}
 

@@ -1,7 +1,7 @@
 """`FlatAdamW`: AdamW whose parameters and moments lie in flat buffers, one step in few launches.
 
-The parameters become views of one fp32 buffer, each in a slot of its own of whole 32 bytes, laid
-out as it was (NHWC or not), and so do their moments. A step joins the gradients in a buffer of the
+The parameters become views of one fp32 buffer, each in a slot of its own of whole 64 bytes, laid
+out as it was (NHWC or not), and so do their moments. A step joins the gradients in buffers of the
 same slots and calls kernels/adamw.py, which also finds those that are not finite. Its state has
 torch's form, by parameter: a run goes on with torch's optimiser and the other way round.
 
@@ -11,7 +11,7 @@ in every step; the rounding is the same. They are leaves, and their gradients co
 
 It has one learning rate and one decay.
 
-Shapes: P numbers of the flat buffers, T parameters.
+Shapes: P = R + F numbers of the flat buffers, those of R with shadows; T parameters.
 """
 
 from collections.abc import Callable, Collection, Iterable
@@ -26,8 +26,8 @@ from engine.errors import UserError
 if TYPE_CHECKING:
     from kernels.adamw import Flat
 
-SLOT = 8
-"""Numbers whose whole multiples begin a parameter: 32 bytes in fp32, 16 in bf16."""
+SLOT = 16
+"""Numbers whose whole multiples begin a parameter, as Triton wants them for its widest loads."""
 EPS = 1e-8
 """torch's."""
 
@@ -68,52 +68,44 @@ class FlatAdamW(torch.optim.Optimizer):
         """By parameter: bf16 leaves."""
         self._kept: dict[torch.Tensor, dict[str, torch.Tensor]] = {}
         """What `state` holds of each parameter: views, whatever is loaded."""
-        self._parts: list[_Part] = []
         like = self.param_groups[0]["params"][0]
         num_parameters = sum(len(group["params"]) for group in self.param_groups)
         self._step_T = torch.zeros(num_parameters, device=like.device)
         self._rate, self._bad = torch.zeros(2, device=like.device)
         self._scalars_4 = torch.zeros(4, device=like.device)
         chosen = {id(p) for p in rounded}
-        for is_rounded in (False, True):
-            self._add_part(chosen, is_rounded)
+        self._rounded = _part_of(self.param_groups, lambda p: id(p) in chosen, torch.bfloat16)
+        self._plain = _part_of(self.param_groups, lambda p: id(p) not in chosen, torch.float32)
+        self._flat = _flat_of(self._rounded, self._plain)
+        self._move()
         self.round()
 
     @torch.no_grad()
-    def _add_part(self, rounded: set[int], is_rounded: bool) -> None:
-        """Move the parameters with shadows, or the others, into buffers of their own."""
-        mine = [
-            (p, bool(group["weight_decay"]))
-            for group in self.param_groups
-            for p in group["params"]
-            if (id(p) in rounded) == is_rounded
-        ]
-        decayed = [p for p, decays in mine if decays]
-        plain = [p for p, decays in mine if not decays]
-        if not decayed + plain:
-            return
-        part = _part_of(decayed, plain, is_rounded)
-        self._parts.append(part)
-        moments = [part.views(flat_P) for flat_P in (part.flat.exp_avg_P, part.flat.exp_avg_sq_P)]
-        moved = part.views(part.flat.param_P)
-        shadows = part.views(part.flat.shadow_P) if part.flat.shadow_P is not None else []
-        for number, parameter in enumerate(part.parameters):
-            moved[number].copy_(parameter)
-            parameter.data = moved[number]
+    def _move(self) -> None:
+        """Make the parameters, their shadows and what `state` holds views of the flat buffers."""
+        parameters = self._rounded.parameters + self._plain.parameters
+        sizes = self._rounded.sizes + self._plain.sizes
+        views = [_views(buffer_P, parameters, sizes) for buffer_P in self._flat[:3]]
+        for number, (parameter, moved, exp_avg, exp_avg_sq) in enumerate(
+            zip(parameters, *views, strict=True)
+        ):
+            moved.copy_(parameter)
+            parameter.data = moved
             self.state[parameter] = self._kept[parameter] = {
-                "step": self._step_T[len(self._kept)],
-                "exp_avg": moments[0][number],
-                "exp_avg_sq": moments[1][number],
+                "step": self._step_T[number],
+                "exp_avg": exp_avg,
+                "exp_avg_sq": exp_avg_sq,
             }
-            if shadows:
-                self.shadows[parameter] = shadows[number].requires_grad_()
+        part = self._rounded
+        shadows = _views(self._flat.shadow_R, part.parameters, part.sizes)
+        for parameter, shadow in zip(part.parameters, shadows, strict=True):
+            self.shadows[parameter] = shadow.requires_grad_()
 
     @torch.no_grad()
     def round(self) -> None:
         """Make the shadows anew, after parameters were written by others."""
-        for part in self._parts:
-            if part.flat.shadow_P is not None:
-                part.flat.shadow_P.copy_(part.flat.param_P)
+        shadow_R = self._flat.shadow_R
+        shadow_R.copy_(self._flat.param_P[: len(shadow_R)])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Of parameters and shadows; always to None."""
@@ -139,11 +131,12 @@ class FlatAdamW(torch.optim.Optimizer):
         rate = group["lr"]
         if not isinstance(rate, torch.Tensor):
             rate = self._rate.fill_(rate)
-        for part in self._parts:
-            torch.cat(list(self._gradients(part)), out=part.flat.grad_P)
+        for part in (self._rounded, self._plain):
+            if part.parameters:
+                torch.cat(list(self._gradients(part)), out=part.grad_P)
         on_device = (rate, self._step_T, bad, self._scalars_4)
         rates = Rates(*on_device, group["betas"], self._decay, group["eps"])
-        adamw([part.flat for part in self._parts], rates)
+        adamw(self._flat, rates)
 
     def _gradients(self, part: "_Part") -> Iterable[torch.Tensor]:
         """Each parameter's gradient as it lies in memory, and the gap behind it."""
@@ -176,18 +169,24 @@ class _Part:
     """Parameters whose gradients are of one type, in slots one behind the other."""
 
     parameters: list[torch.Tensor]
+    """First those that decay."""
     sizes: list[int]
     """Of the slots."""
+    num_decayed: int
+    """Numbers of the slots that decay."""
+    grad_P: torch.Tensor
     gaps: list[torch.Tensor]
     """Zeros: what a slot has behind a gradient."""
-    flat: "Flat"
 
-    def views(self, flat_P: torch.Tensor) -> list[torch.Tensor]:
-        """Each parameter's slot, in its shape and layout."""
-        return [
-            slot.as_strided(p.shape, torch.empty_like(p, device="meta").stride())
-            for slot, p in zip(flat_P.split(self.sizes), self.parameters, strict=True)
-        ]
+
+def _views(
+    flat_P: torch.Tensor, parameters: list[torch.Tensor], sizes: list[int]
+) -> list[torch.Tensor]:
+    """Each parameter's slot, in its shape and layout."""
+    return [
+        slot.as_strided(p.shape, torch.empty_like(p, device="meta").stride())
+        for slot, p in zip(flat_P.split(sizes), parameters, strict=True)
+    ]
 
 
 def _lies_as(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -196,21 +195,33 @@ def _lies_as(one: torch.Tensor, other: torch.Tensor) -> bool:
     return all(size == 1 or ours == theirs for size, ours, theirs in strides)
 
 
-def _part_of(decayed: list[torch.Tensor], plain: list[torch.Tensor], is_rounded: bool) -> _Part:
+def _part_of(
+    groups: list[dict[str, Any]], is_mine: Callable[[torch.Tensor], bool], dtype: torch.dtype
+) -> _Part:
+    """The part of the groups' parameters that are its own; its gradients are of `dtype`."""
+    decayed: list[torch.Tensor] = []
+    others: list[torch.Tensor] = []
+    for group in groups:
+        chosen = decayed if group["weight_decay"] else others
+        chosen += filter(is_mine, group["params"])
+    parameters = decayed + others
+    sizes = [-(-p.numel() // SLOT) * SLOT for p in parameters]
+    num_decayed = sum(sizes[: len(decayed)])
+    grad_P = torch.zeros(sum(sizes), dtype=dtype, device=groups[0]["params"][0].device)
+    gaps = [grad_P.new_zeros(n - p.numel()) for n, p in zip(sizes, parameters, strict=True)]
+    return _Part(parameters, sizes, num_decayed, grad_P, gaps)
+
+
+def _flat_of(rounded: _Part, plain: _Part) -> "Flat":
     from kernels.adamw import Flat
 
-    parameters = decayed + plain
+    parameters = rounded.parameters + plain.parameters
     assert len({(p.dtype, p.device) for p in parameters}) == 1, "fp32, of one device"
-    dtype = torch.bfloat16 if is_rounded else torch.float32
-    sizes = [-(-p.numel() // SLOT) * SLOT for p in parameters]
-    size, device = sum(sizes), parameters[0].device
+    device = parameters[0].device
+    size = len(rounded.grad_P) + len(plain.grad_P)
     param_P, exp_avg_P, exp_avg_sq_P = (torch.zeros(size, device=device) for _ in range(3))
-    grad_P = torch.zeros(size, dtype=dtype, device=device)
-    shadow_P = torch.zeros_like(grad_P) if is_rounded else None
-    num_decayed = sum(sizes[: len(decayed)])
-    flat = Flat(param_P, exp_avg_P, exp_avg_sq_P, grad_P, num_decayed, shadow_P)
-    gaps = [grad_P.new_zeros(n - p.numel()) for n, p in zip(sizes, parameters, strict=True)]
-    return _Part(parameters, sizes, gaps, flat)
+    moving = (param_P, exp_avg_P, exp_avg_sq_P, rounded.grad_P, torch.zeros_like(rounded.grad_P))
+    return Flat(*moving, plain.grad_P, (rounded.num_decayed, plain.num_decayed))
 
 
 def why_not_rounded(config: RunConfig, num_ranks: int) -> str:

@@ -53,8 +53,10 @@ class Objective(torch.nn.Module):
         with self._autocast():
             hidden_BD = functional_call(_Hidden(self.model), rounded, (image_BHW,))
         hidden_BD = hidden_BD.to(self._dtype or hidden_BD.dtype)
-        last = self.model.last_layer
-        return linear_cross_entropy(hidden_BD, last.weight, last.bias, label_B, self._smoothing)
+        last, masks_relu = self.model.last_layer, self.model.head_masks_relu
+        return linear_cross_entropy(
+            hidden_BD, last.weight, last.bias, label_B, self._smoothing, masks_relu
+        )
 
     def logits(self, image_BHW: torch.Tensor) -> torch.Tensor:
         """fp32 logits_BC of evaluation: BatchNorm goes by its running statistics."""

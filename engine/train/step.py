@@ -469,8 +469,8 @@ class TrainStep:
             if self._measures_noise and number == 0:  # before any rank adds another's
                 self._keep_norm(self._log_5K[SMALL, k], num_parts**2)
             self.statistics.end_part()
-            self._log_5K[LOSS, k].add_(loss.detach(), alpha=1 / num_parts)
-            self._log_5K[CORRECT, k].add_(correct)
+            into = [self._log_5K[LOSS, k], self._log_5K[CORRECT, k]]
+            torch._foreach_add_(into, [part_loss.detach(), correct])  # one launch of a GPU
         if self._shards:
             with span("gather"):
                 self._log_5K[: CORRECT + 1, k].copy_(self._shards.add_up())
