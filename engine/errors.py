@@ -4,8 +4,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from engine.stop import Stopped
 from engine.ui import guard_outputs
@@ -44,11 +45,14 @@ def sentence(error: BaseException) -> str:
 
 
 @contextmanager
-def exit_on_user_error() -> Iterator[None]:
+def exit_on_user_error(end: Callable[[int], Any] = sys.exit) -> Iterator[None]:
     """Turn a UserError into one line on stderr and exit code 2.
 
     A rank that does not speak lets the one that does end first: torchrun kills the others as soon
     as one has ended.
+
+    Args:
+        end: ends the process with a code; ranks must not go through the interpreter's shutdown.
     """
     guard_outputs()
     try:
@@ -59,15 +63,15 @@ def exit_on_user_error() -> Iterator[None]:
         else:
             signal.signal(signal.SIGTERM, lambda *_: os._exit(EXIT_USER_ERROR))
             time.sleep(LINGER_S)
-        raise SystemExit(EXIT_USER_ERROR) from None
+        end(EXIT_USER_ERROR)
     except MemoryError:
         print(
             "error: not enough memory; free some, or raise its limit", file=sys.stderr, flush=True
         )
-        raise SystemExit(EXIT_USER_ERROR) from None
+        end(EXIT_USER_ERROR)
     except Stopped as stopped:
         print(f"error: {stopped}; there was nothing to save", file=sys.stderr, flush=True)
-        raise SystemExit(128 + stopped.number) from None
+        end(128 + stopped.number)
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr, flush=True)
-        raise SystemExit(128 + signal.SIGINT) from None
+        end(128 + signal.SIGINT)

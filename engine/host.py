@@ -161,6 +161,21 @@ def env_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def end_rank(code: int = 0) -> None:
+    """End a rank of several at once, without the interpreter's shutdown.
+
+    Gloo's threads may still be letting go of the last collective's tensors; one that asks for the
+    interpreter while it shuts down aborts the process ("terminate called without an active
+    exception": once in some 70 runs of two ranks).
+    """
+    if env_world_size() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    if code:
+        raise SystemExit(code)
+
+
 def env_local_world_size() -> int:
     """Number of processes on this machine as torchrun gave it."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))

@@ -20,7 +20,7 @@ from engine.config_text import (
 from engine.durable import take_folder
 from engine.errors import UserError, exit_on_user_error
 from engine.flags import flag_settings, setting_options
-from engine.host import cache_notes, env_rank, prepare_process
+from engine.host import cache_notes, end_rank, env_rank, prepare_process
 from engine.paths import PATH, path_text, written_path
 from engine.ranks import Ranks, join_ranks
 from engine.stop import STOP, end_with_launcher
@@ -87,7 +87,7 @@ def main(
 
     Runs alone or under torchrun. Flags override --set, which overrides --config.
     """
-    with exit_on_user_error():
+    with exit_on_user_error(end_rank):
         STOP.install()
         end_with_launcher()
         ranks = join_ranks()
@@ -98,8 +98,6 @@ def main(
         ranks.agree_on("configuration", config.digest())
         folder = out if resume == AUTO else _path(resume) or out
         signal = _run(config, ranks, folder, bool(stored), device or "")
-    from engine.world import end_rank
-
     end_rank(128 + signal if signal else 0)
 
 

@@ -6,7 +6,6 @@ torch (variables, home, memory) is host.py's.
 
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -22,7 +21,6 @@ from engine.heart import Heart
 from engine.host import (
     env_local_rank,
     env_local_world_size,
-    env_world_size,
     keep_large_blocks,
     limit_threads,
 )
@@ -209,21 +207,6 @@ def _join_group(ranks: Ranks, device: torch.device, timeout_s: float) -> Any:
         device_id=device if on_gpu else None,
     )
     return dist.new_group(backend="gloo") if on_gpu else None
-
-
-def end_rank(code: int = 0) -> None:
-    """End a rank of several at once, without the interpreter's shutdown.
-
-    Gloo's threads may still be letting go of the last collective's tensors; one that asks for the
-    interpreter while it shuts down aborts the process ("terminate called without an active
-    exception": once in some 70 runs of two ranks).
-    """
-    if env_world_size() > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    if code:
-        raise SystemExit(code)
 
 
 def check_ranks(device_name: str = "") -> None:

@@ -5,10 +5,7 @@ The slow proofs stand in tests/kernels/.
 
 import ast
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -571,27 +568,6 @@ def test_a_run_without_a_gpu_says_so_once(command: Command, small_dir: Any, tmp_
     done = command("python", "-m", "engine.run", *words, "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("are not used: there is no GPU") == 1
-
-
-@pytest.mark.slow
-def test_the_interpreter_agrees() -> None:
-    """A part of the proofs, in a process of its own: each kernel, small, against float64."""
-    layers = "dtype1-shape2 and (conv_pool or channels_last)"
-    chosen = f"{layers} or dtype0-5-8 or (gather_warp and shape1) or nan"
-    command = [sys.executable, "-m", "pytest", "-q", "tests/kernels/interpreted.py", "-k", chosen]
-    variables = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:]
-    found = re.search(r"(\d+) passed", done.stdout)
-    assert found and int(found[1]) >= 9, done.stdout
-
-
-@pytest.mark.slow
-def test_it_compiles_for_an_h100() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "tests/kernels/compiled.py", "-k", "90"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert re.search("[12] passed", done.stdout), done.stdout[-3000:]
 
 
 def test_resources_are_on_file_for_every_triton_that_an_allowed_torch_asks_for() -> None:

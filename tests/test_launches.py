@@ -363,7 +363,8 @@ from engine.config import RunConfig, override
 from engine.errors import exit_on_user_error
 from engine.data.records import open_records
 from engine.train import session as sessions
-from engine.world import end_rank, start_world
+from engine.host import end_rank
+from engine.world import start_world
 from tests.test_launches import spoil_backward
 
 class Breaks:

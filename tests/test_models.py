@@ -20,7 +20,7 @@ from engine.data.pack import pack
 from engine.data.records import Records, open_records
 from engine.errors import UserError
 from engine.feeds.synthetic import random_batch
-from engine.host import ROOT
+from engine.host import ROOT, end_rank
 from engine.models import make_model
 from engine.models.baseline import FastGlyphNet
 from engine.models.pixels import Pixels
@@ -32,7 +32,7 @@ from engine.train.folder import checkpoints
 from engine.train.objective import Objective
 from engine.train.optim import make_optimizer
 from engine.train.session import Session, evaluate, open_session
-from engine.world import World, end_rank, start_world
+from engine.world import World, start_world
 from tests.conftest import CLASSES, Command, assert_refused, child, write_csv
 from tests.test_resume import assert_same, stop_after, trained
 from tools.checks.doctor import host_reads

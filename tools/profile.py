@@ -17,7 +17,7 @@ from engine.config import RECIPES, RunConfig, override
 from engine.config_text import load_toml
 from engine.durable import is_empty, take_folder, writing
 from engine.errors import UserError, exit_on_user_error, printable
-from engine.host import cache_notes, env_world_size, prepare_process
+from engine.host import cache_notes, end_rank, env_world_size, prepare_process
 from engine.paths import PATH, full_path
 from engine.ui import guard_outputs
 from tools.report.outputs import check_file
@@ -184,7 +184,7 @@ def trace(
     device: str,
 ) -> None:
     """Trace a few steps of CONFIG: stages, slowest operators, kernels; a file for Perfetto."""
-    with exit_on_user_error():
+    with exit_on_user_error(end_rank):
         from tools.measure.trace import trace_config
 
         if config_file:
@@ -202,8 +202,6 @@ def trace(
                 return stack.enter_context(take_folder(out, "trace-"))
 
             click.echo(trace_config(config, steps, take, device), nl=False)
-    from engine.world import end_rank
-
     end_rank()
 
 

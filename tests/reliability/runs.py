@@ -227,7 +227,7 @@ def _stop_twice(tally: Tally, training: Training, number: signal.Signals) -> Non
     runs = training.start(strace=("-e", "trace=fsync", "-e", slow))
     until(lambda: num_logged(training.out, 0) > 20, runs)
     runs[0].signal(number)
-    time.sleep(1.2)
+    time.sleep(2.5)  # more than a second, wherever a busy machine lets it see the first
     runs[0].signal(number)
     start_s = time.perf_counter()
     until(lambda: False, runs)  # strace gives the thread that it delays back later

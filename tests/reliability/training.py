@@ -239,7 +239,8 @@ def global_ids(out: Path, epoch: int) -> np.ndarray:
         last = piece.last_step or STEPS
         size = BATCH // piece.num_ranks
         ranks = [idlog.read(path, size)[0][: last - piece.first_step] for path in piece.paths]
-        steps.append(np.concatenate(ranks, axis=1))
+        shortest = min(map(len, ranks))  # of a run that has not ended
+        steps.append(np.concatenate([rank[:shortest] for rank in ranks], axis=1))
     return np.concatenate(steps) if steps else np.empty((0, BATCH), np.int64)
 
 

@@ -28,11 +28,12 @@ from engine.config import RunConfig, override
 from engine.data.records import Records, open_records
 from engine.data.sample import ensure_sample
 from engine.errors import UserError
+from engine.host import end_rank
 from engine.train.checkpoint import checkpoint_tensors, load_checkpoint, write_checkpoint
 from engine.train.folder import Manifest, Position
 from engine.train.session import open_session
 from engine.train.step import TrainStep
-from engine.world import World, cannot_fuse, end_rank, fused_on_cpu, start_world
+from engine.world import World, cannot_fuse, fused_on_cpu, start_world
 from tools.measure.runner import module_on_ranks
 from tools.measure.steps import train_epochs
 

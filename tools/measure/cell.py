@@ -21,7 +21,7 @@ from engine.data.sample import ensure_sample
 from engine.durable import writing
 from engine.errors import UserError, exit_on_user_error, sentence
 from engine.feeds.build import open_for
-from engine.host import prepare_process
+from engine.host import end_rank, prepare_process
 from engine.models import make_model
 from engine.models.baseline import GlyphNet
 from engine.paths import PATH
@@ -29,7 +29,7 @@ from engine.report import RunReport, write_json
 from engine.train.session import Session, open_session
 from engine.train.trainer import Trainer
 from engine.typed import read_as
-from engine.world import World, end_rank, start_world
+from engine.world import World, start_world
 from tools.measure.products import products
 from tools.measure.results import Confusion, Epoch, Repetition, read_epochs
 from tools.measure.roofline import Work, copy_bandwidth, roofline_fraction, studys_floor
@@ -50,7 +50,7 @@ Bandwidth = Callable[[torch.device], float | None]
 def main(job_file: Path, result: Path) -> None:
     """Measure as JOB says and write RESULT."""
     job = read_as(Job, job_file)
-    with exit_on_user_error():
+    with exit_on_user_error(end_rank):
         prepare_process()
         try:
             with start_world(job.device) as world, world.on_stream():
