@@ -447,15 +447,19 @@ def check_layer(x_BIHW: torch.Tensor, weight_OI33: torch.Tensor, bias_O: torch.T
 
 @torch.library.custom_op("tmnist::conv2_pool_relu", mutates_args=())
 def _op(
-    x_BIHW: torch.Tensor, weight_OI33: torch.Tensor, bias_O: torch.Tensor
+    x_BIHW: torch.Tensor,
+    weight_OI33: torch.Tensor,
+    bias_O: torch.Tensor,
+    rounded_OI33: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """`rounded_OI33`: the weight in x's type, where it is there already."""
     check_layer(x_BIHW, weight_OI33, bias_O)
     if not on_triton(x_BIHW):
         return conv2_pool_relu_reference(x_BIHW, weight_OI33, bias_O)
     check("x", x_BIHW, FLOATS, (None, None, None, None), x_BIHW)
     y_BOYX, code_3PG = _fake(x_BIHW, weight_OI33, bias_O)
     blocks, sizes = _sizes(x_BIHW, len(bias_O), FORWARD, FORWARD_FP32)
-    weight = _last(weight_OI33.to(x_BIHW.dtype))
+    weight = _last(weight_OI33.to(x_BIHW.dtype) if rounded_OI33 is None else rounded_OI33)
     tensors = (_last(x_BIHW), weight, bias_O, y_BOYX, code_3PG)
     num_positions = code_3PG.shape[1]
     grid = (triton.cdiv(num_positions, blocks.positions), len(bias_O) // blocks.outputs)
@@ -465,7 +469,10 @@ def _op(
 
 @_op.register_fake
 def _fake(
-    x_BIHW: torch.Tensor, weight_OI33: torch.Tensor, bias_O: torch.Tensor
+    x_BIHW: torch.Tensor,
+    weight_OI33: torch.Tensor,
+    bias_O: torch.Tensor,
+    rounded_OI33: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     batch_size, _, height, width = x_BIHW.shape
     return empty_pooled(x_BIHW, x_BIHW.dtype, (batch_size, bias_O.shape[0], height, width))
@@ -536,9 +543,11 @@ def _weight_backward_fake(
     return grad_weight_O33I.permute(0, 3, 1, 2), grad_BOYX.new_empty((outputs,), dtype=dtype)
 
 
-def _save(ctx: Any, inputs: tuple[torch.Tensor, ...], output: tuple[torch.Tensor, ...]) -> None:
-    ctx.save_for_backward(output[1], *inputs[:2])
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    x_BIHW, weight_OI33, _, rounded_OI33 = inputs
+    ctx.save_for_backward(output[1], x_BIHW, weight_OI33 if rounded_OI33 is None else rounded_OI33)
     ctx.set_materialize_grads(False)
+    ctx.dtype = weight_OI33.dtype
 
 
 def _differentiate(ctx: Any, grad_BOYX: torch.Tensor, _: None) -> tuple[object, ...]:
@@ -546,7 +555,7 @@ def _differentiate(ctx: Any, grad_BOYX: torch.Tensor, _: None) -> tuple[object, 
     grad_x = None
     if ctx.needs_input_grad[0]:
         grad_x = _input_backward_op(grad_BOYX, code_3PG, weight_OI33, *x_BIHW.shape[2:])
-    return grad_x, *_weight_backward_op(grad_BOYX, code_3PG, x_BIHW, weight_OI33.dtype)
+    return grad_x, *_weight_backward_op(grad_BOYX, code_3PG, x_BIHW, ctx.dtype), None
 
 
 _op.register_autograd(_differentiate, setup_context=_save)
@@ -567,5 +576,6 @@ def conv2_pool_relu(
     Raises:
         ValueError: a shape, type or device does not fit.
     """
-    y_BOYX: torch.Tensor = _op(x_BIHW, weight_OI33, bias_O)[0]
+    rounded_OI33 = weight_OI33.detach().to(x_BIHW.dtype)  # once, for forward and backward
+    y_BOYX: torch.Tensor = _op(x_BIHW, weight_OI33, bias_O, rounded_OI33)[0]
     return y_BOYX

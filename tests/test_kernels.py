@@ -183,12 +183,13 @@ def operators() -> list[tuple[Any, tuple[Any, ...]]]:
         (loss_file._op, (torch.randn(4, 9).requires_grad_(), label, 0.05)),
         (gather.gather_warp, (image, label, table, step, None, *out)),
         (gather.gather_warp, (image, label, table, step, torch.randn(4, 2, 3), *out)),
-        (head_file._op, (x.detach()[:, :8, 0, 0].requires_grad_(), *last, label, 0.05)),
+        (head_file._op, (x.detach()[:, :8, 0, 0].requires_grad_(), *last, label, 0.05, True)),
         (whole._op, (x, weight_2, torch.randn(64).requires_grad_())),
+        (whole._op, (x, weight_2, torch.randn(64).requires_grad_(), weight_2.detach())),
     ]
 
 
-@pytest.mark.parametrize("number", range(8))
+@pytest.mark.parametrize("number", range(9))
 def test_operators_keep_torchs_contract(number: int) -> None:
     """Schema, fake implementation, autograd registration: what torch.compile and export rest on."""
     torch.library.opcheck(*operators()[number])

@@ -27,6 +27,8 @@ from tools.report.rows import Claim, Row, claim, row, write_result
 FAST = ("--recipe=fast", "--amp", "--cuda-graphs")
 BEST = ("--recipe=best", "--amp", "--cuda-graphs")
 LARGE = ("--recipe=large-batch", "--amp", "--cuda-graphs")
+LARGE_FAST = (*FAST, "--batch-size=512", "--set=optim.learning_rate=0.01")
+"""Half the time, and still more than the study's accuracy: of all typefaces, not of the sample."""
 RESIDUAL = ("--recipe=residual", "--amp", "--cuda-graphs")
 ENSEMBLE = "test accuracy of the ensemble"
 MOST_MEMBERS = 4
@@ -192,7 +194,7 @@ def permutation_p(ours: Sequence[float], theirs: Sequence[float]) -> float:
 
 def recipe_claims(reports: Reports) -> list[Claim]:
     """Fast takes a thirtieth of the study's time for its accuracy; best has more than ever."""
-    study, fast, best = reports.values()
+    study, fast, best, *_ = reports.values()
     ratio = median(run.train_s for run in study) / median(run.train_s for run in fast)
     more = mean(accuracies(fast)) - mean(accuracies(study))
     return [
@@ -232,6 +234,7 @@ GROUPS = {
             "study": ("--recipe=study",),
             "fast (first layer whitened and frozen)": FAST,
             "best": BEST,
+            "fast at batch 512, rate 0.01": LARGE_FAST,
         },
         recipe_claims,
     ),
@@ -270,11 +273,7 @@ GROUPS = {
             ),
             "beta2 0.999": (*FAST, *settings("optim.beta2=0.999")),
             "no label smoothing": (*FAST, *settings("optim.label_smoothing=0.0")),
-            "batch 512, rate 0.01": (
-                *FAST,
-                "--batch-size=512",
-                *settings("optim.learning_rate=0.01"),
-            ),
+            "batch 512, rate 0.01": LARGE_FAST,
         },
         no_claims,
     ),

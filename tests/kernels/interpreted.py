@@ -454,8 +454,8 @@ def draw_gradients(flat: optimiser.Flat) -> torch.Tensor:
     ],
 )
 def test_adamw(num_rounded: int, num_plain: int, num_decayed: tuple[int, int]) -> None:
-    """25 steps, each from where torch's fused AdamW stands: within 1.5 * 2^-23 of the larger of a
-    number and what it was, which is one to three units in its last place."""
+    """25 steps, each from where torch's fused AdamW stands: within 2 * 2^-23 of the larger of a number
+    and what it was: up to two units in its last place, four where it lost a bit."""
     flat, rates = flat_of(num_rounded, num_plain, num_decayed), rates_of(3)
     kinds = [num_decayed[0], num_rounded - num_decayed[0]]
     kinds += [num_decayed[1], num_plain - num_decayed[1]]
@@ -477,7 +477,7 @@ def test_adamw(num_rounded: int, num_plain: int, num_decayed: tuple[int, int]) -
         for key in ("exp_avg", "exp_avg_sq"):
             wanted.append(torch.cat([torchs.state[part][key] for part in parts if len(part)]))
         for got, was, want in zip(flat[:3], before, wanted, strict=True):
-            allowed = 1.5 * 2.0**-23 * torch.maximum(was.abs(), want.abs()) + 1e-38
+            allowed = 2 * 2.0**-23 * torch.maximum(was.abs(), want.abs()) + 1e-38
             apart = (got - want).abs() / allowed
             assert (apart <= 1).all(), (step, apart.max())
         close(flat.shadow_R, flat.param_P[:num_rounded], torch.bfloat16)
