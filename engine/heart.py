@@ -207,7 +207,7 @@ class Watch:
 def lost_store(beats: dict[int, Beat], heart: Heart, silent_s: float) -> str:
     """The sentence of a rank that is cut off; those on the store's machine are missing to it."""
     lost = named([rank for rank, each in beats.items() if each.machine == 0])
-    what = f"their machine has not answered for {silent_s:.0f} s (it, or the network, is gone)"
+    what = f"no answer from there for {silent_s:.0f} s (the machine, or the network, is gone)"
     where = f"the last step here was {heart.step}, {heart.doing}"
     return f"{lost}: {what}; {where}; start the run again with --resume"
 

@@ -72,15 +72,28 @@ def means_only_here(host: str) -> bool:
     return all(ipaddress.ip_address(each).is_loopback for each in addresses_of(host))
 
 
+def own_address() -> str:
+    """What gloo tells the other ranks by itself: the first address of this machine's name that is
+    one of its own; "" where none is, and gloo takes loopback."""
+    for address in addresses_of(socket.gethostname()):
+        with suppress(OSError), socket.socket(_family(address)) as tried:
+            tried.bind((address, 0))
+            return address
+    return ""
+
+
 def way_to(host: str) -> Interface | None:
     """The interface whose address this machine has towards `host`; None if there is no route."""
     for address in addresses_of(host):
-        family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as asked:
+        with suppress(OSError), socket.socket(_family(address), socket.SOCK_DGRAM) as asked:
             asked.connect((address, 1))  # a datagram's socket: it looks up the route, no more
             own = asked.getsockname()[0].partition("%")[0]
             return next((each for each in interfaces() if own in each.addresses), None)
     return None
+
+
+def _family(address: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in address else socket.AF_INET
 
 
 def _addresses() -> dict[str, list[str]]:

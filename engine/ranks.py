@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from socket import gethostname
 from typing import Any, TypeVar
 
 from engine.errors import UserError, printable
@@ -27,7 +26,7 @@ from engine.host import (
     prefer_interface,
     quiet_native_log,
 )
-from engine.network import means_only_here, way_to
+from engine.network import means_only_here, own_address, way_to
 from engine.stop import Stopped
 
 JOIN_TIMEOUT = timedelta(seconds=120)
@@ -292,7 +291,7 @@ def _choose_interface() -> None:
     one that the meeting place is reached by.
     """
     address, _ = env_meeting_place()
-    if env_num_machines() == 1 or not means_only_here(gethostname()) or means_only_here(address):
+    if env_num_machines() == 1 or not means_only_here(own_address()) or means_only_here(address):
         return
     if way := way_to(address):
         prefer_interface(way.name)

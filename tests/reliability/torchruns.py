@@ -70,14 +70,17 @@ def torchrun(
     def prepare() -> None:
         os.environ |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         if not literal:
-            from torch.distributed.elastic.multiprocessing.subprocess_handler import (
-                subprocess_handler,
-            )
-
-            vars(subprocess_handler)["Popen"] = Forked
+            fork_ranks()
 
     options = ["--nproc-per-node=2", f"--max-restarts={restarts}", "--monitor-interval=0.1"]
     return Torchrun(*options, *MODULE, *training.words(*more), before=prepare)
+
+
+def fork_ranks() -> None:
+    """Let the torchrun that this process becomes fork its ranks."""
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+
+    vars(subprocess_handler)["Popen"] = Forked
 
 
 def is_helper(pid: int) -> bool:
