@@ -103,7 +103,8 @@ def _addresses() -> dict[str, list[str]]:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
         num_bytes = _fill(asked, room)
     for start in range(0, num_bytes, IFREQ_BYTES):
-        name = room[start : start + 16].partition(b"\0")[0].decode()
+        label = room[start : start + 16].partition(b"\0")[0].decode()
+        name = label.partition(":")[0]  # eth0:1 is another address of eth0
         found[name].append(socket.inet_ntoa(room[start + 20 : start + 24]))
     with suppress(OSError):  # a kernel without IPv6
         for line in IF_INET6.read_text(encoding="ascii").splitlines():

@@ -159,6 +159,14 @@ class Ranks:
         self.agree(share)
         return str(self.store.get(key).decode())
 
+    def texts_of_all(self, what: str, text: str) -> list[str]:
+        """Each rank's text, by rank. Collective."""
+        if self.size == 1:
+            return [text]
+        self.store.set(f"{what} of {self.rank}", text)
+        self.agree(lambda: None)
+        return [self.store.get(f"{what} of {rank}").decode() for rank in range(self.size)]
+
     def leave(self) -> None:
         """Wait for the others before this rank ends: the store may end with it. Collective."""
         if self.size > 1:

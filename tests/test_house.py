@@ -19,6 +19,7 @@ FLOORS = (
         "errors",
         "ui",
         "host",
+        "network",
         "paths",
         "ranks",
         "heart",

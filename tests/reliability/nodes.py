@@ -21,13 +21,15 @@ from engine.data.pack import pack
 from engine.host import ROOT
 from tests.reliability.common import LIBC, Done, Tally, glyph_csv
 from tests.reliability.torchruns import Torchrun, fork_ranks, is_helper, send
-from tests.reliability.training import children, until
+from tests.reliability.training import check_nothing_left, children, until
 
 CLONE_NEWNET = 0x40000000
 """linux/sched.h."""
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 PORT = 29400
 SHAPE = ("rate", "100mbit", "burst", "64kb", "latency", "50ms")
+MOST_MBIT_PER_S = 110
+"""The link's rate, and what its bucket lets through at once."""
 ENDS_S = 60.0
 HANGS_S = 5
 """--timeout of the runs that lose a node: the least."""
@@ -76,11 +78,14 @@ class Nodes:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
 
-    def start(self, *words: str, module: str = "engine.run") -> list[Torchrun]:
-        """torchrun on each node, for one rank each."""
-        return [self._start(number, ["-m", module, *words]) for number in (0, 1)]
+    def start(
+        self, *words: str, module: str = "engine.run", num_ranks: tuple[int, int] = (1, 1)
+    ) -> list[Torchrun]:
+        """torchrun on each node, for so many ranks."""
+        line = ["-m", module, *words]
+        return [self._start(number, num_ranks[number], line) for number in (0, 1)]
 
-    def _start(self, number: int, words: list[str]) -> Torchrun:
+    def _start(self, number: int, num_ranks: int, words: list[str]) -> Torchrun:
         def prepare() -> None:
             with open(f"/run/netns/{self.names[number]}", "rb") as space:
                 assert LIBC.setns(space.fileno(), CLONE_NEWNET) == 0, ctypes.get_errno()
@@ -96,7 +101,7 @@ class Nodes:
             f"--rdzv-conf=is_host={int(number == 0)}",
             f"--local-addr={ADDRESSES[number]}",
         ]
-        options = ["--nnodes=2", "--nproc-per-node=1", "--monitor-interval=0.1"]
+        options = ["--nnodes=2", f"--nproc-per-node={num_ranks}", "--monitor-interval=0.1"]
         return Torchrun(*options, *meeting, *words, before=prepare)
 
 
@@ -162,6 +167,29 @@ def train(tally: Tally) -> None:
             tally.check(good and each.code != 0, f"no cache on node 1, node {number}: {each}")
 
 
+def examine(tally: Tally) -> None:
+    """tools/verify doctor --nodes: what each node says, and what both find out together."""
+    with two_nodes(tally) as nodes:
+        if nodes is None:
+            return
+        nodes.empty()
+        for number, folder in enumerate(nodes.folders):
+            pack(glyph_csv(folder / "some.csv", 200, 12, seed=number), folder / "records")
+        words = ("doctor", "--nodes", f"--rendezvous={ADDRESSES[0]}:{PORT}", "--device=cpu")
+        runs = nodes.start(*words, "--data=records", module="tools.verify")
+        done = [run.wait(ENDS_S) for run in runs]
+    wanted = ("ok    MASTER_ADDR", "ok    versions", "ok    clocks", "ok    all-reduce")
+    hosts = ("note  is_host              10.77.0.1 is this node, but", "ok    reachable")
+    for number, each in enumerate(done):
+        what = f"doctor --nodes, node {number}: {each.text[-1500:]}"
+        tally.check(all(text in each.text for text in (*wanted, hosts[number])), what)
+        differ = r"BAD   data +rank 0: \w+; rank 1: \w+; pack or copy the same"
+        tally.check(each.code == 1 and re.search(differ, each.text) is not None, what)
+        rate = re.search(r"([\d,]+) Mbit/s each way", each.text)
+        good = rate is not None and 0 < int(rate[1].replace(",", "")) < MOST_MBIT_PER_S
+        tally.check(good, f"{what}: faster than the link")
+
+
 def lose(tally: Tally) -> None:
     """The link is cut, or all processes of a node die: the other ends and names who is missing."""
     with two_nodes(tally) as nodes:
@@ -172,19 +200,20 @@ def lose(tally: Tally) -> None:
             _kill(tally, nodes, number)
 
 
-def _training(nodes: Nodes) -> list[Torchrun]:
+def _training(nodes: Nodes, num_ranks: tuple[int, int] = (1, 1)) -> list[Torchrun]:
     """A run on both nodes, after its first epoch."""
     nodes.empty()
     for folder in nodes.folders:
         pack(glyph_csv(folder / "some.csv", 200, 12), folder / "records")
-    runs = nodes.start(*LONG)
+    runs = nodes.start(*LONG, num_ranks=num_ranks)
     lines = nodes.folders[0] / "o" / "metrics.jsonl"
     until(lambda: lines.exists() and lines.stat().st_size > 0, list(runs))
     return runs
 
 
 def _cut(tally: Tally, nodes: Nodes) -> None:
-    runs = _training(nodes)
+    """One rank on the first node, two on the other: each side names all that it misses."""
+    runs = _training(nodes, (1, 2))
     nodes.link(0, "down")
     start_s = time.perf_counter()
     done = [run.wait(ENDS_S) for run in runs]
@@ -193,10 +222,11 @@ def _cut(tally: Tally, nodes: Nodes) -> None:
     what = f"the link was cut: {'; '.join(map(str, done))}"
     good = took_s < HANGS_S + GRACE_S and 0 not in (each.code for each in done)
     tally.check(good, f"{what} after {took_s:.1f} s")
-    sentences = ("rank 1: has been silent for", "rank 0: no answer from there for")
+    sentences = ("ranks 1 and 2: have been silent for", "rank 0: no answer from there for")
     for each, sentence in zip(done, sentences, strict=True):
         found = said(each)
         tally.check(len(found) == 1 and found[0].startswith(sentence), f"{what}: says {found}")
+    check_nothing_left(tally, what)
     tally.note(f"both nodes had ended {took_s:.1f} s after the link was cut, --timeout {HANGS_S}")
 
 
@@ -214,6 +244,7 @@ def _kill(tally: Tally, nodes: Nodes, number: int) -> None:
     found = said(done)
     good = len(found) == 1 and found[0].startswith(f"rank {number}: has ended without a word")
     tally.check(good, f"{what}: says {found}")
+    check_nothing_left(tally, what)
 
 
 def _ranks(run: Torchrun) -> list[int]:
@@ -222,5 +253,6 @@ def _ranks(run: Torchrun) -> list[int]:
 
 ROWS = (
     ("R10", "two nodes over a shaped link train and say errors", train),
+    ("R10", "doctor --nodes on two nodes with other records", examine),
     ("R10", "a cut link, a dead node: the others end, and name it", lose),
 )
