@@ -6,7 +6,6 @@ needs neither devices nor a process group; there the others find it, say it once
 end too.
 """
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -26,6 +25,7 @@ from engine.host import (
     prefer_interface,
     quiet_native_log,
 )
+from engine.meeting import GIVE_ADDRESS, common_try, did_not_come
 from engine.network import means_only_here, own_address, way_to
 from engine.stop import Stopped
 
@@ -41,7 +41,6 @@ DIED = (
     "ended without a word, perhaps killed; "
     "start the run again with --resume, and look at the memory of its machine"
 )
-GIVE_ADDRESS = "give each machine's torchrun --local-addr with its own address"
 T = TypeVar("T")
 
 
@@ -57,7 +56,7 @@ class Ranks:
     size: int
     local_rank: int
     store: Any = None
-    """torch's, with a prefix for each restart; None for a rank alone."""
+    """torch's, with a prefix for each try; None for a rank alone."""
     _turn: int = 0
     _last_beats: dict[int, Beat] = field(default_factory=dict)
     """What the watch saw last of all ranks; empty before there is one."""
@@ -252,11 +251,7 @@ class Ranks:
             absent = [r for r in range(self.size) if not self._has_come(place, r)]
         except RuntimeError:
             return "the ranks' store has ended, on the machine of rank 0; look at its output"
-        what = f"{named(absent)} did not come within {timeout.total_seconds():.0f} s"
-        address, port = env_meeting_place()
-        if env_num_machines() > 1 and means_only_here(address):
-            return f"{what}; they were told to meet at {address}:{port}: {GIVE_ADDRESS}"
-        return f"{what}; look at the output of their machines"
+        return did_not_come(absent, timeout)
 
     def _has_come(self, place: str, rank: int) -> bool:
         return bool(self.store.check([f"{place}: {rank} came"]))
@@ -266,7 +261,7 @@ def join_ranks() -> Ranks:
     """Meet the other ranks that torchrun started; alone without torchrun.
 
     Raises:
-        UserError: the machine that all ranks meet at cannot be reached.
+        UserError: the machine that all ranks meet at cannot be reached, or not all came.
     """
     ranks = Ranks(env_rank(), env_world_size(), env_local_rank())
     if ranks.size == 1:
@@ -281,14 +276,15 @@ def join_ranks() -> Ranks:
     try:
         timeout = ALONE_TIMEOUT if is_elsewhere else JOIN_TIMEOUT
         store, _, _ = next(iter(rendezvous("env://", timeout=timeout)))
+        store.set_timeout(JOIN_TIMEOUT)
+        name = common_try(store, ranks.rank, ranks.size, JOIN_TIMEOUT)
     except (RuntimeError, ValueError) as error:
         why = f"cannot meet the others at {address}:{port} ({str(error).partition(chr(10))[0]})"
         remedy = "check torchrun's address and port, and the network between the machines"
         if is_elsewhere:
             remedy = f"that is this machine itself: {GIVE_ADDRESS}"
         raise UserError(f"rank {ranks.rank}: {why}; {remedy}") from None
-    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # nothing of an earlier try is read
-    ranks.store = PrefixStore(f"restart {restart}", store)
+    ranks.store = PrefixStore(f"try {name}", store)
     return ranks
 
 

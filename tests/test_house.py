@@ -23,6 +23,7 @@ FLOORS = (
         "paths",
         "ranks",
         "heart",
+        "meeting",
         "stop",
         "config",
         "config_text",

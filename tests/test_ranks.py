@@ -6,6 +6,7 @@ Here by a real store in threads, in tests/reliability/ranks.py by torchrun.
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
 
@@ -16,6 +17,7 @@ from engine import heart as heart_module
 from engine import ranks as ranks_module
 from engine.errors import UserError
 from engine.heart import TRAINING, Heart, Watch
+from engine.meeting import common_try
 from engine.ranks import OtherRankFailed, Ranks, join_ranks
 
 
@@ -141,6 +143,29 @@ def test_ranks_that_do_not_come_are_named(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     errors = on_all(4, work)
     assert "told to meet at localhost" in str(errors[0]) and "--local-addr" in str(errors[0])
+
+
+def test_a_try_has_a_name_that_no_earlier_one_had() -> None:
+    """The store outlives a try, and its ranks come one after the other, as they did before."""
+    store = distributed.HashStore()
+    names = []
+    for _ in range(3):
+        with ThreadPoolExecutor(3) as pool:
+            jobs = []
+            for rank in (1, 0, 2):
+                jobs.append(pool.submit(common_try, store, rank, 3, timedelta(seconds=20)))
+                time.sleep(0.05)
+            found = {job.result() for job in jobs}
+        assert len(found) == 1
+        names += found
+    assert len(set(names)) == 3
+    late = timedelta(seconds=0.2)
+    with ThreadPoolExecutor(2) as pool:  # rank 2 is not started again
+        jobs = [pool.submit(common_try, store, rank, 3, late) for rank in (0, 1)]
+        errors = [str(job.exception()) for job in jobs]
+    assert all(error.startswith("rank 2 did not come within 0 s") for error in errors)
+    with pytest.raises(UserError, match="ranks 0 and 2 did not come within 0 s"):
+        common_try(distributed.HashStore(), 1, 3, late)
 
 
 def test_a_rank_that_died_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

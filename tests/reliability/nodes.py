@@ -36,7 +36,14 @@ HANGS_S = 5
 GRACE_S = 8.0
 """Beyond it: a look a second, torchrun's own end, two busy cores."""
 FLAGS = ("--device=cpu", "--out=o", "--kernels=off")
-LONG = (*FLAGS, "--batch-size=8", "--epochs=100000", "--data=records", f"--timeout={HANGS_S}")
+LONG = (
+    *FLAGS,
+    "--batch-size=8",
+    "--epochs=100000",
+    "--data=records",
+    f"--timeout={HANGS_S}",
+    "--resume=auto",
+)
 
 
 class NoNodes(Exception):
@@ -79,13 +86,18 @@ class Nodes:
             folder.mkdir()
 
     def start(
-        self, *words: str, module: str = "engine.run", num_ranks: tuple[int, int] = (1, 1)
+        self,
+        *words: str,
+        module: str = "engine.run",
+        num_ranks: tuple[int, int] = (1, 1),
+        restarts: int = 0,
     ) -> list[Torchrun]:
         """torchrun on each node, for so many ranks."""
-        line = ["-m", module, *words]
-        return [self._start(number, num_ranks[number], line) for number in (0, 1)]
+        line = [f"--max-restarts={restarts}", "-m", module, *words]
+        options = [[f"--nproc-per-node={each}", *line] for each in num_ranks]
+        return [self._start(number, options[number]) for number in (0, 1)]
 
-    def _start(self, number: int, num_ranks: int, words: list[str]) -> Torchrun:
+    def _start(self, number: int, words: list[str]) -> Torchrun:
         def prepare() -> None:
             with open(f"/run/netns/{self.names[number]}", "rb") as space:
                 assert LIBC.setns(space.fileno(), CLONE_NEWNET) == 0, ctypes.get_errno()
@@ -101,8 +113,7 @@ class Nodes:
             f"--rdzv-conf=is_host={int(number == 0)}",
             f"--local-addr={ADDRESSES[number]}",
         ]
-        options = ["--nnodes=2", f"--nproc-per-node={num_ranks}", "--monitor-interval=0.1"]
-        return Torchrun(*options, *meeting, *words, before=prepare)
+        return Torchrun("--nnodes=2", "--monitor-interval=0.1", *meeting, *words, before=prepare)
 
 
 def _command(*words: str) -> None:
@@ -198,17 +209,27 @@ def lose(tally: Tally) -> None:
         _cut(tally, nodes)
         for number in (1, 0)[: tally.count(1, 2, 2)]:
             _kill(tally, nodes, number)
+        for number in (1, 0)[: tally.count(0, 1, 2)]:
+            _start_again(tally, nodes, number)
+        for _ in range(tally.count(0, 0, 3)):
+            _come_back(tally, nodes)
 
 
-def _training(nodes: Nodes, num_ranks: tuple[int, int] = (1, 1)) -> list[Torchrun]:
+def _training(
+    nodes: Nodes, num_ranks: tuple[int, int] = (1, 1), restarts: int = 0
+) -> list[Torchrun]:
     """A run on both nodes, after its first epoch."""
     nodes.empty()
     for folder in nodes.folders:
         pack(glyph_csv(folder / "some.csv", 200, 12), folder / "records")
-    runs = nodes.start(*LONG, num_ranks=num_ranks)
-    lines = nodes.folders[0] / "o" / "metrics.jsonl"
-    until(lambda: lines.exists() and lines.stat().st_size > 0, list(runs))
+    runs = nodes.start(*LONG, num_ranks=num_ranks, restarts=restarts)
+    until(lambda: _num_epochs(nodes) > 0, list(runs))
     return runs
+
+
+def _num_epochs(nodes: Nodes) -> int:
+    lines = nodes.folders[0] / "o" / "metrics.jsonl"
+    return lines.read_text().count("\n") if lines.exists() else 0
 
 
 def _cut(tally: Tally, nodes: Nodes) -> None:
@@ -228,6 +249,42 @@ def _cut(tally: Tally, nodes: Nodes) -> None:
         tally.check(len(found) == 1 and found[0].startswith(sentence), f"{what}: says {found}")
     check_nothing_left(tally, what)
     tally.note(f"both nodes had ended {took_s:.1f} s after the link was cut, --timeout {HANGS_S}")
+
+
+def _start_again(tally: Tally, nodes: Nodes, number: int) -> None:
+    """A rank is killed: its torchrun counts a restart, the other one starts again with it."""
+    runs = _training(nodes, restarts=3)
+    old = _ranks(runs[0])
+    send(_ranks(runs[number])[0], signal.SIGKILL)
+    _check_goes_on(tally, nodes, runs, old, f"a rank of node {number} was killed")
+
+
+def _come_back(tally: Tally, nodes: Nodes) -> None:
+    """The network is away for twice the time-out; torchruns that may start again go on by then."""
+    runs = _training(nodes, restarts=3)
+    old = _ranks(runs[0])
+    nodes.link(0, "down")
+    time.sleep(2 * HANGS_S)
+    nodes.link(0, "up")
+    _check_goes_on(tally, nodes, runs, old, "the network came back")
+
+
+def _check_goes_on(
+    tally: Tally, nodes: Nodes, runs: list[Torchrun], old: list[int], what: str
+) -> None:
+    """Other ranks than `old` train on node 0, from where those stopped; then they are stopped."""
+    start_s = time.perf_counter()
+    until(lambda: bool(found := _ranks(runs[0])) and found != old, list(runs))
+    before = _num_epochs(nodes)
+    went_on = until(lambda: _num_epochs(nodes) > before, list(runs))
+    took_s = time.perf_counter() - start_s
+    for run in runs:
+        send(run.pid, signal.SIGTERM)
+    done = [run.wait(ENDS_S) for run in runs]
+    ended = f"{what}: {'; '.join(map(str, done))}"
+    tally.check(went_on and "resumed after" in done[0].text, ended)
+    check_nothing_left(tally, ended)
+    tally.note(f"{what}: the run had gone on {took_s:.1f} s later")
 
 
 def _kill(tally: Tally, nodes: Nodes, number: int) -> None:

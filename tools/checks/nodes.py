@@ -23,6 +23,7 @@ import torch.distributed as dist
 from engine.errors import UserError
 from engine.heart import named
 from engine.host import env_local_rank, env_meeting_place, env_num_machines
+from engine.meeting import GIVE_ADDRESS
 from engine.network import (
     Interface,
     addresses_of,
@@ -31,7 +32,7 @@ from engine.network import (
     own_address,
     way_to,
 )
-from engine.ranks import GIVE_ADDRESS, Ranks
+from engine.ranks import Ranks
 from engine.report import git_state
 from engine.world import World
 from tools.checks.doctor import LOWEST, Finding, graded
