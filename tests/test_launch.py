@@ -97,7 +97,7 @@ def test_slurm_queues_a_job_again_that_was_stopped_and_saved(
     out.mkdir()
     if is_saved:
         (out / "preempted").touch()
-    variables = cluster | {"SRUN_CODE": "143", "OUT": str(out)}
+    variables = cluster | {"SRUN_CODE": "143", "RUN_OUT": str(out)}
     assert bash(LAUNCH / "slurm.sbatch", variables=variables) == 143
     log = Path(f"{cluster['LOG']}.scontrol")
     assert log.exists() is is_saved

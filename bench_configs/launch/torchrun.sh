@@ -16,7 +16,7 @@ shift 3
 
 exec torchrun \
     --nnodes "$num_nodes" --nproc-per-node "${RANKS_PER_NODE:-gpu}" \
-    --rdzv-backend c10d --rdzv-endpoint "$first:${PORT:-29400}" --rdzv-id "${RUN_ID:-tmnist}" \
+    --rdzv-backend c10d --rdzv-endpoint "$first:${RDZV_PORT:-29400}" --rdzv-id "${RDZV_ID:-tmnist}" \
     --rdzv-conf "is_host=$([[ $own == "$first" ]] && echo 1 || echo 0)" --local-addr "$own" \
     --max-restarts 3 \
     -m engine.run --out runs/nodes --resume auto "$@"
