@@ -133,6 +133,7 @@ class Watch:
         self._size = size
         self._heart = heart
         self._timeout_s = timeout_s
+        self._launcher = os.getppid()
         self._count = 0
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._work, name="heart", daemon=True)
@@ -200,8 +201,10 @@ class Watch:
             silent_s = silent_s + PERIOD_S if num_answers == self._num_answers else 0.0
             num_answers = self._num_answers
             if silent_s >= self._timeout_s:
-                text = lost_store(self.beats, self._heart, silent_s)
-                _end_lost(text, self.beats, self._rank, not self._is_store_gone)
+                _say(lost_store(self.beats, self._heart, silent_s), self.beats, self._rank, [])
+                if not self._is_store_gone:
+                    _end_launcher(self._launcher)
+                os._exit(EXIT_HUNG)
 
 
 def lost_store(beats: dict[int, Beat], heart: Heart, silent_s: float) -> str:
@@ -224,18 +227,18 @@ def _end_hung(hung: list[int], sentence: str, beats: dict[int, Beat], rank: int)
     os._exit(EXIT_HUNG)
 
 
-def _end_lost(sentence: str, beats: dict[int, Beat], rank: int, is_cut_off: bool) -> None:
-    """Say it once per machine and end, with a torchrun that has nothing left to do.
+def _end_launcher(launcher: int) -> None:
+    """End the torchrun of a rank that is cut off, on its last try.
 
-    Cut off, torchrun waits for the same store, deaf to signals, for as long as TCP tries. Where it
-    may start its ranks again it is left alone: the network may come back.
+    It waits for the same store, deaf to signals, for as long as TCP tries. Where it may start its
+    ranks again it is left alone: the network may come back.
     """
-    _say(sentence, beats, rank, [])
-    if is_cut_off and is_last_try() and "TORCHELASTIC_RUN_ID" in os.environ:
-        time.sleep(SPEAK_S)
+    if "TORCHELASTIC_RUN_ID" not in os.environ or not is_last_try():
+        return
+    time.sleep(SPEAK_S)
+    if os.getppid() == launcher:  # else it has died, and this process has another parent
         with suppress(OSError):
-            os.kill(beats[rank].parent, signal.SIGKILL)
-    os._exit(EXIT_HUNG)
+            os.kill(launcher, signal.SIGKILL)
 
 
 def _say(sentence: str, beats: dict[int, Beat], rank: int, hung: list[int]) -> None:
