@@ -25,8 +25,8 @@ from engine.host import env_machine, is_last_try
 
 PERIOD_S = 1.0
 JOIN_S = 5.0
-SPEAK_S = 0.5
-"""For the rank of a machine that speaks to have spoken, before its launcher is ended."""
+SPEAK_S = 1.5
+"""For the rank of a machine that speaks to have spoken and ended their launcher; else others do."""
 WAITING = "waiting for its feed"
 TRAINING = "training"
 EVALUATING = "evaluating"
@@ -201,9 +201,10 @@ class Watch:
             silent_s = silent_s + PERIOD_S if num_answers == self._num_answers else 0.0
             num_answers = self._num_answers
             if silent_s >= self._timeout_s:
-                _say(lost_store(self.beats, self._heart, silent_s), self.beats, self._rank, [])
+                text = lost_store(self.beats, self._heart, silent_s)
+                speaks = _say(text, self.beats, self._rank, [])
                 if not self._is_store_gone:
-                    _end_launcher(self._launcher)
+                    _end_launcher(self._launcher, 0.0 if speaks else SPEAK_S)
                 os._exit(EXIT_HUNG)
 
 
@@ -227,24 +228,26 @@ def _end_hung(hung: list[int], sentence: str, beats: dict[int, Beat], rank: int)
     os._exit(EXIT_HUNG)
 
 
-def _end_launcher(launcher: int) -> None:
-    """End the torchrun of a rank that is cut off, on its last try.
+def _end_launcher(launcher: int, wait_s: float) -> None:
+    """End the torchrun of a rank that is cut off, on its last try, if it has not ended by then.
 
     It waits for the same store, deaf to signals, for as long as TCP tries. Where it may start its
     ranks again it is left alone: the network may come back.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ or not is_last_try():
         return
-    time.sleep(SPEAK_S)
+    time.sleep(wait_s)
     if os.getppid() == launcher:  # else it has died, and this process has another parent
         with suppress(OSError):
             os.kill(launcher, signal.SIGKILL)
 
 
-def _say(sentence: str, beats: dict[int, Beat], rank: int, hung: list[int]) -> None:
-    """Print it if this is the first rank of its machine that does not hang."""
+def _say(sentence: str, beats: dict[int, Beat], rank: int, hung: list[int]) -> bool:
+    """Print it if this is the first rank of its machine that does not hang; whether it is."""
     machine = beats[rank].machine
     here = [r for r, each in beats.items() if each.machine == machine and r not in hung]
-    if rank == min(here, default=rank):
+    speaks = rank == min(here, default=rank)
+    if speaks:
         print(f"error: {printable(sentence)}", file=sys.stderr, flush=True)
     sys.stdout.flush()
+    return speaks

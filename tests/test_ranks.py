@@ -195,14 +195,13 @@ def test_a_rank_cut_off_from_the_store_ends_in_a_sentence(
         ended.set()
 
     monkeypatch.setattr(heart_module, "PERIOD_S", 0.02)
-    monkeypatch.setattr(heart_module, "SPEAK_S", 0.0)
     monkeypatch.setattr(heart_module.os, "_exit", end)
     monkeypatch.setattr(heart_module.os, "kill", lambda pid, number: killed.append(pid))
     for restarts, wanted in (("0", 1), ("3", 0)):
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
         monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
         store = Deaf()
-        watch = Watch(store, 0, 1, Heart(step=7, doing=TRAINING), 0.4)
+        watch = Watch(store, 0, 1, Heart(step=7, doing="saving"), 0.4)
         watch.start()
         assert not ended.wait(0.8), "it answers"
         store.is_deaf = True
@@ -211,7 +210,7 @@ def test_a_rank_cut_off_from_the_store_ends_in_a_sentence(
         watch.stop()
         said = capsys.readouterr().err
         assert said.startswith("error: rank 0: no answer from there for 0 s")
-        assert "the last step here was 7, training; start the run again with --resume" in said
+        assert "the last step here was 7, saving; start the run again with --resume" in said
         assert len(killed) == wanted
         ended.clear()
         killed.clear()

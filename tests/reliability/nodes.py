@@ -219,12 +219,12 @@ def lose(tally: Tally) -> None:
 def _training(
     nodes: Nodes, num_ranks: tuple[int, int] = (1, 1), restarts: int = 0
 ) -> list[Torchrun]:
-    """A run on both nodes, after its first epoch."""
+    """A run on both nodes, some epochs after its first checkpoint."""
     nodes.empty()
     for folder in nodes.folders:
         pack(glyph_csv(folder / "some.csv", 200, 12), folder / "records")
     runs = nodes.start(*LONG, num_ranks=num_ranks, restarts=restarts)
-    until(lambda: _num_epochs(nodes) > 0, list(runs))
+    until(lambda: _num_epochs(nodes) >= 5, list(runs))
     return runs
 
 
