@@ -208,7 +208,7 @@ def lose(tally: Tally) -> None:
         if nodes is None:
             return
         _cut(tally, nodes)
-        for number in (1, 0)[: tally.count(1, 2, 2)]:
+        for number in (0, 1)[: tally.count(1, 1, 2)]:
             _kill(tally, nodes, number)
         for number in (1, 0)[: tally.count(0, 1, 2)]:
             _start_again(tally, nodes, number)

@@ -274,8 +274,8 @@ def _clocks(world: World) -> Finding:
         return Finding("ok", "clocks", "all ranks are on one node")
     furthest = max(firsts[1:], key=lambda rank: abs(offset_s[rank]))
     skew_s = offset_s[furthest]
-    text = f"rank {furthest} is {skew_s * 1e3:+.1f} ms from rank 0, "
-    text += f"give or take {doubt_s[furthest] * 1e3:.1f} ms"
+    text = f"rank {furthest} is {skew_s * 1e3:+.2f} ms from rank 0, "
+    text += f"give or take {doubt_s[furthest] * 1e3:.2f} ms"
     good = abs(skew_s) <= SKEW_S
     remedy = "; logs cannot be laid side by side: run an NTP client"
     return graded(good, "clocks", text + remedy * (not good))
@@ -308,7 +308,7 @@ def _all_reduce(world: World) -> Finding:
     texts = []
     for num_bytes in SIZES_BYTES:
         took_s = all_reduce_s(num_bytes, world)
-        texts.append(f"{_size(num_bytes)} {took_s * 1e3:.3g} ms")
+        texts.append(f"{_size(num_bytes)} {took_s * 1e3:,.2f} ms")
         if took_s > LONGEST_S:
             break
     # a ring sends and receives 2 (n - 1) / n of the bytes on each rank
