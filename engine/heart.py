@@ -4,6 +4,10 @@ A thread writes once a second what its rank is doing, and reads what the others 
 is stopped, or whose machine is gone, writes nothing; one whose main thread hangs writes the same
 again and again. After the time-out the others end with a sentence that names it. This does not rely
 on the process group, whose collectives are what hangs.
+
+The store is on the machine of rank 0. Where that one is cut off, the thread waits for an answer
+that never comes, for the quarter of an hour that TCP takes to give up; a second thread looks at the
+clock alone, and ends the rank after the same time-out.
 """
 
 import json
@@ -17,10 +21,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from engine.errors import printable
-from engine.host import env_machine
+from engine.host import env_machine, is_last_try
 
 PERIOD_S = 1.0
 JOIN_S = 5.0
+SPEAK_S = 1.5
+"""For the rank of a machine that speaks to have spoken and ended their launcher; else others do."""
 WAITING = "waiting for its feed"
 TRAINING = "training"
 EVALUATING = "evaluating"
@@ -71,28 +77,54 @@ class Seen:
         self.beat = beat
 
 
-def hung_rank(seen: dict[int, Seen], now_s: float, timeout_s: float) -> tuple[int, str] | None:
-    """(rank, sentence) of the one that holds the others up; None while all is well."""
-    silent = [rank for rank, each in seen.items() if now_s - each.silent_since_s >= timeout_s]
-    if silent:
+def hung_ranks(
+    seen: dict[int, Seen], now_s: float, timeout_s: float
+) -> tuple[list[int], str] | None:
+    """(ranks, sentence) of those that hold the others up; None while all is well."""
+    silent_s = {rank: now_s - each.silent_since_s for rank, each in seen.items()}
+    if max(silent_s.values()) >= timeout_s:
+        # a machine's ranks do not beat at one moment: those that went with it are named with it
+        silent = [rank for rank, each_s in silent_s.items() if each_s >= timeout_s - 2 * PERIOD_S]
         each = seen[silent[0]]
-        what = f"has been silent for {now_s - each.silent_since_s:.0f} s"
-        return silent[0], _sentence(silent[0], each.beat, f"{what} (stopped, or gone)")
+        verb = "has" if len(silent) == 1 else "have"
+        what = f"{verb} been silent for {max(silent_s.values()):.0f} s (stopped, or gone)"
+        return silent, _sentence(silent, each.beat, what)
     still = [each for each in seen.values() if now_s - each.still_since_s >= timeout_s]
     if len(still) < len(seen) or any(each.beat.doing not in GUARDED for each in still):
         return None
     behind = min(seen, key=lambda rank: (seen[rank].beat.step, seen[rank].beat.doing != WAITING))
     each = seen[behind]
-    return behind, _sentence(behind, each.beat, f"hangs for {now_s - each.still_since_s:.0f} s")
+    what = f"hangs for {now_s - each.still_since_s:.0f} s"
+    return [behind], _sentence([behind], each.beat, what)
 
 
-def _sentence(rank: int, beat: Beat, what: str) -> str:
+def named(ranks: list[int]) -> str:
+    """Ranks as a sentence names them: rank 3; ranks 0, 1 and 2."""
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    return f"ranks {', '.join(map(str, ranks[:-1]))} and {ranks[-1]}"
+
+
+def _sentence(ranks: list[int], beat: Beat, what: str) -> str:
+    """What the first of the ranks was at stands for all: they are on one machine, or in step."""
     where = f"its last step was {beat.step}, it was {beat.doing}"
-    return f"rank {rank}: {what}; {where}; start the run again with --resume"
+    if len(ranks) > 1:
+        where = f"the last step of rank {ranks[0]} was {beat.step}, it was {beat.doing}"
+    return f"{named(ranks)}: {what}; {where}; start the run again with --resume"
+
+
+def read_beats(store: Any, size: int) -> dict[int, Beat]:
+    """What each rank wrote last.
+
+    Raises:
+        RuntimeError: the store has gone.
+    """
+    texts = store.multi_get([f"beat {rank}" for rank in range(size)])
+    return {rank: Beat(**json.loads(text)) for rank, text in enumerate(texts)}
 
 
 class Watch:
-    """The thread of a rank that beats and looks after the others; it dies with the process."""
+    """The threads of a rank that beat and look after the others; they die with the process."""
 
     def __init__(self, store: Any, rank: int, size: int, heart: Heart, timeout_s: float) -> None:
         """`store` is a connection that nobody else uses."""
@@ -101,14 +133,24 @@ class Watch:
         self._size = size
         self._heart = heart
         self._timeout_s = timeout_s
+        self._launcher = os.getppid()
         self._count = 0
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._work, name="heart", daemon=True)
+        self._guard = threading.Thread(target=self._guard_store, name="guard", daemon=True)
+        self._num_answers = 0
+        """Of the store."""
+        self._is_store_gone = False
+        """Whether it has ended, and the kernel of its machine has said so."""
+        self.beats: dict[int, Beat] = {}
+        """What the ranks wrote last."""
         self._write()
 
     def start(self) -> None:
         """Begin, once all ranks have made theirs."""
+        self.beats = read_beats(self._store, self._size)
         self._thread.start()
+        self._guard.start()
 
     def stop(self) -> None:
         """The run has ended; nobody is waited for any more.
@@ -117,6 +159,7 @@ class Watch:
         the process.
         """
         self._over.set()
+        self._guard.join(JOIN_S)
         self._thread.join(JOIN_S)
 
     def _write(self) -> None:
@@ -130,35 +173,81 @@ class Watch:
         )
         self._store.set(f"beat {self._rank}", json.dumps(asdict(beat)))
 
-    def _read(self) -> dict[int, Beat]:
-        texts = self._store.multi_get([f"beat {rank}" for rank in range(self._size)])
-        return {rank: Beat(**json.loads(text)) for rank, text in enumerate(texts)}
-
     def _work(self) -> None:
         now_s = time.monotonic()
-        seen = {rank: Seen(beat, now_s, now_s) for rank, beat in self._read().items()}
+        seen = {rank: Seen(beat, now_s, now_s) for rank, beat in self.beats.items()}
         while not self._over.wait(PERIOD_S):
             try:
                 self._write()
-                beats = self._read()
-            except RuntimeError:  # the store has ended with its machine: collectives break by that
+                self.beats = read_beats(self._store, self._size)
+            except RuntimeError:  # it has ended with its machine: collectives break by that, too
+                self._is_store_gone = True
                 return
+            self._num_answers += 1
             now_s = time.monotonic()
-            for rank, beat in beats.items():
+            for rank, beat in self.beats.items():
                 seen[rank].update(beat, now_s)
-            if (found := hung_rank(seen, now_s, self._timeout_s)) and not self._over.is_set():
-                _end(*found, seen, self._rank)
+            if (found := hung_ranks(seen, now_s, self._timeout_s)) and not self._over.is_set():
+                _end_hung(*found, self.beats, self._rank)
+
+    def _guard_store(self) -> None:
+        """End this rank where the store has not answered for the time-out.
+
+        It counts its own waits: a process that was stopped for a while has missed nothing.
+        """
+        num_answers = -1
+        silent_s = 0.0
+        while not self._over.wait(PERIOD_S):
+            silent_s = silent_s + PERIOD_S if num_answers == self._num_answers else 0.0
+            num_answers = self._num_answers
+            if silent_s >= self._timeout_s:
+                text = lost_store(self.beats, self._heart, silent_s)
+                speaks = _say(text, self.beats, self._rank, [])
+                if not self._is_store_gone:
+                    _end_launcher(self._launcher, 0.0 if speaks else SPEAK_S)
+                os._exit(EXIT_HUNG)
 
 
-def _end(hung: int, sentence: str, seen: dict[int, Seen], rank: int) -> None:
-    """Say it once per machine, kill the one that hangs if it is here, and end."""
-    mine = seen[rank].beat
-    here = [r for r, each in seen.items() if each.beat.machine == mine.machine and r != hung]
-    if rank == min(here, default=rank):
-        print(f"error: {printable(sentence)}", file=sys.stderr, flush=True)
-    other = seen[hung].beat
-    if (other.machine, other.parent) == (mine.machine, mine.parent) and hung != rank:
-        with suppress(OSError):
-            os.kill(other.pid, signal.SIGKILL)  # torchrun would wait 30 s for it
-    sys.stdout.flush()
+def lost_store(beats: dict[int, Beat], heart: Heart, silent_s: float) -> str:
+    """The sentence of a rank that is cut off; those on the store's machine are missing to it."""
+    lost = named([rank for rank, each in beats.items() if each.machine == 0])
+    what = f"no answer from there for {silent_s:.0f} s (the machine, or the network, is gone)"
+    where = f"the last step here was {heart.step}, {heart.doing}"
+    return f"{lost}: {what}; {where}; start the run again with --resume"
+
+
+def _end_hung(hung: list[int], sentence: str, beats: dict[int, Beat], rank: int) -> None:
+    """Say it once per machine, kill those that hang if they are here, and end."""
+    mine = beats[rank]
+    _say(sentence, beats, rank, hung)
+    for each in hung:
+        other = beats[each]
+        if (other.machine, other.parent) == (mine.machine, mine.parent) and each != rank:
+            with suppress(OSError):
+                os.kill(other.pid, signal.SIGKILL)  # torchrun would wait 30 s for it
     os._exit(EXIT_HUNG)
+
+
+def _end_launcher(launcher: int, wait_s: float) -> None:
+    """End the torchrun of a rank that is cut off, on its last try, if it has not ended by then.
+
+    It waits for the same store, deaf to signals, for as long as TCP tries. Where it may start its
+    ranks again it is left alone: the network may come back.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or not is_last_try():
+        return
+    time.sleep(wait_s)
+    if os.getppid() == launcher:  # else it has died, and this process has another parent
+        with suppress(OSError):
+            os.kill(launcher, signal.SIGKILL)
+
+
+def _say(sentence: str, beats: dict[int, Beat], rank: int, hung: list[int]) -> bool:
+    """Print it if this is the first rank of its machine that does not hang; whether it is."""
+    machine = beats[rank].machine
+    here = [r for r, each in beats.items() if each.machine == machine and r not in hung]
+    speaks = rank == min(here, default=rank)
+    if speaks:
+        print(f"error: {printable(sentence)}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    return speaks

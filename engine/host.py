@@ -181,6 +181,27 @@ def env_local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
+def env_num_machines() -> int:
+    """Number of machines, each with a torchrun of its own, as that gave it."""
+    return int(os.environ.get("GROUP_WORLD_SIZE", 1))
+
+
+def env_meeting_place() -> tuple[str, str]:
+    """(address, port) of the ranks' store as torchrun gave them; "" without torchrun."""
+    return os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+
+
+def is_last_try() -> bool:
+    """Whether this process's torchrun would not start it again."""
+    tried = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    return tried >= int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+
+
+def prefer_interface(name: str) -> None:
+    """Let gloo tell the other ranks the address of this interface, if the user named none."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
 def keep_large_blocks() -> bool:
     """Make glibc keep freed blocks of up to 32 MiB instead of unmapping them.
 

@@ -6,33 +6,39 @@ needs neither devices nor a process group; there the others find it, say it once
 end too.
 """
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
 from engine.errors import UserError, printable
-from engine.heart import Heart, Watch
+from engine.heart import Beat, Heart, Watch, named, read_beats
 from engine.host import (
     env_local_rank,
     env_machine,
+    env_meeting_place,
+    env_num_machines,
     env_rank,
     env_world_size,
+    prefer_interface,
     quiet_native_log,
 )
+from engine.meeting import GIVE_ADDRESS, common_try, did_not_come
+from engine.network import means_only_here, own_address, way_to
 from engine.stop import Stopped
 
 JOIN_TIMEOUT = timedelta(seconds=120)
 """For all ranks to come: machines start at different moments, and one may pack the sample first."""
+ALONE_TIMEOUT = timedelta(seconds=20)
+"""For a store that another machine can hardly have: torchrun opens it before it starts ranks."""
 LEAVE_TIMEOUT = timedelta(seconds=5)
 """For all ranks to have read why they end."""
 REASON_S = 3.0
 """How long a rank whose collective broke looks for another rank's reason."""
 DIED = (
-    "another rank has ended without a word, perhaps killed; "
+    "ended without a word, perhaps killed; "
     "start the run again with --resume, and look at the memory of its machine"
 )
 T = TypeVar("T")
@@ -50,8 +56,10 @@ class Ranks:
     size: int
     local_rank: int
     store: Any = None
-    """torch's, with a prefix for each restart; None for a rank alone."""
+    """torch's, with a prefix for each try; None for a rank alone."""
     _turn: int = 0
+    _last_beats: dict[int, Beat] = field(default_factory=dict)
+    """What the watch saw last of all ranks; empty before there is one."""
 
     def agree(self, work: Callable[[], T]) -> T:
         """Do `work` on every rank and wait for the others; where one fails, all end. Collective.
@@ -98,7 +106,7 @@ class Ranks:
     @contextmanager
     def explaining(self) -> Iterator[None]:
         """Where a rank fails inside, let it say so with its number; where its collective breaks
-        because another failed, let it say that one's reason."""
+        because another failed, let it say that one's reason, or which rank has gone."""
         try:
             yield
         except Stopped as stopped:
@@ -111,14 +119,13 @@ class Ranks:
             if isinstance(error, UserError) and not isinstance(error, OtherRankFailed):
                 self._leave_reason(error)
                 raise _spoken(f"rank {self.rank}: {error}", True) from None
-            try:
-                found = self._reason(REASON_S)
-            except Stopped:  # torchrun ends the others as soon as one has ended
-                found = self._reason()
+            before = self._beats_of_the_living()
+            found = self._wait_for_reason()
             if not found and not _is_broken_collective(error):
                 raise
             if not found:
-                raise _spoken(DIED, self._is_first_to_speak()) from None
+                speaks = self._is_first_to_speak()
+                raise _spoken(f"{self._dead(before)} {DIED}", speaks) from None
             machine, text = found
             elsewhere = machine != env_machine()  # where it failed, that rank itself speaks
             raise _spoken(text, self.local_rank == 0 and elsewhere) from None
@@ -136,6 +143,7 @@ class Ranks:
             yield
         finally:
             watch.stop()
+            self._last_beats = watch.beats
 
     def from_first(self, work: Callable[[], str]) -> str:
         """Do `work` on rank 0; its text on every rank. Collective; errors as in `agree`."""
@@ -149,6 +157,14 @@ class Ranks:
 
         self.agree(share)
         return str(self.store.get(key).decode())
+
+    def texts_of_all(self, what: str, text: str) -> list[str]:
+        """Each rank's text, by rank. Collective."""
+        if self.size == 1:
+            return [text]
+        self.store.set(f"{what} of {self.rank}", text)
+        self.agree(lambda: None)
+        return [self.store.get(f"{what} of {rank}").decode() for rank in range(self.size)]
 
     def leave(self) -> None:
         """Wait for the others before this rank ends: the store may end with it. Collective."""
@@ -175,6 +191,39 @@ class Ranks:
             return int(machine), text if alike else f"rank {failed[0]}: {text}"
         return None
 
+    def _wait_for_reason(self) -> tuple[int, str] | None:
+        try:
+            return self._reason(REASON_S)
+        except Stopped:  # torchrun ends the others as soon as one has ended
+            return self._reason()
+
+    def _beats_of_the_living(self) -> dict[int, Beat]:
+        """Say that this rank lives, though it beats no more; what all wrote last, empty if gone."""
+        with suppress(RuntimeError):
+            self.store.set(f"{self.rank} lives", b"")
+            return read_beats(self.store, self.size) if self._last_beats else {}
+        return {}
+
+    def _dead(self, before: dict[int, Beat]) -> str:
+        """Who has gone since, as a sentence begins: they neither beat nor say that they live.
+
+        Where the store is gone, too, it is whoever was on its machine, that of rank 0.
+        """
+        try:
+            now = read_beats(self.store, self.size) if before else {}
+            dead = [
+                rank
+                for rank, beat in now.items()
+                if beat.count == before[rank].count and not self.store.check([f"{rank} lives"])
+            ]
+        except RuntimeError:
+            dead = []
+        if not before and self._last_beats:
+            dead = [rank for rank, beat in self._last_beats.items() if beat.machine == 0]
+        if not dead or self.rank in dead:
+            return "another rank has"
+        return f"{named(dead)}: {'has' if len(dead) == 1 else 'have'}"
+
     def _is_first_to_speak(self) -> bool:
         """Whether no other rank of this machine has asked before."""
         with suppress(RuntimeError):
@@ -187,40 +236,69 @@ class Ranks:
     def _meet(self, place: str, has_failed: bool, timeout: timedelta = JOIN_TIMEOUT) -> int:
         """Wait until all ranks have come to `place`; how many of them had failed."""
         self.store.add(f"{place}: failed", int(has_failed))
+        self.store.set(f"{place}: {self.rank} came", b"")
         if self.store.add(f"{place}: came", 1) == self.size:
             self.store.set(f"{place}: all", b"")
         try:
             self.store.wait([f"{place}: all"], timeout)
         except RuntimeError:
-            num_came = self.store.add(f"{place}: came", 0)
-            what = f"{num_came} of {self.size} ranks came within {timeout.total_seconds():.0f} s"
-            raise UserError(f"{what}; look at the other machines' output") from None
+            raise UserError(self._absent(place, timeout)) from None
         return int(self.store.add(f"{place}: failed", 0))
+
+    def _absent(self, place: str, timeout: timedelta) -> str:
+        """The sentence of those that came to `place`, about those that did not."""
+        try:
+            absent = [r for r in range(self.size) if not self._has_come(place, r)]
+        except RuntimeError:
+            return "the ranks' store has ended, on the machine of rank 0; look at its output"
+        return did_not_come(absent, timeout)
+
+    def _has_come(self, place: str, rank: int) -> bool:
+        return bool(self.store.check([f"{place}: {rank} came"]))
 
 
 def join_ranks() -> Ranks:
     """Meet the other ranks that torchrun started; alone without torchrun.
 
     Raises:
-        UserError: the machine that all ranks meet at cannot be reached.
+        UserError: the machine that all ranks meet at cannot be reached, or not all came.
     """
     ranks = Ranks(env_rank(), env_world_size(), env_local_rank())
     if ranks.size == 1:
         return ranks
     quiet_native_log()
+    _choose_interface()
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]
     from torch.distributed.rendezvous import rendezvous
 
+    address, port = env_meeting_place()
+    is_elsewhere = env_machine() > 0 and means_only_here(address)
     try:
-        store, _, _ = next(iter(rendezvous("env://", timeout=JOIN_TIMEOUT)))
+        timeout = ALONE_TIMEOUT if is_elsewhere else JOIN_TIMEOUT
+        store, _, _ = next(iter(rendezvous("env://", timeout=timeout)))
+        store.set_timeout(JOIN_TIMEOUT)
+        name = common_try(store, ranks.rank, ranks.size, JOIN_TIMEOUT)
     except (RuntimeError, ValueError) as error:
-        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        why = f"cannot meet the others at {place} ({str(error).partition(chr(10))[0]})"
+        why = f"cannot meet the others at {address}:{port} ({str(error).partition(chr(10))[0]})"
         remedy = "check torchrun's address and port, and the network between the machines"
+        if is_elsewhere:
+            remedy = f"that is this machine itself: {GIVE_ADDRESS}"
         raise UserError(f"rank {ranks.rank}: {why}; {remedy}") from None
-    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # nothing of an earlier try is read
-    ranks.store = PrefixStore(f"restart {restart}", store)
+    ranks.store = PrefixStore(f"try {name}", store)
     return ranks
+
+
+def _choose_interface() -> None:
+    """Where this machine's own name means nothing elsewhere, gloo shall not go by it.
+
+    It would tell the other machines to connect to themselves. The interface taken instead is the
+    one that the meeting place is reached by.
+    """
+    address, _ = env_meeting_place()
+    if env_num_machines() == 1 or not means_only_here(own_address()) or means_only_here(address):
+        return
+    if way := way_to(address):
+        prefer_interface(way.name)
 
 
 def _is_broken_collective(error: Exception) -> bool:

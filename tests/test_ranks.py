@@ -4,15 +4,20 @@ Here by a real store in threads, in tests/reliability/ranks.py by torchrun.
 """
 
 import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from typing import Any
 
 import pytest
 from torch import distributed
 
+from engine import heart as heart_module
 from engine import ranks as ranks_module
 from engine.errors import UserError
-from engine.heart import TRAINING, Heart
+from engine.heart import TRAINING, Heart, Watch
+from engine.meeting import common_try
 from engine.ranks import OtherRankFailed, Ranks, join_ranks
 
 
@@ -119,13 +124,121 @@ def test_a_meeting_place_that_cannot_be_reached_is_named(monkeypatch: pytest.Mon
         join_ranks()
 
 
+def test_each_ranks_text_reaches_all() -> None:
+    found = on_all(3, lambda ranks: ranks.texts_of_all("version", f"2.{ranks.rank}"))
+    assert found == [["2.0", "2.1", "2.2"]] * 3
+
+
+def test_ranks_that_do_not_come_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks_module, "JOIN_TIMEOUT", timedelta(seconds=0.5))
+
+    def work(ranks: Ranks) -> None:
+        if ranks.rank in (0, 2):
+            ranks._meet("start", False, ranks_module.JOIN_TIMEOUT)
+
+    errors = on_all(4, work)
+    wanted = "ranks 1 and 3 did not come within 0 s; look at the output of their machines"
+    assert [str(error) for error in errors] == [wanted, "None", wanted, "None"]
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    errors = on_all(4, work)
+    assert "told to meet at localhost" in str(errors[0]) and "--local-addr" in str(errors[0])
+
+
+def test_a_try_has_a_name_that_no_earlier_one_had() -> None:
+    """The store outlives a try, and its ranks come one after the other, as they did before."""
+    store = distributed.HashStore()
+    names = []
+    for _ in range(3):
+        with ThreadPoolExecutor(3) as pool:
+            jobs = []
+            for rank in (1, 0, 2):
+                jobs.append(pool.submit(common_try, store, rank, 3, timedelta(seconds=20)))
+                time.sleep(0.05)
+            found = {job.result() for job in jobs}
+        assert len(found) == 1
+        names += found
+    assert len(set(names)) == 3
+    late = timedelta(seconds=0.2)
+    with ThreadPoolExecutor(2) as pool:  # rank 2 is not started again
+        jobs = [pool.submit(common_try, store, rank, 3, late) for rank in (0, 1)]
+        errors = [str(job.exception()) for job in jobs]
+    assert all(error.startswith("rank 2 did not come within 0 s") for error in errors)
+    with pytest.raises(UserError, match="ranks 0 and 2 did not come within 0 s"):
+        common_try(distributed.HashStore(), 1, 3, late)
+
+
+def test_a_rank_that_died_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that live say so; those that do not neither say so nor beat."""
+    monkeypatch.setattr(ranks_module, "REASON_S", 1.0)
+
+    def work(ranks: Ranks) -> None:
+        with ranks.explaining(), ranks.watching(Heart(doing=TRAINING), 60.0):
+            if ranks.rank != 1:
+                raise RuntimeError("[gloo] Connection closed by peer")
+
+    errors = on_all(3, work)
+    assert errors[1] is None
+    for rank in (0, 2):
+        assert str(errors[rank]).startswith("rank 1: has ended without a word, perhaps killed")
+
+
+def test_a_rank_cut_off_from_the_store_ends_in_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its heart waits for an answer that never comes; here the ways out are only noted."""
+    ended = threading.Event()
+    killed: list[int] = []
+
+    def end(code: int) -> None:
+        watch._over.set()
+        ended.set()
+
+    monkeypatch.setattr(heart_module, "PERIOD_S", 0.02)
+    monkeypatch.setattr(heart_module.os, "_exit", end)
+    monkeypatch.setattr(heart_module.os, "kill", lambda pid, number: killed.append(pid))
+    for restarts, wanted in (("0", 1), ("3", 0)):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+        monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
+        store = Deaf()
+        watch = Watch(store, 0, 1, Heart(step=7, doing="saving"), 0.4)
+        watch.start()
+        assert not ended.wait(0.8), "it answers"
+        store.is_deaf = True
+        assert ended.wait(5)
+        store.is_deaf = False
+        watch.stop()
+        said = capsys.readouterr().err
+        assert said.startswith("error: rank 0: no answer from there for 0 s")
+        assert "the last step here was 7, saving; start the run again with --resume" in said
+        assert len(killed) == wanted
+        ended.clear()
+        killed.clear()
+
+
+class Deaf:
+    """A store that can stop answering, as one behind a cut cable does: no error, no end."""
+
+    def __init__(self) -> None:
+        self.is_deaf = False
+        self._store = distributed.HashStore()
+
+    def set(self, key: str, value: str) -> None:
+        self._store.set(key, value)
+
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        while self.is_deaf:
+            time.sleep(0.01)
+        return list(self._store.multi_get(keys))
+
+
 def test_no_heart_beats_on_when_the_watching_ends() -> None:
     """A thread that asks the store while the interpreter ends would abort the process."""
     heart = Heart(step=0, doing=TRAINING)
 
     def watch(ranks: Ranks) -> None:
         with ranks.watching(heart, 60.0):
-            assert "heart" in {thread.name for thread in threading.enumerate()}
+            assert {"heart", "guard"} <= {thread.name for thread in threading.enumerate()}
 
     assert on_all(2, watch) == [None, None]
-    assert "heart" not in {thread.name for thread in threading.enumerate()}
+    assert not {"heart", "guard"} & {thread.name for thread in threading.enumerate()}

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import click
 import pytest
+from torch.distributed.run import get_args_parser
 
 from engine.config import RunConfig, override
 from engine.config_text import parse_assignments
@@ -238,9 +239,10 @@ def test_a_wrong_command_line_is_found() -> None:
 
 
 def all_options() -> set[str]:
-    """Every long option of every command."""
+    """Every long option of every command, and of torchrun."""
     names = ["engine.run", *(f"tools.{file.stem}" for file in (ROOT / "tools").glob("[a-z]*.py"))]
-    found = {"--help", "--nproc-per-node", "--test"}
+    torchrun = get_args_parser()._actions
+    found = {"--help", "--test"} | {option for each in torchrun for option in each.option_strings}
     for name in names:
         command = getattr(import_module(name), "main", None)
         commands = [command, *getattr(command, "commands", {}).values()]

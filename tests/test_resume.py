@@ -21,7 +21,7 @@ from engine.config_text import config_of, to_toml
 from engine.data.records import Records
 from engine.durable import Damaged
 from engine.errors import UserError
-from engine.heart import TRAINING, WAITING, Beat, Seen, hung_rank
+from engine.heart import TRAINING, WAITING, Beat, Seen, hung_ranks
 from engine.host import ROOT
 from engine.report import read_report
 from engine.stop import STOP, Stopped
@@ -526,16 +526,20 @@ def beat(step: int, doing: str, count: int = 1) -> Beat:
     return Beat(count, step, doing, num_signs=step, pid=0, parent=0, machine=0)
 
 
-def test_the_rank_that_holds_the_others_up_is_named() -> None:
+def test_the_ranks_that_hold_the_others_up_are_named() -> None:
     seen = {0: Seen(beat(9, TRAINING), 100, 30), 1: Seen(beat(9, WAITING), 100, 30)}
-    assert hung_rank(seen, 100, 75) is None
-    rank, text = hung_rank(seen, 95, 60) or (None, "")
-    assert rank == 1 and "its last step was 9, it was waiting for its feed" in text
+    assert hung_ranks(seen, 100, 75) is None
+    ranks, text = hung_ranks(seen, 95, 60) or ([], "")
+    assert ranks == [1] and "its last step was 9, it was waiting for its feed" in text
     seen[0] = Seen(beat(9, "saving"), 95, 30)
-    assert hung_rank(seen, 95, 60) is None, "a slow disk is no hang"
+    assert hung_ranks(seen, 95, 60) is None, "a slow disk is no hang"
     seen[1] = Seen(beat(8, TRAINING), 20, 20)
-    rank, text = hung_rank(seen, 95, 60) or (None, "")
-    assert rank == 1 and "has been silent for 75 s" in text
+    ranks, text = hung_ranks(seen, 95, 60) or ([], "")
+    assert ranks == [1] and text.startswith("rank 1: has been silent for 75 s")
+    seen[2] = Seen(beat(8, TRAINING), 36, 20)  # it went with rank 1, and beat a second later
+    ranks, text = hung_ranks(seen, 95, 60) or ([], "")
+    assert ranks == [1, 2] and text.startswith("ranks 1 and 2: have been silent for 75 s")
+    assert "the last step of rank 1 was 8" in text
 
 
 def test_a_signal_before_training_ends_the_process_at_once(monkeypatch: Any) -> None:

@@ -1,5 +1,6 @@
 """tools/verify: it finds what is bad, and passes what is the same training."""
 
+import socket
 from dataclasses import replace
 from typing import Any
 
@@ -7,10 +8,12 @@ import pytest
 import torch
 
 from engine.data.records import Records
+from engine.network import Interface, interfaces
 from engine.world import World
 from tests.conftest import Command, assert_refused
 from tests.test_launches import session
 from tools.checks import doctor as examined
+from tools.checks import nodes
 from tools.checks.doctor import doctor, host_reads
 from tools.checks.parity import GROUPS, Verdict, differences
 
@@ -95,6 +98,70 @@ def test_harmful_settings_are_named_with_a_remedy(
 def test_a_bad_finding_ends_with_1(command: Command) -> None:
     done = command("tools/verify", "doctor", "--device", "cpu", TORCH_DISTRIBUTED_DEBUG="DETAIL")
     assert done.returncode == 1 and "BAD   TORCH_DISTRIBUTED_DEBUG" in done.stdout
+
+
+LO = Interface("lo", ("127.0.0.1",), True, 65536)
+ETH = Interface("eth0", ("10.0.0.1",), True, 1500)
+FABRIC = Interface("ib0", ("10.1.0.1",), True, 4096)
+DOWN = Interface("eth1", ("10.2.0.1",), False, 1500)
+
+
+def test_a_node_alone_says_how_others_would_meet_it(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(socket, "getfqdn", lambda: "localhost")
+    has_network = any(each.is_running and not each.is_loopback for each in interfaces())
+    done = command("tools/verify", "doctor", "--nodes", "--device", "cpu")
+    assert done.returncode == (not has_network), done.stdout + done.stderr
+    assert (
+        "torchrun would say localhost, which is every node itself; give it --local" in done.stdout
+    )
+    found = [line[6:27].strip() for line in done.stdout.splitlines()]
+    assert {"interfaces", "MASTER_ADDR", "gloo", "NCCL"} <= set(found)
+    here = ("tools/verify", "doctor", "--nodes", "--rendezvous")
+    done = command(*here, "localhost:29400")
+    assert done.returncode == 1 and "BAD   rendezvous           localhost is every" in done.stdout
+    done = command(*here, "10.0.0.1:99999999")
+    assert_refused(done, "is not HOST:PORT; write 10.0.0.1:29400")
+    assert_refused(command("tools/verify", "doctor", "--data", "x"), "give --nodes, too")
+    done = command("tools/verify", "doctor", "--nodes", GLOO_SOCKET_IFNAME="none0")
+    assert done.returncode == 1 and "none0 is not there or down; there are" in done.stdout
+
+
+def test_who_opens_the_store_is_found_or_must_be_said() -> None:
+    assert nodes.host_finding("a", is_own=True, takes_it=True).grade == "ok"
+    assert nodes.host_finding("a", is_own=False, takes_it=False).grade == "ok"
+    finding = nodes.host_finding("a", is_own=True, takes_it=False)
+    assert finding.grade == "note" and "without --rdzv-conf is_host=1 here" in finding.text
+    finding = nodes.host_finding("a", is_own=False, takes_it=True)
+    assert finding.grade == "note" and "give --rdzv-conf is_host=0 here" in finding.text
+
+
+@pytest.mark.parametrize(
+    ("there", "chosen", "wanted"),
+    [
+        ((LO, ETH, DOWN), "", "eth0"),
+        ((LO, ETH, FABRIC), "", "ib0"),
+        ((LO, ETH, FABRIC), "eth", "eth0"),
+        ((LO, ETH, FABRIC), "^lo,ib", "eth0"),
+        ((LO, ETH, FABRIC), "=eth", ""),
+        ((LO, ETH, FABRIC), "^=eth0", "lo ib0"),
+    ],
+)
+def test_nccl_takes_the_interfaces_that_its_variable_means(
+    there: tuple[Interface, ...], chosen: str, wanted: str
+) -> None:
+    found = nodes.nccl_interfaces(list(there), chosen)
+    assert " ".join(each.name for each in found) == wanted
+
+
+def test_nodes_that_are_not_alike_are_named() -> None:
+    same = {"torch": "2.13.0", "numpy": "2.4.6"}
+    assert [each.grade for each in nodes.alike([same, same])] == ["ok"]
+    found = nodes.alike([same, same, same | {"torch": "2.12.0"}])
+    assert found == [
+        ("BAD", "torch", "ranks 0 and 1: 2.13.0; rank 2: 2.12.0; install the same everywhere")
+    ]
 
 
 def test_a_precision_that_cannot_be_had_is_refused(command: Command) -> None:

@@ -1,18 +1,24 @@
 """tools/verify: is this machine fit (doctor), is fast training the same (parity)? Bare: both.
 
-`tools/verify order RUN`: did a run see the samples that it should have?
+`tools/verify doctor --nodes`: can several nodes meet, and are they alike? `tools/verify order RUN`:
+did a run see the samples that it should have?
 """
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from engine.config import NETWORK_NAMES
 from engine.data.records import open_records
-from engine.errors import exit_on_user_error, printable
-from engine.host import prepare_process
+from engine.errors import UserError, exit_on_user_error, printable
+from engine.host import env_local_rank, prepare_process
 from engine.paths import PATH
 from engine.ui import guard_outputs
+
+if TYPE_CHECKING:  # it imports torch
+    from tools.checks.doctor import Finding
 
 DEVICE = click.option(
     "--device",
@@ -39,10 +45,32 @@ def main(context: click.Context, device: str) -> None:
 
 @main.command()
 @DEVICE
-def doctor(device: str) -> None:
+@click.option(
+    "--nodes",
+    is_flag=True,
+    help="Look at the network instead: can several nodes meet? Under torchrun on each: are they "
+    "alike, and how fast do they talk?",
+)
+@click.option(
+    "--rendezvous",
+    default="",
+    metavar="HOST:PORT",
+    help="With --nodes: torchrun's --rdzv-endpoint; is its node found?",
+)
+@click.option(
+    "--data",
+    type=PATH,
+    help="With --nodes: the records that all should have.  [default: the packaged sample]",
+)
+def doctor(device: str, nodes: bool, rendezvous: str, data: Path | None) -> None:
     """Look for what makes training slow or graphs impossible."""
     with exit_on_user_error():
-        raise SystemExit(not run_doctor(device))
+        if not nodes and (rendezvous or data):
+            raise UserError("--rendezvous and --data: are of doctor --nodes; give --nodes, too")
+        good = run_node_doctor(device, rendezvous, data) if nodes else run_doctor(device)
+    from engine.world import end_rank
+
+    end_rank(int(not good))
 
 
 @main.command()
@@ -67,11 +95,37 @@ def run_doctor(device: str) -> bool:
     from engine.world import start_world
     from tools.checks.doctor import doctor as examine
 
-    good = True
     with start_world(device) as world, world.on_stream():
-        for grade, name, text in examine(open_records(ensure_sample()), world):
+        return show_findings(examine(open_records(ensure_sample()), world))
+
+
+def run_node_doctor(device: str, rendezvous: str, data: Path | None) -> bool:
+    """Print the findings, once per node; whether none is bad on any of them."""
+    from engine.data.sample import ensure_sample
+    from engine.ranks import join_ranks
+
+    ranks = join_ranks()  # before torch, whose native parts it quiets
+    from engine.world import start_world
+    from tools.checks.nodes import alone, together
+
+    path = ranks.agree(lambda: data or ensure_sample())
+    records = ranks.agree(lambda: open_records(path, in_memory=False))
+    good = ranks.agree(lambda: show_findings(alone(rendezvous, device)))
+    if ranks.size == 1:
+        click.echo("The rest takes all nodes: start this by torchrun on each of them.")
+        return good
+    with start_world(device, ranks) as world:
+        good &= show_findings(together(ranks, world, records.fingerprint))
+        return world.most([float(not good)])[0] == 0.0
+
+
+def show_findings(findings: "Iterable[Finding]") -> bool:
+    """Print them, on one rank of each node; whether none is bad."""
+    good = True
+    for grade, name, text in findings:
+        if env_local_rank() == 0:
             click.echo(printable(f"{grade:<5} {name:<20} {text}"))
-            good &= grade != "BAD"
+        good &= grade != "BAD"
     return good
 
 

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.
 
 
 class Forked(subprocess.Popen[bytes]):
-    """python -m engine.run as a fork of this process, not an execution."""
+    """python -m and a command of ours as a fork of this process, not an execution."""
 
     def __init__(self, args: tuple[str, ...], env: dict[str, str], **options: Any) -> None:
-        self._words = list(args)[list(args).index(MODULE[1]) + 1 :]
+        self._module, *self._words = list(args)[list(args).index("-m") + 1 :]
         self._environment = env
         super().__init__(args, env=env, **options)
 
@@ -39,7 +40,7 @@ class Forked(subprocess.Popen[bytes]):
             signal.signal(number, usual)
         os.environ.clear()
         os.environ.update(self._environment)
-        Run.main(self._words)
+        import_module(self._module).main.main(self._words, self._module)
 
 
 class Torchrun(Run):
@@ -70,14 +71,17 @@ def torchrun(
     def prepare() -> None:
         os.environ |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         if not literal:
-            from torch.distributed.elastic.multiprocessing.subprocess_handler import (
-                subprocess_handler,
-            )
-
-            vars(subprocess_handler)["Popen"] = Forked
+            fork_ranks()
 
     options = ["--nproc-per-node=2", f"--max-restarts={restarts}", "--monitor-interval=0.1"]
     return Torchrun(*options, *MODULE, *training.words(*more), before=prepare)
+
+
+def fork_ranks() -> None:
+    """Let the torchrun that this process becomes fork its ranks."""
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+
+    vars(subprocess_handler)["Popen"] = Forked
 
 
 def is_helper(pid: int) -> bool:

@@ -32,7 +32,8 @@ class Finding(NamedTuple):
     text: str
 
 
-def _graded(good: bool, name: str, text: str, otherwise: Grade = "note") -> Finding:
+def graded(good: bool, name: str, text: str, otherwise: Grade = "note") -> Finding:
+    """Well, or `otherwise`."""
     return Finding("ok" if good else otherwise, name, text)
 
 
@@ -139,7 +140,7 @@ def _variables(environ: Mapping[str, str]) -> Iterator[Finding]:
     threads = torch.get_num_threads()
     cores = num_cpus()
     few = threads <= cores
-    yield _graded(
+    yield graded(
         few,
         "threads",
         f"{threads} of torch's on {cores} cores" + "; set OMP_NUM_THREADS" * (not few),
@@ -149,12 +150,10 @@ def _variables(environ: Mapping[str, str]) -> Iterator[Finding]:
 def _device(world: World) -> Iterator[Finding]:
     device = world.device
     bf16 = has_fast_bf16(device)
-    yield _graded(bf16, "bf16", "has instructions" if bf16 else "none: --amp trains in fp32 here")
+    yield graded(bf16, "bf16", "has instructions" if bf16 else "none: --amp trains in fp32 here")
     if device.type == "cpu":
         kept = world.allocator != "default"
-        yield _graded(
-            kept, "allocator", world.allocator if kept else "is not glibc's: slower steps"
-        )
+        yield graded(kept, "allocator", world.allocator if kept else "is not glibc's: slower steps")
         yield Finding("note", "GPU", "torch sees none: CUDA graphs, NCCL and Triton are not used")
         return
     facts = meters.gpu_facts(device)
@@ -180,9 +179,9 @@ def _device(world: World) -> Iterator[Finding]:
 
 def _compiler(device: torch.device) -> Iterator[Finding]:
     why = cannot_compile(device)
-    yield _graded(not why, "torch.compile", why or "has its compiler")
+    yield graded(not why, "torch.compile", why or "has its compiler")
     why = cannot_fuse(device)
-    yield _graded(not why, "Triton kernels", why or "can be compiled")
+    yield graded(not why, "Triton kernels", why or "can be compiled")
 
 
 def _step(records: Records, world: World) -> Iterator[Finding]:
@@ -201,14 +200,12 @@ def _step(records: Records, world: World) -> Iterator[Finding]:
             if reads
             else "none in 5 steps"
         )
-        yield _graded(not reads, "hidden waits", text, "BAD")
+        yield graded(not reads, "hidden waits", text, "BAD")
         if on_gpu:
             failure = session.step.capture_failure
-            yield _graded(
-                not failure, "CUDA graph", failure or "the whole step was captured", "BAD"
-            )
+            yield graded(not failure, "CUDA graph", failure or "the whole step was captured", "BAD")
             capturable = all(group["capturable"] for group in session.step.optimizer.param_groups)
-            yield _graded(capturable, "optimiser", f"capturable: {capturable}", "BAD")
+            yield graded(capturable, "optimiser", f"capturable: {capturable}", "BAD")
 
 
 def host_reads(launches: Iterator[Any], device: torch.device, num_launches: int = 5) -> list[str]:
