@@ -50,7 +50,13 @@ RANKS: dict[int, tuple[str, dict[str, Any]]] = {
 NUM_SHARDS = 4
 FUSED = {"kernels": "all", "step.cuda_graphs": True, "step.steps_per_launch": K}
 GROUPS = ("loss", "parameters", "gradients", "optimiser", "scaler", "counters")
-TOLERANCE = {"fp32": (1e-3, 1e-2), "tf32": (1e-2, 1e-1), "bf16": (5e-2, 5e-1), "fp16": (5e-2, 5e-1)}
+TOLERANCE = {
+    "fp32": (1e-3, 1e-2),
+    "tf32": (1e-2, 1e-1),
+    "bf16": (5e-2, 5e-1),
+    "fp16": (5e-2, 5e-1),
+    "fp8": (5e-2, 5e-1),
+}
 """For what adds in another order (ranks, fused layers): of losses and parameters, of gradients
 and optimiser.
 
