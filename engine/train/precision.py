@@ -185,6 +185,8 @@ class Fp8Columns(Columns):
 
 
 IN_FP8: dict[type[nn.Linear], type[nn.Linear]] = {nn.Linear: Fp8Linear, Columns: Fp8Columns}
+"""By the class of a layer, the one that computes it in fp8."""
+FEW_NAMES = 4
 
 
 def use_fp8(model: nn.Module) -> str:
@@ -194,20 +196,24 @@ def use_fp8(model: nn.Module) -> str:
     """
     taken, left = list[str](), list[str]()
     for name, layer in model.named_modules():
-        if type(layer) not in IN_FP8:
+        if not isinstance(layer, nn.Linear):
             continue
-        assert isinstance(layer, nn.Linear)
         if why := why_not_fp8(layer):
             left.append(f"{name}: {why}")
         else:
             layer.__class__ = IN_FP8[type(layer)]
             taken.append(name)
-    text = f"fp8 computes {', '.join(taken) or 'no layer'}, bf16 all else"
+    names = ", ".join(taken[:FEW_NAMES]) or "no layer"
+    if len(taken) > FEW_NAMES:
+        names += f" and {len(taken) - FEW_NAMES} others"
+    text = f"fp8 computes {names}, bf16 all else"
     return f"{text} ({'; '.join(left)})" if left else text
 
 
 def why_not_fp8(layer: nn.Linear) -> str:
     """Why a linear layer stays in bf16, or ""."""
+    if type(layer) not in IN_FP8:
+        return "it is of a class of its own"
     sides = (layer.in_features, layer.out_features)
     odd = [str(side) for side in sides if side % MULTIPLE]
     return f"{' and '.join(odd)} cannot be divided by {MULTIPLE}" if odd else ""
