@@ -57,12 +57,10 @@ def test_the_products_of_fp8_are_counted_where_training_makes_them() -> None:
 def test_fp8_helps_where_products_are_large_and_not_where_casts_are() -> None:
     machine = MACHINES[H100]
     for side, text in ((8192, "fp8 helps: it saves"), (128, "fp8 cannot help: 10% of the time")):
-        advice = layer_advice(Layer(name="x", module=wide(side), x=like(side, side)), machine, {})
-        step_us = 10 * advice.us["bf16"]
-        again = layer_advice(
-            Layer(name="x", module=wide(side), x=like(side, side)), machine, {"bf16": step_us}
-        )
-        assert again.verdict.startswith(text), again.verdict
+        layer = Layer(name="x", module=wide(side), x=like(side, side))
+        advice = layer_advice(layer, machine, {"bf16": 1.0})
+        of_ten = layer_advice(layer, machine, {"bf16": 10 * advice.us["bf16"]})
+        assert of_ten.verdict.startswith(text), of_ten.verdict
     assert advice.bound == "launches" and advice.us["fp8"] > advice.us["bf16"]
 
 

@@ -1,7 +1,7 @@
 """One training step moves no tensor that it need not: every copy and cast is named with its reason.
 
-Counted by torch's dispatch, in NHWC and bf16 or fp8, for each set of kernels that runs on a CPU. What a
-kernel of torch copies inside itself is not seen.
+Counted by torch's dispatch, in NHWC and bf16, for each set of kernels that runs on a CPU, and in
+fp8. What a kernel of torch copies inside itself is not seen.
 """
 
 from collections import Counter
