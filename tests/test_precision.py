@@ -23,7 +23,7 @@ from engine.train.precision import (
     use_fp8,
 )
 from engine.train.session import evaluate
-from engine.world import World, cannot_fp8
+from engine.world import World, cannot_compile, cannot_fp8
 from tests.conftest import FAST_PRECISION, Command, assert_refused
 from tests.test_flat import flat_step
 from tests.test_launches import session, trained
@@ -244,15 +244,25 @@ def test_a_run_keeps_what_bf16s_keeps_and_reads_nothing(small: Records, world: W
     assert all((one[name] == three[name]).all() for name in one)
 
 
-@needs_bf16
 @pytest.mark.slow
-def test_it_compiles(small: Records, world: World) -> None:
-    settings = {"step.precision": "fp8"}
-    found = [
-        trained(session(small, world, settings | {"step.compile": mode}))["loss"]
-        for mode in ("off", "default")
-    ]
-    assert found[1] == pytest.approx(found[0], rel=3e-2)
+def test_it_compiles_into_one_graph() -> None:
+    """Forward and backward, with the same 8-bit numbers."""
+    if why := cannot_compile(torch.device("cpu")):
+        pytest.skip(why)
+    x, weight, bias = drawn(20, 64).bfloat16(), drawn(48, 64, seed=1), drawn(48, seed=2)
+    leaves = [each.requires_grad_() for each in (x, weight, bias)]
+
+    def loss(*given: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return fp8_linear(*given).float().square().mean()
+
+    found = []
+    for work in (loss, torch.compile(loss, fullgraph=True, dynamic=False)):
+        value = work(*leaves)
+        found.append((value, *torch.autograd.grad(value, leaves)))
+    for wanted, got in zip(*found, strict=True):
+        assert got.dtype == wanted.dtype
+        assert (got - wanted).abs().max() <= 2**-7 * wanted.abs().max()
 
 
 def test_the_flat_optimiser_takes_fp8s_weights_in_fp32(world: World, small: Records) -> None:
