@@ -33,6 +33,7 @@ from tools.checks.doctor import host_reads
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 ROUNDING = {E4M3: (2**-4, 2**-10), E5M2: (2**-3, 2**-17)}
 """Half a unit in the last place: of a number, and of the format's least."""
+Formats = tuple[torch.dtype, torch.dtype]
 needs_bf16 = pytest.mark.skipif(FAST_PRECISION == "fp32", reason="no bf16 instructions")
 
 
@@ -99,37 +100,36 @@ def test_what_is_not_finite_stays_so(bad: float, place: str) -> None:
     assert grad_weight.isnan().all() or place == "weight"
 
 
+def assert_product(
+    got: torch.Tensor, a: torch.Tensor, b: torch.Tensor, formats: Formats, added: torch.Tensor
+) -> None:
+    """`got` is a b + added within the rounding of both sides and of the result, and no nearer."""
+    error_a, error_b = error_of(a, formats[0]), error_of(b, formats[1])
+    a, b, added = a.double(), b.double(), added.double()
+    wanted = a @ b + added
+    off = a.abs() @ error_b + error_a @ b.abs() + error_a @ error_b
+    rounding = 2**-8 if got.dtype == torch.bfloat16 else 2**-20
+    found = (got.double() - wanted).abs()
+    assert (found <= off + rounding * (wanted.abs() + off + added.abs())).all()
+    in_bf16 = 2**-8 * (a.abs() @ b.abs() + wanted.abs())
+    assert (found > in_bf16).any(), "bf16 would be as near: this is no fp8"
+
+
 @pytest.mark.parametrize("num_rows", [48, 20], ids=["48 rows", "20, filled up to 32"])
 def test_the_products_are_within_their_bound(num_rows: int) -> None:
-    """Against float64 of what was given: the formats' rounding, carried through each product."""
-    x, weight, bias = drawn(num_rows, 64), drawn(80, 64, seed=1), drawn(80, seed=2)
-    x, grad = x.bfloat16().requires_grad_(), drawn(num_rows, 80, seed=3).bfloat16()
-    weight.requires_grad_()
-    bias.requires_grad_()
+    """Against float64 of what was given: forward, and both gradients."""
+    x, weight, bias = drawn(num_rows, 64).bfloat16(), drawn(80, 64, seed=1), drawn(80, seed=2)
+    grad, zero = drawn(num_rows, 80, seed=3).bfloat16(), torch.zeros(())
+    leaves = [each.clone().requires_grad_() for each in (x, weight, bias)]
     with torch.autocast("cpu", torch.bfloat16):
-        y = fp8_linear(x, weight, bias)
-    found = (y, *torch.autograd.grad(y, (x, weight, bias), grad))
-    dtypes = [each.dtype for each in found]
-    assert dtypes == [torch.bfloat16, torch.bfloat16, torch.float32, torch.float32]
-    off = {id(t): error_of(t.detach(), E4M3) for t in (x, weight)} | {
-        id(grad): error_of(grad, E5M2)
-    }
-    sides = ((x, weight.t(), bias), (grad, weight, None), (grad.t(), x, None))
-    errors = (
-        (off[id(x)], off[id(weight)].t()),
-        (off[id(grad)], off[id(weight)]),
-        (off[id(grad)].t(), off[id(x)]),
-    )
-    for got, (a, b, added), (error_a, error_b) in zip(found, sides, errors, strict=False):
-        a, b = a.detach().double(), b.detach().double()
-        wanted = a @ b + (0 if added is None else added.detach().double())
-        inputs = a.abs() @ error_b + error_a @ b.abs() + error_a @ error_b
-        rounded = 2**-8 if got.dtype == torch.bfloat16 else 2**-20
-        bound = inputs + rounded * (wanted.abs() + inputs + 2 * float(bias.detach().abs().max()))
-        assert ((got.double() - wanted).abs() <= bound).all()
-        fine = 2**-8 * (a.abs() @ b.abs() + wanted.abs())
-        assert ((got.double() - wanted).abs() > fine).any(), "bf16 would be as near: no fp8 here"
-    assert torch.allclose(found[3], grad.float().sum(0), rtol=1e-5, atol=1e-5)
+        y = fp8_linear(*leaves)
+    grad_x, grad_weight, grad_bias = torch.autograd.grad(y, leaves, grad)
+    assert y.dtype == grad_x.dtype == torch.bfloat16
+    assert grad_weight.dtype == grad_bias.dtype == torch.float32
+    assert_product(y.detach(), x, weight.t(), (E4M3, E4M3), bias)
+    assert_product(grad_x, grad, weight, (E5M2, E4M3), zero)
+    assert_product(grad_weight, grad.t(), x, (E5M2, E4M3), zero)
+    assert torch.allclose(grad_bias, grad.float().sum(0), rtol=1e-5, atol=1e-5)
 
 
 def test_the_product_is_torchs() -> None:
