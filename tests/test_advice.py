@@ -7,8 +7,9 @@ import torch
 
 from engine.config import RunConfig, override
 from tests.conftest import Command, assert_refused
-from tools.measure.advice import Advice, Layer, advise, layer_advice, to_markdown
+from tools.measure.advice import Advice, Layer, advise, layer_advice, layers_of, to_markdown
 from tools.measure.ledger import H100, MACHINES
+from tools.measure.operations import STUDYS_SHAPE as SHAPE
 from tools.measure.operations import layer_operations
 
 A100 = "NVIDIA A100-SXM4-80GB"
@@ -82,12 +83,18 @@ def test_each_layer_of_the_studys_network_has_a_verdict(studys: Advice) -> None:
 
 def test_alike_layers_are_one_line_of_their_sum() -> None:
     settings = {"model.name": "vit", "global_batch": 64}
-    advice = advise(override(RunConfig(), settings, "test"), H100)
-    rows = {each.name: each for each in advice.layers}
-    assert {"embed", "blocks.0.qkv and 4 alike", "head"} < rows.keys()
+    layers = {each.name: each for each in layers_of(override(RunConfig(), settings, "test"), SHAPE)}
+    assert {name: each.count for name, each in layers.items()} == {
+        "embed": 1,
+        **dict.fromkeys((f"blocks.0.{name}" for name in ("qkv", "out", "up", "down")), 5),
+        "head": 1,
+    }
     tokens = 64 * 49
-    assert rows["blocks.0.qkv and 4 alike"].flops == 5 * 3 * 2 * tokens * 96 * 288
-    assert rows["embed"].flops == 2 * 2 * tokens * 16 * 96
+    five = layer_advice(layers["blocks.0.qkv"], MACHINES[H100], {"bf16": 1.0})
+    assert five.name == "blocks.0.qkv and 4 alike"
+    assert five.flops == 5 * 3 * 2 * tokens * 96 * 288
+    one = layer_advice(layers["embed"], None, {})
+    assert one.flops == 2 * 2 * tokens * 16 * 96, "no gradient of pixels"
 
 
 def test_what_is_not_known_is_not_said(studys: Advice) -> None:

@@ -84,8 +84,9 @@ def advise(config: RunConfig, device: str, shape: tuple[int, int, int] = STUDYS_
     machine = MACHINES.get(device)
     step_us = dict[str, float]()
     if machine:
-        for precision in _known(machine):
-            step_us[precision] = _us(_step(config, precision, shape), machine, precision)
+        known = _known(machine)
+        counted = {p: _step(config, p, shape) for p in {COUNTED.get(p, p) for p in known}}
+        step_us = {p: _us(counted[COUNTED.get(p, p)], machine, p) for p in known}
     layers = [layer_advice(each, machine, step_us) for each in layers_of(config, shape)]
     return Advice(
         network=config.model.name,
@@ -152,7 +153,7 @@ def _times(operations: list[Operation], count: int) -> list[Operation]:
 def _step(config: RunConfig, precision: str, shape: tuple[int, int, int]) -> list[Operation]:
     """What a step launches that is captured, of PyTorch's operations alone."""
     step = StepConfig(
-        precision=COUNTED.get(precision, precision),  # type: ignore[arg-type]
+        precision=precision,  # type: ignore[arg-type]
         channels_last=config.step.channels_last,
         cuda_graphs=True,
         steps_per_launch=config.step.steps_per_launch,
