@@ -246,7 +246,7 @@ def test_a_run_keeps_what_bf16s_keeps_and_reads_nothing(small: Records, world: W
 
 @pytest.mark.slow
 def test_it_compiles_into_one_graph() -> None:
-    """Forward and backward, with the same 8-bit numbers."""
+    """Forward and backward; inductor leaves the bias unrounded, so some gradients round otherwise."""
     if why := cannot_compile(torch.device("cpu")):
         pytest.skip(why)
     x, weight, bias = drawn(20, 64).bfloat16(), drawn(48, 64, seed=1), drawn(48, seed=2)
@@ -259,10 +259,10 @@ def test_it_compiles_into_one_graph() -> None:
     found = []
     for work in (loss, torch.compile(loss, fullgraph=True, dynamic=False)):
         value = work(*leaves)
-        found.append((value, *torch.autograd.grad(value, leaves)))
+        found.append((value.detach(), *torch.autograd.grad(value, leaves)))
     for wanted, got in zip(*found, strict=True):
         assert got.dtype == wanted.dtype
-        assert (got - wanted).abs().max() <= 2**-7 * wanted.abs().max()
+        assert float((got - wanted).norm()) <= 0.02 * float(wanted.norm())
 
 
 def test_the_flat_optimiser_takes_fp8s_weights_in_fp32(world: World, small: Records) -> None:
