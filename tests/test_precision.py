@@ -246,7 +246,7 @@ def test_a_run_keeps_what_bf16s_keeps_and_reads_nothing(small: Records, world: W
 
 @pytest.mark.slow
 def test_it_compiles_into_one_graph() -> None:
-    """Forward and backward; inductor leaves the bias unrounded, so some gradients round otherwise."""
+    """Forward and backward; inductor leaves the bias unrounded, and some gradients follow."""
     if why := cannot_compile(torch.device("cpu")):
         pytest.skip(why)
     x, weight, bias = drawn(20, 64).bfloat16(), drawn(48, 64, seed=1), drawn(48, seed=2)
