@@ -178,10 +178,11 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StepConfig:
-    precision: Literal["fp32", "tf32", "bf16", "fp16"] = setting(
+    precision: Literal["fp32", "tf32", "bf16", "fp16", "fp8"] = setting(
         "fp32",
         "Arithmetic of forward and backward; parameters and optimiser stay fp32. "
-        "fp32 is IEEE's, also where torch would round to TF32 by itself.",
+        "fp32 is IEEE's, also where torch would round to TF32 by itself; fp8 is that of linear "
+        "layers, and bf16 all else.",
     )
     channels_last: bool = setting(
         True, "NHWC memory format for activations and weights.", flag="--channels-last"

@@ -9,7 +9,7 @@ import click
 from engine.config import RunConfig, settings_of
 from engine.paths import PATH
 
-AMP = ("bf16", "fp16")
+AMP = ("bf16", "fp16", "fp8")
 """The precisions that --amp offers."""
 ALONE = {"step.compile": "default"}
 """What a flag means that is given without a value."""

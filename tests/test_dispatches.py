@@ -1,7 +1,7 @@
 """One training step moves no tensor that it need not: every copy and cast is named with its reason.
 
-Counted by torch's dispatch, in NHWC and bf16, for each set of kernels that runs on a CPU. What a
-kernel of torch copies inside itself is not seen.
+Counted by torch's dispatch, in NHWC and bf16, for each set of kernels that runs on a CPU, and in
+fp8. What a kernel of torch copies inside itself is not seen.
 """
 
 from collections import Counter
@@ -47,8 +47,29 @@ SHAPES = {
     "fc2.weight": "[8, 128]",
     "fc2.bias": "[8]",
 }
+IN_FP8 = {
+    "fc1's activations to e4m3": "_to_copy bfloat16 float8_e4m3fn [32, 3136]",
+    "fc1's weight to e4m3": "_to_copy float32 float8_e4m3fn [128, 3136]",
+    "fc1's gradient to e5m2": "_to_copy bfloat16 float8_e5m2 [32, 128]",
+    "fc1's bias to the product's type": "_to_copy float32 bfloat16 [128]",
+    "columns of the weight, for the activations' gradient": "clone float8_e4m3fn - [3136, 128]",
+    "columns of the activations, for the weight's": "clone float8_e4m3fn - [3136, 32]",
+    "rows of the gradient turned, for the weight's": "clone float8_e5m2 - [128, 32]",
+}
+EMULATED = {
+    "forward, left": "_to_copy float8_e4m3fn float32 [32, 3136]",
+    "forward, right": "_to_copy float8_e4m3fn float32 [3136, 128]",
+    "forward, result": "_to_copy float32 bfloat16 [32, 128]",
+    "activations' gradient, left": "_to_copy float8_e5m2 float32 [32, 128]",
+    "activations' gradient, right": "_to_copy float8_e4m3fn float32 [128, 3136]",
+    "activations' gradient, result": "_to_copy float32 bfloat16 [32, 3136]",
+    "weight's gradient, left": "_to_copy float8_e5m2 float32 [128, 32]",
+    "weight's gradient, right": "_to_copy float8_e4m3fn float32 [32, 3136]",
+}
+"""By a CPU alone: its products are of fp32."""
 FUSED = {"conv1.weight", "conv1.bias", "conv2.bias"}
 """What conv_pool_relu and bias_pool_relu take as they are."""
+FC1 = {"fc1.weight", "fc1.bias"}
 
 
 def casts(names: set[str]) -> dict[str, str]:
@@ -78,7 +99,7 @@ class Moves(TorchDispatchMode):
 
 
 def moves(settings: dict[str, Any]) -> Counter[str]:
-    """Of the second step, in NHWC and bf16."""
+    """Of the second step, in NHWC and, unless the settings say otherwise, in bf16."""
     common = {"step.precision": "bf16", "step.channels_last": True, "global_batch": 32}
     config = override(RunConfig(), common | {"epochs": 1} | settings, "test")
     model = make_model(config.model, 28, 28, NUM_CLASSES, 1, frozenset(config.kernels))
@@ -108,13 +129,17 @@ def reference(num_rounded: int) -> dict[str, str]:
             {"kernels": ["conv_pool_relu", "bias_pool_relu"]},
             COMMON | FIRST_ON_CPU | casts(set(SHAPES) - FUSED),
         ),
+        (
+            {"step.precision": "fp8"},
+            COMMON | FIRST | casts(set(SHAPES) - FC1) | IN_FP8 | EMULATED,
+        ),
         ({"kernels": ["adamw"]}, COMMON | FIRST | reference(421_392)),
         (
             {"kernels": ["conv_pool_relu", "bias_pool_relu", "adamw"]},
             COMMON | FIRST_ON_CPU | reference(421_392 - 288 - 32 - 64),
         ),
     ],
-    ids=["torch", "kernels of a CPU", "adamw", "all of these"],
+    ids=["torch", "kernels of a CPU", "fp8", "adamw", "all of these"],
 )
 def test_a_step_moves_nothing_without_a_reason(
     settings: dict[str, Any], reasons: dict[str, str]

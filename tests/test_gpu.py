@@ -15,9 +15,10 @@ from engine.config import RunConfig, override
 from engine.data.records import Records
 from engine.feeds.synthetic import random_batch
 from engine.train import step as step_module
+from engine.train.precision import fp8_linear
 from engine.train.session import Session, evaluate, open_session
 from engine.train.step import TrainLog
-from engine.world import World, start_world
+from engine.world import World, cannot_fp8, start_world
 from kernels.bias_pool_relu import bias_pool_relu
 from kernels.conv2_pool_relu import conv2_pool_relu
 from kernels.conv_pool_relu import conv_pool_relu
@@ -62,10 +63,12 @@ def losses(opened: Session, num_epochs: int = 3) -> list[float]:
 
 @pytest.mark.parametrize("feed", ["resident", "loader", "synthetic"])
 @pytest.mark.parametrize("num_steps", [1, 3])
-@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16", "fp8"])
 def test_the_graph_trains_as_the_eager_step(
     precision: str, num_steps: int, feed: str, small: Records, gpu_world: World
 ) -> None:
+    if precision == "fp8" and (why := cannot_fp8(gpu_world.device)):
+        pytest.skip(why)
     eager = session(small, gpu_world, step_precision=precision, data_feed=feed)
     wanted, wanted_evaluation = losses(eager), evaluate(eager, "val")
     eager.close()
@@ -177,6 +180,23 @@ def test_a_graph_refuses_another_batch(small: Records, gpu_world: World) -> None
     with pytest.raises(ValueError, match="was built for"):
         opened.step.train(random_batch(BATCH + 1, (28, 28), 8, gpu_world.device))
     opened.close()
+
+
+@pytest.mark.parametrize("num_rows", [64, 20])
+def test_fp8_is_what_a_cpu_emulates(num_rows: int, gpu_world: World) -> None:
+    """The same 8-bit numbers; the sums are rounded otherwise, in the forward to 14 bits."""
+    if why := cannot_fp8(gpu_world.device):
+        pytest.skip(why)
+    drawn = [torch.randn(num_rows, 96).bfloat16(), torch.randn(48, 96), torch.randn(48)]
+    grad, found = torch.randn(num_rows, 48).bfloat16(), []
+    for device in ("cpu", gpu_world.device):
+        leaves = [each.to(device).requires_grad_() for each in drawn]
+        y = fp8_linear(*leaves)
+        found.append((y, *torch.autograd.grad(y, leaves, grad.to(device))))
+    for wanted, got in zip(*found, strict=True):
+        assert got.dtype == wanted.dtype
+        close = 2**-7 * float(wanted.abs().max())
+        assert torch.allclose(got.cpu().float(), wanted.float(), rtol=2**-7, atol=close)
 
 
 @pytest.mark.parametrize("feed", ["dali", "loader"])

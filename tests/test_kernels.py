@@ -607,4 +607,6 @@ def test_unknown_hardware_has_no_prediction() -> None:
     assert roofline.roofline_fraction(1e6, "NVIDIA H100 80GB HBM3", "bf16", None, works) is None
     fraction = roofline.roofline_fraction(12e6, "NVIDIA H100 80GB HBM3", "bf16", 3e12, works)
     assert fraction is not None and 0.4 < fraction < 0.6
+    in_fp8 = roofline.roofline_fraction(12e6, "NVIDIA H100 80GB HBM3", "fp8", 3e12, works)
+    assert in_fp8 is None and roofline.peak_flops("NVIDIA A100-SXM4-80GB", "fp8") is None
     assert roofline.copy_bandwidth(CPU) is None

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from engine.config import RECIPES, RunConfig, override
+from engine.config import NETWORK_NAMES, RECIPES, RunConfig, override
 from engine.config_text import load_toml
 from engine.durable import is_empty, take_folder, writing
 from engine.errors import UserError, exit_on_user_error, printable
@@ -233,6 +233,35 @@ def ledger(matrix: Path | None, gpu: str, out: Path | None) -> None:
             click.echo(launches_table(found), nl=False)
         if out:
             write_ledger(found, out)
+
+
+@main.command()
+@click.argument("config_file", required=False, type=PATH, metavar="[CONFIG]")
+@click.option("--model", type=click.Choice(NETWORK_NAMES), help="Another network than CONFIG's.")
+@click.option(
+    "--device", default="", help="The GPU's whole name.  [default: this machine's, if it has one]"
+)
+@click.option("--batch-size", type=click.IntRange(1), help="Samples in a step.")
+def advise(
+    config_file: Path | None, model: str | None, device: str, batch_size: int | None
+) -> None:
+    """Say for each layer of CONFIG's network whether fp8 would be faster on a GPU, and why not.
+
+    It needs no GPU. What is printed is a model's, not measured.
+    """
+    with exit_on_user_error():
+        import torch
+
+        from tools.measure.advice import advise as advice_on
+        from tools.measure.advice import to_markdown
+
+        config = load_toml(RunConfig(), config_file) if config_file else RunConfig()
+        given = {"model.name": model, "global_batch": batch_size}
+        changed = {name: value for name, value in given.items() if value is not None}
+        config = override(config, changed, "flags")
+        if not device and torch.cuda.is_available():
+            device = torch.cuda.get_device_name()
+        click.echo(to_markdown(advice_on(config, device)), nl=False)
 
 
 @main.command()

@@ -79,7 +79,7 @@ def doctor(device: str, nodes: bool, rendezvous: str, data: Path | None) -> None
     "--precision",
     "precisions",
     multiple=True,
-    type=click.Choice(["fp32", "tf32", "bf16", "fp16"]),
+    type=click.Choice(["fp32", "tf32", "bf16", "fp16", "fp8"]),
     help="[default: fp32, and bf16 where it is fast]",
 )
 @click.option("--model", type=click.Choice(NETWORK_NAMES), default="fast", show_default=True)

@@ -17,7 +17,15 @@ from engine.feeds.stream import NUM_WINDOWS
 from engine.models import network_class
 from engine.train.backends import has_conv_backward
 from engine.train.flat import why_not_rounded
-from engine.world import World, cannot_compile, cannot_fuse, fused_on_cpu, has_fast_bf16
+from engine.train.precision import AUTOCAST
+from engine.world import (
+    World,
+    cannot_compile,
+    cannot_fp8,
+    cannot_fuse,
+    fused_on_cpu,
+    has_fast_bf16,
+)
 
 
 def effective_config(
@@ -52,6 +60,18 @@ def _fp16(config: RunConfig, records: Records, world: World) -> Changes:
     if config.step.precision == "fp16" and world.device.type == "cpu":
         why = "CPUs compute it many times slower than fp32; --amp bf16 is the fast one"
         yield _step(config, precision="fp32"), f"fp16 is not used: {why}"
+
+
+def _fp8(config: RunConfig, records: Records, world: World) -> Changes:
+    if config.step.precision != "fp8":
+        return
+    if why := cannot_fp8(world.device):
+        raise UserError(f"--amp fp8: {why}; use --amp bf16")
+    if not has_fast_bf16(world.device):
+        why = "this device has no bf16 instructions, by which all but its products is computed"
+        yield _step(config, precision="fp32"), f"fp8 is not used: {why}"
+    elif world.device.type == "cpu":
+        yield config, "fp8 is emulated on a CPU: that shows its accuracy, and is slower than bf16"
 
 
 def _graphs(config: RunConfig, records: Records, world: World) -> Changes:
@@ -94,6 +114,14 @@ def _layers(config: RunConfig, records: Records, world: World) -> Changes:
         yield replace(config, kernels=kept), f"the {are.format(', '.join(others))} not used: {why}"
 
 
+def _fp8_layers(config: RunConfig, records: Records, world: World) -> Changes:
+    """The kernel brings the ReLU of the layer before, in a product of its own."""
+    if config.step.precision == "fp8" and "linear_cross_entropy" in config.kernels:
+        kept = tuple(name for name in config.kernels if name != "linear_cross_entropy")
+        why = "fp8 computes linear layers otherwise"
+        yield replace(config, kernels=kept), f"the kernel linear_cross_entropy is not used: {why}"
+
+
 def _loss(config: RunConfig, records: Records, world: World) -> Changes:
     names = config.kernels
     if "linear_cross_entropy" in names and "softmax_cross_entropy" in names:
@@ -118,7 +146,7 @@ def _optimizer(config: RunConfig, records: Records, world: World) -> Changes:
 
 
 def _shadows(config: RunConfig, records: Records, world: World) -> Changes:
-    if "adamw" not in config.kernels or config.step.precision != "bf16":
+    if "adamw" not in config.kernels or AUTOCAST.get(config.step.precision) is not torch.bfloat16:
         return
     if why := why_not_rounded(config, world.size):
         yield config, f"weights are cast to bf16 in each step: {why}"
@@ -226,9 +254,11 @@ RULES: tuple[Callable[[RunConfig, Records, World], Changes], ...] = (
     _tf32,
     _bf16,
     _fp16,
+    _fp8,
     _graphs,
     _kernels,
     _layers,
+    _fp8_layers,
     _loss,
     _second_layer,
     _optimizer,

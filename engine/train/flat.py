@@ -22,6 +22,7 @@ import torch
 
 from engine.config import RunConfig
 from engine.errors import UserError
+from engine.train.precision import AUTOCAST
 
 if TYPE_CHECKING:
     from kernels.adamw import Flat
@@ -230,7 +231,7 @@ def why_not_rounded(config: RunConfig, num_ranks: int) -> str:
     All gradients must be one backward's: in bf16 their sums over parts or ranks would be worse
     than autocast's, which are in fp32.
     """
-    if config.step.precision != "bf16":
+    if AUTOCAST.get(config.step.precision) is not torch.bfloat16:
         return "the precision is not bf16"
     if config.step.accumulate > 1 or config.step.canonical or config.step.noise_scale:
         return "a batch is computed in parts"

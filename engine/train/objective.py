@@ -9,8 +9,7 @@ from torch.nn import functional
 
 from engine.config import RunConfig
 from engine.models import HeadNetwork, Network
-
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+from engine.train.precision import AUTOCAST
 
 
 class Objective(torch.nn.Module):
@@ -27,7 +26,7 @@ class Objective(torch.nn.Module):
         self._smoothing = config.optim.label_smoothing
         self._fused_loss = "softmax_cross_entropy" in config.kernels
         self._fused_head = "linear_cross_entropy" in config.kernels
-        self._device_type, self._dtype = device.type, _AUTOCAST.get(config.step.precision)
+        self._device_type, self._dtype = device.type, AUTOCAST.get(config.step.precision)
 
     def forward(
         self, image_BHW: torch.Tensor, label_B: torch.Tensor

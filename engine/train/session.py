@@ -158,8 +158,8 @@ def open_session(config: RunConfig, records: Records, world: World) -> Session:
             stack.enter_context(fixed_arithmetic(world.device))
         step, source = _make_step(effective, records, order, world)
         stack.callback(step.close)
-        if note := step.statistics.note(step.part_samples, order.global_batch):
-            notes.append(note)
+        bn_note = step.statistics.note(step.part_samples, order.global_batch)
+        notes += [note for note in (step.layers_note, bn_note) if note]
         step.prepare()
         world.ledger.mark("graph pool" if effective.step.cuda_graphs else "model and optimiser")
         warmup_s = time.perf_counter() - start

@@ -38,6 +38,7 @@ from engine.train.capture import Graph, check_like
 from engine.train.flat import FlatAdamW, why_not_rounded
 from engine.train.objective import Objective
 from engine.train.optim import lr_table, make_optimizer
+from engine.train.precision import use_fp8
 from engine.train.state import Tensors, TrainState
 from engine.train.statistics import Statistics
 from engine.world import World
@@ -154,6 +155,8 @@ class TrainStep:
         num_steps = (config.schedule_epochs or config.epochs) * order.steps_per_epoch
         if config.step.channels_last:
             model.use_channels_last()
+        self.layers_note = use_fp8(model) if config.step.precision == "fp8" else ""
+        """Which layers are computed in which precision, where some are in fp8."""
         self.model = model.train()
         self.steps_per_launch = config.step.steps_per_launch
         self.capture_failure = ""

@@ -9,6 +9,7 @@ from tests.bench import (
     canonical,
     checkpoints,
     feeds,
+    fp8,
     fullsize,
     layers,
     measuring,
@@ -39,6 +40,7 @@ def main(data: Path | None, out: Path) -> None:
     measuring.bench(out, rounds=9, num_steps=60)
     checkpoints.bench(out, rounds=15)
     report.bench(out, rounds=5)
+    fp8.bench(out, pairs=5)
     if data:
         for name in fullsize.GROUPS:
             fullsize.bench(out, data, name, seeds=5)

@@ -12,41 +12,55 @@ from tests.bench.fullsize import train
 from tools.report.rows import claim, row, write_result
 from tools.report.statistics import mean_interval95
 
-SIDES = {"fp32": (), "bf16": ("--amp",)}
+FLAGS = {"fp32": (), "bf16": ("--amp",), "fp8": ("--amp=fp8",)}
+"""By precision."""
 
 
 def bench(out: Path, data: Path, pairs: int, extra: tuple[str, ...] = ()) -> None:
     """Measure and write OUT/cpu_precision.json; `extra` flags shorten a smoke run."""
-    accuracy: dict[str, list[float]] = {name: [] for name in SIDES}
-    for seed, (name, flags) in product(range(1, pairs + 1), SIDES.items()):
+    compare(out / "cpu_precision.json", data, ("fp32", "bf16"), pairs, 0.3, extra)
+
+
+def compare(
+    file: Path,
+    data: Path,
+    sides: tuple[str, str],
+    pairs: int,
+    most_points: float,
+    extra: tuple[str, ...] = (),
+) -> None:
+    """Train both sides with each seed and write how the second's test accuracy differs.
+
+    Args:
+        most_points: how far from 0 the difference's interval may reach.
+    """
+    accuracy: dict[str, list[float]] = {name: [] for name in sides}
+    for seed, name in product(range(1, pairs + 1), sides):
         with tempfile.TemporaryDirectory() as folder:
-            report = train(data, (f"--seed={seed}", *flags, *extra), Path(folder) / "run")
+            flags = (f"--seed={seed}", *FLAGS[name], *extra)
+            report = train(data, flags, Path(folder) / "run")
         assert report.effective["precision"] == name, (
             f"{name} is not supported here: {report.notes}"
         )
         assert report.test_accuracy_fraction is not None, "the records have no test split"
         accuracy[name].append(100 * report.test_accuracy_fraction)
-    points = [b - a for a, b in zip(accuracy["fp32"], accuracy["bf16"], strict=True)]
+    base, other = sides
+    points = [b - a for a, b in zip(accuracy[base], accuracy[other], strict=True)]
     middle, low, high = mean_interval95(points)
     difference = row("95 % interval of the mean difference", points, "points")
     rows = [
         *(row(f"{name}: test accuracy", values, "%") for name, values in accuracy.items()),
-        row("bf16 less fp32, seed by seed", points, "points"),
+        row(f"{other} less {base}, seed by seed", points, "points"),
         replace(difference, value=middle, low=low, high=high),
     ]
-    claims = [
-        claim(
-            "the interval's end that is farther from 0 (points)", max(-low, high), 0.3, at_most=True
-        )
-    ]
+    text = "the interval's end that is farther from 0 (points)"
     size = f"{report.num_epochs} epochs on {report.num_train_samples:,} images"
-    title = f"bf16 against fp32: {size}"
     write_result(
-        out / "cpu_precision.json",
-        title=title,
+        file,
+        title=f"{other} against {base}: {size}",
         environment=report.environment,
         rows=rows,
-        claims=claims,
+        claims=[claim(text, max(-low, high), most_points, at_most=True)],
     )
 
 

@@ -454,8 +454,9 @@ def draw_gradients(flat: optimiser.Flat) -> torch.Tensor:
     ],
 )
 def test_adamw(num_rounded: int, num_plain: int, num_decayed: tuple[int, int]) -> None:
-    """25 steps, each from where torch's fused AdamW stands: within 2 * 2^-23 of the larger of a number
-    and what it was: up to two units in its last place, four where it lost a bit."""
+    """25 steps, each from where torch's fused AdamW stands: within 2 * 2^-23 of the larger of a
+    number and what it was, which is up to two units in its last place, four if it is just above a
+    power of two."""
     flat, rates = flat_of(num_rounded, num_plain, num_decayed), rates_of(3)
     kinds = [num_decayed[0], num_rounded - num_decayed[0]]
     kinds += [num_decayed[1], num_plain - num_decayed[1]]

@@ -95,6 +95,7 @@ def distinct(tensors: list[Any]) -> list[torch.Tensor]:
 def dtype_of(tensors: list[torch.Tensor]) -> str:
     """Of the first float: a product's operand, or the narrowest tensor of a Triton kernel."""
     names = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+    names |= {torch.float8_e4m3fn: "fp8", torch.float8_e5m2: "fp8"}
     floats = [tensor.dtype for tensor in tensors if tensor.dtype.is_floating_point]
     return names.get(floats[0], "fp32") if floats else "fp32"
 

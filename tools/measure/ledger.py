@@ -179,12 +179,15 @@ def counted(cell: Cell, machine: Machine) -> Counted:
     """A cell's launches, bytes, and predicted rate.
 
     Raises:
-        UserError: it is compiled, or of several ranks.
+        UserError: it is compiled, of several ranks, or of a precision that the GPU has not.
     """
     config = override(RunConfig(), cell.settings, cell.name)
     if config.step.compile != "off" or cell.num_ranks > 1:
         what = "what torch.compile fuses and what ranks send each other is not counted"
         raise UserError(f"{cell.name}: {what}; leave out step.compile and ranks")
+    if config.step.precision not in PEAK_FLOPS[machine.name]:
+        what = f"{machine.name} has no {config.step.precision}"
+        raise UserError(f"{cell.name}: {what}; name another --gpu")
     batch = config.global_batch
     operations = step_operations(config, batch, machine.processors)
     step_us, slow_us = (

@@ -34,7 +34,7 @@ from engine.data.records import Split
 from engine.feeds.batch import Batch
 from engine.feeds.build import SOURCES
 from engine.feeds.resident import ResidentFeed
-from engine.models import make_model
+from engine.models import Network, make_model
 from engine.order import Order
 from engine.train.backends import backends_kept
 from engine.train.step import TrainStep
@@ -142,8 +142,8 @@ def _as_cudnn_lays_it_out(func: Any, args: Any, out: Any) -> Any:
 
 
 @contextmanager
-def _as_on_a_gpu() -> Iterator[None]:
-    """torch.optim takes its multi-tensor and capturable ways for fake CPU tensors, too."""
+def as_on_a_gpu() -> Iterator[None]:
+    """Fake CPU tensors go a GPU's ways: torch.optim's multi-tensor ones, products of fp8."""
     devices = ["cpu", "cuda"]
     types = [torch.Tensor, torch.nn.Parameter, FakeTensor]
     with ExitStack() as stack:
@@ -153,6 +153,7 @@ def _as_on_a_gpu() -> Iterator[None]:
         ):
             stack.enter_context(patch(name, lambda *_, **__: devices))
         stack.enter_context(patch("torch.optim.optimizer._foreach_supported_types", types))
+        stack.enter_context(patch("engine.train.precision.is_emulated", lambda tensor: False))
         yield
 
 
@@ -177,7 +178,7 @@ def step_operations(
         stack.enter_context(backends_kept())
         step, feed = _step(config, batch, shape)
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        stack.enter_context(_as_on_a_gpu())
+        stack.enter_context(as_on_a_gpu())
         stack.enter_context(launch.listening(mode.started, processors))
         stack.enter_context(mode)
         launches = step.train_epoch(feed, 0)
@@ -211,9 +212,53 @@ def _step(
     world = World(rank=0, size=1, device=_CPU, stream=None)
     in_launches = config.step.cuda_graphs or num_steps > 1
     gathers = in_launches and config.data.feed in (*SOURCES, "auto") and not config.augment.is_on
-    with _as_on_a_gpu():
+    with as_on_a_gpu():
         step = TrainStep(model, config, order, static, world, feed if gathers else None)
     return step, feed
+
+
+def layer_operations(
+    layer: torch.nn.Module, x: torch.Tensor, autocast: torch.dtype | None
+) -> list[Operation]:
+    """The launches of one layer by itself, forward and backward, alike ones as one.
+
+    Args:
+        layer: its parameters keep their numbers, and get no gradients.
+        x: like what it reads; its gradient is made if it requires one.
+        autocast: the type of bf16's or fp16's; None: as the numbers are.
+    """
+    mode = Operations()
+    with ExitStack() as stack:
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(as_on_a_gpu())
+        given = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype)
+        given.requires_grad_(x.requires_grad)
+        stack.enter_context(mode)
+        with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+            y = layer(given)
+        if wanted := [leaf for leaf in (given, *layer.parameters()) if leaf.requires_grad]:
+            torch.autograd.grad(y, wanted, torch.empty_like(y))
+    return _summed(mode.found, 1)
+
+
+def layer_inputs(
+    model: Network, batch: int, shape: tuple[int, int, int], autocast: torch.dtype
+) -> list[tuple[str, torch.nn.Module, torch.Tensor]]:
+    """Each convolution and linear layer that a forward calls, by name, with a tensor like its x."""
+    found = list[tuple[str, torch.nn.Module, torch.Tensor]]()
+    names = {layer: name for name, layer in model.named_modules()}
+
+    def note(layer: torch.nn.Module, args: Any, y: Any) -> None:
+        found.append((names[layer], layer, args[0]))
+
+    kinds = (torch.nn.Conv2d, torch.nn.Linear)
+    hooks = [layer.register_forward_hook(note) for layer in names if isinstance(layer, kinds)]
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with fake, Operations(), torch.autocast("cpu", autocast):
+        model.train()(torch.empty((batch, *shape[:2]), dtype=torch.uint8))
+    for hook in hooks:
+        hook.remove()
+    return found
 
 
 def _summed(found: list[Operation], num_steps: int) -> list[Operation]:

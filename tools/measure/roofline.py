@@ -21,9 +21,9 @@ import torch
 from engine.meters import Stopwatch
 from engine.models.baseline import CONV1_CHANNELS, CONV2_CHANNELS, HIDDEN
 
-_HOPPER_SXM = {"bf16": 989e12, "fp16": 989e12, "tf32": 494e12, "fp32": 67e12}
-_HOPPER_NVL = {"bf16": 835e12, "fp16": 835e12, "tf32": 417e12, "fp32": 60e12}
-_HOPPER_PCIE = {"bf16": 756e12, "fp16": 756e12, "tf32": 378e12, "fp32": 51e12}
+_HOPPER_SXM = {"fp8": 1979e12, "bf16": 989e12, "fp16": 989e12, "tf32": 494e12, "fp32": 67e12}
+_HOPPER_NVL = {"fp8": 1671e12, "bf16": 835e12, "fp16": 835e12, "tf32": 417e12, "fp32": 60e12}
+_HOPPER_PCIE = {"fp8": 1513e12, "bf16": 756e12, "fp16": 756e12, "tf32": 378e12, "fp32": 51e12}
 _AMPERE = {"bf16": 312e12, "fp16": 312e12, "tf32": 156e12, "fp32": 19.5e12}
 PEAK_FLOPS = {
     "NVIDIA H100 80GB HBM3": _HOPPER_SXM,
@@ -122,11 +122,13 @@ def roofline_fraction(
 ) -> float | None:
     """What a measured rate of one device is of the predicted; None where there is no prediction.
 
+    There is none of fp8, in which only some layers compute, each tensor in a width of its own.
+
     Args:
         works: a sample's kernels, by the bytes of a number; `studys_floor` of the study's network.
     """
     peak = peak_flops(device_name, precision)
-    if peak is None or bandwidth_bytes_per_s is None:
+    if peak is None or bandwidth_bytes_per_s is None or precision == "fp8":
         return None
     item_bytes = 2 if precision in ("bf16", "fp16") else 4
     return samples_per_s * predicted_s(works(item_bytes), bandwidth_bytes_per_s, peak)
