@@ -68,7 +68,7 @@ def doctor(device: str, nodes: bool, rendezvous: str, data: Path | None) -> None
         if not nodes and (rendezvous or data):
             raise UserError("--rendezvous and --data: are of doctor --nodes; give --nodes, too")
         good = run_node_doctor(device, rendezvous, data) if nodes else run_doctor(device)
-    from engine.world import end_rank
+    from engine.host import end_rank
 
     end_rank(int(not good))
 
