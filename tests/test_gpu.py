@@ -15,6 +15,7 @@ from engine.config import RunConfig, override
 from engine.data.records import Records
 from engine.feeds.synthetic import random_batch
 from engine.train import step as step_module
+from engine.train.parallel import NEVER
 from engine.train.session import Session, evaluate, open_session
 from engine.train.step import TrainLog
 from engine.world import World, start_world
@@ -131,7 +132,7 @@ def test_the_all_reduce_of_ddp_is_captured(
         step._net = ddp = DistributedDataParallel(
             step.objective, device_ids=[0], gradient_as_bucket_view=True
         )
-        ddp._set_ddp_runtime_logging_sample_rate(step_module.NEVER)
+        ddp._set_ddp_runtime_logging_sample_rate(NEVER)
 
     monkeypatch.setattr(step_module.TrainStep, "_wrap", with_ddp)
     monkeypatch.setattr(step_module, "WARMUP_STEPS", step_module.DDP_WARMUP_STEPS)

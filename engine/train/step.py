@@ -13,7 +13,6 @@ classes.
 """
 
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -38,6 +37,7 @@ from engine.train.capture import Graph, check_like
 from engine.train.flat import FlatAdamW, why_not_rounded
 from engine.train.objective import Objective
 from engine.train.optim import lr_table, make_optimizer
+from engine.train.parallel import replicated
 from engine.train.state import Tensors, TrainState
 from engine.train.statistics import Statistics
 from engine.world import World
@@ -45,9 +45,6 @@ from engine.world import World
 WARMUP_STEPS = 3
 DDP_WARMUP_STEPS = 11
 """DDP's reducer rebuilds its buckets after iteration 1 and takes timings in iterations 1 to 10."""
-NEVER = 2**31 - 1
-BUCKET_CAP_MIB = 32
-"""More than the baseline's 1.7 MB of gradients: one all-reduce a step."""
 MAX_SKIPPED = 20
 """Steps in a row that fp16 may skip before the run ends: gradients overflowed although each
 halved the loss scale."""
@@ -208,7 +205,7 @@ class TrainStep:
             self.objective.compile(**compile_arguments(self._config.step))
         self._net = self.objective
         if self._world.size > 1 and not self._shards:
-            self._net = _on_ranks(self.objective, device)
+            self._net = replicated(self.objective, device)
 
     def use_backends(self) -> None:
         """Make precision, cuDNN and the compiler what this step's config says, process-wide.
@@ -547,18 +544,3 @@ class TrainStep:
         loss_B = functional.cross_entropy(logits_BC, label_B, reduction="none").where(real_B, 0.0)
         correct = ((logits_BC.argmax(1) == label_B) & real_B).sum()
         return torch.stack((loss_B.sum(dtype=torch.float64), correct, real_B.sum()))
-
-
-def _on_ranks(objective: Objective, device: torch.device) -> DistributedDataParallel:
-    """DDP of one all-reduce, whose buffers are Statistics' to make the same."""
-    with warnings.catch_warnings():  # torch 2.13's other name for it is not in older ones
-        warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
-        ddp = DistributedDataParallel(
-            objective,
-            device_ids=[device.index] if device.type == "cuda" else None,
-            bucket_cap_mb=BUCKET_CAP_MIB,
-            gradient_as_bucket_view=True,
-            broadcast_buffers=False,
-        )
-    ddp._set_ddp_runtime_logging_sample_rate(NEVER)
-    return ddp
