@@ -205,6 +205,21 @@ class StepConfig:
         "starts early; false: one graph.",
         environment=True,
     )
+    parallel: Literal["ddp", "fsdp"] = setting(
+        "ddp",
+        "What several ranks keep: ddp, each of them everything; fsdp, each its part of parameters, "
+        "gradients and moments, gathered for each step. fsdp gives way to ddp on one rank and with "
+        "--canonical, --noise-scale or --batch-schedule noise, which need whole gradients; "
+        "--compile and the kernel adamw give way to it.",
+        flag="--parallel",
+        environment=True,
+    )
+    reshard_after_forward: bool = setting(
+        True,
+        "fsdp frees a large block's parameters after its forward, and gathers them again in the "
+        "backward; false: once a step, for more memory.",
+        environment=True,
+    )
     cudnn_benchmark: bool = setting(
         False,
         "cuDNN times its algorithms in warm-up and takes the fastest; the last bits may then "

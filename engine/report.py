@@ -92,6 +92,19 @@ class EpochBatch:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RankBytes:
+    """What training keeps on one rank between two steps; what FSDP gathers in them is not in it."""
+
+    parameters_bytes: int
+    gradients_bytes: int
+    optimizer_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.parameters_bytes + self.gradients_bytes + self.optimizer_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunReport:
     """What one training run did: its report.json."""
 
@@ -140,6 +153,10 @@ class RunReport:
     """What the run consists of; more than one where it was resumed, or its batch changed."""
     batches: list[EpochBatch] = field(default_factory=list)
     """Of each epoch."""
+    kept: RankBytes | None = None
+    """On rank 0, which keeps as much as any other."""
+    kept_under_ddp: RankBytes | None = None
+    """What each rank would keep there."""
 
     def __post_init__(self) -> None:
         if self.format != FORMAT:

@@ -105,6 +105,11 @@ def _array(tensor: torch.Tensor) -> np.ndarray:
     return tensor.numpy()
 
 
+def _copied(parameter: torch.Tensor) -> torch.Tensor:
+    """What NumPy may look at: memory that it has seen cannot be freed early, as FSDP does it."""
+    return parameter.detach().clone()
+
+
 def _nhwc(tensor_BCHW: torch.Tensor) -> torch.Tensor:
     """[B, H, W, C], contiguous; copied where it lies otherwise."""
     return tensor_BCHW.detach().permute(0, 2, 3, 1).contiguous()
@@ -133,7 +138,7 @@ def _blocks(num_samples: int) -> int:
 def _run_pool(x_BCHW: torch.Tensor, bias_C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     y_BCYX, code_BYXC = _pool_fake(x_BCHW, bias_C)
     y_BYXC = y_BCYX.permute(0, 2, 3, 1)
-    arrays = (_array(t) for t in (_nhwc(x_BCHW), bias_C.detach(), y_BYXC, code_BYXC))
+    arrays = (_array(t) for t in (_nhwc(x_BCHW), _copied(bias_C), y_BYXC, code_BYXC))
     _run("bias_pool_relu_forward", *arrays)
     return y_BCYX, code_BYXC
 
@@ -179,7 +184,7 @@ def _run_conv(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     y_BCYX, code_BYXC = _conv_fake(image_BHW, weight_C133, bias_C, dtype, keeps_code)
     weight_TC = (weight_C133.detach().reshape(len(bias_C), 9).T * SCALE).contiguous()
-    arrays = map(_array, (weight_TC, bias_C.detach(), y_BCYX.permute(0, 2, 3, 1)))
+    arrays = map(_array, (weight_TC, _copied(bias_C), y_BCYX.permute(0, 2, 3, 1)))
     code = _array(code_BYXC) if keeps_code else None
     _run("conv_pool_relu_forward", _padded(image_BHW), *arrays, code)
     return y_BCYX, code_BYXC

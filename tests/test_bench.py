@@ -13,6 +13,7 @@ from tests.bench import (
     checkpoints,
     feeds,
     fp8,
+    fsdp,
     fullsize,
     layers,
     measuring,
@@ -89,6 +90,18 @@ def test_canonical(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(canonical, "RANKS", (1,))  # test_ranks starts several
     canonical.bench(tmp_path, rounds=1, num_steps=2)
     assert checked(tmp_path / "cpu_canonical.json") == []
+
+
+def test_fsdp(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    monkeypatch.setattr(fsdp, "NETWORKS", {"baseline": (32, 1, {"model.name": "baseline"})})
+    fsdp.bench(tmp_path, rounds=1, num_steps=2)
+    assert checked(tmp_path / "cpu_fsdp.json") == ["fsdp of ddp's samples/s, baseline (%)"]
+    rows = json.loads((tmp_path / "cpu_fsdp.json").read_text())["rows"]
+    kept = {row["name"]: row["value"] for row in rows if row["unit"] == "MB"}
+    assert kept["baseline, global batch 32: fsdp, optimiser a rank"] == pytest.approx(
+        kept["baseline, global batch 32: ddp, optimiser a rank"] / 2, rel=1e-3
+    )
 
 
 def test_checkpoints(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,9 @@ import kernels
 from engine.config import RunConfig, override
 from engine.data.records import Records
 from engine.feeds.synthetic import random_batch
+from engine.train import available
 from engine.train import step as step_module
+from engine.train.parallel import NEVER
 from engine.train.precision import fp8_linear
 from engine.train.session import Session, evaluate, open_session
 from engine.train.step import TrainLog
@@ -134,7 +136,7 @@ def test_the_all_reduce_of_ddp_is_captured(
         step._net = ddp = DistributedDataParallel(
             step.objective, device_ids=[0], gradient_as_bucket_view=True
         )
-        ddp._set_ddp_runtime_logging_sample_rate(step_module.NEVER)
+        ddp._set_ddp_runtime_logging_sample_rate(NEVER)
 
     monkeypatch.setattr(step_module.TrainStep, "_wrap", with_ddp)
     monkeypatch.setattr(step_module, "WARMUP_STEPS", step_module.DDP_WARMUP_STEPS)
@@ -146,6 +148,36 @@ def test_the_all_reduce_of_ddp_is_captured(
         assert graph.effective["cuda_graphs"], graph.notes
         assert losses(graph) == pytest.approx(wanted, rel=1e-3)
         graph.close()
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_fsdp_trains_as_the_plain_step(
+    precision: str,
+    graphs: bool,
+    small: Records,
+    gpu_world: World,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """By NCCL with one rank, where it would give way. What cannot be captured runs eagerly."""
+    plain = session(small, gpu_world, step_precision=precision)
+    wanted = losses(plain)
+    plain.close()
+    rules = tuple(rule for rule in available.RULES if rule.__name__ != "_fsdp")
+    monkeypatch.setattr(available, "RULES", rules)
+    dist.init_process_group(
+        "nccl", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
+    settings = {"step_parallel": "fsdp", "step_precision": precision, "step_cuda_graphs": graphs}
+    try:
+        sharded = session(small, gpu_world, **settings)
+        assert sharded.effective["parallel"] == "fsdp"
+        assert sharded.effective["cuda_graphs"] == graphs or sharded.step.capture_failure
+        assert losses(sharded) == pytest.approx(wanted, rel=1e-3 if precision == "fp32" else 2e-2)
+        sharded.close()
     finally:
         dist.destroy_process_group()
 

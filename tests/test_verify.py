@@ -41,6 +41,8 @@ def test_bare_it_examines_the_machine_and_compares_every_way_of_training(command
     assert {line[:36].strip() for line in near} >= {
         "2 ranks, 4 steps per launch",
         "4 ranks, each batch in 2 parts",
+        "2 ranks, 4 steps per launch, FSDP",
+        "4 ranks, each batch in 2 parts, FSDP",
     }
     assert (
         "one CUDA graph of 4 steps (fp32): not tried, there is no GPU" in lines

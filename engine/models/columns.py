@@ -6,7 +6,8 @@ lays it out in memory as it does a convolution's, and both sides of the product 
 number by its index it is the same in either layout. State dicts and files hold it as [out, C H W],
 as torch's linear layer does.
 
-It does not choose the layout: input and weight are NHWC together, or neither is.
+It does not choose the layout: input and weight are NHWC together, or neither is. Where only the
+input is (FSDP's weights are NCHW) the weight is copied in NHWC's order, so that sums are the same.
 
 Shapes: B samples, C channels, H x W positions.
 """
@@ -33,7 +34,7 @@ class Columns(nn.Linear):
     def sides(self, x_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[B, D] and [out, D], D = C H W in the order of memory: the product's sides, as views."""
         weight = self.weight
-        if not weight.is_contiguous():  # NHWC
+        if not (weight.is_contiguous() and x_BCHW.is_contiguous()):  # NHWC
             weight, x_BCHW = weight.permute(0, 2, 3, 1), x_BCHW.permute(0, 2, 3, 1)
         return x_BCHW.flatten(1), weight.flatten(1)
 

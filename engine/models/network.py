@@ -50,9 +50,10 @@ class Network(nn.Module):
         """The network that `config` means. Override it where a setting says more than the name."""
         return cls(height, width, num_classes)
 
-    def use_channels_last(self) -> None:
-        """Lay out weights, and activations from the pixels on, as NHWC."""
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    def use_channels_last(self, *, weights: bool = True) -> None:
+        """Lay out activations from the pixels on, and `weights`, as NHWC."""
+        if weights:
+            self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.channels_last = True
         for module in self.modules():
             if isinstance(module, Pixels):

@@ -17,6 +17,7 @@ from engine.feeds.stream import NUM_WINDOWS
 from engine.models import network_class
 from engine.train.backends import has_conv_backward
 from engine.train.flat import why_not_rounded
+from engine.train.parallel import can_recover
 from engine.train.precision import AUTOCAST
 from engine.world import (
     World,
@@ -152,6 +153,36 @@ def _shadows(config: RunConfig, records: Records, world: World) -> Changes:
         yield config, f"weights are cast to bf16 in each step: {why}"
 
 
+def _fsdp(config: RunConfig, records: Records, world: World) -> Changes:
+    """Whether parameters are sharded; and what else goes by whole ones."""
+    if config.step.parallel != "fsdp":
+        return
+    if why := _why_not_sharded(config, world):
+        yield _step(config, parallel="ddp"), f"FSDP is not used: {why}"
+        return
+    if config.step.compile != "off":
+        config = _step(config, compile="off")
+        yield config, "torch.compile is not used: with FSDP it has not been tried"
+    if "adamw" in config.kernels:
+        others = tuple(name for name in config.kernels if name != "adamw")
+        config = replace(config, kernels=others)
+        yield config, "the kernel adamw is not used: FSDP has a part of each parameter on each rank"
+    if config.step.cuda_graphs and not can_recover():
+        why = "this torch cannot go on after a capture of FSDP that failed; it takes 2.13 or newer"
+        config = _step(config, cuda_graphs=False)
+        yield config, f"CUDA graphs are not used: {why}"
+
+
+def _why_not_sharded(config: RunConfig, world: World) -> str:
+    if world.size == 1:
+        return "there is one rank, which keeps everything"
+    if config.step.canonical:
+        return "--canonical adds whole gradients, shard by shard"
+    if config.step.noise_scale:
+        return "the noise scale takes norms of whole gradients"
+    return ""
+
+
 def _compile(config: RunConfig, records: Records, world: World) -> Changes:
     if config.step.compile != "off" and (why := cannot_compile(world.device)):
         yield _step(config, compile="off"), f"torch.compile is not used: {why}"
@@ -256,6 +287,7 @@ RULES: tuple[Callable[[RunConfig, Records, World], Changes], ...] = (
     _fp16,
     _fp8,
     _graphs,
+    _fsdp,
     _kernels,
     _layers,
     _fp8_layers,

@@ -11,8 +11,9 @@ import hashlib
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,9 @@ from engine.train.folder import (
     checkpoints,
     manifest_of,
 )
+from engine.train.parallel import put, whole
 from engine.train.state import Tensors, TrainState
+from engine.world import World
 
 NUM_KEPT = 2
 MODEL, OPTIM = "model.safetensors", "optim.safetensors"
@@ -50,6 +53,16 @@ LEFTOVER = re.compile(r"\.step-[0-9]{9}\.tmp-[0-9a-f]{8}")
 def checkpoint_tensors(state: TrainState) -> dict[str, Tensors]:
     """The live tensors, by the file that keeps them."""
     return {MODEL: state.model_tensors(), OPTIM: state.optimizer_tensors()}
+
+
+def whole_tensors(state: TrainState) -> Iterator[tuple[str, str, torch.Tensor]]:
+    """(file, name, tensor) of `checkpoint_tensors`: the live ones, or gathered from all ranks.
+
+    Under FSDP each step of it is collective: every rank goes to its end, whoever keeps the tensors.
+    """
+    for file, tensors in checkpoint_tensors(state).items():
+        for name, tensor in tensors.items():
+            yield file, name, whole(tensor)
 
 
 def write_checkpoint(run: Path, manifest: Manifest, files: dict[str, Tensors]) -> Path:
@@ -99,14 +112,36 @@ def remove_unfinished(run: Path) -> None:
             shutil.rmtree(entry, ignore_errors=True)
 
 
-def load_checkpoint(run: Path, state: TrainState) -> tuple[Manifest, torch.Tensor, list[str]]:
-    """Copy the newest checkpoint that verifies into the live tensors.
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint that verifies and fits."""
+
+    manifest: Manifest
+    files: dict[str, Tensors]
+    """Its tensors, by file and name."""
+    loss_S: torch.Tensor
+    """float64, of the epoch in hand."""
+    skipped: list[str]
+    """A sentence for each newer one that does not verify."""
+
+
+def load_checkpoint(run: Path, state: TrainState) -> Found:
+    """Copy the newest checkpoint that verifies into the live tensors of a process alone.
 
     The optimiser's state must exist: warm up first.
 
-    Returns:
-        Its manifest, loss_S (float64) of the epoch in hand, and a sentence for each newer one that
-        was skipped.
+    Raises:
+        UserError: none verifies, or it holds tensors of another model.
+    """
+    found = find_checkpoint(run, state)
+    deal_out(state, found.files)
+    state.load_scaler(found.manifest.scaler)
+    return found
+
+
+def find_checkpoint(run: Path, state: TrainState) -> Found:
+    """Read the newest checkpoint that verifies; nothing is copied into the live tensors.
+
     Raises:
         UserError: none verifies, or it holds tensors of another model.
     """
@@ -122,13 +157,27 @@ def load_checkpoint(run: Path, state: TrainState) -> tuple[Manifest, torch.Tenso
             if _kinds(state.in_files(tensors)) != _kinds(files[name]):
                 remedy = "resume with the model and the precision it was made by"
                 raise UserError(f"{checkpoint}: holds tensors of another model; {remedy}")
-            _copy(tensors, files[name])
-        state.written()
-        if state.scaler.is_enabled():
-            state.load_scaler(manifest.scaler)
-        return manifest, loss_S, skipped
+        return Found(manifest, files, loss_S, skipped)
     why = "; ".join(skipped) or "start anew without --resume"
     raise UserError(f"{run}: holds no checkpoint that verifies; {why}")
+
+
+def deal_out(state: TrainState, files: dict[str, Tensors], world: World | None = None) -> None:
+    """Copy tensors of a checkpoint into the live ones, or this rank's part of them.
+
+    Args:
+        files: by file and name; of several ranks, the first one's count. Collective then.
+        world: None: alone.
+    """
+    for file, tensors in checkpoint_tensors(state).items():
+        for name, live in tensors.items():
+            values = torch.empty(live.shape, dtype=live.dtype, device=live.device)
+            if files:
+                values.copy_(files[file][name].view(live.shape))
+            if world:
+                world.copy_from_first(values)
+            put(live, values)
+    state.written()
 
 
 def read_checkpoint(checkpoint: Path) -> tuple[Manifest, dict[str, Tensors]]:
@@ -151,9 +200,9 @@ def newest_sound_manifest(run: Path) -> Manifest | None:
     return None
 
 
-def save_model(path: Path, model: torch.nn.Module) -> None:
-    """Write the parameters alone as one safetensors file."""
-    write_file(path, _packed(model.state_dict()))
+def save_model(path: Path, tensors: Tensors) -> None:
+    """Write a model's parameters and buffers as one safetensors file."""
+    write_file(path, _packed(tensors))
 
 
 def _verified(path: Path, sha256: str | None) -> Tensors:
@@ -165,13 +214,6 @@ def _verified(path: Path, sha256: str | None) -> Tensors:
         return load(data)
     except SafetensorError as error:
         raise Damaged(f"{path.name} is not safetensors ({error})") from None
-
-
-def _copy(live: Tensors, stored: Tensors) -> None:
-    """Copy in place what files hold, by name."""
-    with torch.no_grad():
-        for name, tensor in live.items():
-            tensor.copy_(stored[name].view(tensor.shape))
 
 
 def _kinds(tensors: Tensors) -> dict[str, tuple[torch.Size, torch.dtype]]:

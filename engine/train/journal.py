@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from engine.config import RunConfig
 from engine.config_text import to_toml
 from engine.durable import remove_leftovers, write_file, writing
@@ -21,6 +19,7 @@ from engine.host import user_cache
 from engine.report import RunReport, write_json
 from engine.train.checkpoint import remove_unfinished, save_model
 from engine.train.folder import CONFIG, PREEMPTED
+from engine.train.state import Tensors
 
 METRICS = "metrics.jsonl"
 REPORT = "report.json"
@@ -132,9 +131,11 @@ class Journal:
         """Leave the file that says why a run ended early."""
         self.attempt(lambda: write_file(self.out / PREEMPTED, text.encode()))
 
-    def end(self, report: RunReport, model: torch.nn.Module) -> Path:
+    def end(self, report: RunReport, model: Tensors) -> Path:
         """Write the weights and the report; in the cache folder if the run's own refuses.
 
+        Args:
+            model: parameters and buffers, whole.
         Returns:
             The folder they are in.
         Raises:
@@ -157,7 +158,7 @@ class Journal:
         self.say(f"note: {why}; weights and report are in {second}")
         return second
 
-    def _write_end(self, folder: Path, report: RunReport, model: torch.nn.Module) -> None:
+    def _write_end(self, folder: Path, report: RunReport, model: Tensors) -> None:
         self._write_lines(folder)
         save_model(folder / WEIGHTS, model)
         write_json(report, folder / REPORT)

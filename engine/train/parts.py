@@ -19,6 +19,7 @@ from engine.report import environment
 from engine.train.checkpoint import checkpoint_tensors, newest_sound_manifest
 from engine.train.folder import Manifest, Position
 from engine.train.journal import Journal
+from engine.train.parallel import own_part
 from engine.train.schedule import Timing, neighbours, part_config
 from engine.train.session import check_batch, open_session
 from engine.train.state import Tensors, TrainState
@@ -35,7 +36,7 @@ class Handover:
 
     manifest: Manifest
     files: dict[str, Tensors]
-    """Copies of the state, as a checkpoint groups it."""
+    """Copies of this rank's state, as a checkpoint groups it."""
     journal: Journal
     notes: list[str]
     """Those that were said."""
@@ -44,9 +45,9 @@ class Handover:
 
 
 def copies_of(state: TrainState) -> dict[str, Tensors]:
-    """The tensors of a checkpoint, copied on the device."""
+    """What this rank holds of the tensors of a checkpoint, copied on the device."""
     return {
-        name: {key: tensor.detach().clone() for key, tensor in tensors.items()}
+        name: {key: own_part(tensor).detach().clone() for key, tensor in tensors.items()}
         for name, tensors in checkpoint_tensors(state).items()
     }
 
@@ -56,7 +57,7 @@ def put_back(files: dict[str, Tensors], state: TrainState) -> None:
     with torch.no_grad():
         for name, tensors in checkpoint_tensors(state).items():
             for key, tensor in tensors.items():
-                tensor.copy_(files[name][key])
+                own_part(tensor).copy_(files[name][key])
     state.written()
 
 

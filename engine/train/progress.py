@@ -177,4 +177,6 @@ def run_report(
         status=status,
         segments=segments,
         batches=progress.batches,
+        kept=session.kept,
+        kept_under_ddp=session.kept_under_ddp,
     )

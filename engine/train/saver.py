@@ -2,6 +2,7 @@
 
 import queue
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from engine.train.checkpoint import (
     OPTIM,
     checkpoint_tensors,
     prune,
+    whole_tensors,
     write_checkpoint,
 )
 from engine.train.folder import Manifest
@@ -22,6 +24,10 @@ DEADLINE_S = 120.0
 """How long the end of a run waits for a disk that does not answer."""
 JOIN_S = 5.0
 """How long the thread is waited for, whose work is done or given up."""
+
+
+Whole = Iterator[tuple[str, str, torch.Tensor]]
+"""What `whole_tensors` gives."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +63,12 @@ class Saver:
         """`checkpoint` was read, so it verifies."""
         self._sound.add(checkpoint)
 
-    def save(self, manifest: Manifest, loss_S: torch.Tensor) -> bool:
+    def save(self, manifest: Manifest, loss_S: torch.Tensor, tensors: Whole | None = None) -> bool:
         """Copy the state and let the thread write it; device work that nothing waits for.
 
+        Args:
+            tensors: the state's `whole_tensors`, where other ranks take part in gathering them.
+                What is left of them is the caller's to gather.
         Returns:
             Whether it will be written: not while an earlier one still is.
         Raises:
@@ -70,12 +79,11 @@ class Saver:
         if not self._idle.is_set():
             return False
         self._idle.clear()
-        live = checkpoint_tensors(self._state)
         if self._buffers is None:
-            self._buffers = {name: _buffers(tensors) for name, tensors in live.items()}
-        for name, tensors in live.items():
-            for key, tensor in tensors.items():
-                self._buffers[name][key].copy_(tensor, non_blocking=True)
+            live = checkpoint_tensors(self._state)
+            self._buffers = {file: _buffers(of_file) for file, of_file in live.items()}
+        for file, name, tensor in tensors or whole_tensors(self._state):
+            self._buffers[file][name].copy_(tensor, non_blocking=True)
         copied = None
         if torch.cuda.is_initialized():
             copied = torch.cuda.Event()

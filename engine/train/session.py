@@ -24,7 +24,7 @@ from engine.feeds.synthetic import random_batch
 from engine.models import make_model, network_class
 from engine.models.network import check_image_size
 from engine.order import Order, Strata, permute, round_keys
-from engine.report import Environment, environment
+from engine.report import Environment, RankBytes, environment
 from engine.train.available import effective_config
 from engine.train.backends import backends_kept
 from engine.train.canonical import check_shards, fixed_arithmetic
@@ -52,6 +52,9 @@ class Session:
     feed: Feed
     environment: Environment
     warmup_s: float
+    kept: RankBytes
+    """On this rank, of rank 0's size at most."""
+    kept_under_ddp: RankBytes
     cleanup: ExitStack
     """Closes the step, and puts back what was changed for the whole process."""
     evaluation_feeds: dict[str, Feed] = field(default_factory=dict)
@@ -161,6 +164,9 @@ def open_session(config: RunConfig, records: Records, world: World) -> Session:
         bn_note = step.statistics.note(step.part_samples, order.global_batch)
         notes += [note for note in (step.layers_note, bn_note) if note]
         step.prepare()
+        kept, under_ddp = (step.state.rank_bytes(is_whole=is_whole) for is_whole in (False, True))
+        if effective.step.parallel == "fsdp":
+            notes.append(_saving(step, kept, under_ddp))
         world.ledger.mark("graph pool" if effective.step.cuda_graphs else "model and optimiser")
         warmup_s = time.perf_counter() - start
         if why := step.capture_failure:
@@ -174,7 +180,27 @@ def open_session(config: RunConfig, records: Records, world: World) -> Session:
         allocator=world.allocator,
         gpu=meters.gpu_facts(world.device),
     )
-    return Session(world, records, config, effective, notes, step, feed, facts, warmup_s, cleanup)
+    return Session(
+        world=world,
+        records=records,
+        requested=config,
+        config=effective,
+        notes=notes,
+        step=step,
+        feed=feed,
+        environment=facts,
+        warmup_s=warmup_s,
+        kept=kept,
+        kept_under_ddp=under_ddp,
+        cleanup=cleanup,
+    )
+
+
+def _saving(step: TrainStep, kept: RankBytes, under_ddp: RankBytes) -> str:
+    """What sharding is worth: at most, since a step gathers parameters for a while."""
+    num_parameters = sum(p.numel() for p in step.model.parameters())
+    saved_mb = (under_ddp.total_bytes - kept.total_bytes) / 1e6
+    return f"at {num_parameters / 1e6:.2f} M parameters FSDP saves at most {saved_mb:.1f} MB a rank"
 
 
 def _make_step(
@@ -232,6 +258,7 @@ def switches(config: RunConfig) -> dict[str, Any]:
         "cudnn_benchmark": config.step.cudnn_benchmark,
         "accumulate": config.step.accumulate,
         "canonical": config.step.canonical,
+        "parallel": config.step.parallel,
         "cuda_graphs": config.step.cuda_graphs,
         "steps_per_launch": config.step.steps_per_launch,
         "kernels": ", ".join(config.kernels) or "off",

@@ -2,17 +2,20 @@
 
 Warm-up puts all of it back, checkpoints hold it, parity compares it; none of them walks the model
 and the optimiser by itself. The tensors are the live ones: whoever changes them does it in place,
-since a captured graph knows their addresses.
+since a captured graph knows their addresses. Under FSDP each is this rank's part, in the shape of
+the whole: train/parallel.py reads and writes those.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from engine.models.columns import columns_of
+from engine.report import RankBytes
 from engine.train.flat import FlatAdamW
+from engine.train.parallel import own_part, whole
 
 Tensors = dict[str, torch.Tensor]
 
@@ -50,10 +53,26 @@ class TrainState:
             if isinstance(value, torch.Tensor)
         }
 
+    def whole_model(self) -> Tensors:
+        """Parameters and buffers, whole, in the shapes that files hold. Collective under FSDP."""
+        return self.in_files({name: whole(t) for name, t in self.model_tensors().items()})
+
     def num_bytes(self) -> int:
         """What a checkpoint of it takes."""
-        tensors = (self.model_tensors() | self.optimizer_tensors()).values()
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        tensors = self.model_tensors() | self.optimizer_tensors()
+        return _num_bytes(tensors.values())
+
+    def rank_bytes(self, *, is_whole: bool) -> RankBytes:
+        """What lies on this rank between two steps; `is_whole`: what does so under DDP."""
+        parameters = list(self.model.parameters())
+        groups = {
+            "parameters": [p.detach() for p in parameters],
+            "gradients": [p.detach() for p in parameters if p.requires_grad],
+            "optimizer": list(self.optimizer_tensors().values()),
+        }
+        if not is_whole:
+            groups = {name: [own_part(t) for t in group] for name, group in groups.items()}
+        return RankBytes(**{f"{name}_bytes": _num_bytes(t) for name, t in groups.items()})
 
     def scaler_numbers(self) -> dict[str, float]:
         """The loss scale and its growth counter; empty where there is none."""
@@ -61,7 +80,9 @@ class TrainState:
         return {key: float(found[key]) for key in ("scale", "_growth_tracker") if key in found}
 
     def load_scaler(self, numbers: dict[str, float]) -> None:
-        """Put back what `scaler_numbers` gave, in place."""
+        """Put back what `scaler_numbers` gave, in place; nothing where there is no scaler."""
+        if not self.scaler.is_enabled():
+            return
         found = self.scaler.state_dict()
         kinds = {key: type(found[key]) for key in numbers if key in found}
         self.scaler.load_state_dict(found | {key: kinds[key](numbers[key]) for key in kinds})
@@ -79,7 +100,7 @@ class TrainState:
         """
         before = self.model_tensors() | dict(self.model.named_buffers())
         before |= self.optimizer_tensors() | self.counters
-        saved = {name: tensor.detach().clone() for name, tensor in before.items()}
+        saved = {name: own_part(tensor).detach().clone() for name, tensor in before.items()}
         scaler_state = self.scaler.state_dict()
         cpu_rng = torch.get_rng_state()
         cuda_rng = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
@@ -88,12 +109,16 @@ class TrainState:
         finally:
             with torch.no_grad():
                 for name, tensor in before.items():
-                    tensor.copy_(saved[name])
+                    own_part(tensor).copy_(saved[name])
                 for name, tensor in self.optimizer_tensors().items():
                     if name not in before:
-                        tensor.zero_()
+                        own_part(tensor).zero_()
             self.written()
             self.scaler.load_state_dict(scaler_state)
             torch.set_rng_state(cpu_rng)
             if cuda_rng is not None:
                 torch.cuda.set_rng_state(cuda_rng)
+
+
+def _num_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -13,9 +13,8 @@ classes.
 """
 
 import time
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -23,7 +22,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch.nn import functional
-from torch.nn.parallel import DistributedDataParallel
 
 from engine.config import RunConfig
 from engine.errors import UserError, first_cause, sentence
@@ -38,6 +36,7 @@ from engine.train.capture import Graph, check_like
 from engine.train.flat import FlatAdamW, why_not_rounded
 from engine.train.objective import Objective
 from engine.train.optim import lr_table, make_optimizer
+from engine.train.parallel import apart, let_go, recover, replicated, shard, whole
 from engine.train.precision import use_fp8
 from engine.train.state import Tensors, TrainState
 from engine.train.statistics import Statistics
@@ -46,9 +45,6 @@ from engine.world import World
 WARMUP_STEPS = 3
 DDP_WARMUP_STEPS = 11
 """DDP's reducer rebuilds its buckets after iteration 1 and takes timings in iterations 1 to 10."""
-NEVER = 2**31 - 1
-BUCKET_CAP_MIB = 32
-"""More than the baseline's 1.7 MB of gradients: one all-reduce a step."""
 MAX_SKIPPED = 20
 """Steps in a row that fp16 may skip before the run ends: gradients overflowed although each
 halved the loss scale."""
@@ -153,11 +149,15 @@ class TrainStep:
         self.use_backends()
         device = world.device
         num_steps = (config.schedule_epochs or config.epochs) * order.steps_per_epoch
+        self._is_sharded = config.step.parallel == "fsdp"
         if config.step.channels_last:
-            model.use_channels_last()
+            model.use_channels_last(weights=not self._is_sharded)
         self.layers_note = use_fp8(model) if config.step.precision == "fp8" else ""
         """Which layers are computed in which precision, where some are in fp8."""
         self.model = model.train()
+        if self._is_sharded:
+            self.objective = Objective(model, config, device)
+            shard(self.objective, config.step, world)
         self.steps_per_launch = config.step.steps_per_launch
         self.capture_failure = ""
         """Why the step runs eagerly although a graph was asked for."""
@@ -189,6 +189,8 @@ class TrainStep:
             rounded=() if why_not_rounded(config, world.size) else model.rounded(),
         )
         self._num_parts = num_shards // world.size if num_shards else config.step.accumulate
+        self._keeps_gradients = self._is_sharded and config.step.cuda_graphs
+        """Whether they stay where they are from step to step: FSDP adds to those of a replay."""
         self._measures_noise = config.step.noise_scale
         assert not self._measures_noise or self._num_parts > 1 or num_shards > 1
         self.statistics = Statistics(model, world, self._num_parts)
@@ -201,17 +203,20 @@ class TrainStep:
         self.scaler = torch.amp.GradScaler(
             device.type, enabled=self._config.step.precision == "fp16"
         )
+        if self._is_sharded:
+            self._net: torch.nn.Module | None = self.objective
+            return
         self.objective = Objective(self.model, self._config, device)
         if isinstance(self.optimizer, FlatAdamW):
             shadows = self.optimizer.shadows
             named = self.model.named_parameters()
             self.objective.rounded = {name: shadows[p] for name, p in named if p in shadows}
-        self._net: torch.nn.Module | None = None  # the old DDP's hooks go with it
+        self._net = None  # the old DDP's hooks go with it
         if self._config.step.compile != "off":
             self.objective.compile(**compile_arguments(self._config.step))
         self._net = self.objective
         if self._world.size > 1 and not self._shards:
-            self._net = _on_ranks(self.objective, device)
+            self._net = replicated(self.objective, device)
 
     def use_backends(self) -> None:
         """Make precision, cuDNN and the compiler what this step's config says, process-wide.
@@ -232,9 +237,9 @@ class TrainStep:
         return TrainState(self.model, self.optimizer, self.scaler, counters)
 
     def gradients(self) -> Tensors:
-        """Those of the last step, fp32, by parameter's name."""
+        """Those of the last step, whole and fp32, by parameter's name. Collective under FSDP."""
         leaves = dict(self.model.named_parameters()) | self.objective.rounded
-        return {name: p.grad.float() for name, p in leaves.items() if p.grad is not None}
+        return {name: whole(p.grad).float() for name, p in leaves.items() if p.grad is not None}
 
     @contextmanager
     def eagerly(self) -> Iterator[None]:
@@ -280,6 +285,8 @@ class TrainStep:
         except Exception as error:  # any: the run can go on without graphs, then on all ranks
             failure = sentence(first_cause(error))
         self.capture_failure = self._world.first_reason(failure)
+        if self.capture_failure and self._is_sharded:
+            recover(self.objective)
 
     def train_epoch(self, feed: Feed, epoch: int, first_step: int = 0) -> Iterator[Launch]:
         """Train an epoch from `first_step` on, a launch at each iteration.
@@ -455,12 +462,12 @@ class TrainStep:
         assert self._net is not None
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate_K[k] if self._rate_on_device else self._host_rate(k)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=not self._keeps_gradients)
         num_parts = self._num_parts
         divisor = 1 if self._shards else num_parts
         self.statistics.start_step()
         for number, part in enumerate(self._parts(batch, num_parts)):
-            with self._local(number < num_parts - 1):
+            with apart(self._net) if number < num_parts - 1 else nullcontext():
                 with span("forward"):
                     loss, correct = self._net(part.image_BHW, part.label_B)
                 with span("backward"):
@@ -525,12 +532,6 @@ class TrainStep:
             self.optimizer.found_inf = bad  # type: ignore[attr-defined]
         self.optimizer.step()
 
-    def _local(self, yes: bool) -> AbstractContextManager[object]:
-        """No all-reduce after the backward of all but the last part."""
-        if yes and isinstance(self._net, DistributedDataParallel):
-            return self._net.no_sync()
-        return nullcontext()
-
     def _host_rate(self, k: int) -> float:
         return float(self._rate_host[min(self._host_step + k, len(self._rate_host) - 1)])
 
@@ -542,6 +543,7 @@ class TrainStep:
             first, num_parts = self._shards.first, self._shards.num_of_rank
         for number, part in enumerate(self._parts(batch, num_parts), start=first):
             self._eval_N3[number].add_(self._evaluated(part))
+        let_go(self.objective)
 
     def _evaluated(self, batch: Batch) -> torch.Tensor:
         """Sum of the losses, right answers, and samples; padding rows do not count."""
@@ -550,18 +552,3 @@ class TrainStep:
         loss_B = functional.cross_entropy(logits_BC, label_B, reduction="none").where(real_B, 0.0)
         correct = ((logits_BC.argmax(1) == label_B) & real_B).sum()
         return torch.stack((loss_B.sum(dtype=torch.float64), correct, real_B.sum()))
-
-
-def _on_ranks(objective: Objective, device: torch.device) -> DistributedDataParallel:
-    """DDP of one all-reduce, whose buffers are Statistics' to make the same."""
-    with warnings.catch_warnings():  # torch 2.13's other name for it is not in older ones
-        warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
-        ddp = DistributedDataParallel(
-            objective,
-            device_ids=[device.index] if device.type == "cuda" else None,
-            bucket_cap_mb=BUCKET_CAP_MIB,
-            gradient_as_bucket_view=True,
-            broadcast_buffers=False,
-        )
-    ddp._set_ddp_runtime_logging_sample_rate(NEVER)
-    return ddp

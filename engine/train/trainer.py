@@ -27,7 +27,13 @@ from engine.feeds.batch import Batch
 from engine.report import RunReport
 from engine.stop import STOP
 from engine.train import idlog
-from engine.train.checkpoint import checkpoint_tensors, load_checkpoint, newest_sound_manifest
+from engine.train.checkpoint import (
+    Found,
+    deal_out,
+    find_checkpoint,
+    newest_sound_manifest,
+    whole_tensors,
+)
 from engine.train.folder import (
     Manifest,
     Position,
@@ -410,13 +416,16 @@ class Trainer:
         return loss, accuracy
 
     def _save(self, wait: bool) -> None:
-        """Begin a checkpoint of the position, which all ranks have reached."""
+        """Begin a checkpoint of the position, which all ranks have reached. Collective."""
+        tensors = whole_tensors(self.step.state)
         if self.saver:
             if wait:
                 self._wait_for_disk()
             loss_S = torch.from_numpy(self.progress.log.loss_S.copy())
-            self.saver.save(self.progress.manifest(), loss_S)
+            self.saver.save(self.progress.manifest(), loss_S, tensors)
             self._say_failure(self.saver)
+        for _ in tensors:
+            pass  # gathered with the first rank, which keeps them, or leaves them if it is busy
         self.pulse.saved(self.position.num_steps)
 
     def _say_failure(self, saver: Saver) -> None:
@@ -433,46 +442,38 @@ class Trainer:
 
     def _resume(self) -> None:
         """Load the newest checkpoint on rank 0, and give it to the others. Collective."""
-        text, loss_S = "", torch.zeros(0, dtype=torch.float64)
-        if found := self.world.first(self._load):
-            manifest, loss_S = found
-            text = json.dumps(asdict(manifest))
-        text = self.world.text_of_first(text)
+        found = self.world.first(self._find)
+        text = self.world.text_of_first(json.dumps(asdict(found.manifest)) if found else "")
         if not text:
             self.say("the run was stopped before its first checkpoint; it starts at step 0")
             return
         manifest = typed(Manifest, json.loads(text), "manifest.json")
         check_same_records(self.out, manifest, self.session.records.fingerprint)
-        for tensors in checkpoint_tensors(self.step.state).values():
-            for tensor in tensors.values():
-                self.world.copy_from_first(tensor)
-        self.step.state.written()
-        if self.step.state.scaler.is_enabled():
-            self.step.state.load_scaler(manifest.scaler)
-        self._take_up(manifest, loss_S)
+        deal_out(self.step.state, found.files if found else {}, self.world)
+        self.step.state.load_scaler(manifest.scaler)
+        self._take_up(manifest, found.loss_S if found else torch.zeros(0, dtype=torch.float64))
         inside = f", step {self.position.step} of the next" if self.position.step else ""
         self.say(f"resumed after epoch {self.position.epoch} of {self.config.epochs}{inside}")
 
     def _take_over(self, handed: Handover) -> None:
         """Go on from what the part before left."""
         put_back(handed.files, self.step.state)
-        if self.step.state.scaler.is_enabled():
-            self.step.state.load_scaler(handed.manifest.scaler)
+        self.step.state.load_scaler(handed.manifest.scaler)
         self.progress.utilisation_percent = handed.utilisation_percent
         self._take_up(handed.manifest, torch.zeros(0, dtype=torch.float64))
         batch, epoch = self.session.config.global_batch, self.position.epoch + 1
         self.say(f"from epoch {epoch} on: global batch {batch}")
 
-    def _load(self) -> tuple[Manifest, torch.Tensor] | None:
-        """The newest checkpoint, into rank 0's tensors; None if the run has none yet."""
+    def _find(self) -> Found | None:
+        """The newest checkpoint, on rank 0; None if the run has none yet."""
         if not checkpoints(self.out):
             return None
-        manifest, loss_S, skipped = load_checkpoint(self.out, self.step.state)
-        for sentence in skipped:
+        found = find_checkpoint(self.out, self.step.state)
+        for sentence in found.skipped:
             self.say(f"note: {sentence}")
         if self.saver:
-            self.saver.trust(checkpoint_path(self.out, manifest.position.number))
-        return manifest, loss_S
+            self.saver.trust(checkpoint_path(self.out, found.manifest.position.number))
+        return found
 
     def _take_up(self, manifest: Manifest, loss_S: torch.Tensor) -> None:
         """Go on where a checkpoint ends; with another batch, from its epoch's beginning."""
@@ -515,7 +516,8 @@ class Trainer:
         test = self._evaluate("test") if "test" in self.session.records.splits else None
         self._warn_of_chance()
         report = run_report(self.progress, "finished", self.nvml, test, energy_j)
-        self.world.first(lambda: self.journal.end(report, self.step.model))
+        model = self.step.state.whole_model()
+        self.world.first(lambda: self.journal.end(report, model))
         return report
 
     def _warn_of_chance(self) -> None:
@@ -554,6 +556,6 @@ def changes(manifest: Manifest, session: Session, asked: RunConfig) -> list[str]
             ranks = f"{session.world.size} ranks go on where {last.num_ranks} stopped"
             found.append(f"{ranks}: the same samples in the same order, summed in another")
         for name, is_now in switches(session.config).items():
-            if last.effective.get(name) != is_now:
+            if last.effective.get(name, is_now) != is_now:  # earlier versions know fewer
                 found.append(f"{name} was {last.effective.get(name)} and is {is_now} from here on")
     return found

@@ -10,6 +10,7 @@ from tests.bench import (
     checkpoints,
     feeds,
     fp8,
+    fsdp,
     fullsize,
     layers,
     measuring,
@@ -37,6 +38,7 @@ def main(data: Path | None, out: Path) -> None:
     layers.bench(out, rounds=5, num_steps=60)
     ranks.bench(out, pairs=5, num_steps=100)
     canonical.bench(out, rounds=5, num_steps=60)
+    fsdp.bench(out, rounds=5, num_steps=60)
     measuring.bench(out, rounds=9, num_steps=60)
     checkpoints.bench(out, rounds=15)
     report.bench(out, rounds=5)

@@ -2,17 +2,24 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from engine.config import flatten
 from engine.config_text import read_toml
 from engine.host import ROOT
 from engine.report import Environment
 from tools.measure.matrix import config_cell
-from tools.measure.results import Settings
+from tools.measure.results import Repetition, Settings
 from tools.measure.runner import Run, in_child
 
 
-def samples_per_s(
+def samples_per_s(config: str, **given: Any) -> tuple[float, Environment]:
+    """Throughput over all ranks of what `measured` measures."""
+    found = measured(config, **given)
+    return found.rate, found.facts
+
+
+def measured(
     config: str,
     *,
     batch_size: int,
@@ -20,11 +27,14 @@ def samples_per_s(
     num_ranks: int = 1,
     num_threads: int = 0,
     changed: Settings | None = None,
-) -> tuple[float, Environment]:
-    """Throughput of bench_configs/`config`.toml on the CPU over all ranks, as by tools/profile.
+) -> Repetition:
+    """bench_configs/`config`.toml on the CPU, as by tools/profile.
 
     Args:
+        batch_size: samples of a rank.
         changed: settings beside those of the file.
+    Raises:
+        RuntimeError: it failed.
     """
     settings = flatten(read_toml(ROOT / "bench_configs" / f"{config}.toml")) | (changed or {})
     cell = config_cell(config, settings, batch_size * num_ranks)
@@ -33,4 +43,4 @@ def samples_per_s(
     found = in_child(Run(title=config, cells=[cell], out=Path(), device="cpu").job(cell, 0))
     if found.failed:
         raise RuntimeError(found.failed)
-    return found.rate, found.facts
+    return found

@@ -4,7 +4,8 @@ A variant trains two epochs of 9 steps on the same samples and leaves its *state
 step, the gradients of the last, parameters, optimiser, loss scale, counters. Each is compared with
 the reference's. Ranks are processes of `torchrun -m tools.checks.parity FOLDER DEVICE MODEL
 PRECISION...`, which leave their state as FOLDER/<precision>.safetensors, and that of a canonical
-training, which has a reference of its own, as FOLDER/<precision>-canonical.safetensors. With
+training, which has a reference of its own, as FOLDER/<precision>-canonical.safetensors, and that of
+sharded parameters (--parallel fsdp) as FOLDER/<precision>-fsdp.safetensors. With
 BatchNorm, parts of a batch are normalised by themselves: several ranks are then compared with one
 that has as many canonical shards.
 """
@@ -31,6 +32,7 @@ from engine.errors import UserError
 from engine.host import end_rank
 from engine.train.checkpoint import checkpoint_tensors, load_checkpoint, write_checkpoint
 from engine.train.folder import Manifest, Position
+from engine.train.parallel import whole
 from engine.train.session import open_session
 from engine.train.step import TrainStep
 from engine.world import World, cannot_fuse, fused_on_cpu, start_world
@@ -127,8 +129,8 @@ def state_of(step: TrainStep, losses: list[np.ndarray]) -> State:
     left = step.state
     state = {"loss": torch.from_numpy(np.concatenate(losses)), "counters": step.counter_21}
     state["scaler"] = torch.tensor(list(left.scaler_numbers().values()))
-    state |= {f"parameters {name}": tensor for name, tensor in left.model_tensors().items()}
-    state |= {f"optimiser {name}": tensor for name, tensor in left.optimizer_tensors().items()}
+    state |= {f"parameters {name}": whole(t) for name, t in left.model_tensors().items()}
+    state |= {f"optimiser {name}": whole(t) for name, t in left.optimizer_tensors().items()}
     gradients = step.gradients()
     assert gradients.keys() == {name for name, _ in step.model.named_parameters()}
     state |= {f"gradients {name}": tensor for name, tensor in gradients.items()}
@@ -248,7 +250,8 @@ def _parity_of_ranks(
     for num_ranks, (plain, _) in RANKS.items():
         if on_gpu and num_gpus < num_ranks:
             why = f"there are {num_gpus} GPUs"
-            names = (plain, _canonical_name(num_ranks))
+            names = [plain, _canonical_name(num_ranks)]
+            names += [f"{plain}, FSDP"] if num_ranks > 1 else []
             yield from (Verdict(p, name, {}, True, why) for p in precisions for name in names)
             continue
         with tempfile.TemporaryDirectory() as folder:
@@ -261,6 +264,10 @@ def _parity_of_ranks(
                 found = differences(load_file(Path(folder) / f"{precision}.safetensors"), reference)
                 inexact = on_gpu or num_ranks > 1
                 yield Verdict(precision, plain, found, inexact, amplifies=amplifies)
+                if num_ranks > 1:
+                    file = Path(folder) / f"{precision}-fsdp.safetensors"
+                    found = differences(load_file(file), reference)
+                    yield Verdict(precision, f"{plain}, FSDP", found, True, amplifies=amplifies)
                 file = Path(folder) / f"{precision}-canonical.safetensors"
                 found = differences(load_file(file), canonical[precision])
                 yield Verdict(precision, _canonical_name(num_ranks), found, False)
@@ -313,7 +320,11 @@ def rank_main(folder: Path, device: str, model: str, precisions: list[str]) -> N
             settings = RANKS[world.size][1] | {"model.name": model}
             settings |= {"step.cuda_graphs": world.device.type == "cuda"}
             canonical = _shard_settings(NUM_SHARDS, model, world)
-            for ending, changed in (("", settings), ("-canonical", canonical)):
+            variants = {"": settings, "-canonical": canonical}
+            if world.size > 1:  # eager: graphs of FSDP are not shown yet
+                sharded = {"step.parallel": "fsdp", "step.cuda_graphs": False}
+                variants |= {"-fsdp": settings | sharded}
+            for ending, changed in variants.items():
                 state = trained(config_of(precision, changed), records, world)
                 file = folder / f"{precision}{ending}.safetensors"
                 world.first(partial(save_file, state, file))

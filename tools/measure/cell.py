@@ -131,6 +131,7 @@ def timed(session: Session, num_steps: int, bandwidth: Bandwidth = copy_bandwidt
         gpu_utilisation_percent=measured.gpu_utilisation_percent,
         power_w=measured.power_w,
         energy_j_per_ksample=_energy(session, measured),
+        kept=session.kept,
         memory_gib_by_owner=world.ledger.gib or None,
         roofline_fraction=_roofline(session, measured.samples_per_s, bandwidth(world.device)),
     )
@@ -163,9 +164,10 @@ def _roofline(session: Session, samples_per_s: float, bandwidth: float | None) -
 
 
 def _confusion(session: Session) -> Confusion | None:
-    """What rank 0 reads in the test split, where there is one in memory."""
+    """What rank 0 reads in the test split, where there is one in memory, and it has the network."""
     test = session.records.splits.get("test")
     readable = test is not None and isinstance(test.image_NHW, np.ndarray)
+    readable = readable and session.config.step.parallel != "fsdp"
     return confusion_of(session) if readable and session.world.is_first else None
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from engine.durable import Damaged, parse_json
 from engine.errors import UserError, printable
-from engine.report import Environment
+from engine.report import Environment, RankBytes
 from engine.typed import typed
 
 FORMAT = 1
@@ -108,6 +108,8 @@ class Repetition:
     energy_j_per_ksample: float | None = None
     memory_gib_by_owner: dict[str, float] | None = None
     roofline_fraction: float | None = None
+    kept: RankBytes | None = None
+    """On rank 0 between two steps."""
     train_s: float | None = None
     time_to_target_s: float | None = None
     val_accuracy_fraction: float | None = None
