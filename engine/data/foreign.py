@@ -99,7 +99,7 @@ def foreign(head: bytes, name: str, size: int | None = None) -> str:
 
 def _kind(head: bytes, size: int | None) -> tuple[str, str]:
     """(what it is, what to do), or two empty texts."""
-    if idx := _idx(head):
+    if idx := idx_contents(head):
         return idx, CONVERT
     if head[257:262] == b"ustar" and b"\0" in head[:257]:
         return "a tar archive", "unpack it (tar xf {name}) and name the CSV"
@@ -130,7 +130,7 @@ def _picture(head: bytes) -> str:
     return "a PGM or PPM picture" if re.match(rb"P[1-6]\s+[0-9#]", head) else ""
 
 
-def _idx(head: bytes) -> str:
+def idx_contents(head: bytes) -> str:
     """What an IDX file holds: two zeros, type, number of axes, and their lengths (uint32)."""
     if len(head) < 8 or head[:2] != b"\0\0" or head[2] not in _IDX_TYPES or not 0 < head[3] <= 4:
         return ""

@@ -1,0 +1,60 @@
+"""Which layout a file or folder has: decided by its bytes, never by its name.
+
+A gzip is looked into; of a folder, names are looked at. What is none of these is read as a CSV,
+which says what it is instead.
+"""
+
+import gzip
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from engine.data.foreign import HEAD_BYTES
+from engine.data.idx import is_idx
+from engine.data.source import OPENED, open_file, reading
+from engine.errors import UserError
+
+Layouts = Literal["auto", "csv", "idx"]
+LAYOUTS: tuple[Layouts, ...] = ("auto", "csv", "idx")
+
+
+def layout_of(paths: Sequence[Path], asked: Layouts = "auto") -> Layouts:
+    """The one layout of all `paths`; UserError if they have several.
+
+    Args:
+        asked: the layout to take whatever the bytes say; auto: what they say.
+    """
+    if asked != "auto":
+        return asked
+    found = [_layout(path) for path in paths]
+    for path, layout in zip(paths, found, strict=True):
+        if layout != found[0]:
+            if layout == "csv" and not path.is_dir():
+                first_bytes(path)  # says why, where it cannot be read
+            raise UserError(
+                f"{path}: has the layout {layout}, but {paths[0]} {found[0]}; "
+                f"pack files of one layout, or say which with --layout"
+            )
+    return found[0]
+
+
+def _layout(path: Path) -> Layouts:
+    if OPENED.fullmatch(str(path)):
+        return "csv"
+    try:
+        return _by_head(first_bytes(path))
+    except UserError:
+        return "csv"
+
+
+def first_bytes(path: Path) -> bytes:
+    """The first HEAD_BYTES of a file, or of what a gzip holds; UserError if it cannot be read."""
+    with open_file(path) as file, reading(file.name):
+        if file.raw.peek(2)[:2] != b"\x1f\x8b":
+            return file.raw.read(HEAD_BYTES)
+        with gzip.open(file.raw) as unpacked:
+            return unpacked.read(HEAD_BYTES)
+
+
+def _by_head(head: bytes) -> Layouts:
+    return "idx" if is_idx(head) else "csv"
