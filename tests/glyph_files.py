@@ -35,6 +35,12 @@ class Glyphs:
             path.write_bytes(gzip.compress(content) if packed else content)
         return paths
 
+    def npz(self, path: Path, packed: bool = False) -> Path:
+        """As arrays called images and labels."""
+        save = np.savez_compressed if packed else np.savez
+        save(path, images=self.image_NHW, labels=self.label_N)
+        return path
+
 
 def idx(values: np.ndarray, kind: int = 8) -> bytes:
     """An array of uint8 as an IDX file that says it is of `kind`."""

@@ -113,7 +113,7 @@ def test_zips_say_what_they_hold(tmp_path: Path) -> None:
     for names, text in {
         ("x/a.csv", "b.csv"): "holds 2 CSV files (x/a.csv, b.csv), want one; unpack it and pack",
         ("xl/workbook.xml", "a.xml"): "is an Excel workbook",
-        ("train.npy", "test.npy"): "holds NumPy arrays (.npz: train.npy, test.npy)",
+        ("train.npy", "test.npy"): "its member train.npy is no NumPy array",
         (
             "a.png",
             "b.png",

@@ -9,7 +9,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -22,6 +22,7 @@ from engine.data.idx import USAGE, open_idx
 from engine.data.images import Images, Progress, read_images
 from engine.data.layouts import Layouts, first_bytes, layout_of
 from engine.data.lexer import Layout, Lexer, Rows, lex_plainly
+from engine.data.npz import open_npz
 from engine.data.source import BLOCK_BYTES, Source, blocks, buffer_bytes, open_source
 from engine.errors import UserError
 from engine.host import num_cpus
@@ -38,6 +39,10 @@ class SourceOptions:
     """How a source is read, as the command's flags of the same names say."""
 
     layout: Layouts = "auto"
+    images: str = ""
+    """The array that holds the images; "": the only one that may."""
+    labels: str = ""
+    """Likewise of their labels."""
     workers: int | None = None
     """Threads; by default one for each core this process may use."""
     block_bytes: int = BLOCK_BYTES
@@ -174,8 +179,19 @@ def open_given(paths: Sequence[Path], options: SourceOptions) -> Iterator[CsvFil
             sources = [stack.enter_context(open_source(path)) for path in paths]
             yield CsvFiles(sources, options)
         else:
-            images = [stack.enter_context(open_idx(*pair)) for pair in _pairs(paths)]
+            images = [stack.enter_context(each) for each in _open_images(layout, paths, options)]
             yield ImageFiles(images, options)
+
+
+def _open_images(
+    layout: Layouts, paths: Sequence[Path], options: SourceOptions
+) -> list[AbstractContextManager[Images]]:
+    """What opens each source of images when it is entered."""
+    names = options.images, options.labels
+    if layout == "idx":
+        return [open_idx(*pair) for pair in _pairs(paths)]
+    assert layout == "npz", layout
+    return [open_npz(path, names) for path in paths]
 
 
 def _pairs(paths: Sequence[Path]) -> list[tuple[Path, Path]]:

@@ -5,17 +5,18 @@ which says what it is instead.
 """
 
 import gzip
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from engine.data.foreign import HEAD_BYTES
 from engine.data.idx import is_idx
 from engine.data.source import OPENED, open_file, reading
 from engine.errors import UserError
 
-Layouts = Literal["auto", "csv", "idx"]
-LAYOUTS: tuple[Layouts, ...] = ("auto", "csv", "idx")
+Layouts = Literal["auto", "csv", "idx", "npz"]
+LAYOUTS: tuple[Layouts, ...] = get_args(Layouts)
 
 
 def layout_of(paths: Sequence[Path], asked: Layouts = "auto") -> Layouts:
@@ -42,7 +43,10 @@ def _layout(path: Path) -> Layouts:
     if OPENED.fullmatch(str(path)):
         return "csv"
     try:
-        return _by_head(first_bytes(path))
+        head = first_bytes(path)
+        if is_idx(head):
+            return "idx"
+        return "npz" if head.startswith(b"PK") and _holds_arrays(path) else "csv"
     except UserError:
         return "csv"
 
@@ -56,5 +60,8 @@ def first_bytes(path: Path) -> bytes:
             return unpacked.read(HEAD_BYTES)
 
 
-def _by_head(head: bytes) -> Layouts:
-    return "idx" if is_idx(head) else "csv"
+def _holds_arrays(path: Path) -> bool:
+    """Whether a zip holds NumPy's arrays and nothing else."""
+    with open_file(path) as file, reading(file.name), zipfile.ZipFile(file.raw) as archive:
+        names = archive.namelist()
+    return bool(names) and all(name.endswith(".npy") for name in names)
