@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 NUM_CLASSES = 3
 
@@ -40,6 +41,18 @@ class Glyphs:
         save = np.savez_compressed if packed else np.savez
         save(path, images=self.image_NHW, labels=self.label_N)
         return path
+
+    def png(self, folder: Path) -> Path:
+        """As a PNG each, in class folders; written class by class, as they will be read."""
+        for number, (label, image_HW) in enumerate(zip(self.label_N, self.image_NHW, strict=True)):
+            (folder / str(label)).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image_HW).save(folder / str(label) / f"{number:05}.png")
+        return folder
+
+    def by_class(self) -> "Glyphs":
+        """The same rows, class by class."""
+        order_N = np.argsort(self.label_N, kind="stable")
+        return Glyphs(self.image_NHW[order_N], self.label_N[order_N])
 
 
 def idx(values: np.ndarray, kind: int = 8) -> bytes:

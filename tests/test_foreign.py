@@ -4,6 +4,7 @@ import bz2
 import gzip
 import io
 import lzma
+import os
 import pickle
 import sqlite3
 import struct
@@ -132,7 +133,9 @@ def test_folders_say_what_they_are(small_dir: Path, tmp_path: Path) -> None:
     assert "is an empty folder" in said(tmp_path)
     (tmp_path / "A").mkdir()
     (tmp_path / "A" / "1.PNG").write_bytes(b"")
-    assert "is a folder of pictures (.png)" in said(tmp_path)
+    assert "A/1.PNG: is no PNG, want a PNG" in said(tmp_path)
+    os.rename(tmp_path / "A" / "1.PNG", tmp_path / "A" / "1.jpg")
+    assert "is a folder of pictures (.jpg); write grey PNGs into a folder per" in said(tmp_path)
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "a.csv").write_bytes(TABLE)
     assert "is a folder that holds a.csv; name one of them" in said(tmp_path)

@@ -90,8 +90,8 @@ def main(
     sheet: Path | None,
     **options: Any,
 ) -> None:
-    """Pack SOURCE (TMNIST's CSV, an MNIST-like one, IDX files, an .npz) into the record directory
-    OUT. Several sources of one layout become one pack."""
+    """Pack SOURCE (TMNIST's CSV, an MNIST-like one, IDX files, an .npz, a folder of PNGs per class)
+    into the record directory OUT. Several sources of one layout become one pack."""
     # Ended by SIGTERM, temporary files go, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with exit_on_user_error():

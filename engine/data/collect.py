@@ -89,6 +89,9 @@ def check_space(folder: Path, needed: int, what: str) -> None:
 class Collector:
     """The rows of all blocks in order: texts in one index, pixels in the spool."""
 
+    unit = "image"
+    """What sentences call a row."""
+
     def __init__(self, side: int, spool: Spool | None) -> None:
         """`side`: of the images, once it is known."""
         self.side = side
@@ -141,10 +144,10 @@ class Collector:
 
     def refusal(self, row: int, fault: Fault) -> UserError:
         """Of a row, counted from 1 over all files."""
-        return UserError(f"{self.source}: image {row - self.first}: {fault}")
+        return UserError(f"{self.source}: {self.unit} {row - self.first}: {fault}")
 
     def _check_label(self, label: str, row: int) -> None:
-        there = f"row {row - self.first}"
+        there = f"{self.unit} {row - self.first}"
         look = unicodedata.normalize("NFC", label)
         other, place = self._looks.setdefault(look, (label, there))
         if other != label:
@@ -168,6 +171,8 @@ class Collector:
 
 class CsvCollector(Collector):
     """Of a CSV's blocks; the first fault is an error, or the first MAX_FAULTS go into `faults`."""
+
+    unit = "row"
 
     def __init__(
         self, source: str, header: bytes, spool: Spool | None, faults: list[str] | None

@@ -18,6 +18,7 @@ HEAD_BYTES = 512
 LAYOUT = "a CSV of label,pixel0,pixel1,... or names,labels,1,2,..."
 CONVERT = f"write it as {LAYOUT}"
 PICTURE = f"one picture is no data set; write all of them as {LAYOUT}"
+CLASS_FOLDERS = f"write grey PNGs into a folder per class, named for it, or {LAYOUT}"
 UNPACK = "unpack it and name the CSV inside"
 POINTER = b"version https://git-lfs"
 _SHOWN = 3
@@ -198,6 +199,19 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN]) + more
 
 
+def has_class_folders(folder: Path) -> bool:
+    """Whether folders in it hold PNGs, and nothing in it says that it is something else."""
+    with os.scandir(folder) as entries:
+        found = [entry for entry, _ in zip(entries, range(_SCANNED), strict=False)]
+    names = {entry.name.lower() for entry in found}
+    if names & {"manifest.json", "checkpoints", "report.json"}:
+        return False
+    if any(name.endswith(_TABLES) for name in names):
+        return False
+    below = (name for entry in found if _is_dir(entry) for name in _first_names(entry.path))
+    return any(name.lower().endswith(".png") for name in below)
+
+
 def folder_contents(folder: Path) -> str:
     """What a folder given as a CSV is, and what to do, as "is ..."."""
     with os.scandir(folder) as entries:
@@ -212,7 +226,7 @@ def folder_contents(folder: Path) -> str:
     below = [name for entry in found if _is_dir(entry) for name in _first_names(entry.path)]
     endings = Counter(Path(name.lower()).suffix for name in (*names, *below))
     if pictures := [ending for ending in _PICTURES if endings[ending]]:
-        return f"is a folder of pictures ({', '.join(pictures)}); write them as {LAYOUT}"
+        return f"is a folder of pictures ({', '.join(pictures)}); {CLASS_FOLDERS}"
     if not names:
         return "is an empty folder; name the CSV"
     return f"is a folder that holds no CSV, but {listed(names)}; name the CSV"

@@ -23,6 +23,7 @@ from engine.data.images import Images, Progress, read_images
 from engine.data.layouts import Layouts, first_bytes, layout_of
 from engine.data.lexer import Layout, Lexer, Rows, lex_plainly
 from engine.data.npz import open_npz
+from engine.data.pictures import open_pictures
 from engine.data.source import BLOCK_BYTES, Source, blocks, buffer_bytes, open_source
 from engine.errors import UserError
 from engine.host import num_cpus
@@ -190,8 +191,10 @@ def _open_images(
     names = options.images, options.labels
     if layout == "idx":
         return [open_idx(*pair) for pair in _pairs(paths)]
-    assert layout == "npz", layout
-    return [open_npz(path, names) for path in paths]
+    if layout == "npz":
+        return [open_npz(path, names) for path in paths]
+    assert layout == "png", layout
+    return [open_pictures(path) for path in paths]
 
 
 def _pairs(paths: Sequence[Path]) -> list[tuple[Path, Path]]:

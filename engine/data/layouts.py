@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
-from engine.data.foreign import HEAD_BYTES
+from engine.data.foreign import HEAD_BYTES, has_class_folders
 from engine.data.idx import is_idx
-from engine.data.source import OPENED, open_file, reading
+from engine.data.source import OPENED, open_file, reading, unzipping
 from engine.errors import UserError
 
-Layouts = Literal["auto", "csv", "idx", "npz"]
+Layouts = Literal["auto", "csv", "idx", "npz", "png"]
 LAYOUTS: tuple[Layouts, ...] = get_args(Layouts)
 
 
@@ -30,7 +30,7 @@ def layout_of(paths: Sequence[Path], asked: Layouts = "auto") -> Layouts:
     found = [_layout(path) for path in paths]
     for path, layout in zip(paths, found, strict=True):
         if layout != found[0]:
-            if layout == "csv" and not path.is_dir():
+            if layout == "csv" and not (path.is_dir() or OPENED.fullmatch(str(path))):
                 first_bytes(path)  # says why, where it cannot be read
             raise UserError(
                 f"{path}: has the layout {layout}, but {paths[0]} {found[0]}; "
@@ -43,11 +43,13 @@ def _layout(path: Path) -> Layouts:
     if OPENED.fullmatch(str(path)):
         return "csv"
     try:
+        if path.is_dir():
+            return "png" if has_class_folders(path) else "csv"
         head = first_bytes(path)
         if is_idx(head):
             return "idx"
         return "npz" if head.startswith(b"PK") and _holds_arrays(path) else "csv"
-    except UserError:
+    except (OSError, UserError):
         return "csv"
 
 
@@ -62,6 +64,6 @@ def first_bytes(path: Path) -> bytes:
 
 def _holds_arrays(path: Path) -> bool:
     """Whether a zip holds NumPy's arrays and nothing else."""
-    with open_file(path) as file, reading(file.name), zipfile.ZipFile(file.raw) as archive:
+    with open_file(path) as file, unzipping(file.name), zipfile.ZipFile(file.raw) as archive:
         names = archive.namelist()
     return bool(names) and all(name.endswith(".npy") for name in names)

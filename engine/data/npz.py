@@ -35,7 +35,7 @@ from engine.data.images import (
     rows_per_block,
 )
 from engine.data.lexer import FIELD_LIMIT_BYTES, Rows
-from engine.data.source import File, open_file, reading
+from engine.data.source import File, open_file, unzipping
 from engine.errors import UserError
 
 MOST_MEMBERS = 1000
@@ -103,7 +103,7 @@ class Npz:
         """
         self.name = file.name
         self._file = file
-        with reading(file.name):
+        with unzipping(file.name):
             arrays = _arrays(file.name, archive)
         self._images = _chosen(
             file.name, arrays, names[0], "images", lambda array: array.image_fault()
@@ -124,7 +124,7 @@ class Npz:
         info = self._images.info
         if info.compress_type != zipfile.ZIP_STORED:
             return None
-        with reading(self.name):
+        with unzipping(self.name):
             handle = self._file.raw.fileno()
             self._file.raw.seek(info.header_offset)
             magic, name_bytes, extra_bytes = LOCAL_HEADER.unpack(
@@ -147,14 +147,14 @@ class Npz:
             place = f"{self.name}: {self._labels.name!r}"
             yield partial(_rows, place, image_RP, label_R.view(labels))
         for member in (self._image_member, self._label_member):
-            with reading(self.name):  # its checksum is compared at its end
+            with unzipping(self.name):  # its checksum is compared at its end
                 member.read(1)
 
     def check_unchanged(self) -> None:
         self._file.check_unchanged()
 
     def _fill(self, member: IO[bytes], view: memoryview, array: Array) -> None:
-        with reading(self.name):
+        with unzipping(self.name):
             filled = 0
             while filled < len(view) and (data := member.read(len(view) - filled)):
                 view[filled : filled + len(data)] = data
@@ -229,10 +229,9 @@ def _chosen(
             raise UserError(f"{name}: {asked!r} {what}")
         return found[0]
     fit = [array for array in arrays if not fault(array)]
-    if not fit and len(arrays) <= 2:
-        # The likeliest one: images have more axes than labels.
-        by_axes = sorted(arrays, key=lambda array: len(array.shape))
-        likely = by_axes[-1] if role == "images" else by_axes[0]
+    if not fit and 0 < len(arrays) <= 2:
+        sign = 1 if role == "images" else -1  # images have more axes than labels
+        likely = max(arrays, key=lambda array: (role in array.name, sign * len(array.shape)))
         raise UserError(f"{name}: {likely.name!r} {fault(likely)}")
     if not fit:
         holds = listed([str(array) for array in arrays])
@@ -245,7 +244,7 @@ def _chosen(
 
 def _values(name: str, archive: zipfile.ZipFile, array: Array, stack: ExitStack) -> IO[bytes]:
     """The member, behind its header."""
-    with reading(name):
+    with unzipping(name):
         member = stack.enter_context(archive.open(array.info))
         member.read(array.offset)
     return member
@@ -277,6 +276,6 @@ def open_npz(path: Path, names: tuple[str, str]) -> Iterator[Npz]:
     """
     with ExitStack() as stack:
         file = stack.enter_context(open_file(path))
-        with reading(file.name):
+        with unzipping(file.name):
             archive = stack.enter_context(zipfile.ZipFile(file.raw))
         yield Npz(file, archive, stack, names)

@@ -9,6 +9,7 @@ import io
 import os
 import re
 import stat
+import struct
 import sys
 import zipfile
 import zlib
@@ -220,6 +221,16 @@ def reading(name: str) -> Iterator[None]:
         raise UserError(
             f"{name}: cannot be read ({reason}); name a file that is there and may be read"
         ) from None
+
+
+@contextmanager
+def unzipping(name: str) -> Iterator[None]:
+    """As `reading`, and what zipfile raises where the numbers of a zip's directory are wrong."""
+    try:
+        with reading(name):
+            yield
+    except (ValueError, OverflowError, struct.error) as error:
+        raise UserError(f"{name}: the zip is damaged ({error}); download it again") from None
 
 
 def buffer_bytes(block_bytes: int = BLOCK_BYTES) -> int:
