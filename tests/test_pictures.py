@@ -127,6 +127,7 @@ def test_names_of_files_need_not_be_utf8_and_order_is_that_of_bytes(tmp_path: Pa
 
 RAW = filtered(IMAGE_HW, [0] * 8)
 GOOD = png(RAW)
+HEAD, END = GOOD[:33], GOOD[-12:]
 FILES: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "x.png: is no PNG"),
     "a table": (b"label,pixel0\n", "x.png: is no PNG, want a PNG"),
@@ -150,8 +151,8 @@ FILES: dict[str, tuple[bytes, str]] = {
     "odd filter": (png(b"\x05" + RAW[1:]), "a filter that PNG does not have"),
     "few rows": (png(RAW[:-1]), "it does not hold 8 rows of 8"),
     "many rows": (png(RAW + bytes(10**6)), "it does not hold 8 rows of 8"),
-    "no rows": (SIGNATURE + chunk(b"IHDR", GOOD[16:29]) + chunk(b"IEND", b""), "is damaged"),
-    "no zlib": (SIGNATURE + chunk(b"IHDR", GOOD[16:29]) + chunk(b"IDAT", b"xxxx") + GOOD[-12:], "dam"),
+    "no rows": (HEAD + END, "is damaged"),
+    "no zlib": (HEAD + chunk(b"IDAT", b"xxxx") + END, "is damaged"),
     "few bits, cut": (png(b"\0", header=(1, 0, 0, 0, 0)), "is damaged"),
     "huge": (GOOD + bytes(16 * 2**20), "want at most 16,777,216; write it without"),
 }  # fmt: skip
@@ -226,10 +227,8 @@ def test_changed_bytes_are_refused_or_change_nothing(
     (tree / "a" / "a.png").write_bytes(GOOD)
     data = GOOD[:place] + noise + GOOD[place + len(noise) :]
     (tree / "a" / "b.png").write_bytes(data)
-    try:
-        assert check(tree)[:2] == (2, [])
-    except (AssertionError, UserError):
-        assert data != GOOD
+    _, faults, notes = check(tree)
+    assert faults or any(note.startswith("1 rows repeat") for note in notes)
 
 
 def test_without_numba_the_same_is_packed(tmp_path: Path) -> None:
