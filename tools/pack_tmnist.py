@@ -42,6 +42,17 @@ tools/pack_tmnist --describe records               classes, typefaces, statistic
     "--labels", default="", help="The array that holds their labels.  [default: the only one]"
 )
 @click.option(
+    "--label-column",
+    default="first",
+    show_default=True,
+    metavar="first|last|N",
+    help="Where a CSV's labels stand; the other columns are pixels.",
+)
+@click.option("--no-header", is_flag=True, help="A CSV's first line is a row.")
+@click.option(
+    "--index-column", is_flag=True, help="A CSV's first column is row numbers: leave it out."
+)
+@click.option(
     "--split",
     type=click.Choice(["random", "font", "none"]),
     default="random",

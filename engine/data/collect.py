@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from engine.data.arrange import Arrangement
 from engine.data.lexer import Fault, Layout, Lexer, Rows, read_header, read_row
 from engine.data.records import FONTS_LIMIT_BYTES, MAX_CLASSES
 from engine.data.source import changed
@@ -180,6 +181,8 @@ class CsvCollector(Collector):
         self.layout = header_of(source, header)
         super().__init__(self.layout.side, spool)
         self.begin(source)
+        self.arrangement: Arrangement | None = None
+        """Of this file's columns, where they stand otherwise than the lexer sees them."""
         self._faults = faults
 
     def add_block(
@@ -219,12 +222,14 @@ class CsvCollector(Collector):
 
     def refusal(self, row: int, fault: Fault) -> UserError:
         row -= self.first
-        column = (
-            f", column {fault.column} {self.layout.columns[fault.column - 1]!r}"
-            if fault.column
-            else ""
-        )
-        return UserError(f"{self.source}:{row + 1} (row {row}{column}): {fault}")
+        line = row + 1
+        column = ""
+        if self.arrangement is None and fault.column:
+            column = f", column {fault.column} {self.layout.columns[fault.column - 1]!r}"
+        elif self.arrangement is not None:
+            line = self.arrangement.line_of(row)
+            column = f", column {self.arrangement.column_of(fault.column)}" if fault.column else ""
+        return UserError(f"{self.source}:{line} (row {row}{column}): {fault}")
 
     def _label_column(self) -> int:
         return self.layout.num_text

@@ -11,11 +11,13 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 
+from engine.data.arrange import ArrangedSource, Asked
 from engine.data.collect import Collector, CsvCollector, Spool, Stored, check_space, header_of
 from engine.data.foreign import HEAD_BYTES, idx_contents
 from engine.data.idx import USAGE, open_idx
@@ -29,6 +31,8 @@ from engine.errors import UserError
 from engine.host import num_cpus
 
 MAX_WORKERS = 8
+NAMED = ("npz",)
+"""Layouts whose parts have names."""
 
 
 def silent(rows: int, part: float) -> None:
@@ -44,6 +48,11 @@ class SourceOptions:
     """The array that holds the images; "": the only one that may."""
     labels: str = ""
     """Likewise of their labels."""
+    label_column: str = "first"
+    """Of a CSV: first, last or a number from 1 on."""
+    no_header: bool = False
+    index_column: bool = False
+    """Whether a CSV's first column holds row numbers, which are left out."""
     workers: int | None = None
     """Threads; by default one for each core this process may use."""
     block_bytes: int = BLOCK_BYTES
@@ -52,6 +61,21 @@ class SourceOptions:
     @property
     def num_workers(self) -> int:
         return self.workers or min(num_cpus(), MAX_WORKERS)
+
+    @property
+    def columns(self) -> Asked:
+        return Asked(self.label_column, not self.no_header, self.index_column)
+
+    def check(self, layout: Layouts, name: str) -> None:
+        """UserError if an option is given that a source of this layout has no use for."""
+        if layout != "csv" and self.columns.changes_anything:
+            flags = "--label-column, --no-header and --index-column"
+            raise UserError(f"{name}: is {layout}, but {flags} are of CSVs; leave them out")
+        if layout not in NAMED and (self.images or self.labels):
+            named = " and ".join(NAMED)
+            raise UserError(
+                f"{name}: is {layout}, but --images and --labels are of {named}; leave them out"
+            )
 
 
 class CsvFiles:
@@ -89,7 +113,8 @@ class CsvFiles:
 
             rows = Reading(source, self._options, spool, faults)
             collector = rows.read(show, collector)
-            self.found.append(f"{source.name}: {_said(collector.layout)}")
+            found = collector.arrangement or _said(collector.layout)
+            self.found.append(f"{found}: {source.name}")
         assert collector is not None, "no source was given"
         return collector
 
@@ -175,9 +200,12 @@ def open_given(paths: Sequence[Path], options: SourceOptions) -> Iterator[CsvFil
         UserError: one cannot be read, they have several layouts, or a header is refused.
     """
     layout = layout_of(paths, options.layout)
+    options.check(layout, str(paths[0]))
+    make = partial(ArrangedSource, asked=options.columns)
     with ExitStack() as stack:
         if layout == "csv":
-            sources = [stack.enter_context(open_source(path)) for path in paths]
+            kind = make if options.columns.changes_anything else Source
+            sources = [stack.enter_context(open_source(path, kind)) for path in paths]
             yield CsvFiles(sources, options)
         else:
             images = [stack.enter_context(each) for each in _open_images(layout, paths, options)]
@@ -288,6 +316,7 @@ class Reading:
                     f"pack files of one header"
                 )
             collector.begin(source.name)
+        collector.arrangement = source.arrangement if isinstance(source, ArrangedSource) else None
         self._images.extend(collector.layout.images(len(buffer)) for _ in self._buffers)
         if self._spool is not None and source.size:
             line_bytes = stop / buffer.count(b"\n", 0, stop)

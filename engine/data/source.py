@@ -132,15 +132,20 @@ class Source(File):
             return filled
 
 
+Make = Callable[[Path, str, io.BufferedReader, ExitStack], Source]
+
+
 def changed(name: str) -> UserError:
     """The refusal of a file that did not stay as it was."""
     return UserError(f"{name}: changed while it was read; pack it again when nothing writes to it")
 
 
 @contextmanager
-def open_source(path: Path) -> Iterator[Source]:
+def open_source(path: Path, make: Make | None = None) -> Iterator[Source]:
     """Open a .csv, .csv.gz, a .zip that holds one CSV, `-` or /dev/stdin, whatever its name.
 
+    Args:
+        make: what makes a Source of the open file; by default Source itself.
     Raises:
         UserError: it is no regular file (a pipe only as /dev/stdin or /dev/fd/N), or cannot be
             read.
@@ -149,7 +154,7 @@ def open_source(path: Path) -> Iterator[Source]:
     with ExitStack() as stack:
         with reading(name):
             raw = stack.enter_context(open(_open(path, name), "rb"))
-            source = Source(path, name, raw, stack)
+            source = (make or Source)(path, name, raw, stack)
         yield source
 
 
