@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 from PIL import Image
 
 NUM_CLASSES = 3
@@ -48,6 +49,11 @@ class Glyphs:
             (folder / str(label)).mkdir(parents=True, exist_ok=True)
             Image.fromarray(image_HW).save(folder / str(label) / f"{number:05}.png")
         return folder
+
+    def table(self) -> pa.Table:
+        """As columns called image, of the pixels' bytes, and label."""
+        cells = [image_HW.tobytes() for image_HW in self.image_NHW]
+        return pa.table({"image": pa.array(cells, pa.binary()), "label": self.label_N})
 
     def by_class(self) -> "Glyphs":
         """The same rows, class by class."""

@@ -63,7 +63,7 @@ def test_names_choose_among_several_arrays(tmp_path: Path) -> None:
         check(path)
     assert check(path, PackOptions(images="x_test"))[0] == 9
     assert check(path, PackOptions(images="x_train", labels="y_train"))[0] == 60
-    with pytest.raises(UserError, match=r"'y_test' has the shape \(9,\), want \(60,\)"):
+    with pytest.raises(UserError, match=r"the array 'y_test' has the shape \(9,\), want \(60,\)"):
         check(path, PackOptions(images="x_train", labels="y_test"))
     with pytest.raises(UserError, match="holds no array 'x', but 'x_test', 'y_test', 'x_train' an"):
         check(path, PackOptions(images="x"))
@@ -106,7 +106,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "counts": (npz(images=IMAGES, labels=LABELS[:59]), "'labels' has the shape (59,), want (60,)"),
     "one-hot": (npz(images=IMAGES, labels=np.eye(60)), "'labels' is of float64, want integers"),
     "booleans": (npz(images=IMAGES, labels=LABELS > 1), "'labels' is of bool, want integers or"),
-    "no labels": (npz(images=IMAGES), "'images' has the shape (60, 8, 8), want (60,), a label"),
+    "no labels": (npz(images=IMAGES), "holds no array that may be the labels, but 'images'"),
     "nameless": (npz(images=IMAGES, labels=np.full(60, "")), "is of <U0|the label '' is empty"),
     "control": (npz(images=IMAGES, labels=np.full(60, "a\x07")), "holds the control character"),
     "no text": (npz(images=IMAGES, labels=np.full(60, b"\xff")), "a label is not UTF-8"),

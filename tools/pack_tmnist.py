@@ -36,11 +36,13 @@ tools/pack_tmnist --describe records               classes, typefaces, statistic
     help="What SOURCE is; auto: what its bytes say, and it is printed.",
 )
 @click.option(
-    "--images", default="", help="The array of an .npz that holds images.  [default: the only one]"
+    "--images",
+    default="",
+    metavar="NAME",
+    help="The array of an .npz or column of Parquet or Arrow that holds images.  "
+    "[default: the only one that may]",
 )
-@click.option(
-    "--labels", default="", help="The array that holds their labels.  [default: the only one]"
-)
+@click.option("--labels", default="", metavar="NAME", help="Likewise of their labels.")
 @click.option(
     "--label-column",
     default="first",
@@ -101,8 +103,8 @@ def main(
     sheet: Path | None,
     **options: Any,
 ) -> None:
-    """Pack SOURCE (TMNIST's CSV, an MNIST-like one, IDX files, an .npz, a folder of PNGs per class)
-    into the record directory OUT. Several sources of one layout become one pack."""
+    """Pack SOURCE (TMNIST's CSV, an MNIST-like one, IDX files, an .npz, a folder of PNGs per class,
+    Parquet, Arrow) into the record directory OUT. Several sources of one layout become one pack."""
     # Ended by SIGTERM, temporary files go, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with exit_on_user_error():

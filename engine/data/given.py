@@ -19,6 +19,7 @@ import numpy as np
 
 from engine.data.arrange import ArrangedSource, Asked
 from engine.data.collect import Collector, CsvCollector, Spool, Stored, check_space, header_of
+from engine.data.columns import open_columns
 from engine.data.foreign import HEAD_BYTES, idx_contents
 from engine.data.idx import USAGE, open_idx
 from engine.data.images import Images, Progress, read_images
@@ -31,7 +32,7 @@ from engine.errors import UserError
 from engine.host import num_cpus
 
 MAX_WORKERS = 8
-NAMED = ("npz",)
+NAMED = ("npz", "parquet", "arrow")
 """Layouts whose parts have names."""
 
 
@@ -45,7 +46,7 @@ class SourceOptions:
 
     layout: Layouts = "auto"
     images: str = ""
-    """The array that holds the images; "": the only one that may."""
+    """The array or column that holds the images; "": the only one that may."""
     labels: str = ""
     """Likewise of their labels."""
     label_column: str = "first"
@@ -72,7 +73,7 @@ class SourceOptions:
             flags = "--label-column, --no-header and --index-column"
             raise UserError(f"{name}: is {layout}, but {flags} are of CSVs; leave them out")
         if layout not in NAMED and (self.images or self.labels):
-            named = " and ".join(NAMED)
+            named = f"{', '.join(NAMED[:-1])} and {NAMED[-1]}"
             raise UserError(
                 f"{name}: is {layout}, but --images and --labels are of {named}; leave them out"
             )
@@ -161,22 +162,22 @@ class ImageFiles:
         faults: list[str] | None = None,
     ) -> Collector:
         """All rows; the first fault is an error, or the only one that goes into `faults`."""
-        num_images = sum(source.num_images for source in self._sources)
+        counts = [source.num_images for source in self._sources]
+        num_images = sum(filter(None, counts))
         is_stored = self.stored() is not None
-        if spool is not None:
+        if spool is not None and None not in counts:
             num_bytes = num_images * self._sources[0].side ** 2
             what = "the records" if is_stored else "the records and a copy"
             check_space(spool.folder, num_bytes if is_stored else 2 * num_bytes, what)
         collector = Collector(self._sources[0].side, None if is_stored else spool)
+
+        def show(rows: int, part: float) -> None:
+            progress(rows, part if None in counts else rows / num_images)
+
         try:
             for source in self._sources:
                 collector.begin(source.name)
-                read_images(
-                    source,
-                    collector,
-                    self._options.num_workers,
-                    lambda rows, part: progress(rows, rows / num_images),
-                )
+                read_images(source, collector, self._options.num_workers, show)
         except UserError as error:
             if faults is None:
                 raise
@@ -221,14 +222,15 @@ def _open_images(
         return [open_idx(*pair) for pair in _pairs(paths)]
     if layout == "npz":
         return [open_npz(path, names) for path in paths]
-    assert layout == "png", layout
-    return [open_pictures(path) for path in paths]
+    if layout == "png":
+        return [open_pictures(path) for path in paths]
+    return [open_columns(path, layout, names) for path in paths]
 
 
 def _pairs(paths: Sequence[Path]) -> list[tuple[Path, Path]]:
     """IDX files in twos."""
     if len(paths) == 1:
-        what = idx_contents(first_bytes(paths[0])) or "no IDX file"
+        what = idx_contents(first_bytes(paths[0])[0]) or "no IDX file"
         raise UserError(f"{paths[0]}: is {what}; {USAGE}")
     if len(paths) % 2:
         raise UserError(f"{paths[-1]}: is the last of {len(paths)} IDX files; {USAGE}")

@@ -8,15 +8,16 @@ Does not: know any format; idx.py, npz.py, pictures.py and columns.py do.
 Shapes: R images of a block, P pixels, N images of the source.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from math import isqrt
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
 from engine.data.collect import Collector, Stored
+from engine.data.foreign import listed
 from engine.data.lexer import Fault, Rows, check_text
 from engine.data.records import MAX_PIXELS
 from engine.data.sums import sum_rows
@@ -24,7 +25,7 @@ from engine.errors import UserError
 
 BLOCK_BYTES = 2 * 2**20
 """Of pixels that a task returns."""
-MAX_SIDE = isqrt(MAX_PIXELS)
+MAX_SIDE = math.isqrt(MAX_PIXELS)
 Task = Callable[[], Rows]
 Progress = Callable[[int, float], None]
 """Called with the rows read and the part (0..1) of the source that has been read."""
@@ -42,7 +43,8 @@ class Images(Protocol):
         """Height and width of the images."""
 
     @property
-    def num_images(self) -> int: ...
+    def num_images(self) -> int | None:
+        """None where all has to be read to count them."""
 
     @property
     def found(self) -> str:
@@ -110,14 +112,62 @@ def checked_label(text: str, place: str) -> str:
     raise UserError(f"{place}: the label {text[:40]!r} {what}; rename it")
 
 
+class Part(Protocol):
+    """What a source holds under a name: an array, a column; its text describes it."""
+
+    @property
+    def noun(self) -> str: ...
+
+    @property
+    def name(self) -> str: ...
+
+
+P = TypeVar("P", bound=Part)
+
+
+def chosen(source: str, parts: Sequence[P], role: str, asked: str, fault: Callable[[P], str]) -> P:
+    """The part that is asked for, or the only one that may have the role.
+
+    Args:
+        source: as sentences call it.
+        role: images or labels.
+        asked: the part's name; "": none was given.
+        fault: why a part cannot have the role, and what to do; "" if it can.
+    Raises:
+        UserError: there is no such part, it cannot, or several can.
+    """
+    flag = f"--{role} NAME"
+    noun = parts[0].noun if parts else "part"
+    named = [part for part in parts if part.name == asked]
+    fit = [part for part in parts if not fault(part)]
+    alike = [part for part in parts if role[:-1] in part.name.lower()]
+    if asked and not named:
+        names = listed([repr(part.name) for part in parts])
+        raise UserError(f"{source}: holds no {noun} {asked!r}, but {names}; give another {flag}")
+    if asked or (not fit and len(alike) == 1):
+        one = named[0] if asked else alike[0]
+        if what := fault(one):
+            raise UserError(f"{source}: the {noun} {one.name!r} {what}")
+        return one
+    if not fit:
+        holds = listed([str(part) for part in parts]) or "nothing"
+        raise UserError(
+            f"{source}: holds no {noun} that may be the {role}, but {holds}; give {flag}"
+        )
+    if len(fit) > 1:
+        names = listed([repr(part.name) for part in fit])
+        raise UserError(f"{source}: {names} may be the {role}; say which with {flag}")
+    return fit[0]
+
+
 def read_images(images: Images, collector: Collector, workers: int, progress: Progress) -> None:
     """Run a source's tasks, at most `workers` + 1 ahead of what is collected."""
     pending: deque[Future[Rows]] = deque()
+    total = images.num_images or math.inf
 
     def collect() -> None:
         collector.add(pending.popleft().result())
-        num_read = collector.row - collector.first
-        progress(collector.row, num_read / max(images.num_images, 1))
+        progress(collector.row, min((collector.row - collector.first) / total, 1.0))
 
     with ThreadPoolExecutor(workers) as pool:
         try:

@@ -15,8 +15,14 @@ from engine.data.idx import is_idx
 from engine.data.source import OPENED, open_file, reading, unzipping
 from engine.errors import UserError
 
-Layouts = Literal["auto", "csv", "idx", "npz", "png"]
+Layouts = Literal["auto", "csv", "idx", "npz", "png", "parquet", "arrow"]
 LAYOUTS: tuple[Layouts, ...] = get_args(Layouts)
+_MAGIC: tuple[tuple[bytes, Layouts], ...] = (
+    (b"PAR1", "parquet"),
+    (b"ARROW1", "arrow"),
+    (b"\xff\xff\xff\xff", "arrow"),
+)
+"""Of files that are not looked for in a gzip."""
 
 
 def layout_of(paths: Sequence[Path], asked: Layouts = "auto") -> Layouts:
@@ -45,21 +51,27 @@ def _layout(path: Path) -> Layouts:
     try:
         if path.is_dir():
             return "png" if has_class_folders(path) else "csv"
-        head = first_bytes(path)
+        head, is_packed = first_bytes(path)
         if is_idx(head):
             return "idx"
-        return "npz" if head.startswith(b"PK") and _holds_arrays(path) else "csv"
+        if head.startswith(b"PK"):
+            return "npz" if not is_packed and _holds_arrays(path) else "csv"
+        if is_packed:
+            return "csv"
+        found = [layout for magic, layout in _MAGIC if head.startswith(magic)]
+        return found[0] if found else "csv"
     except (OSError, UserError):
         return "csv"
 
 
-def first_bytes(path: Path) -> bytes:
-    """The first HEAD_BYTES of a file, or of what a gzip holds; UserError if it cannot be read."""
+def first_bytes(path: Path) -> tuple[bytes, bool]:
+    """(First HEAD_BYTES of a file or of what a gzip holds, whether it is a gzip); UserError if it
+    cannot be read."""
     with open_file(path) as file, reading(file.name):
         if file.raw.peek(2)[:2] != b"\x1f\x8b":
-            return file.raw.read(HEAD_BYTES)
+            return file.raw.read(HEAD_BYTES), False
         with gzip.open(file.raw) as unpacked:
-            return unpacked.read(HEAD_BYTES)
+            return unpacked.read(HEAD_BYTES), True
 
 
 def _holds_arrays(path: Path) -> bool:

@@ -14,22 +14,22 @@ import io
 import math
 import struct
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, ClassVar
 
 import numpy as np
 from numpy.lib import format as npy
 
 from engine.data.collect import Stored
-from engine.data.foreign import listed
 from engine.data.images import (
     Task,
     check_side,
     checked_label,
+    chosen,
     numbered,
     rows_of,
     rows_per_block,
@@ -48,7 +48,9 @@ USE_SAVEZ = "write it again with np.savez"
 
 @dataclass(frozen=True)
 class Array:
-    """A member of the zip, as its header describes it."""
+    """A member of the zip, as its header describes it; an images.Part."""
+
+    noun: ClassVar[str] = "array"
 
     name: str
     """Without .npy."""
@@ -105,13 +107,11 @@ class Npz:
         self._file = file
         with unzipping(file.name):
             arrays = _arrays(file.name, archive)
-        self._images = _chosen(
-            file.name, arrays, names[0], "images", lambda array: array.image_fault()
-        )
+        self._images = chosen(file.name, arrays, "images", names[0], Array.image_fault)
         self.num_images, height, width = self._images.shape
         self.side = check_side(f"{file.name}: {self._images.name!r}", height, width)
-        self._labels = _chosen(
-            file.name, arrays, names[1], "labels", lambda array: array.label_fault(self.num_images)
+        self._labels = chosen(
+            file.name, arrays, "labels", names[1], lambda array: array.label_fault(self.num_images)
         )
         self.found = (
             f"npz, {self.num_images:,} images of {height} x {width} in {self._images.name!r} of "
@@ -213,33 +213,6 @@ def _header(head: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     if not all(type(length) is int and length >= 0 for length in shape):
         raise ValueError(f"shape {shape}")
     return shape, is_fortran, dtype
-
-
-def _chosen(
-    name: str, arrays: Sequence[Array], asked: str, role: str, fault: Callable[[Array], str]
-) -> Array:
-    """The array of that role: the one that is asked for, or the only one without a fault."""
-    flag = f"--{role} NAME"
-    if asked:
-        found = [array for array in arrays if array.name == asked]
-        if not found:
-            names = listed([repr(array.name) for array in arrays])
-            raise UserError(f"{name}: holds no array {asked!r}, but {names}; give another {flag}")
-        if what := fault(found[0]):
-            raise UserError(f"{name}: {asked!r} {what}")
-        return found[0]
-    fit = [array for array in arrays if not fault(array)]
-    if not fit and 0 < len(arrays) <= 2:
-        sign = 1 if role == "images" else -1  # images have more axes than labels
-        likely = max(arrays, key=lambda array: (role in array.name, sign * len(array.shape)))
-        raise UserError(f"{name}: {likely.name!r} {fault(likely)}")
-    if not fit:
-        holds = listed([str(array) for array in arrays])
-        raise UserError(f"{name}: holds no array that may be the {role}, but {holds}; give {flag}")
-    if len(fit) > 1:
-        names = listed([repr(array.name) for array in fit])
-        raise UserError(f"{name}: {names} may be the {role}; say which with {flag}")
-    return fit[0]
 
 
 def _values(name: str, archive: zipfile.ZipFile, array: Array, stack: ExitStack) -> IO[bytes]:

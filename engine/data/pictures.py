@@ -18,7 +18,7 @@ import os
 import stat
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
@@ -44,10 +44,11 @@ KNOWN = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
 COLOURS = {2: "RGB", 3: "of a palette", 4: "grey with transparency", 6: "RGB with transparency"}
 FILE_LIMIT_BYTES = 16 * 2**20
 AGAIN = "copy or write it again"
+BAD_FILTER = f"is damaged (a filter that PNG does not have); {AGAIN}"
 TO_GREY = "convert it to 8-bit grey (mogrify -alpha off -colorspace Gray -depth 8)"
 
 
-class _Fault(Exception):
+class PngFault(Exception):
     """What is wrong with a file, and what to do."""
 
 
@@ -62,7 +63,7 @@ class PngFolders:
             self._classes = _class_folders(self._root)
         self.num_images = sum(len(files) for _, files in self._classes)
         _, self._first = next(self._paths())
-        width, height = self._try(self._first, lambda data: _picture(data)[0])[:2]
+        height, width = self._try(self._first, size_of)
         self.side = check_side(os.fsdecode(self._first), height, width)
         self.found = (
             f"PNG, {self.num_images:,} images of {height} x {width} in the {len(self._classes)} "
@@ -90,21 +91,20 @@ class PngFolders:
                 yield number, os.path.join(folder, name)
 
     def _decode(self, block: list[tuple[int, bytes]]) -> Rows:
-        raw = b"".join(self._try(path, self._scanlines) for _, path in block)
-        raw_RHV = np.frombuffer(raw, np.uint8).reshape(len(block), self.side, self.side + 1)
-        image_RHW = np.empty((len(block), self.side, self.side), np.uint8)
-        if (fault := _unfilter(raw_RHV, image_RHW)) >= 0:
-            path = os.fsdecode(block[fault][1])
-            raise UserError(f"{path}: is damaged (a filter that PNG does not have); {AGAIN}")
+        first = os.fsdecode(self._first)
+        raw = [self._try(path, lambda data: scanlines(data, self.side, first)) for _, path in block]
+        image_RP, fault = unfiltered(raw, self.side)
+        if fault >= 0:
+            raise UserError(f"{os.fsdecode(block[fault][1])}: {BAD_FILTER}")
         numbers, label_R = np.unique([number for number, _ in block], return_inverse=True)
         texts = [self._classes[number][0] for number in numbers]
-        return rows_of(image_RHW.reshape(len(block), -1), texts, label_R)
+        return rows_of(image_RP, texts, label_R)
 
     def _try(self, path: bytes, read: Callable[[bytes], Any]) -> Any:
         """What `read` makes of a file's bytes; UserError, with the path, of what it refuses."""
         try:
             return read(_file_bytes(path))
-        except _Fault as fault:
+        except PngFault as fault:
             raise UserError(f"{os.fsdecode(path)}: {fault}") from None
         except OSError as error:
             reason = error.strerror or error
@@ -112,25 +112,44 @@ class PngFolders:
                 f"{os.fsdecode(path)}: cannot be read ({reason}); look at its rights and its disk"
             ) from None
 
-    def _scanlines(self, data: bytes) -> bytes:
-        """The unpacked bytes of a picture, H x V."""
-        (width, height, depth, *_, interlaced), packed = _picture(data)
-        if (width, height) != (self.side, self.side):
-            raise _Fault(
-                f"has {height} x {width} pixels, but {os.fsdecode(self._first)} "
-                f"{self.side} x {self.side}; scale or pad all to one size"
-            )
-        if depth < 8 or interlaced:
-            return _by_pillow(data, self.side)
-        num_bytes = height * (width + 1)
-        unpacking = zlib.decompressobj()
-        try:
-            raw = unpacking.decompress(packed, num_bytes + 1)
-        except zlib.error as error:
-            raise _Fault(f"is damaged ({error}); {AGAIN}") from None
-        if len(raw) != num_bytes or not unpacking.eof:
-            raise _Fault(f"is damaged (it does not hold {height} rows of {width}); {AGAIN}")
-        return raw
+
+def scanlines(data: bytes, side: int, first: str) -> bytes:
+    """The unpacked bytes of a PNG of `side` x `side` pixels, H x V; a PngFault if it is none.
+
+    Args:
+        first: what has that size, for the sentence.
+    """
+    (width, height, depth, *_, interlaced), packed = _picture(data)
+    if (width, height) != (side, side):
+        raise PngFault(
+            f"has {height} x {width} pixels, but {first} {side} x {side}; scale or pad all to one "
+            f"size"
+        )
+    if depth < 8 or interlaced:
+        return _by_pillow(data, side)
+    num_bytes = height * (width + 1)
+    unpacking = zlib.decompressobj()
+    try:
+        raw = unpacking.decompress(packed, num_bytes + 1)
+    except zlib.error as error:
+        raise PngFault(f"is damaged ({error}); {AGAIN}") from None
+    if len(raw) != num_bytes or not unpacking.eof:
+        raise PngFault(f"is damaged (it does not hold {height} rows of {width}); {AGAIN}")
+    return raw
+
+
+def size_of(data: bytes) -> tuple[int, int]:
+    """(Height, width) of a grey PNG; a PngFault if it is none."""
+    width, height, *_ = _picture(data)[0]
+    return height, width
+
+
+def unfiltered(raw: Sequence[bytes], side: int) -> tuple[np.ndarray, int]:
+    """(Pixels (R, P) of pictures, the first whose filters PNG does not have, or -1)."""
+    raw_RHV = np.frombuffer(b"".join(raw), np.uint8).reshape(len(raw), side, side + 1)
+    image_RHW = np.empty((len(raw), side, side), np.uint8)
+    fault = _unfilter(raw_RHV, image_RHW)
+    return image_RHW.reshape(len(raw), side * side), fault
 
 
 def _class_folders(root: bytes) -> list[tuple[str, list[bytes]]]:
@@ -185,40 +204,40 @@ def _file_bytes(path: bytes) -> bytes:
     try:
         found = os.fstat(handle)
         if not stat.S_ISREG(found.st_mode):
-            raise _Fault("is not a regular file; move it away")
+            raise PngFault("is not a regular file; move it away")
         if found.st_size > FILE_LIMIT_BYTES:
-            raise _Fault(
+            raise PngFault(
                 f"has {found.st_size:,} bytes, want at most {FILE_LIMIT_BYTES:,}; "
                 f"write it without what is no picture"
             )
         data = os.read(handle, found.st_size + 1)
         if len(data) != found.st_size:
-            raise _Fault("changed while it was read; pack again when nothing writes to it")
+            raise PngFault("changed while it was read; pack again when nothing writes to it")
         return data
     finally:
         os.close(handle)
 
 
 def _picture(data: bytes) -> tuple[tuple[int, ...], bytes]:
-    """(Fields of the header, packed scanlines) of a grey PNG; a _Fault if it is none."""
+    """(Fields of the header, packed scanlines) of a grey PNG; a PngFault if it is none."""
     if not data.startswith(SIGNATURE):
-        raise _Fault(f"is {foreign(data, '').partition(';')[0] or 'no PNG'}, want a PNG; move it")
+        raise PngFault(f"is {foreign(data, '').partition(';')[0] or 'no PNG'}, want a PNG; move it")
     header: tuple[int, ...] = ()
     packed = []
     for kind, body in _chunks(data):
         if not header:
             if kind != b"IHDR" or len(body) != HEADER.size:
-                raise _Fault(f"is damaged (it begins without a header); {AGAIN}")
+                raise PngFault(f"is damaged (it begins without a header); {AGAIN}")
             header = HEADER.unpack(body)
             _check_header(header)
         elif kind == b"IDAT":
             packed.append(body)
         elif kind == b"tRNS":
-            raise _Fault(f"has a transparent grey value, want none; {TO_GREY}")
+            raise PngFault(f"has a transparent grey value, want none; {TO_GREY}")
         elif kind == b"acTL":
-            raise _Fault("is animated, want one picture; write its frames as files")
+            raise PngFault("is animated, want one picture; write its frames as files")
         elif kind[0] < 96 and kind not in KNOWN:
-            raise _Fault(f"is damaged (a chunk {kind!r} that PNG does not have); {AGAIN}")
+            raise PngFault(f"is damaged (a chunk {kind!r} that PNG does not have); {AGAIN}")
     return header, b"".join(packed)
 
 
@@ -228,26 +247,26 @@ def _chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
     kind = b""
     while kind != b"IEND":
         if place + 12 > len(data):
-            raise _Fault(f"ends too early; {AGAIN}")
+            raise PngFault(f"ends too early; {AGAIN}")
         length, kind = CHUNK.unpack_from(data, place)
         stop = place + 8 + length
         if stop + 4 > len(data):
-            raise _Fault(f"ends too early; {AGAIN}")
+            raise PngFault(f"ends too early; {AGAIN}")
         if zlib.crc32(data[place + 4 : stop]) != CRC.unpack_from(data, stop)[0]:
-            raise _Fault(f"is damaged (a wrong checksum); {AGAIN}")
+            raise PngFault(f"is damaged (a wrong checksum); {AGAIN}")
         yield kind, data[place + 8 : stop]
         place = stop + 4
 
 
 def _check_header(header: tuple[int, ...]) -> None:
-    """A _Fault unless it declares a grey picture of at most 8 bits per pixel."""
+    """A PngFault unless it declares a grey picture of at most 8 bits per pixel."""
     _, _, depth, colour, compression, filters, interlaced = header
     if colour in COLOURS:
-        raise _Fault(f"is {COLOURS[colour]}, want grey; {TO_GREY}")
+        raise PngFault(f"is {COLOURS[colour]}, want grey; {TO_GREY}")
     if depth == 16:
-        raise _Fault(f"has 16 bits per pixel, want 8; {TO_GREY}")
+        raise PngFault(f"has 16 bits per pixel, want 8; {TO_GREY}")
     if colour or depth not in (1, 2, 4, 8) or compression or filters or interlaced > 1:
-        raise _Fault(f"is damaged (a header that PNG does not have); {AGAIN}")
+        raise PngFault(f"is damaged (a header that PNG does not have); {AGAIN}")
 
 
 def _by_pillow(data: bytes, side: int) -> bytes:
@@ -258,7 +277,7 @@ def _by_pillow(data: bytes, side: int) -> bytes:
         with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
             image_HW = np.asarray(picture.convert("L"))
     except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
-        raise _Fault(f"is damaged ({str(error).partition(chr(10))[0]}); {AGAIN}") from None
+        raise PngFault(f"is damaged ({str(error).partition(chr(10))[0]}); {AGAIN}") from None
     raw_HV = np.zeros((side, side + 1), np.uint8)
     raw_HV[:, 1:] = image_HW
     return raw_HV.tobytes()
