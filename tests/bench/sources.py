@@ -15,7 +15,6 @@ from pathlib import Path
 import click
 import numpy as np
 import pyarrow as pa
-from PIL import Image
 from pyarrow import parquet
 
 from engine.data.records import open_records
