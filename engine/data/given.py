@@ -19,14 +19,11 @@ import numpy as np
 
 from engine.data.arrange import ArrangedSource, Asked
 from engine.data.collect import Collector, CsvCollector, Spool, Stored, check_space, header_of
-from engine.data.columns import open_columns
 from engine.data.foreign import HEAD_BYTES, idx_contents
 from engine.data.idx import USAGE, open_idx
 from engine.data.images import Images, Progress, read_images
 from engine.data.layouts import Layouts, first_bytes, layout_of
 from engine.data.lexer import Layout, Lexer, Rows, lex_plainly
-from engine.data.npz import open_npz
-from engine.data.pictures import open_pictures
 from engine.data.source import BLOCK_BYTES, Source, blocks, buffer_bytes, open_source
 from engine.errors import UserError
 from engine.host import num_cpus
@@ -217,13 +214,20 @@ def _open_images(
     layout: Layouts, paths: Sequence[Path], options: SourceOptions
 ) -> list[AbstractContextManager[Images]]:
     """What opens each source of images when it is entered."""
+    # What reads them is imported here: numba and pyarrow would delay every start.
     names = options.images, options.labels
     if layout == "idx":
         return [open_idx(*pair) for pair in _pairs(paths)]
     if layout == "npz":
+        from engine.data.npz import open_npz
+
         return [open_npz(path, names) for path in paths]
     if layout == "png":
+        from engine.data.pictures import open_pictures
+
         return [open_pictures(path) for path in paths]
+    from engine.data.columns import open_columns
+
     return [open_columns(path, layout, names) for path in paths]
 
 
