@@ -20,6 +20,7 @@ CONVERT = f"write it as {LAYOUT}"
 PICTURE = f"one picture is no data set; write all of them as {LAYOUT}"
 CLASS_FOLDERS = f"write grey PNGs into a folder per class, named for it, or {LAYOUT}"
 UNPACK = "unpack it and name the CSV inside"
+UNPACKED = "unpack it, and pack what is inside as it is"
 POINTER = b"version https://git-lfs"
 _SHOWN = 3
 _SCANNED = 2000
@@ -37,11 +38,11 @@ _MAGIC = (  # (first bytes, what it is, what to do; {name} is the file's, quoted
     (b"Rar!\x1a\x07", "a RAR archive", "unpack it (unrar x {name}) and name the CSV"),
     (b"PK\x07\x08", "one part of a split zip", "join the parts (zip -s 0), then unpack it"),
     (b"PK", "a zip archive", UNPACK),
-    (b"\x93NUMPY", "a NumPy array (.npy)", CONVERT),
-    (b"PAR1", "a Parquet file", CONVERT),
-    (b"ARROW1", "an Arrow file (Feather)", CONVERT),
+    (b"\x93NUMPY", "a NumPy array (.npy)", "save it and its labels as one .npz (np.savez)"),
+    (b"PAR1", "a Parquet file", UNPACKED),
+    (b"ARROW1", "an Arrow file (Feather)", UNPACKED),
     (b"FEA1", "a Feather file of version 1", CONVERT),
-    (b"\xff\xff\xff\xff", "an Arrow stream", CONVERT),
+    (b"\xff\xff\xff\xff", "an Arrow stream", UNPACKED),
     (b"\x89HDF\r\n\x1a\n", "an HDF5 file", CONVERT),
     (b"CDF", "a NetCDF file", CONVERT),
     (b"Obj\x01", "an Avro file", CONVERT),
@@ -101,7 +102,7 @@ def foreign(head: bytes, name: str, size: int | None = None) -> str:
 def _kind(head: bytes, size: int | None) -> tuple[str, str]:
     """(what it is, what to do), or two empty texts."""
     if idx := idx_contents(head):
-        return idx, CONVERT
+        return idx, UNPACKED
     if head[257:262] == b"ustar" and b"\0" in head[:257]:
         return "a tar archive", "unpack it (tar xf {name}) and name the CSV"
     if _is_safetensors(head):
