@@ -112,7 +112,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "no text": (npz(images=IMAGES, labels=np.full(60, b"\xff")), "a label is not UTF-8"),
     "no code point": (
         npz(images=IMAGES, labels=np.full(60, 0x110000, "<u4").view("<U1")),
-        "a label is not UTF-8",
+        "a label is not Unicode",
     ),
     "257 classes": (
         npz(images=np.zeros((300, 4, 4), np.uint8), labels=np.arange(300)),
@@ -146,7 +146,7 @@ def test_what_is_refused_and_where(case: str, tmp_path: Path, command: Command) 
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.integers(0, len(GOOD) - 1), st.binary(min_size=1, max_size=8))
+@given(place=st.integers(0, len(GOOD) - 1), noise=st.binary(min_size=1, max_size=8))
 def test_changed_bytes_are_refused_or_change_nothing(
     place: int, noise: bytes, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -218,7 +218,7 @@ def test_a_tree_that_is_refused_says_where(case: str, tmp_path: Path) -> None:
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.integers(8, len(GOOD) - 1), st.binary(min_size=1, max_size=6))
+@given(place=st.integers(8, len(GOOD) - 1), noise=st.binary(min_size=1, max_size=6))
 def test_changed_bytes_are_refused_or_change_nothing(
     place: int, noise: bytes, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

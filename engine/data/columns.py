@@ -198,7 +198,7 @@ class ColumnFile:
         if values.null_count:
             place = int(np.argmin(np.asarray(values.is_valid())))
             raise self._refusal(first + place // self.side**2, "holds a null; write a pixel")
-        value_RP = values.to_numpy().reshape(len(cells), -1)
+        value_RP: np.ndarray = values.to_numpy().reshape(len(cells), -1)
         if value_RP.dtype == np.uint8:
             return value_RP
         wrong_R = (value_RP.min(1) < 0) | (value_RP.max(1) > 255)
@@ -219,9 +219,9 @@ class ColumnFile:
                 raw.append(scanlines(data, self.side, "image 1"))
             except PngFault as fault:
                 raise self._refusal(first + place, str(fault)) from None
-        image_RP, fault = unfiltered(raw, self.side)
-        if fault >= 0:
-            raise self._refusal(first + fault, BAD_FILTER)
+        image_RP, wrong = unfiltered(raw, self.side)
+        if wrong >= 0:
+            raise self._refusal(first + wrong, BAD_FILTER)
         return image_RP
 
     def _labels(self, column: Any, first: int) -> tuple[list[str], np.ndarray]:
@@ -233,8 +233,8 @@ class ColumnFile:
         if None in values:  # a dictionary may hold one
             place = int(np.argmax(label_R == values.index(None)))
             raise self._refusal(first + place, "its label is null; drop the row or fill it")
-        place = f"{self.name}: {self._names[1]!r}"
-        return [checked_label(str(value), place) for value in values], label_R
+        where = f"{self.name}: {self._names[1]!r}"
+        return [checked_label(str(value), where) for value in values], label_R
 
 
 class _Parquet:
@@ -325,9 +325,9 @@ def _is_list(kind: Any) -> bool:
 def _offsets(cells: Any) -> np.ndarray:
     """Where bytes begin and end in their buffer: one more than there are cells."""
     if _types().is_fixed_size_binary(cells.type):
-        return (cells.offset + np.arange(len(cells) + 1)) * cells.type.byte_width
+        return np.arange(cells.offset, cells.offset + len(cells) + 1) * int(cells.type.byte_width)
     kind = np.int64 if _types().is_large_binary(cells.type) else np.int32
-    edges = np.frombuffer(cells.buffers()[1], kind)
+    edges: np.ndarray = np.frombuffer(cells.buffers()[1], kind)
     return edges[cells.offset : cells.offset + len(cells) + 1]
 
 
@@ -342,7 +342,7 @@ def _lengths(cells: Any) -> np.ndarray:
     """How many pixels each cell without nulls holds; 0 where a list in it is null."""
     if _are_bytes(cells.type):
         return np.diff(_offsets(cells))
-    length_R = np.asarray(cells.value_lengths())
+    length_R: np.ndarray = np.asarray(cells.value_lengths())
     values = cells.flatten()
     if not _is_list(values.type):
         return length_R
@@ -350,7 +350,7 @@ def _lengths(cells: Any) -> np.ndarray:
         return np.zeros_like(length_R)
     inner = np.asarray(values.value_lengths())
     edges = np.concatenate([[0], np.cumsum(length_R)])
-    total = np.concatenate([[0], np.cumsum(inner)])
+    total: np.ndarray = np.concatenate([[0], np.cumsum(inner)])
     return total[edges[1:]] - total[edges[:-1]]
 
 

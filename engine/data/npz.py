@@ -13,12 +13,14 @@ Shapes: R images of a block, P pixels.
 import io
 import math
 import struct
+import sys
 import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tokenize import TokenError
 from typing import IO, ClassVar
 
 import numpy as np
@@ -181,7 +183,7 @@ def _array(name: str, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Array:
         head = io.BytesIO(member.read(HEAD_BYTES))  # what a header declares must not fill memory
     try:
         shape, is_fortran, dtype = _header(head)
-    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
+    except (ValueError, SyntaxError, TypeError, TokenError, RecursionError, MemoryError) as error:
         reason = str(error).partition("\n")[0][:80]
         raise UserError(
             f"{name}: its member {info.filename} is no NumPy array ({reason}); {USE_SAVEZ}"
@@ -226,6 +228,10 @@ def _values(name: str, archive: zipfile.ZipFile, array: Array, stack: ExitStack)
 def _rows(place: str, image_RP: np.ndarray, label_R: np.ndarray) -> Rows:
     if label_R.dtype.kind in "iu":
         return rows_of(image_RP, *numbered(label_R))
+    if label_R.dtype.kind == "U":
+        code = np.dtype(np.uint32).newbyteorder(label_R.dtype.byteorder)
+        if label_R.view(code).max() > sys.maxunicode:  # Python itself would give up
+            raise UserError(f"{place}: a label is not Unicode; save texts")
     values, index_R = np.unique(label_R, return_inverse=True)
     return rows_of(image_RP, [_text(value, place) for value in values], index_R)
 
@@ -233,7 +239,7 @@ def _rows(place: str, image_RP: np.ndarray, label_R: np.ndarray) -> Rows:
 def _text(value: np.str_ | np.bytes_, place: str) -> str:
     try:
         text = value.decode() if isinstance(value, bytes) else str(value)
-    except ValueError:  # also of code points that Unicode does not have
+    except UnicodeDecodeError:
         raise UserError(f"{place}: a label is not UTF-8; save texts") from None
     return checked_label(text, place)
 
