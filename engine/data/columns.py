@@ -350,8 +350,8 @@ def _lengths(cells: Any) -> np.ndarray:
         return np.zeros_like(length_R)
     inner = np.asarray(values.value_lengths())
     edges = np.concatenate([[0], np.cumsum(length_R)])
-    total: np.ndarray = np.concatenate([[0], np.cumsum(inner)])
-    return total[edges[1:]] - total[edges[:-1]]
+    total = np.concatenate([[0], np.cumsum(inner)])
+    return np.asarray(total[edges[1:]] - total[edges[:-1]])
 
 
 @contextmanager
