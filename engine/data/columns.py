@@ -243,7 +243,7 @@ class _Parquet:
     def __init__(self, file: File) -> None:
         from pyarrow import parquet
 
-        self._file = parquet.ParquetFile(file.raw, buffer_size=BUFFER_BYTES)
+        self._file = parquet.ParquetFile(file.raw, buffer_size=BUFFER_BYTES, pre_buffer=False)
         self.schema = self._file.schema_arrow
         self.num_rows: int | None = self._file.metadata.num_rows
 
