@@ -1,6 +1,8 @@
 """Several sources of one layout in one pack, and the layout that their bytes say."""
 
 import gzip
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ import pytest
 from engine.data.layouts import layout_of
 from engine.data.pack import PackOptions, check, pack
 from engine.errors import UserError
+from engine.host import ROOT
 from tests.conftest import Command
 from tests.glyph_files import content, glyphs
 
@@ -78,3 +81,34 @@ def test_the_command_takes_sources_then_out(tmp_path: Path, command: Command) ->
     said = "read as CSV, columns label and pixel0..pixel63, images of 8 x 8: "
     assert done.stdout.splitlines()[:3] == [f"{said}{a}", f"{said}{b}", "120 rows read"]
     assert command("tools/pack_tmnist", "--check", a, b).stdout.endswith("120 rows, 0 faults\n")
+
+
+PEAK = """
+import re, sys
+from pathlib import Path
+from engine.data.pack import check
+check([Path(path) for path in sys.argv[1:]])
+print(re.search("VmHWM:[^0-9]*([0-9]+)", Path("/proc/self/status").read_text())[1])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["parquet", "arrow"])
+def test_what_pyarrow_reads_does_not_pile_up(layout: str, tmp_path: Path) -> None:
+    from pyarrow import feather, parquet
+
+    def peak_mib(num: int) -> float:
+        drawn = glyphs(num, side=28)
+        path = tmp_path / f"{num}"
+        if layout == "parquet":
+            parquet.write_table(drawn.table(), path, use_dictionary=["label"])
+        else:
+            feather.write_feather(drawn.table(), path, chunksize=1000)
+        line = [sys.executable, "-c", PEAK, path]
+        done = subprocess.run(line, cwd=ROOT, check=True, capture_output=True, text=True)
+        return int(done.stdout) / 2**10
+
+    few, many = 60_000, 200_000  # the first is enough to fill every buffer
+    peak_mib(few)  # compiles the sums
+    grown_mib = peak_mib(many) - peak_mib(few)
+    assert grown_mib < 0.35 * (many - few) * 784 / 2**20
