@@ -284,7 +284,7 @@ def _by_pillow(data: bytes, side: int) -> bytes:
 
 
 def _compiled(function: Callable[..., Any]) -> Any:
-    """By numba; where it is missing, the function as it is, some hundred times slower."""
+    """By numba; where it is missing, the function as it is, much slower."""
     try:
         from engine.data.compiled import jit
     except ImportError:
