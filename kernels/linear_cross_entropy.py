@@ -277,7 +277,7 @@ def _op(
     bias_K: torch.Tensor,
     label_B: torch.Tensor,
     smoothing: float,
-    after_relu: bool,
+    after_relu: bool = False,
 ) -> Found:
     _check(hidden_BD, weight_KD, bias_K, label_B)
     if not on_triton(hidden_BD):
@@ -317,7 +317,7 @@ def _fake(
     bias_K: torch.Tensor,
     label_B: torch.Tensor,
     smoothing: float,
-    after_relu: bool,
+    after_relu: bool = False,
 ) -> Found:
     exact = torch.promote_types(hidden_BD.dtype, torch.float32)
     loss = hidden_BD.new_empty((), dtype=exact)

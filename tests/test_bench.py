@@ -22,6 +22,7 @@ from tests.bench import (
     precision,
     ranks,
     report,
+    sources,
     step,
     warp,
 )
@@ -43,6 +44,19 @@ def test_pack(tmp_path: Path) -> None:
     pack.bench(tmp_path, csv=None, rounds=1, num_rows=15_000)
     assert "open_records (s)" in checked(tmp_path / "cpu_pack.json")
     assert [path.name for path in tmp_path.iterdir()] == ["cpu_pack.json"]
+
+
+@pytest.mark.slow
+def test_sources(tmp_path: Path) -> None:
+    sources.bench(tmp_path, rounds=1, num=3000, num_pictures=300)
+    assert checked(tmp_path / "cpu_sources.json") == [
+        "IDX over the disk, or over 1 GB/s (x)",
+        "npz over the disk, or over 1 GB/s (x)",
+        "Parquet, bytes over the disk, or over 1 GB/s (x)",
+        "PNG (images/s)",
+        "peak memory of any (MiB)",
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["cpu_sources.json"]
 
 
 def test_feeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

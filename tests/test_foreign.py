@@ -4,6 +4,7 @@ import bz2
 import gzip
 import io
 import lzma
+import os
 import pickle
 import sqlite3
 import struct
@@ -113,7 +114,7 @@ def test_zips_say_what_they_hold(tmp_path: Path) -> None:
     for names, text in {
         ("x/a.csv", "b.csv"): "holds 2 CSV files (x/a.csv, b.csv), want one; unpack it and pack",
         ("xl/workbook.xml", "a.xml"): "is an Excel workbook",
-        ("train.npy", "test.npy"): "holds NumPy arrays (.npz: train.npy, test.npy)",
+        ("train.npy", "test.npy"): "its member train.npy is no NumPy array",
         (
             "a.png",
             "b.png",
@@ -132,7 +133,9 @@ def test_folders_say_what_they_are(small_dir: Path, tmp_path: Path) -> None:
     assert "is an empty folder" in said(tmp_path)
     (tmp_path / "A").mkdir()
     (tmp_path / "A" / "1.PNG").write_bytes(b"")
-    assert "is a folder of pictures (.png)" in said(tmp_path)
+    assert "A/1.PNG: is no PNG, want a PNG" in said(tmp_path)
+    os.rename(tmp_path / "A" / "1.PNG", tmp_path / "A" / "1.jpg")
+    assert "is a folder of pictures (.jpg); write grey PNGs into a folder per" in said(tmp_path)
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "a.csv").write_bytes(TABLE)
     assert "is a folder that holds a.csv; name one of them" in said(tmp_path)
@@ -162,8 +165,8 @@ HEADERS: dict[str, tuple[list[str], str]] = {
     "numbered": (pixels("", 0, 17), "rename 0..16 to label,pixel0,...,pixel15"),
     "row numbers": (["", "names", "labels", *pixels("", 1)], "drop the first column"),
     "row numbers, too": (["Unnamed: 0", "label", *RESHAPED], "first column, pandas' row numbers"),
-    "1x1": (["label", *RESHAPED], "rename 1x1..4x4 to pixel0..pixel15"),
-    "label last": ([*pixels("pixel", 0), "label"], "move the column 'label' to the front"),
+    "1x1": (["class", *RESHAPED], "rename 'class' to label"),
+    "label last": ([*pixels("pixel", 0), "label"], "to the front, or give --label-column last"),
     "case": (["Label", *pixels("pixel", 0)], "write the names in lower case"),
     "spaces": (["label", *pixels(" pixel", 0)], "delete the spaces"),
     "other name": (["class", *pixels("pixel", 0)], "rename 'class' to label"),

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from engine.data.given import find_lexer
 from engine.data.lexer import (
     SLACK_BYTES,
     Fault,
@@ -21,7 +22,6 @@ from engine.data.lexer import (
     read_row,
 )
 from engine.data.lexer_jit import lex
-from engine.data.pack import find_lexer
 from engine.host import ROOT
 from tests.reliability.mutants import mutated, row
 

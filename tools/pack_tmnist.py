@@ -1,4 +1,4 @@
-"""tools/pack_tmnist CSV OUT: pack a CSV into checksummed records, by engine/data/pack.py."""
+"""tools/pack_tmnist SOURCE... OUT: pack images into checksummed records, by engine/data/pack.py."""
 
 import signal
 import sys
@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from engine.data.layouts import LAYOUTS
 from engine.data.pack import PackOptions, check, pack
 from engine.data.records import verify_records
 from engine.errors import EXIT_USER_ERROR, UserError, exit_on_user_error, printable
@@ -18,15 +19,41 @@ from tools.describe import class_table, describe
 
 EPILOG = """\b
 tools/pack_tmnist 94_character_TMNIST.csv records  pack; .csv.gz, .zip and - (a pipe) work as well
-tools/pack_tmnist --check 94_character_TMNIST.csv  list what is wrong with a CSV, pack nothing
+tools/pack_tmnist --check 94_character_TMNIST.csv  list what is wrong with it, pack nothing
+tools/pack_tmnist train-images-idx3-ubyte.gz train-labels-idx1-ubyte.gz records
 tools/pack_tmnist --verify records                 compare every byte with the manifest
 tools/pack_tmnist --describe records               classes, typefaces, statistics, sheet of glyphs
 """
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]}, epilog=EPILOG)
-@click.argument("source", type=PATH)
-@click.argument("out", type=PATH, required=False)
+@click.argument("paths", type=PATH, nargs=-1, required=True, metavar="SOURCE... OUT")
+@click.option(
+    "--layout",
+    type=click.Choice(LAYOUTS),
+    default="auto",
+    show_default=True,
+    help="What SOURCE is; auto: what its bytes say, and it is printed.",
+)
+@click.option(
+    "--images",
+    default="",
+    metavar="NAME",
+    help="The array of an .npz or column of Parquet or Arrow that holds images.  "
+    "[default: the only one that may]",
+)
+@click.option("--labels", default="", metavar="NAME", help="Likewise of their labels.")
+@click.option(
+    "--label-column",
+    default="first",
+    show_default=True,
+    metavar="first|last|N",
+    help="Where a CSV's labels stand; the other columns are pixels.",
+)
+@click.option("--no-header", is_flag=True, help="A CSV's first line is a row.")
+@click.option(
+    "--index-column", is_flag=True, help="A CSV's first column is row numbers: leave it out."
+)
 @click.option(
     "--split",
     type=click.Choice(["random", "font", "none"]),
@@ -43,11 +70,11 @@ tools/pack_tmnist --describe records               classes, typefaces, statistic
     help="Draws the split.",
 )
 @click.option(
-    "--classes", type=click.IntRange(1, 256), help="Refuse a CSV with another number of labels."
+    "--classes", type=click.IntRange(1, 256), help="Refuse another number of labels than this."
 )
 @click.option("--force", is_flag=True, help="Replace OUT if it is a record directory.")
 @click.option(
-    "--workers", type=click.IntRange(1, 64), help="Lexing threads.  [default: the cores, at most 8]"
+    "--workers", type=click.IntRange(1, 64), help="Threads.  [default: the cores, at most 8]"
 )
 @click.option(
     "--check", "action", flag_value="check", help="Only read SOURCE; list up to 100 faults."
@@ -70,44 +97,46 @@ tools/pack_tmnist --describe records               classes, typefaces, statistic
     help="With --describe: the picture.  [default: SOURCE.png]",
 )
 def main(
-    source: Path,
-    out: Path | None,
+    paths: tuple[Path, ...],
     action: str | None,
     fingerprint: str,
     sheet: Path | None,
     **options: Any,
 ) -> None:
-    """Pack SOURCE, TMNIST's CSV (or an MNIST-like one), into the record directory OUT."""
+    """Pack SOURCE (TMNIST's CSV, an MNIST-like one, IDX files, an .npz, a folder of PNGs per class,
+    Parquet, Arrow) into the record directory OUT. Several sources of one layout become one pack."""
     # Ended by SIGTERM, temporary files go, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with exit_on_user_error():
         prepare_process()
-        if action and out:
-            raise UserError(f"--{action} takes one path, got {source} and {out}")
+        source = paths[0]
         if action == "check":
-            _check(source)
+            _check(paths, PackOptions(**options))
+        elif action and len(paths) > 1:
+            raise UserError(f"--{action} takes one path, got {' and '.join(map(str, paths))}")
         elif action == "verify":
             manifest = verify_records(source, fingerprint)
             click.echo(f"{printable(str(source))}: whole, fingerprint {manifest['fingerprint']}")
         elif action == "describe":
             click.echo(describe(source, sheet or Path(f"{source.resolve()}.png")))
-        elif out is None:
+        elif len(paths) == 1:
             raise UserError(
                 f"{source}: name the record directory to pack it into: "
                 f"tools/pack_tmnist {source} OUT"
             )
         else:
-            _pack(source, out, PackOptions(**options))
+            _pack(paths[:-1], paths[-1], PackOptions(**options))
 
 
-def _pack(source: Path, out: Path, options: PackOptions) -> None:
+def _pack(sources: tuple[Path, ...], out: Path, options: PackOptions) -> None:
     start = time.perf_counter()
-    with progress_bar(f"packing {printable(source.name)}", 1.0) as show:
-        report = pack(source, out, options, lambda rows, part: show(part, f"{rows:,} rows"))
+    with progress_bar(f"packing {printable(sources[0].name)}", 1.0) as show:
+        report = pack(sources, out, options, lambda rows, part: show(part, f"{rows:,} rows"))
     manifest = report.manifest
     pixels = manifest["train_pixels"]
     took_s = time.perf_counter() - start
     lines = [
+        *(f"read as {printable(found)}" for found in report.found),
         f"{manifest['source_rows']['rows']:,} rows read",
         *class_table(
             manifest["classes"], {n: s["rows_per_class"] for n, s in manifest["splits"].items()}
@@ -119,10 +148,10 @@ def _pack(source: Path, out: Path, options: PackOptions) -> None:
     click.echo("\n".join(lines))
 
 
-def _check(source: Path) -> None:
-    num_rows, faults, warnings = check(source)
+def _check(sources: tuple[Path, ...], options: PackOptions) -> None:
+    num_rows, faults, warnings = check(sources, options)
     notes = [f"note: {warning}" for warning in warnings]
-    for line in [*faults, *notes, f"{source}: {num_rows:,} rows, {len(faults)} faults"]:
+    for line in [*faults, *notes, f"{sources[0]}: {num_rows:,} rows, {len(faults)} faults"]:
         click.echo(printable(line))
     if faults:
         raise SystemExit(EXIT_USER_ERROR)

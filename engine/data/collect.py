@@ -1,6 +1,8 @@
 """The rows of all blocks, collected in order: texts in one index, pixels in a spool.
 
-Shapes: N rows of the CSV, M of them, R rows of a block, P pixels, W rows of a window.
+Does not: read a file; blocks come as lexer.Rows, of a CSV or of a file of images.
+
+Shapes: N rows of the source, M of them, R rows of a block, P pixels, W rows of a window.
 """
 
 import os
@@ -11,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
+from engine.data.arrange import Arrangement
 from engine.data.lexer import Fault, Layout, Lexer, Rows, read_header, read_row
 from engine.data.records import FONTS_LIMIT_BYTES, MAX_CLASSES
-from engine.data.source import Source
+from engine.data.source import changed
 from engine.data.table import Table
 from engine.errors import UserError
 
@@ -21,19 +24,15 @@ MAX_FAULTS = 100
 SPOOL_WINDOW_BYTES = 8 * 2**20
 
 
-class Spool:
-    """Rows of pixels in an unnamed file on the target's disk."""
+class Stored:
+    """Rows of pixels in an open file, one behind the other."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
-        self._num_pixels = 0
-
-    def append(self, image_RP: np.ndarray) -> None:
-        self._num_pixels = image_RP.shape[1]
-        view = image_RP.reshape(-1).data
-        while len(view):
-            view = view[self._file.write(view) :]
+    def __init__(self, name: str, handle: int, offset: int, num_pixels: int) -> None:
+        """`offset`: of the first pixel. `handle` stays its opener's."""
+        self.name = name
+        self._handle = handle
+        self._offset = offset
+        self._num_pixels = num_pixels
 
     def take(self, row_M: np.ndarray) -> np.ndarray:
         """The pixels (M, P) of ascending row numbers; may be called from several threads."""
@@ -46,75 +45,79 @@ class Spool:
             first = int(row_M[start])
             stop = int(np.searchsorted(row_M, first + len(window_WP)))
             num_rows = int(row_M[stop - 1]) - first + 1
-            got = os.preadv(
-                self._file.fileno(), [window_WP[:num_rows].data], first * self._num_pixels
-            )
-            assert got == num_rows * self._num_pixels, "the spool ended early"
+            if self.read(first, window_WP[:num_rows]) != num_rows * self._num_pixels:
+                raise changed(self.name)
             np.take(
                 window_WP, row_M[start:stop] - first, axis=0, out=out_MP[start:stop], mode="clip"
             )
             start = stop
         return out_MP
 
-    def check_space(self, source: Source, layout: Layout, line_bytes: float) -> None:
-        """Refuse what will not fit, by its first lines, before a byte is written."""
-        free = shutil.disk_usage(self.folder).free
-        needed = int(2 * source.size / line_bytes * layout.num_pixels) if source.size else 0
-        if needed > free:
-            raise UserError(
-                f"{self.folder}: has {free:,} bytes free, want {needed:,} "
-                f"for the records and a copy"
-            )
+    def read(self, row: int, out_MP: np.ndarray) -> int:
+        """Fill `out_MP` from `row` on; the bytes that were there."""
+        return os.preadv(self._handle, [out_MP.data], self._offset + row * self._num_pixels)
+
+
+class Spool(Stored):
+    """Rows of pixels in an unnamed file on the target's disk."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
+        super().__init__(str(folder), self._file.fileno(), 0, 0)
+
+    def append(self, image_RP: np.ndarray) -> None:
+        self._num_pixels = image_RP.shape[1]
+        view = image_RP.reshape(-1).data
+        while len(view):
+            view = view[self._file.write(view) :]
+
+    def check_space(self, num_pixels: int) -> None:
+        """Refuse what will not fit, by its first lines or its header, before a byte is written."""
+        check_space(self.folder, 2 * num_pixels, "the records and a copy")
 
     def close(self) -> None:
         self._file.close()
 
 
-class Collector:
-    """The rows of all blocks in order: texts in one index, pixels in the spool; the first fault
-    is an error, or the first MAX_FAULTS go into `faults`."""
+def check_space(folder: Path, needed: int, what: str) -> None:
+    """Refuse to write so many bytes into `folder` where the disk has fewer."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(f"{folder}: has {free:,} bytes free, want {needed:,} for {what}")
 
-    def __init__(
-        self, source: str, header: bytes, spool: Spool | None, faults: list[str] | None
-    ) -> None:
-        try:
-            self.layout = read_header(header)
-        except Fault as fault:
-            raise UserError(f"{source}:1: {fault}") from None
+
+class Collector:
+    """The rows of all blocks in order: texts in one index, pixels in the spool."""
+
+    unit = "image"
+    """What sentences call a row."""
+
+    def __init__(self, side: int, spool: Spool | None) -> None:
+        """`side`: of the images, once it is known."""
+        self.side = side
+        self.source = ""
+        """The file whose rows come now."""
         self.row = 0
         """Rows so far, with those that were refused."""
-        self._source = source
+        self.first = 0
+        """Of them, those of files before this one."""
         self._spool = spool
-        self._faults = faults
         self._labels: dict[str, int] = {}
         self._fonts: dict[str, int] = {}
-        self._looks: dict[str, tuple[str, int]] = {}
+        self._looks: dict[str, tuple[str, str]] = {}
         self._font_bytes = 0
         self._parts: list[tuple[np.ndarray, ...]] = []
 
-    def add_block(
-        self, rows: Rows, lex: Lexer, buffer: bytearray, stop: int, image_RP: np.ndarray
-    ) -> bool:
-        """Take a block's rows; where faults are listed, those behind each faulty line, too.
-        Whether to go on."""
-        while True:
-            after = buffer.index(b"\n", rows.fault) + 1 if rows.fault >= 0 else stop
-            try:
-                self.add(rows, bytes(buffer[rows.fault : after]) if rows.fault >= 0 else b"")
-            except UserError as error:
-                if self._faults is None:
-                    raise
-                self._faults.append(str(error))
-                if len(self._faults) == MAX_FAULTS:
-                    return False
-            if after == stop:
-                return True
-            rows = lex(self.layout, np.frombuffer(buffer, np.uint8), after, stop, image_RP)
+    def begin(self, source: str) -> None:
+        """The rows that come next are those of this file."""
+        self.source = source
+        self.first = self.row
 
-    def add(self, rows: Rows, faulty_line: bytes) -> None:
-        """Take a block's rows; UserError if one, or `faulty_line` after them, is refused."""
+    def add(self, rows: Rows) -> None:
+        """Take a block's rows; UserError if a label of theirs is refused."""
         first = self.row
-        self.row += len(rows.label_R) + bool(faulty_line)
+        self.row += len(rows.label_R)
         label_R, new_labels = _merge(self._labels, rows.labels, rows.label_R)
         font_R, new_fonts = _merge(self._fonts, rows.fonts, rows.font_R)
         for label in new_labels:
@@ -122,20 +125,12 @@ class Collector:
         self._font_bytes += sum(len(font.encode()) for font in new_fonts)
         if self._font_bytes > FONTS_LIMIT_BYTES:
             raise UserError(
-                f"{self._source}: holds more than {FONTS_LIMIT_BYTES} bytes of names; "
+                f"{self.source}: holds more than {FONTS_LIMIT_BYTES} bytes of names; "
                 f"are they typefaces?"
             )
         self._parts.append((label_R, font_R, rows.sum_R, rows.squares_R, rows.hash_R))
         if self._spool is not None:
             self._spool.append(rows.image_RP)
-        if faulty_line:
-            try:
-                read_row(faulty_line, self.layout)
-            except Fault as fault:
-                raise self._refusal(self.row, fault) from None
-            raise AssertionError(
-                f"{self._source}: the lexers disagree on row {self.row}: {faulty_line[:99]!r}"
-            )
 
     def table(self) -> Table:
         """All rows, with labels and fonts sorted by code point."""
@@ -146,32 +141,111 @@ class Collector:
         fonts, font_rank = _sorted(self._fonts)
         label_N = label_rank[label_N].astype(np.uint8)
         font_N = font_rank[font_N]
-        return Table(self.layout.side, classes, fonts, label_N, font_N, *numbers)
+        return Table(self.side, classes, fonts, label_N, font_N, *numbers)
+
+    def refusal(self, row: int, fault: Fault) -> UserError:
+        """Of a row, counted from 1 over all files."""
+        return UserError(f"{self.source}: {self.unit} {row - self.first}: {fault}")
 
     def _check_label(self, label: str, row: int) -> None:
-        column = self.layout.num_text
-        other, other_row = self._looks.setdefault(unicodedata.normalize("NFC", label), (label, row))
+        there = f"{self.unit} {row - self.first}"
+        look = unicodedata.normalize("NFC", label)
+        other, place = self._looks.setdefault(look, (label, there))
         if other != label:
             what = (
-                f"{label!r} looks like the label of row {other_row} but has other code points; "
+                f"{label!r} looks like the label of {place} but has other code points; "
                 f"write one of them"
             )
-            raise self._refusal(row, Fault(what, column))
+            raise self.refusal(row, Fault(what, self._label_column()))
         if self._labels[label] >= MAX_CLASSES:
-            hint = (
-                "are names and labels swapped?"
-                if self.layout.has_fonts
-                else "is the column an id, a row number, or a value to predict (regression)?"
-            )
-            raise self._refusal(row, Fault(f"more than {MAX_CLASSES} labels; {hint}", column))
+            what = f"more than {MAX_CLASSES} labels; {self._hint_of_many()}"
+            raise self.refusal(row, Fault(what, self._label_column()))
 
-    def _refusal(self, row: int, fault: Fault) -> UserError:
-        column = (
-            f", column {fault.column} {self.layout.columns[fault.column - 1]!r}"
-            if fault.column
-            else ""
-        )
-        return UserError(f"{self._source}:{row + 1} (row {row}{column}): {fault}")
+    def _label_column(self) -> int:
+        """Where in a row the label stands, from 1 on; 0: rows have no columns."""
+        return 0
+
+    def _hint_of_many(self) -> str:
+        """Why there may be too many labels."""
+        return "are they row numbers, or values to predict (regression)?"
+
+
+class CsvCollector(Collector):
+    """Of a CSV's blocks; the first fault is an error, or the first MAX_FAULTS go into `faults`."""
+
+    unit = "row"
+
+    def __init__(
+        self, source: str, header: bytes, spool: Spool | None, faults: list[str] | None
+    ) -> None:
+        self.layout = header_of(source, header)
+        super().__init__(self.layout.side, spool)
+        self.begin(source)
+        self.arrangement: Arrangement | None = None
+        """Of this file's columns, where they stand otherwise than the lexer sees them."""
+        self._faults = faults
+
+    def add_block(
+        self, rows: Rows, lex: Lexer, buffer: bytearray, stop: int, image_RP: np.ndarray
+    ) -> bool:
+        """Take a block's rows; where faults are listed, those behind each faulty line, too.
+        Whether to go on."""
+        while True:
+            after = buffer.index(b"\n", rows.fault) + 1 if rows.fault >= 0 else stop
+            try:
+                self.add_rows(rows, bytes(buffer[rows.fault : after]) if rows.fault >= 0 else b"")
+            except UserError as error:
+                if self._faults is None:
+                    raise
+                self._faults.append(str(error))
+                if len(self._faults) == MAX_FAULTS:
+                    return False
+            if after == stop:
+                return True
+            rows = lex(self.layout, np.frombuffer(buffer, np.uint8), after, stop, image_RP)
+
+    def add_rows(self, rows: Rows, faulty_line: bytes) -> None:
+        """Take a block's rows; UserError if one, or `faulty_line` after them, is refused."""
+        first = self.row
+        try:
+            self.add(rows)
+        finally:  # a refused label is a fault of its own: the faulty line is counted all the same
+            self.row = first + len(rows.label_R) + bool(faulty_line)
+        if faulty_line:
+            try:
+                read_row(faulty_line, self.layout)
+            except Fault as fault:
+                raise self.refusal(self.row, fault) from None
+            raise AssertionError(
+                f"{self.source}: the lexers disagree on row {self.row}: {faulty_line[:99]!r}"
+            )
+
+    def refusal(self, row: int, fault: Fault) -> UserError:
+        row -= self.first
+        line = row + 1
+        column = ""
+        if self.arrangement is None and fault.column:
+            column = f", column {fault.column} {self.layout.columns[fault.column - 1]!r}"
+        elif self.arrangement is not None:
+            line = self.arrangement.line_of(row)
+            column = f", column {self.arrangement.column_of(fault.column)}" if fault.column else ""
+        return UserError(f"{self.source}:{line} (row {row}{column}): {fault}")
+
+    def _label_column(self) -> int:
+        return self.layout.num_text
+
+    def _hint_of_many(self) -> str:
+        if self.layout.has_fonts:
+            return "are names and labels swapped?"
+        return "is the column an id, a row number, or a value to predict (regression)?"
+
+
+def header_of(source: str, line: bytes) -> Layout:
+    """The layout that a CSV's first line declares; UserError if it is no header of ours."""
+    try:
+        return read_header(line)
+    except Fault as fault:
+        raise UserError(f"{source}:1: {fault}") from None
 
 
 def _merge(

@@ -18,7 +18,9 @@ HEAD_BYTES = 512
 LAYOUT = "a CSV of label,pixel0,pixel1,... or names,labels,1,2,..."
 CONVERT = f"write it as {LAYOUT}"
 PICTURE = f"one picture is no data set; write all of them as {LAYOUT}"
+CLASS_FOLDERS = f"write grey PNGs into a folder per class, named for it, or {LAYOUT}"
 UNPACK = "unpack it and name the CSV inside"
+UNPACKED = "unpack it, and pack what is inside as it is"
 POINTER = b"version https://git-lfs"
 _SHOWN = 3
 _SCANNED = 2000
@@ -36,11 +38,11 @@ _MAGIC = (  # (first bytes, what it is, what to do; {name} is the file's, quoted
     (b"Rar!\x1a\x07", "a RAR archive", "unpack it (unrar x {name}) and name the CSV"),
     (b"PK\x07\x08", "one part of a split zip", "join the parts (zip -s 0), then unpack it"),
     (b"PK", "a zip archive", UNPACK),
-    (b"\x93NUMPY", "a NumPy array (.npy)", CONVERT),
-    (b"PAR1", "a Parquet file", CONVERT),
-    (b"ARROW1", "an Arrow file (Feather)", CONVERT),
+    (b"\x93NUMPY", "a NumPy array (.npy)", "save it and its labels as one .npz (np.savez)"),
+    (b"PAR1", "a Parquet file", UNPACKED),
+    (b"ARROW1", "an Arrow file (Feather)", UNPACKED),
     (b"FEA1", "a Feather file of version 1", CONVERT),
-    (b"\xff\xff\xff\xff", "an Arrow stream", CONVERT),
+    (b"\xff\xff\xff\xff", "an Arrow stream", UNPACKED),
     (b"\x89HDF\r\n\x1a\n", "an HDF5 file", CONVERT),
     (b"CDF", "a NetCDF file", CONVERT),
     (b"Obj\x01", "an Avro file", CONVERT),
@@ -99,8 +101,8 @@ def foreign(head: bytes, name: str, size: int | None = None) -> str:
 
 def _kind(head: bytes, size: int | None) -> tuple[str, str]:
     """(what it is, what to do), or two empty texts."""
-    if idx := _idx(head):
-        return idx, CONVERT
+    if idx := idx_contents(head):
+        return idx, UNPACKED
     if head[257:262] == b"ustar" and b"\0" in head[:257]:
         return "a tar archive", "unpack it (tar xf {name}) and name the CSV"
     if _is_safetensors(head):
@@ -130,7 +132,7 @@ def _picture(head: bytes) -> str:
     return "a PGM or PPM picture" if re.match(rb"P[1-6]\s+[0-9#]", head) else ""
 
 
-def _idx(head: bytes) -> str:
+def idx_contents(head: bytes) -> str:
     """What an IDX file holds: two zeros, type, number of axes, and their lengths (uint32)."""
     if len(head) < 8 or head[:2] != b"\0\0" or head[2] not in _IDX_TYPES or not 0 < head[3] <= 4:
         return ""
@@ -198,6 +200,19 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN]) + more
 
 
+def has_class_folders(folder: Path) -> bool:
+    """Whether folders in it hold PNGs, and nothing in it says that it is something else."""
+    with os.scandir(folder) as entries:
+        found = [entry for entry, _ in zip(entries, range(_SCANNED), strict=False)]
+    names = {entry.name.lower() for entry in found}
+    if names & {"manifest.json", "checkpoints", "report.json"}:
+        return False
+    if any(name.endswith(_TABLES) for name in names):
+        return False
+    below = (name for entry in found if _is_dir(entry) for name in _first_names(entry.path))
+    return any(name.lower().endswith(".png") for name in below)
+
+
 def folder_contents(folder: Path) -> str:
     """What a folder given as a CSV is, and what to do, as "is ..."."""
     with os.scandir(folder) as entries:
@@ -212,7 +227,7 @@ def folder_contents(folder: Path) -> str:
     below = [name for entry in found if _is_dir(entry) for name in _first_names(entry.path)]
     endings = Counter(Path(name.lower()).suffix for name in (*names, *below))
     if pictures := [ending for ending in _PICTURES if endings[ending]]:
-        return f"is a folder of pictures ({', '.join(pictures)}); write them as {LAYOUT}"
+        return f"is a folder of pictures ({', '.join(pictures)}); {CLASS_FOLDERS}"
     if not names:
         return "is an empty folder; name the CSV"
     return f"is a folder that holds no CSV, but {listed(names)}; name the CSV"

@@ -18,6 +18,8 @@ _PIXELS_IN_ONE = ("pixels", "pixel", "image", "img", "image_data", "data", "feat
 _MOST_NAMED = 3
 _LAYOUTS = ((["names", "labels"], 1, ""), (["label"], 0, "pixel"), (["label"], 1, "pixel"))
 """(Columns before the pixels, the first pixel's number, what stands before the numbers)."""
+INDEX_NAMES = ("", "unnamed: 0", "index")
+"""What the column of a table's row numbers is called, in lower case."""
 
 
 def header_hint(columns: Sequence[str]) -> str:
@@ -78,7 +80,7 @@ def _numbers(columns: Sequence[str]) -> str:
         return f"there is no label column, only {num} numbers; is this a test set without labels?"
     if list(columns) in ([str(i) for i in range(num)], [str(i) for i in range(1, num + 1)]):
         return f"the columns are numbers; rename {columns[0]}..{columns[-1]} to {_header(num - 1)}"
-    return f"the first line is a row, not names; put the line {_header(num - 1)} first"
+    return f"the first line is a row; put the line {_header(num - 1)} first, or give --no-header"
 
 
 def _spelling(columns: Sequence[str]) -> str:
@@ -90,10 +92,11 @@ def _spelling(columns: Sequence[str]) -> str:
         return "write the names in lower case"
     if not columns[-1]:
         return "the line ends in a comma; delete the empty last column in every line"
-    if columns[0].lower() in ("", "index", "unnamed: 0"):
+    if columns[0].lower() in INDEX_NAMES:
         rest = columns[1:]
         then = "" if is_layout(rest) else header_hint(rest)
-        hint = "drop the first column, pandas' row numbers (index=False)"
+        flag = "" if "names" in rest else ", or give --index-column"
+        hint = f"drop the first column, pandas' row numbers (index=False){flag}"
         return f"{hint}; then {then}" if then else hint
     return ""
 
@@ -109,7 +112,23 @@ def num_texts(columns: Sequence[str]) -> int:
         pixels = [f"{prefix}{number}" for number in range(first, first + num)]
         if _square(num) and list(columns) == texts + pixels:
             return len(texts)
-    return 0
+    grid = _grid(len(columns) - 1)
+    return 1 if grid and list(columns) == ["label", *grid] else 0
+
+
+def _grid(num: int) -> list[str]:
+    """`1x1` (row and column) and so on, for a square of so many pixels."""
+    numbers = range(1, _square(num) + 1)
+    return [f"{row}x{column}" for row in numbers for column in numbers]
+
+
+def are_pixels(names: Sequence[str]) -> bool:
+    """Whether a square's pixels are called so: pixel0.., pixel1.., 0.., 1.. or 1x1.., in order."""
+    num = len(names)
+    runs = [
+        [f"{prefix}{first + i}" for i in range(num)] for prefix in ("pixel", "") for first in (0, 1)
+    ]
+    return bool(_square(num)) and list(names) in [*runs, _grid(num)]
 
 
 def _names(columns: Sequence[str]) -> str:
@@ -153,7 +172,8 @@ def _row_with_text(columns: Sequence[str]) -> str:
         return ""
     if len(set(columns[1:])) == len(columns) - 1:
         return ""
-    return f"the first line is a row, not names; put the line {_header(len(columns) - 1)} first"
+    header = _header(len(columns) - 1)
+    return f"the first line is a row; put the line {header} first, or give --no-header"
 
 
 def _is_run(pixels: Sequence[str]) -> bool:
@@ -188,12 +208,18 @@ def _texts(columns: Sequence[str], texts: list[str], pixels: list[str]) -> str:
         return f"drop {dropped}" + (f"; then {then}" if then else "")
     steps = []
     if columns[0] != texts[0]:
-        steps.append(f"move the column {texts[0]!r} to the front")
+        flag = f"--label-column {_place(columns, texts[0])}"
+        steps.append(f"move the column {texts[0]!r} to the front, or give {flag}")
     if texts[0] != "label":
         steps.append(f"rename {texts[0]!r} to label")
     if not is_layout(["label", *pixels]):
         steps.append(_rename(pixels, "pixel", 0))
     return "; ".join(steps)
+
+
+def _place(columns: Sequence[str], name: str) -> str:
+    """Where a column stands, as --label-column takes it."""
+    return "last" if columns[-1] == name else str(list(columns).index(name) + 1)
 
 
 def _of_tmnist(columns: Sequence[str], pixels: list[str]) -> str:

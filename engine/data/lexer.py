@@ -1,10 +1,11 @@
 """The language of the CSV, defined line by line in plain Python; lexer_jit.py compiles it.
 
 Accepted: UTF-8, one row per line (LF or CRLF), RFC 4180 quoting, a header `names,labels,1..P`
-(TMNIST), `label,pixel0..` or `label,pixel1..P` (MNIST-like), P a square number, and pixels
-`0|[1-9][0-9]{0,2}` up to 255 with an optional `.0` (any number of zeros). Pixels are compared with
-their accepted spellings, never parsed as floats: float parsers take ` 5`, `1e2`, `nan`, `1_0` and
-full-width digits. Names and labels are text, kept to the byte, without controls.
+(TMNIST), `label,pixel0..`, `label,pixel1..P` or `label,1x1..` (MNIST-like), P a square number, and
+pixels `0|[1-9][0-9]{0,2}` up to 255 with an optional `.0` (any number of zeros). Pixels are
+compared with their accepted spellings, never parsed as floats: float parsers take ` 5`, `1e2`,
+`nan`, `1_0` and full-width digits. Names and labels are text, kept to the byte, without controls.
+Columns in another order are brought into this one before (arrange.py).
 
 This definition decides what an error says, is the oracle of the compiled lexer's tests, and its
 stand-in (some 8,000 rows/s) where numba cannot be imported. Shapes: R rows of a block, P pixels of
@@ -86,7 +87,7 @@ class Rows:
 
 def read_header(line: bytes) -> Layout:
     """The layout that a first line declares; a Fault if it is no header of TMNIST or MNIST."""
-    columns = tuple(_fields(line.removeprefix(b"\xef\xbb\xbf")))
+    columns = tuple(split_fields(line.removeprefix(b"\xef\xbb\xbf")))
     if num_text := num_texts(columns):
         num_pixels = len(columns) - num_text
         return Layout(columns, num_text == 2, num_text, num_pixels, isqrt(num_pixels))
@@ -101,7 +102,7 @@ def read_header(line: bytes) -> Layout:
 
 def read_row(line: bytes, layout: Layout) -> tuple[str, str, bytes]:
     """(font name or "", label, pixels) of a line; a Fault if it is not in the language."""
-    fields = _fields(line)
+    fields = split_fields(line)
     if tuple(fields[: layout.num_text]) == layout.columns[: layout.num_text]:
         raise Fault("the header stands here again, want a row; were files joined?")
     want = len(layout.columns)
@@ -131,7 +132,8 @@ def check_text(text: str, column: int) -> str:
     return text
 
 
-def _fields(line: bytes) -> list[str]:
+def split_fields(line: bytes) -> list[str]:
+    """The fields of a line, unquoted; a Fault if it is not CSV."""
     if (place := line.find(0)) >= 0:
         raise Fault(
             f"holds a NUL byte at byte {place + 1} of the line; copy or download the file again"

@@ -8,17 +8,13 @@ is not in the language is only found here; lexer.py says what is wrong with it.
 Shapes: R rows of a block, P pixels of a row, E different texts in A bytes.
 """
 
-import secrets
-from collections.abc import Callable
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
-from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic
 
+from engine.data.compiled import SEED, U, jit, load8, mix
 from engine.data.lexer import (
     FIELD_LIMIT_BYTES,
     LINE_LIMIT_BYTES,
@@ -30,14 +26,9 @@ from engine.data.lexer import (
 )
 
 assert SLACK_BYTES >= 40, "a wide comparison reads 40 bytes from the start of a field"
-U = np.uint64
 QUOTE, COMMA, DOT, ZERO, NINE, LF, CR = (np.uint8(ord(c)) for c in '",.09\n\r')
 TWO_ZEROS, FOUR_ZEROS = (U(int.from_bytes(t, "little")) for t in (b"0.0,0.0,", b"0,0,0,0,"))
 DOT_ZERO_COMMA = U(int.from_bytes(b".0,", "little"))
-FACTOR = U(0x9E3779B97F4A7C15)  # 2**64 / golden ratio (Knuth, TAOCP 6.4)
-SEED = U(secrets.randbits(64))
-"""Of this process, so that nobody writes a file whose names collide; no output depends on it. An
-argument of what is compiled, since numba would keep a global's value in its cache."""
 
 
 class Texts(NamedTuple):
@@ -63,35 +54,7 @@ class Room(NamedTuple):
     hash_R: np.ndarray
 
 
-def _jit(function: Callable[..., Any]) -> Any:
-    """Compiled at the first call, and kept beside the source or in the user's cache."""
-    try:
-        return njit(nogil=True, cache=True)(function)
-    except RuntimeError:
-        return njit(nogil=True)(function)
-
-
-def _load8_intrinsic(context: Any, array: Any, start: Any) -> Any:
-    """Eight bytes of a uint8 array from `start` as one little-endian uint64, at any alignment."""
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
-        address = builder.bitcast(builder.gep(data, [arguments[1]]), ir.IntType(64).as_pointer())
-        return builder.load(address, align=1)
-
-    return types.uint64(array, types.int64), codegen
-
-
-_load8: Any = intrinsic(_load8_intrinsic)
-
-
-@_jit
-def _mix(code, word):  # type: ignore[no-untyped-def]
-    code = (code ^ word) * FACTOR
-    return code ^ (code >> U(29))
-
-
-@_jit
+@jit
 def _text(buffer, i, texts):  # type: ignore[no-untyped-def]
     """Look up the field at `i`, unquoted, and keep it if it is new.
 
@@ -115,7 +78,7 @@ def _text(buffer, i, texts):  # type: ignore[no-untyped-def]
                 return -1, np.int32(0)
             i += 1  # the first of two
         arena_A[tail + length] = byte
-        code = _mix(code, U(byte))
+        code = mix(code, U(byte))
         length += 1
         i += 1
     if buffer[i] != COMMA or length == 0 or length > FIELD_LIMIT_BYTES:
@@ -138,7 +101,7 @@ def _text(buffer, i, texts):  # type: ignore[no-untyped-def]
     return i + 1, entry
 
 
-@_jit
+@jit
 def _any_pixel(buffer, i, last):  # type: ignore[no-untyped-def]
     """Any accepted pixel at `i`. Returns (offset behind its separator, value), or (-1, 0)."""
     quoted = buffer[i] == QUOTE
@@ -168,18 +131,18 @@ def _any_pixel(buffer, i, last):  # type: ignore[no-untyped-def]
     return i + 1, value
 
 
-@_jit
+@jit
 def _are_four(buffer, i, word):  # type: ignore[no-untyped-def]
     """Whether this word stands at `i` four times."""
     return (
-        (_load8(buffer, i) ^ word)
-        | (_load8(buffer, i + 8) ^ word)
-        | (_load8(buffer, i + 16) ^ word)
-        | (_load8(buffer, i + 24) ^ word)
+        (load8(buffer, i) ^ word)
+        | (load8(buffer, i + 8) ^ word)
+        | (load8(buffer, i + 16) ^ word)
+        | (load8(buffer, i + 24) ^ word)
     ) == U(0)
 
 
-@_jit
+@jit
 def _digits(word, end):  # type: ignore[no-untyped-def]
     """One to three digits at the start of `word` that `end` follows, without a branch: nothing
     predicts a pixel's digits. Returns (how many, value, whether that is a pixel's)."""
@@ -201,7 +164,7 @@ def _digits(word, end):  # type: ignore[no-untyped-def]
     return num_digits, value, good
 
 
-@_jit
+@jit
 def _decimals(buffer, i, image_P):  # type: ignore[no-untyped-def]
     """A row's pixels from `i` on, fast where they have ".0". Returns the next line's offset, or -1.
 
@@ -210,7 +173,7 @@ def _decimals(buffer, i, image_P):  # type: ignore[no-untyped-def]
     num = len(image_P)
     p = 0
     while p < num:
-        word = _load8(buffer, i)
+        word = load8(buffer, i)
         if word == TWO_ZEROS and p + 2 < num:  # most of a glyph is background
             for k in range(2):
                 image_P[p + k] = 0
@@ -235,13 +198,13 @@ def _decimals(buffer, i, image_P):  # type: ignore[no-untyped-def]
     return i
 
 
-@_jit
+@jit
 def _integers(buffer, i, image_P):  # type: ignore[no-untyped-def]
     """As `_decimals`, fast where pixels are nothing but digits."""
     num = len(image_P)
     p = 0
     while p < num:
-        word = _load8(buffer, i)
+        word = load8(buffer, i)
         if word == FOUR_ZEROS and p + 4 < num:
             for k in range(4):
                 image_P[p + k] = 0
@@ -266,7 +229,7 @@ def _integers(buffer, i, image_P):  # type: ignore[no-untyped-def]
     return i
 
 
-@_jit
+@jit
 def _pixels(buffer, i, image_P):  # type: ignore[no-untyped-def]
     """A row's pixels from `i` on, as its first is written. Returns the next line's offset, or -1.
 
@@ -280,7 +243,7 @@ def _pixels(buffer, i, image_P):  # type: ignore[no-untyped-def]
     return _decimals(buffer, i, image_P)
 
 
-@_jit
+@jit
 def _lex(buffer, start, stop, has_fonts, fonts_labels, room):  # type: ignore[no-untyped-def]
     """Rows of buffer[start:stop] up to the first line that is none.
 
@@ -308,9 +271,9 @@ def _lex(buffer, start, stop, has_fonts, fonts_labels, room):  # type: ignore[no
             total += value
             squares += value * value
         for p in range(0, num_pixels - 7, 8):
-            code = _mix(code, _load8(image_P, p))
+            code = mix(code, load8(image_P, p))
         for p in range(num_pixels - num_pixels % 8, num_pixels):
-            code = _mix(code, U(image_P[p]))
+            code = mix(code, U(image_P[p]))
         number_R3[row, 0] = start
         number_R3[row, 1] = total
         number_R3[row, 2] = squares

@@ -1,4 +1,4 @@
-"""Where a CSV comes from (file, .gz, .zip member, pipe), as blocks of whole lines.
+"""Where bytes come from (file, .gz, .zip member, pipe); of a CSV, as blocks of whole lines.
 
 Never waits for what is no file. A block is a reused buffer of lines that end with a line feed, with
 lexer.SLACK_BYTES behind them.
@@ -9,6 +9,7 @@ import io
 import os
 import re
 import stat
+import struct
 import sys
 import zipfile
 import zlib
@@ -28,33 +29,66 @@ OPENED = re.compile(r"-|/dev/stdin|/dev/fd/([0-9]{1,9})")
 _BLANK_LINE = re.compile(rb"(?:\A|\n)(\r?\n)\Z")
 
 
-class Source:
-    """An open CSV."""
+class File:
+    """An open file, or a pipe that the caller has opened for us."""
 
-    def __init__(self, name: str, raw: io.BufferedReader, stack: ExitStack) -> None:
-        """`stack` closes what unpacks the CSV."""
+    def __init__(self, path: Path, name: str, raw: io.BufferedReader) -> None:
+        self.path = path
         self.name = name
-        self._raw = raw
+        """As sentences call it."""
+        self.raw = raw
+        self._found = os.fstat(raw.fileno())
+        self.is_file = stat.S_ISREG(self._found.st_mode)
+        """Whether it is no pipe."""
+
+    @property
+    def bytes_on_disk(self) -> int | None:
+        """Its size; None of a pipe."""
+        return self._found.st_size if self.is_file else None
+
+    @property
+    def part(self) -> float:
+        """The part (0..1) of the file's bytes that has been read; 0 for a pipe."""
+        if not self.is_file:
+            return 0.0
+        return min(self.raw.tell() / max(self._found.st_size, 1), 1.0)
+
+    def check_unchanged(self) -> None:
+        """Refuse a file that was written to or replaced while it was read."""
+        if not self.is_file:
+            return
+        with reading(self.name):
+            now = os.fstat(self.raw.fileno())
+            named = now if OPENED.fullmatch(str(self.path)) else os.stat(self.path)
+        facts = [(s.st_ino, s.st_dev, s.st_size, s.st_mtime_ns) for s in (self._found, now, named)]
+        if len(set(facts)) > 1:
+            raise changed(self.name)
+
+
+class Source(File):
+    """An open CSV, or another file that may be a gzip: a stream of bytes."""
+
+    def __init__(self, path: Path, name: str, raw: io.BufferedReader, stack: ExitStack) -> None:
+        """`stack` closes what unpacks it."""
+        super().__init__(path, name, raw)
         self._inside = ""
         """What the CSV is unpacked from, as the beginning of a sentence."""
-        self._found = os.fstat(raw.fileno())
-        self._is_file = stat.S_ISREG(self._found.st_mode)
         self._data, self.size = self._unpack(stack)
-        """The size is that of the CSV itself; None if it is known only when all is read."""
+        """The size is that of what is unpacked; None if it is known only when all is read."""
 
     def _unpack(self, stack: ExitStack) -> tuple[Any, int | None]:
         """(stream of the CSV, its size if known); the first bytes say what it is packed in."""
-        magic = self._raw.peek(4)[:4]
+        magic = self.raw.peek(4)[:4]
         if magic[:2] == b"\x1f\x8b":
             self._inside = "is a gzip of"
-            return stack.enter_context(gzip.open(self._raw)), None
+            return stack.enter_context(gzip.open(self.raw)), None
         if magic not in (b"PK\x03\x04", b"PK\x05\x06"):
-            return self._raw, self._found.st_size if self._is_file else None
-        if not self._is_file:
+            return self.raw, self.bytes_on_disk
+        if not self.is_file:
             raise UserError(
                 f"{self.name}: is a zip, which cannot be read from a pipe; name the file"
             )
-        archive = stack.enter_context(zipfile.ZipFile(self._raw))
+        archive = stack.enter_context(zipfile.ZipFile(self.raw))
         member = self._member(archive)
         self._inside = f"its member {member.filename} is"
         return stack.enter_context(archive.open(member)), member.file_size
@@ -78,22 +112,15 @@ class Source:
         return tables[0]
 
     @property
-    def is_file(self) -> bool:
-        """Whether it is no pipe."""
-        return self._is_file
+    def is_packed(self) -> bool:
+        """Whether its bytes are not those of the file."""
+        return self._data is not self.raw
 
     def refuse_foreign(self, head: bytes) -> None:
         """UserError if what begins with `head` is of a kind that is known, and no CSV."""
         what = foreign(head, self.name, self.size)
         if what:
             raise UserError(f"{self.name}: {self._inside or 'is'} {what}")
-
-    @property
-    def part(self) -> float:
-        """The part (0..1) of the source's bytes that has been read; 0 for a pipe."""
-        if not self._is_file:
-            return 0.0
-        return min(self._raw.tell() / max(self._found.st_size, 1), 1.0)
 
     def readinto(self, view: memoryview) -> int:
         """Fill `view` as far as the source goes; fewer bytes only at its end."""
@@ -104,33 +131,46 @@ class Source:
                 filled += got
             return filled
 
-    def check_unchanged(self, path: Path) -> None:
-        """Refuse a file that was written to or replaced while it was read."""
-        if not self._is_file:
-            return
-        with reading(self.name):
-            now = os.fstat(self._raw.fileno())
-            named = now if OPENED.fullmatch(str(path)) else os.stat(path)
-        facts = [(s.st_ino, s.st_dev, s.st_size, s.st_mtime_ns) for s in (self._found, now, named)]
-        if len(set(facts)) > 1:
-            raise UserError(
-                f"{self.name}: changed while it was read; pack it again when nothing writes to it"
-            )
+
+Make = Callable[[Path, str, io.BufferedReader, ExitStack], Source]
+
+
+def changed(name: str) -> UserError:
+    """The refusal of a file that did not stay as it was."""
+    return UserError(f"{name}: changed while it was read; pack it again when nothing writes to it")
 
 
 @contextmanager
-def open_source(path: Path) -> Iterator[Source]:
+def open_source(path: Path, make: Make | None = None) -> Iterator[Source]:
     """Open a .csv, .csv.gz, a .zip that holds one CSV, `-` or /dev/stdin, whatever its name.
 
+    Args:
+        make: what makes a Source of the open file; by default Source itself.
     Raises:
         UserError: it is no regular file (a pipe only as /dev/stdin or /dev/fd/N), or cannot be
             read.
     """
-    name = "standard input" if str(path) == "-" else str(path)
+    name = said_name(path)
     with ExitStack() as stack:
         with reading(name):
-            source = Source(name, stack.enter_context(open(_open(path, name), "rb")), stack)
+            raw = stack.enter_context(open(_open(path, name), "rb"))
+            source = (make or Source)(path, name, raw, stack)
         yield source
+
+
+@contextmanager
+def open_file(path: Path) -> Iterator[File]:
+    """As `open_source`, but nothing is unpacked."""
+    name = said_name(path)
+    with ExitStack() as stack:
+        with reading(name):
+            file = File(path, name, stack.enter_context(open(_open(path, name), "rb")))
+        yield file
+
+
+def said_name(path: Path) -> str:
+    """What sentences call a source."""
+    return "standard input" if str(path) == "-" else str(path)
 
 
 def _open(path: Path, name: str) -> int:
@@ -179,13 +219,23 @@ def reading(name: str) -> Iterator[None]:
     except RuntimeError as error:
         # zipfile's, for encryption, and its subclass NotImplementedError, for rare methods.
         raise UserError(
-            f"{name}: cannot be unpacked ({error}); unpack it yourself and name the CSV"
+            f"{name}: cannot be unpacked ({error}); unpack it yourself and name what was inside"
         ) from None
     except OSError as error:
         reason = error.strerror or error
         raise UserError(
-            f"{name}: cannot be read ({reason}); give a .csv, .csv.gz or the .zip as downloaded"
+            f"{name}: cannot be read ({reason}); name a file that is there and may be read"
         ) from None
+
+
+@contextmanager
+def unzipping(name: str) -> Iterator[None]:
+    """As `reading`, and what zipfile raises where the numbers of a zip's directory are wrong."""
+    try:
+        with reading(name):
+            yield
+    except (ValueError, OverflowError, struct.error) as error:
+        raise UserError(f"{name}: the zip is damaged ({error}); download it again") from None
 
 
 def buffer_bytes(block_bytes: int = BLOCK_BYTES) -> int:

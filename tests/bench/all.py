@@ -19,6 +19,7 @@ from tests.bench import (
     precision,
     ranks,
     report,
+    sources,
     step,
     warp,
 )
@@ -32,6 +33,7 @@ from tests.bench import (
 def main(data: Path | None, out: Path) -> None:
     """Run the benchmarks and print the files they left."""
     pack.bench(out, csv=None, rounds=7)
+    sources.bench(out, rounds=5)
     feeds.bench(out, seconds=8.0)
     warp.bench(out, rounds=3, seconds=2.0)
     step.bench(out, rounds=7, num_steps=60)

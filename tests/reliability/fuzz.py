@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from engine.data.collect import Spool
-from engine.data.pack import PackOptions, _read, check, pack
+from engine.data.given import Reading, SourceOptions
+from engine.data.pack import check, pack
 from engine.data.records import Records, _fingerprint, open_records
 from engine.data.source import open_source
 from engine.errors import UserError
@@ -228,8 +229,8 @@ def _pack_verdict(path: Path, folder: Path, block_bytes: int) -> tuple[Any, list
     """The packer's own pass over a CSV, as `judge` answers."""
     try:
         with open_source(path) as source, closing(Spool(folder)) as spool:
-            options = PackOptions(workers=1, block_bytes=block_bytes)
-            table = _read(source, options, spool).table()
+            options = SourceOptions(workers=1, block_bytes=block_bytes)
+            table = Reading(source, options, spool).read().table()
             pixels = spool.take(np.arange(len(table.label_N)))
     except UserError as error:
         return _faulty_row(str(error)), []

@@ -1,0 +1,339 @@
+"""What is given to be packed: CSVs, or files of images, opened and read into a Collector.
+
+Does not: split or write (pack.py), nor know a format (lexer.py, idx.py, ...).
+
+Shapes: R rows of a block, P pixels.
+"""
+
+import warnings
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+
+from engine.data.arrange import ArrangedSource, Asked
+from engine.data.collect import Collector, CsvCollector, Spool, Stored, check_space, header_of
+from engine.data.foreign import HEAD_BYTES, idx_contents
+from engine.data.idx import USAGE, open_idx
+from engine.data.images import Images, Progress, read_images
+from engine.data.layouts import Layouts, first_bytes, layout_of
+from engine.data.lexer import Layout, Lexer, Rows, lex_plainly
+from engine.data.source import BLOCK_BYTES, Source, blocks, buffer_bytes, open_source
+from engine.errors import UserError
+from engine.host import num_cpus
+
+MAX_WORKERS = 8
+NAMED = ("npz", "parquet", "arrow")
+"""Layouts whose parts have names."""
+
+
+def silent(rows: int, part: float) -> None:
+    """The Progress that nobody watches."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceOptions:
+    """How a source is read, as the command's flags of the same names say."""
+
+    layout: Layouts = "auto"
+    images: str = ""
+    """The array or column that holds the images; "": the only one that may."""
+    labels: str = ""
+    """Likewise of their labels."""
+    label_column: str = "first"
+    """Of a CSV: first, last or a number from 1 on."""
+    no_header: bool = False
+    index_column: bool = False
+    """Whether a CSV's first column holds row numbers, which are left out."""
+    workers: int | None = None
+    """Threads; by default one for each core this process may use."""
+    block_bytes: int = BLOCK_BYTES
+    """What is lexed at once."""
+
+    @property
+    def num_workers(self) -> int:
+        return self.workers or min(num_cpus(), MAX_WORKERS)
+
+    @property
+    def columns(self) -> Asked:
+        return Asked(self.label_column, not self.no_header, self.index_column)
+
+    def check(self, layout: Layouts, name: str) -> None:
+        """UserError if an option is given that a source of this layout has no use for."""
+        if layout != "csv" and self.columns.changes_anything:
+            flags = "--label-column, --no-header and --index-column"
+            raise UserError(f"{name}: is {layout}, but {flags} are of CSVs; leave them out")
+        if layout not in NAMED and (self.images or self.labels):
+            named = f"{', '.join(NAMED[:-1])} and {NAMED[-1]}"
+            raise UserError(
+                f"{name}: is {layout}, but --images and --labels are of {named}; leave them out"
+            )
+
+
+class CsvFiles:
+    """CSVs of one header."""
+
+    def __init__(self, sources: Sequence[Source], options: SourceOptions) -> None:
+        self.name = sources[0].name
+        self._sources = sources
+        self._options = options
+        self.found: list[str] = []
+        """What was found in each, once it has been read."""
+
+    def check_head(self) -> None:
+        """UserError if the first file is no CSV or has no header of ours, by its first block."""
+        source = self._sources[0]
+        if source.is_file:
+            room = bytearray(buffer_bytes(self._options.block_bytes))
+            for buffer, stop in blocks(source, lambda: room, self._options.block_bytes):
+                source.refuse_foreign(bytes(buffer[:HEAD_BYTES][:stop]))
+                header_of(source.name, bytes(buffer[: buffer.index(b"\n") + 1]))
+                break
+
+    def read(
+        self,
+        spool: Spool | None = None,
+        progress: Progress = silent,
+        faults: list[str] | None = None,
+    ) -> CsvCollector:
+        """All rows; the first fault is an error, or they go into `faults`."""
+        collector = None
+        for number, source in enumerate(self._sources):
+
+            def show(rows: int, part: float, number: int = number) -> None:
+                progress(rows, (number + part) / len(self._sources))
+
+            rows = Reading(source, self._options, spool, faults)
+            collector = rows.read(show, collector)
+            found = collector.arrangement or _said(collector.layout)
+            self.found.append(f"{found}: {source.name}")
+        assert collector is not None, "no source was given"
+        return collector
+
+    def stored(self) -> Stored | None:
+        """None: pixels are text here."""
+        return None
+
+    def check_unchanged(self) -> None:
+        for source in self._sources:
+            source.check_unchanged()
+
+
+def _said(layout: Layout) -> str:
+    """A header, for whoever packs it to compare with what they meant."""
+    texts = ", ".join(layout.columns[: layout.num_text])
+    pixels = f"{layout.columns[layout.num_text]}..{layout.columns[-1]}"
+    return f"CSV, columns {texts} and {pixels}, images of {layout.side} x {layout.side}"
+
+
+class ImageFiles:
+    """Sources of images of one size."""
+
+    def __init__(self, sources: Sequence[Images], options: SourceOptions) -> None:
+        """UserError if their images are of several sizes."""
+        self.name = sources[0].name
+        self._sources = sources
+        self._options = options
+        self.found = [source.found for source in sources]
+        first = sources[0]
+        for source in sources:
+            if source.side != first.side:
+                raise UserError(
+                    f"{source.name}: holds images of {source.side} x {source.side} pixels, "
+                    f"but {first.name} of {first.side} x {first.side}; pack images of one size"
+                )
+
+    def check_head(self) -> None:
+        """Opening them has checked their headers."""
+
+    def read(
+        self,
+        spool: Spool | None = None,
+        progress: Progress = silent,
+        faults: list[str] | None = None,
+    ) -> Collector:
+        """All rows; the first fault is an error, or the only one that goes into `faults`."""
+        counts = [source.num_images for source in self._sources]
+        num_images = sum(filter(None, counts))
+        is_stored = self.stored() is not None
+        if spool is not None and None not in counts:
+            num_bytes = num_images * self._sources[0].side ** 2
+            what = "the records" if is_stored else "the records and a copy"
+            check_space(spool.folder, num_bytes if is_stored else 2 * num_bytes, what)
+        collector = Collector(self._sources[0].side, None if is_stored else spool)
+
+        def show(rows: int, part: float) -> None:
+            progress(rows, part if None in counts else rows / num_images)
+
+        try:
+            for source in self._sources:
+                collector.begin(source.name)
+                read_images(source, collector, self._options.num_workers, show)
+        except UserError as error:
+            if faults is None:
+                raise
+            faults.append(str(error))
+        return collector
+
+    def stored(self) -> Stored | None:
+        """Where all pixels lie as they are, if they lie in one file."""
+        return self._sources[0].stored() if len(self._sources) == 1 else None
+
+    def check_unchanged(self) -> None:
+        for source in self._sources:
+            source.check_unchanged()
+
+
+@contextmanager
+def open_given(paths: Sequence[Path], options: SourceOptions) -> Iterator[CsvFiles | ImageFiles]:
+    """Open all files that are to be packed together, in this order.
+
+    Raises:
+        UserError: one cannot be read, they have several layouts, or a header is refused.
+    """
+    layout = layout_of(paths, options.layout)
+    options.check(layout, str(paths[0]))
+    make = partial(ArrangedSource, asked=options.columns)
+    with ExitStack() as stack:
+        if layout == "csv":
+            kind = make if options.columns.changes_anything else Source
+            sources = [stack.enter_context(open_source(path, kind)) for path in paths]
+            yield CsvFiles(sources, options)
+        else:
+            images = [stack.enter_context(each) for each in _open_images(layout, paths, options)]
+            yield ImageFiles(images, options)
+
+
+def _open_images(
+    layout: Layouts, paths: Sequence[Path], options: SourceOptions
+) -> list[AbstractContextManager[Images]]:
+    """What opens each source of images when it is entered."""
+    # What reads them is imported here: numba and pyarrow would delay every start.
+    names = options.images, options.labels
+    if layout == "idx":
+        return [open_idx(*pair) for pair in _pairs(paths)]
+    if layout == "npz":
+        from engine.data.npz import open_npz
+
+        return [open_npz(path, names) for path in paths]
+    if layout == "png":
+        from engine.data.pictures import open_pictures
+
+        return [open_pictures(path) for path in paths]
+    from engine.data.columns import open_columns
+
+    return [open_columns(path, layout, names) for path in paths]
+
+
+def _pairs(paths: Sequence[Path]) -> list[tuple[Path, Path]]:
+    """IDX files in twos."""
+    if len(paths) == 1:
+        what = idx_contents(first_bytes(paths[0])[0]) or "no IDX file"
+        raise UserError(f"{paths[0]}: is {what}; {USAGE}")
+    if len(paths) % 2:
+        raise UserError(f"{paths[-1]}: is the last of {len(paths)} IDX files; {USAGE}")
+    return list(zip(paths[::2], paths[1::2], strict=True))
+
+
+def find_lexer() -> Lexer:
+    """The compiled lexer, or the plain one where numba, which lags behind NumPy, is missing."""
+    try:
+        from engine.data.lexer_jit import lex
+    except ImportError as error:
+        warnings.warn(
+            f"numba cannot be imported ({error}): reading some 8,000 rows/s",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return lex_plainly
+    return lex
+
+
+class Reading:
+    """One CSV being read: blocks are lexed by several threads, and collected in order."""
+
+    def __init__(
+        self,
+        source: Source,
+        options: SourceOptions = SourceOptions(),
+        spool: Spool | None = None,
+        faults: list[str] | None = None,
+    ) -> None:
+        self._source = source
+        self._options = options
+        self._spool = spool
+        self._faults = faults
+        self._lex = find_lexer()
+        room = buffer_bytes(options.block_bytes)
+        self._buffers = deque(bytearray(room) for _ in range(options.num_workers + 2))
+        self._images: deque[np.ndarray] = deque()
+        self._pending: deque[tuple[bytearray, int, np.ndarray, Future[Rows]]] = deque()
+
+    def read(
+        self, progress: Progress = silent, collector: CsvCollector | None = None
+    ) -> CsvCollector:
+        """The whole source; its rows come behind those that `collector` has."""
+        source = self._source
+        is_open = False
+        before = collector.row if collector else 0
+        with ThreadPoolExecutor(self._options.num_workers) as pool:
+            if self._spool is not None:  # for the second pass, while nobody waits for it
+                pool.submit(import_module, "pyarrow")
+            block_bytes = self._options.block_bytes
+            for buffer, stop in blocks(source, lambda: self._buffers[0], block_bytes):
+                start = 0
+                if not is_open:
+                    start = buffer.index(b"\n") + 1
+                    collector = self._begin(buffer, start, stop, collector)
+                    is_open = True
+                assert collector is not None
+                block = np.frombuffer(buffer, np.uint8)
+                image_RP = self._images.popleft()
+                future = pool.submit(self._lex, collector.layout, block, start, stop, image_RP)
+                self._pending.append((self._buffers.popleft(), stop, image_RP, future))
+                if not self._buffers and not self._collect(collector, progress):
+                    return collector
+            while collector and self._pending and self._collect(collector, progress):
+                pass
+        if collector is None or collector.row == before:
+            raise UserError(f"{source.name}: has no data rows; want a header and rows after it")
+        return collector
+
+    def _begin(
+        self, buffer: bytearray, start: int, stop: int, collector: CsvCollector | None
+    ) -> CsvCollector:
+        """The collector for the source's rows, by its header, which ends at `start`."""
+        source = self._source
+        source.refuse_foreign(bytes(buffer[:HEAD_BYTES][:stop]))
+        header = bytes(buffer[:start])
+        if collector is None:
+            collector = CsvCollector(source.name, header, self._spool, self._faults)
+        else:
+            layout = header_of(source.name, header)
+            if layout.columns != collector.layout.columns:
+                raise UserError(
+                    f"{source.name}:1: has another header than {collector.source}; "
+                    f"pack files of one header"
+                )
+            collector.begin(source.name)
+        collector.arrangement = source.arrangement if isinstance(source, ArrangedSource) else None
+        self._images.extend(collector.layout.images(len(buffer)) for _ in self._buffers)
+        if self._spool is not None and source.size:
+            line_bytes = stop / buffer.count(b"\n", 0, stop)
+            self._spool.check_space(int(source.size / line_bytes * collector.layout.num_pixels))
+        return collector
+
+    def _collect(self, collector: CsvCollector, progress: Progress) -> bool:
+        """Take the oldest block; whether to go on."""
+        buffer, stop, image_RP, future = self._pending.popleft()
+        goes_on = collector.add_block(future.result(), self._lex, buffer, stop, image_RP)
+        progress(collector.row, self._source.part)
+        self._buffers.append(buffer)
+        self._images.append(image_RP)
+        return goes_on

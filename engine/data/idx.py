@@ -1,0 +1,175 @@
+"""IDX, MNIST's binary format: a file of images and one of their labels, each perhaps a gzip.
+
+Grammar: two zero bytes, the type (8: uint8, the only one taken), the number of axes (3 of images, 1
+of labels), each axis' length as a big-endian uint32, then the values and nothing behind them.
+
+Source: http://yann.lecun.com/exdb/mnist, "the IDX file format".
+
+Shapes: R images of a block, P pixels.
+"""
+
+import math
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from engine.data.collect import Stored
+from engine.data.images import Task, check_side, numbered, rows_of, rows_per_block
+from engine.data.lexer import Rows
+from engine.data.source import Source, changed, open_source, reading
+from engine.errors import UserError
+
+UINT8 = 8
+TYPES = {8: "uint8", 9: "int8", 11: "int16", 12: "int32", 13: "float32", 14: "float64"}
+KINDS = {1: "labels", 2: "vectors", 3: "images", 4: "images of several colours"}
+"""What a file of so many axes holds."""
+IMAGE_AXES, LABEL_AXES = 3, 1
+USAGE = "give pairs, images then labels: tools/pack_tmnist IMAGES LABELS OUT"
+AGAIN = "download or write it again"
+
+
+def is_idx(head: bytes) -> bool:
+    """Whether a file that begins so is IDX: no CSV begins with two zero bytes."""
+    return len(head) >= 4 and head[:2] == b"\0\0" and head[2] in TYPES and 0 < head[3] <= 4
+
+
+class IdxFile:
+    """One file: its header read and checked, its values next."""
+
+    def __init__(self, source: Source, num_axes: int) -> None:
+        """
+        Raises:
+            UserError: it is no IDX file of so many axes of uint8, or, where that is known from its
+                size, it is longer or shorter than its header says.
+        """
+        self.source = source
+        head = self._read(4)
+        if not is_idx(head):
+            source.refuse_foreign(head + self._read(508))
+            raise UserError(
+                f"{source.name}: is no IDX file of {KINDS[num_axes]} "
+                f"(it begins with {head.hex(' ') or 'nothing'}); {USAGE}"
+            )
+        found = KINDS[head[3]]
+        if head[3] != num_axes:
+            raise UserError(
+                f"{source.name}: is an IDX file of {found} where {KINDS[num_axes]} are expected; "
+                f"{USAGE}"
+            )
+        if head[2] != UINT8:
+            raise UserError(
+                f"{source.name}: holds {found} of {TYPES[head[2]]}, want uint8 (0..255); "
+                f"write it as uint8"
+            )
+        self.offset = 4 + 4 * num_axes
+        lengths = self._read(4 * num_axes)
+        if len(lengths) < 4 * num_axes:
+            raise UserError(f"{source.name}: ends within its header; {AGAIN}")
+        self.shape: tuple[int, ...] = struct.unpack(f">{num_axes}I", lengths)
+        self._check_size()
+
+    def fill(self, values: np.ndarray) -> None:
+        """Read the next values into `values`, uint8; UserError where the file ends."""
+        if self.source.readinto(values.reshape(-1).data) < values.size:
+            raise UserError(
+                f"{self.source.name}: ends before the {self.shape[0]:,} {KINDS[len(self.shape)]} "
+                f"that its header declares; {AGAIN}"
+            )
+
+    def check_end(self) -> None:
+        """UserError if anything stands behind the last value."""
+        if self._read(1):
+            raise UserError(
+                f"{self.source.name}: goes on behind the {self.shape[0]:,} "
+                f"{KINDS[len(self.shape)]} that its header declares; {AGAIN}"
+            )
+
+    def _read(self, num_bytes: int) -> bytes:
+        data = bytearray(num_bytes)
+        return bytes(data[: self.source.readinto(memoryview(data))])
+
+    def _check_size(self) -> None:
+        want = self.offset + math.prod(self.shape)
+        got = self.source.size
+        if got is not None and got != want:
+            axes = " x ".join(f"{length:,}" for length in self.shape)
+            raise UserError(
+                f"{self.source.name}: has {got:,} bytes, want {want:,} for the "
+                f"{axes} values that its header declares; {AGAIN}"
+            )
+
+
+class IdxPair:
+    """Images and their labels; an images.Images."""
+
+    def __init__(self, images: Source, labels: Source) -> None:
+        """UserError if the headers are refused, or do not fit each other."""
+        self._images = IdxFile(images, IMAGE_AXES)
+        self._labels = IdxFile(labels, LABEL_AXES)
+        self.name = images.name
+        self.num_images, height, width = self._images.shape
+        if not self.num_images:
+            raise UserError(f"{images.name}: holds no images; {AGAIN}")
+        if self._labels.shape != (self.num_images,):
+            raise UserError(
+                f"{labels.name}: holds {self._labels.shape[0]:,} labels, but {images.name} "
+                f"{self.num_images:,} images; give files that belong together"
+            )
+        self.side = check_side(images.name, height, width)
+        self.found = (
+            f"IDX, {self.num_images:,} images of {height} x {width} in {images.name}, "
+            f"their labels in {labels.name}"
+        )
+
+    def stored(self) -> Stored | None:
+        source = self._images.source
+        if source.is_packed or not source.is_file:
+            return None
+        return Stored(source.name, source.raw.fileno(), self._images.offset, self.side**2)
+
+    def tasks(self) -> Iterator[Task]:
+        stored = self.stored()
+        per_block = rows_per_block(self.side**2)
+        for first in range(0, self.num_images, per_block):
+            num = min(per_block, self.num_images - first)
+            label_R = np.empty(num, np.uint8)
+            self._labels.fill(label_R)
+            image_RP = np.empty((num, self.side**2), np.uint8)
+            if stored:
+                yield partial(_read_rows, stored, first, image_RP, label_R)
+            else:
+                self._images.fill(image_RP)
+                yield partial(_rows, image_RP, label_R)
+        self._labels.check_end()
+        if not stored:
+            self._images.check_end()
+
+    def check_unchanged(self) -> None:
+        self._images.source.check_unchanged()
+        self._labels.source.check_unchanged()
+
+
+def _read_rows(stored: Stored, first: int, image_RP: np.ndarray, label_R: np.ndarray) -> Rows:
+    with reading(stored.name):
+        if stored.read(first, image_RP) < image_RP.size:
+            raise changed(stored.name)
+    return _rows(image_RP, label_R)
+
+
+def _rows(image_RP: np.ndarray, label_R: np.ndarray) -> Rows:
+    return rows_of(image_RP, *numbered(label_R))
+
+
+@contextmanager
+def open_idx(images: Path, labels: Path) -> Iterator[IdxPair]:
+    """Open a pair of files.
+
+    Raises:
+        UserError: one cannot be read, is no IDX file of its kind, or they do not fit each other.
+    """
+    with open_source(images) as opened, open_source(labels) as opened_labels:
+        yield IdxPair(opened, opened_labels)

@@ -1,0 +1,260 @@
+"""NumPy's .npz: a zip of arrays, of which one holds images and one their labels.
+
+Grammar: a member NAME.npy of format 1 or 2, of uint8, in C's order, with the axes images, rows,
+columns; and one of as many integers or texts, with one axis or a second of length 1. Where no name
+is given, the only array that may be the images is taken, and the only one that may be their labels;
+two are refused. Arrays of Python objects are pickles, and never opened.
+
+Source: https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html
+
+Shapes: R images of a block, P pixels.
+"""
+
+import io
+import math
+import struct
+import sys
+import zipfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tokenize import TokenError
+from typing import IO, ClassVar
+
+import numpy as np
+from numpy.lib import format as npy
+
+from engine.data.collect import Stored
+from engine.data.images import (
+    Task,
+    check_side,
+    checked_label,
+    chosen,
+    numbered,
+    rows_of,
+    rows_per_block,
+)
+from engine.data.lexer import FIELD_LIMIT_BYTES, Rows
+from engine.data.source import File, open_file, unzipping
+from engine.errors import UserError
+
+MOST_MEMBERS = 1000
+HEAD_BYTES = 12_000
+"""Of a member: NumPy itself takes headers of at most 10,000 characters."""
+LOCAL_HEADER = struct.Struct("<4s22xHH")
+"""Of a zip's member, before its name: the magic, and the lengths of the name and of extras."""
+USE_SAVEZ = "write it again with np.savez"
+
+
+@dataclass(frozen=True)
+class Array:
+    """A member of the zip, as its header describes it; an images.Part."""
+
+    noun: ClassVar[str] = "array"
+
+    name: str
+    """Without .npy."""
+    info: zipfile.ZipInfo
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    in_c_order: bool
+    offset: int
+    """Of its first value, in the member."""
+
+    def __str__(self) -> str:
+        return f"{self.name!r} {self.shape} of {self.dtype}"
+
+    def image_fault(self) -> str:
+        """Why it cannot be the images, and what to do; "" if it can."""
+        if self.dtype.hasobject:
+            return "holds Python objects, which are pickles that could run code; save numbers"
+        if self.dtype != np.uint8:
+            scaled = " (0..1 times 255)" if self.dtype.kind == "f" else ""
+            return f"is of {self.dtype}, want uint8 (0..255); save it as uint8{scaled}"
+        if len(self.shape) != 3:
+            return f"has the shape {self.shape}, want (images, rows, columns); reshape it"
+        if not self.in_c_order:
+            return "is in Fortran's order; save np.ascontiguousarray of it"
+        return "" if self.shape[0] else "holds no images; save some"
+
+    def label_fault(self, num_images: int) -> str:
+        """Why it cannot be the labels of so many images, and what to do; "" if it can."""
+        if self.dtype.hasobject:
+            return "holds Python objects, which are pickles that could run code; save texts (str)"
+        if self.dtype.kind not in "iuUS" or not self.dtype.itemsize:
+            return f"is of {self.dtype}, want integers or texts; save it as such"
+        if self.dtype.itemsize > 4 * FIELD_LIMIT_BYTES:
+            return f"holds texts of {self.dtype}, want at most {FIELD_LIMIT_BYTES} bytes"
+        if self.shape not in ((num_images,), (num_images, 1)):
+            return f"has the shape {self.shape}, want ({num_images},), a label per image"
+        return ""
+
+
+class Npz:
+    """Images and labels of one .npz; an images.Images."""
+
+    def __init__(
+        self, file: File, archive: zipfile.ZipFile, stack: ExitStack, names: tuple[str, str]
+    ) -> None:
+        """
+        Args:
+            stack: closes its members.
+            names: of the arrays of images and of labels; "": to be found.
+        Raises:
+            UserError: the arrays are not there, not clear, or not of the grammar.
+        """
+        self.name = file.name
+        self._file = file
+        with unzipping(file.name):
+            arrays = _arrays(file.name, archive)
+        self._images = chosen(file.name, arrays, "images", names[0], Array.image_fault)
+        self.num_images, height, width = self._images.shape
+        self.side = check_side(f"{file.name}: {self._images.name!r}", height, width)
+        self._labels = chosen(
+            file.name, arrays, "labels", names[1], lambda array: array.label_fault(self.num_images)
+        )
+        self.found = (
+            f"npz, {self.num_images:,} images of {height} x {width} in {self._images.name!r} of "
+            f"{file.name}, their labels in {self._labels.name!r}"
+        )
+        self._image_member = _values(file.name, archive, self._images, stack)
+        self._label_member = _values(file.name, archive, self._labels, stack)
+
+    def stored(self) -> Stored | None:
+        info = self._images.info
+        if info.compress_type != zipfile.ZIP_STORED:
+            return None
+        with unzipping(self.name):
+            handle = self._file.raw.fileno()
+            self._file.raw.seek(info.header_offset)
+            magic, name_bytes, extra_bytes = LOCAL_HEADER.unpack(
+                self._file.raw.read(LOCAL_HEADER.size)
+            )
+        if magic != b"PK\x03\x04":
+            return None
+        start = info.header_offset + LOCAL_HEADER.size + name_bytes + extra_bytes
+        return Stored(self.name, handle, start + self._images.offset, self.side**2)
+
+    def tasks(self) -> Iterator[Task]:
+        labels = self._labels.dtype
+        per_block = rows_per_block(max(self.side**2, labels.itemsize))
+        for first in range(0, self.num_images, per_block):
+            num = min(per_block, self.num_images - first)
+            image_RP = np.empty((num, self.side**2), np.uint8)
+            self._fill(self._image_member, image_RP.reshape(-1).data, self._images)
+            label_R = np.empty(num * labels.itemsize, np.uint8)
+            self._fill(self._label_member, label_R.data, self._labels)
+            place = f"{self.name}: {self._labels.name!r}"
+            yield partial(_rows, place, image_RP, label_R.view(labels))
+        for member in (self._image_member, self._label_member):
+            with unzipping(self.name):  # its checksum is compared at its end
+                member.read(1)
+
+    def check_unchanged(self) -> None:
+        self._file.check_unchanged()
+
+    def _fill(self, member: IO[bytes], view: memoryview, array: Array) -> None:
+        with unzipping(self.name):
+            filled = 0
+            while filled < len(view) and (data := member.read(len(view) - filled)):
+                view[filled : filled + len(data)] = data
+                filled += len(data)
+        if filled < len(view):
+            raise UserError(
+                f"{self.name}: {array.name!r} ends before its {array.shape[0]:,} values; "
+                f"{USE_SAVEZ}"
+            )
+
+
+def _arrays(name: str, archive: zipfile.ZipFile) -> list[Array]:
+    infos = archive.infolist()
+    if len(infos) > MOST_MEMBERS:
+        raise UserError(
+            f"{name}: holds {len(infos):,} arrays, want at most {MOST_MEMBERS:,}; "
+            f"save the images alone"
+        )
+    return [_array(name, archive, info) for info in infos]
+
+
+def _array(name: str, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Array:
+    with archive.open(info) as member:
+        head = io.BytesIO(member.read(HEAD_BYTES))  # what a header declares must not fill memory
+    try:
+        shape, is_fortran, dtype = _header(head)
+    except (ValueError, SyntaxError, TypeError, TokenError, RecursionError, MemoryError) as error:
+        reason = str(error).partition("\n")[0][:80]
+        raise UserError(
+            f"{name}: its member {info.filename} is no NumPy array ({reason}); {USE_SAVEZ}"
+        ) from None
+    array = Array(
+        name=info.filename.removesuffix(".npy"),
+        info=info,
+        shape=shape,
+        dtype=dtype,
+        in_c_order=not is_fortran or len(shape) < 2,
+        offset=head.tell(),
+    )
+    want = array.offset + math.prod(shape) * dtype.itemsize
+    if not dtype.hasobject and info.file_size != want:
+        raise UserError(
+            f"{name}: its member {info.filename} has {info.file_size:,} bytes, want {want:,} for "
+            f"{shape} of {dtype}; {USE_SAVEZ}"
+        )
+    return array
+
+
+def _header(head: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """(shape, whether in Fortran's order, type) of an array; ValueError and kin if it is none."""
+    version = npy.read_magic(head)
+    readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+    if version not in readers:
+        raise ValueError(f"format {version[0]}.{version[1]}, want 1.0 or 2.0")
+    shape, is_fortran, dtype = readers[version](head)
+    if not all(type(length) is int and length >= 0 for length in shape):
+        raise ValueError(f"shape {shape}")
+    return shape, is_fortran, dtype
+
+
+def _values(name: str, archive: zipfile.ZipFile, array: Array, stack: ExitStack) -> IO[bytes]:
+    """The member, behind its header."""
+    with unzipping(name):
+        member = stack.enter_context(archive.open(array.info))
+        member.read(array.offset)
+    return member
+
+
+def _rows(place: str, image_RP: np.ndarray, label_R: np.ndarray) -> Rows:
+    if label_R.dtype.kind in "iu":
+        return rows_of(image_RP, *numbered(label_R))
+    if label_R.dtype.kind == "U":
+        code = np.dtype(np.uint32).newbyteorder(label_R.dtype.byteorder)
+        if label_R.view(code).max() > sys.maxunicode:  # Python itself would give up
+            raise UserError(f"{place}: a label is not Unicode; save texts")
+    values, index_R = np.unique(label_R, return_inverse=True)
+    return rows_of(image_RP, [_text(value, place) for value in values], index_R)
+
+
+def _text(value: np.str_ | np.bytes_, place: str) -> str:
+    try:
+        text = value.decode() if isinstance(value, bytes) else str(value)
+    except UnicodeDecodeError:
+        raise UserError(f"{place}: a label is not UTF-8; save texts") from None
+    return checked_label(text, place)
+
+
+@contextmanager
+def open_npz(path: Path, names: tuple[str, str]) -> Iterator[Npz]:
+    """Open an .npz.
+
+    Args:
+        names: of the arrays of images and of labels; "": to be found.
+    Raises:
+        UserError: it cannot be read, or its arrays are refused.
+    """
+    with ExitStack() as stack:
+        file = stack.enter_context(open_file(path))
+        with unzipping(file.name):
+            archive = stack.enter_context(zipfile.ZipFile(file.raw))
+        yield Npz(file, archive, stack, names)

@@ -1,0 +1,336 @@
+"""A folder tree of PNGs: one folder per class, named for it, and nothing else in it.
+
+Grammar: PNGs of one square size, grey, of 1, 2, 4 or 8 bits per pixel (fewer are scaled to 0..255,
+as PNG says), without transparency or animation. Classes come in the order of their names' bytes,
+and so do the files of each; names of classes are UTF-8. What systems leave in folders
+(foreign.is_litter) is passed over.
+
+8-bit PNGs that are not interlaced, nearly all, are decoded here, many at once; Pillow does the
+others. Checksums are compared, and no more is unpacked than a picture of that size takes.
+
+Source: https://www.w3.org/TR/png-3/
+
+Shapes: R images of a block, H x W pixels, V = W + 1 bytes of a scanline, the first its filter.
+"""
+
+import io
+import os
+import stat
+import struct
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine.data.collect import Stored
+from engine.data.foreign import foreign, is_litter
+from engine.data.images import Task, check_side, checked_label, rows_of, rows_per_block
+from engine.data.lexer import Rows
+from engine.data.records import MAX_CLASSES
+from engine.data.source import reading
+from engine.errors import UserError
+
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
+HEADER = struct.Struct(">IIBBBBB")
+CHUNK = struct.Struct(">I4s")
+CRC = struct.Struct(">I")
+KNOWN = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
+"""Chunks without which a picture cannot be understood; others begin with a small letter."""
+COLOURS = {2: "RGB", 3: "of a palette", 4: "grey with transparency", 6: "RGB with transparency"}
+FILE_LIMIT_BYTES = 16 * 2**20
+AGAIN = "copy or write it again"
+BAD_FILTER = f"is damaged (a filter that PNG does not have); {AGAIN}"
+TO_GREY = "convert it to 8-bit grey (mogrify -alpha off -colorspace Gray -depth 8)"
+
+
+class PngFault(Exception):
+    """What is wrong with a file, and what to do."""
+
+
+class PngFolders:
+    """The class folders of one folder; an images.Images."""
+
+    def __init__(self, folder: Path) -> None:
+        """UserError if what lies in the folders, by its names, or the first picture is refused."""
+        self.name = str(folder)
+        self._root = os.fsencode(folder)
+        with reading(self.name):
+            self._classes = _class_folders(self._root)
+        self.num_images = sum(len(files) for _, files in self._classes)
+        _, self._first = next(self._paths())
+        height, width = self._try(self._first, size_of)
+        self.side = check_side(os.fsdecode(self._first), height, width)
+        self.found = (
+            f"PNG, {self.num_images:,} images of {height} x {width} in the {len(self._classes)} "
+            f"class folders of {self.name}"
+        )
+
+    def stored(self) -> Stored | None:
+        """None: they are packed."""
+        return None
+
+    def tasks(self) -> Iterator[Task]:
+        paths = self._paths()
+        per_block = rows_per_block(self.side**2)
+        while block := list(islice(paths, per_block)):
+            yield partial(self._decode, block)
+
+    def check_unchanged(self) -> None:
+        """Each file was read once, and whole."""
+
+    def _paths(self) -> Iterator[tuple[int, bytes]]:
+        """(Number of its class, path) of each picture."""
+        for number, (label, names) in enumerate(self._classes):
+            folder = os.path.join(self._root, label.encode())
+            for name in names:
+                yield number, os.path.join(folder, name)
+
+    def _decode(self, block: list[tuple[int, bytes]]) -> Rows:
+        first = os.fsdecode(self._first)
+        raw = [self._try(path, lambda data: scanlines(data, self.side, first)) for _, path in block]
+        image_RP, fault = unfiltered(raw, self.side)
+        if fault >= 0:
+            raise UserError(f"{os.fsdecode(block[fault][1])}: {BAD_FILTER}")
+        numbers, label_R = np.unique([number for number, _ in block], return_inverse=True)
+        texts = [self._classes[number][0] for number in numbers]
+        return rows_of(image_RP, texts, label_R)
+
+    def _try(self, path: bytes, read: Callable[[bytes], Any]) -> Any:
+        """What `read` makes of a file's bytes; UserError, with the path, of what it refuses."""
+        try:
+            return read(_file_bytes(path))
+        except PngFault as fault:
+            raise UserError(f"{os.fsdecode(path)}: {fault}") from None
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(
+                f"{os.fsdecode(path)}: cannot be read ({reason}); look at its rights and its disk"
+            ) from None
+
+
+def scanlines(data: bytes, side: int, first: str) -> bytes:
+    """The unpacked bytes of a PNG of `side` x `side` pixels, H x V; a PngFault if it is none.
+
+    Args:
+        first: what has that size, for the sentence.
+    """
+    (width, height, depth, *_, interlaced), packed = _picture(data)
+    if (width, height) != (side, side):
+        raise PngFault(
+            f"has {height} x {width} pixels, but {first} {side} x {side}; scale or pad all to one "
+            f"size"
+        )
+    if depth < 8 or interlaced:
+        return _by_pillow(data, side)
+    num_bytes = height * (width + 1)
+    unpacking = zlib.decompressobj()
+    try:
+        raw = unpacking.decompress(packed, num_bytes + 1)
+    except zlib.error as error:
+        raise PngFault(f"is damaged ({error}); {AGAIN}") from None
+    if len(raw) != num_bytes or not unpacking.eof:
+        raise PngFault(f"is damaged (it does not hold {height} rows of {width}); {AGAIN}")
+    return raw
+
+
+def size_of(data: bytes) -> tuple[int, int]:
+    """(Height, width) of a grey PNG; a PngFault if it is none."""
+    width, height, *_ = _picture(data)[0]
+    return height, width
+
+
+def unfiltered(raw: Sequence[bytes], side: int) -> tuple[np.ndarray, int]:
+    """(Pixels (R, P) of pictures, the first whose filters PNG does not have, or -1)."""
+    raw_RHV = np.frombuffer(b"".join(raw), np.uint8).reshape(len(raw), side, side + 1)
+    image_RHW = np.empty((len(raw), side, side), np.uint8)
+    fault = _unfilter(raw_RHV, image_RHW)
+    return image_RHW.reshape(len(raw), side * side), fault
+
+
+def _class_folders(root: bytes) -> list[tuple[str, list[bytes]]]:
+    """(Class, names of its files) of each folder in `root`, in the order of their bytes."""
+    with os.scandir(root) as entries:
+        found = sorted(entries, key=lambda entry: entry.name)
+    classes = []
+    for entry in found:
+        place = os.fsdecode(entry.path)
+        if is_litter(os.fsdecode(entry.name)):
+            continue
+        if not entry.is_dir():
+            raise UserError(f"{place}: lies beside the class folders; move it away")
+        try:
+            label = checked_label(entry.name.decode(), place)
+        except UnicodeDecodeError:
+            raise UserError(f"{place}: the name of this class is not UTF-8; rename it") from None
+        classes.append((label, _files(entry.path)))
+    if not classes:
+        raise UserError(f"{os.fsdecode(root)}: holds no class folder; make one per class")
+    if len(classes) > MAX_CLASSES:
+        raise UserError(
+            f"{os.fsdecode(root)}: holds {len(classes):,} folders, want at most {MAX_CLASSES} "
+            f"classes; is this the folder that holds the class folders?"
+        )
+    return classes
+
+
+def _files(folder: bytes) -> list[bytes]:
+    """The names of a class folder's pictures; they need not be UTF-8."""
+    place = os.fsdecode(folder)
+    names = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name[-4:].lower() == b".png" and not entry.name.startswith(b"._"):
+                names.append(entry.name)
+            elif entry.is_dir():
+                raise UserError(
+                    f"{os.fsdecode(entry.path)}: is a folder in a class folder; name the folder "
+                    f"that holds the class folders, or move it away"
+                )
+            elif not is_litter(os.fsdecode(entry.name)):
+                raise UserError(f"{os.fsdecode(entry.path)}: is no .png; move it away")
+    if not names:
+        raise UserError(f"{place}: is a class folder that holds no .png; fill or remove it")
+    return sorted(names)
+
+
+def _file_bytes(path: bytes) -> bytes:
+    """All of a regular file, of at most FILE_LIMIT_BYTES."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        found = os.fstat(handle)
+        if not stat.S_ISREG(found.st_mode):
+            raise PngFault("is not a regular file; move it away")
+        if found.st_size > FILE_LIMIT_BYTES:
+            raise PngFault(
+                f"has {found.st_size:,} bytes, want at most {FILE_LIMIT_BYTES:,}; "
+                f"write it without what is no picture"
+            )
+        data = os.read(handle, found.st_size + 1)
+        if len(data) != found.st_size:
+            raise PngFault("changed while it was read; pack again when nothing writes to it")
+        return data
+    finally:
+        os.close(handle)
+
+
+def _picture(data: bytes) -> tuple[tuple[int, ...], bytes]:
+    """(Fields of the header, packed scanlines) of a grey PNG; a PngFault if it is none."""
+    if not data.startswith(SIGNATURE):
+        raise PngFault(f"is {foreign(data, '').partition(';')[0] or 'no PNG'}, want a PNG; move it")
+    header: tuple[int, ...] = ()
+    packed = []
+    for kind, body in _chunks(data):
+        if not header:
+            if kind != b"IHDR" or len(body) != HEADER.size:
+                raise PngFault(f"is damaged (it begins without a header); {AGAIN}")
+            header = HEADER.unpack(body)
+            _check_header(header)
+        elif kind == b"IDAT":
+            packed.append(body)
+        elif kind == b"tRNS":
+            raise PngFault(f"has a transparent grey value, want none; {TO_GREY}")
+        elif kind == b"acTL":
+            raise PngFault("is animated, want one picture; write its frames as files")
+        elif kind[0] < 96 and kind not in KNOWN:
+            raise PngFault(f"is damaged (a chunk {kind!r} that PNG does not have); {AGAIN}")
+    return header, b"".join(packed)
+
+
+def _chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """(Kind, content) of each chunk, its checksum compared."""
+    place = len(SIGNATURE)
+    kind = b""
+    while kind != b"IEND":
+        if place + 12 > len(data):
+            raise PngFault(f"ends too early; {AGAIN}")
+        length, kind = CHUNK.unpack_from(data, place)
+        stop = place + 8 + length
+        if stop + 4 > len(data):
+            raise PngFault(f"ends too early; {AGAIN}")
+        if zlib.crc32(data[place + 4 : stop]) != CRC.unpack_from(data, stop)[0]:
+            raise PngFault(f"is damaged (a wrong checksum); {AGAIN}")
+        yield kind, data[place + 8 : stop]
+        place = stop + 4
+
+
+def _check_header(header: tuple[int, ...]) -> None:
+    """A PngFault unless it declares a grey picture of at most 8 bits per pixel."""
+    _, _, depth, colour, compression, filters, interlaced = header
+    if colour in COLOURS:
+        raise PngFault(f"is {COLOURS[colour]}, want grey; {TO_GREY}")
+    if depth == 16:
+        raise PngFault(f"has 16 bits per pixel, want 8; {TO_GREY}")
+    if colour or depth not in (1, 2, 4, 8) or compression or filters or interlaced > 1:
+        raise PngFault(f"is damaged (a header that PNG does not have); {AGAIN}")
+
+
+def _by_pillow(data: bytes, side: int) -> bytes:
+    """The scanlines, without filters, of a picture that is interlaced or has less than 8 bits."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
+            image_HW = np.asarray(picture.convert("L"))
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
+        raise PngFault(f"is damaged ({str(error).partition(chr(10))[0]}); {AGAIN}") from None
+    raw_HV = np.zeros((side, side + 1), np.uint8)
+    raw_HV[:, 1:] = image_HW
+    return raw_HV.tobytes()
+
+
+def _compiled(function: Callable[..., Any]) -> Any:
+    """By numba; where it is missing, the function as it is, much slower."""
+    try:
+        from engine.data.compiled import jit
+    except ImportError:
+        return function
+    return jit(function)
+
+
+@_compiled
+def _unfilter(raw_RHV, image_RHW):  # type: ignore[no-untyped-def]
+    """Add to each byte what its scanline's filter left out. Returns the first picture that has
+    another filter than PNG's five, or -1."""
+    for r in range(len(raw_RHV)):
+        for y in range(image_RHW.shape[1]):
+            kind = raw_RHV[r, y, 0]
+            if kind > 4:
+                return r
+            for x in range(image_RHW.shape[2]):
+                left = int(image_RHW[r, y, x - 1]) if x else 0
+                above = int(image_RHW[r, y - 1, x]) if y else 0
+                corner = int(image_RHW[r, y - 1, x - 1]) if x and y else 0
+                value = int(raw_RHV[r, y, x + 1])
+                if kind == 1:
+                    value += left
+                elif kind == 2:
+                    value += above
+                elif kind == 3:
+                    value += (left + above) // 2
+                elif kind == 4:  # Paeth: the neighbour nearest to left + above - corner
+                    to_left = abs(above - corner)
+                    to_above = abs(left - corner)
+                    to_corner = abs(left + above - 2 * corner)
+                    if to_left <= to_above and to_left <= to_corner:
+                        value += left
+                    elif to_above <= to_corner:
+                        value += above
+                    else:
+                        value += corner
+                image_RHW[r, y, x] = value & 255
+    return -1
+
+
+@contextmanager
+def open_pictures(folder: Path) -> Iterator[PngFolders]:
+    """Open a folder of class folders.
+
+    Raises:
+        UserError: it cannot be read, or holds something else than class folders of grey PNGs.
+    """
+    yield PngFolders(folder)
