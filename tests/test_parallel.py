@@ -203,7 +203,8 @@ def test_fsdp_is_the_training_that_ddp_is(case: str, pair: Path) -> None:
     assert distance(got["losses"], wanted["losses"]) <= allowed
     assert distance(got["evaluation"], wanted["evaluation"]) <= 10 * allowed
     far = {name: distance(tensor, wanted[name]) for name, tensor in got.items()}
-    if case != "half precision, gathered once":  # where gradients that are 0 but for rounding differ
+    # In half precision gradients that are 0 but for rounding differ.
+    if case != "half precision, gathered once":
         assert max(far.values()) <= 1000 * allowed, far
 
 
