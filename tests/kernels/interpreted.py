@@ -517,15 +517,14 @@ NEW = "gather_warp,conv_pool_relu,conv2_pool_relu,linear_cross_entropy"
 """The second layer and the head by the kernels that `all` leaves out."""
 
 
-@pytest.mark.parametrize("names", ["all", NEW])
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("precision, names", [("fp32", "all"), ("fp16", "all"), ("fp32", NEW)])
 def test_a_training_step_with_kernels_is_the_plain_step(
     precision: str, names: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """20 steps of 6 samples, fp16 by autocast on the CPU; 2 a launch: gather_warp gathers.
 
-    conv2_pool_relu never rounds the convolution to fp16, so its steps are nearer those in fp32 than
-    the plain ones in fp16 are: they are held to fp32's. It and adamw take all at once, for speed.
+    conv2_pool_relu and adamw take all at once, for speed; the former takes a minute all the same,
+    so its steps are in fp32 alone.
     """
     from tests.kernels.training import train
 
@@ -533,11 +532,10 @@ def test_a_training_step_with_kernels_is_the_plain_step(
     for blocks in ("FORWARD", "INPUT_BACKWARD", "WEIGHT_BACKWARD"):
         monkeypatch.setattr(whole, blocks, whole.Blocks(512, 32, 64))
         monkeypatch.setattr(whole, f"{blocks}_FP32", whole.Blocks(512, 32, 64))
-    plain = train(precision if names == "all" else "fp32", "off")
+    plain = train(precision, "off")
     fused = train(precision, names)
     tight = precision == "fp32"
-    loose = 2e-2 if names == "all" else 3e-2
-    assert fused.loss_S == pytest.approx(plain.loss_S, rel=1e-5 if tight else loose)
+    assert fused.loss_S == pytest.approx(plain.loss_S, rel=1e-5 if tight else 2e-2)
     falls = plain.loss_S[-5:].mean() < 0.7 * plain.loss_S[:5].mean()
     assert falls, "the loss must fall, or equality shows nothing"
     for name, wanted in plain.parameters.items():
