@@ -138,10 +138,6 @@ class Watch:
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._work, name="heart", daemon=True)
         self._guard = threading.Thread(target=self._guard_store, name="guard", daemon=True)
-        self._num_answers = 0
-        """Of the store."""
-        self._is_store_gone = False
-        """Whether it has ended, and the kernel of its machine has said so."""
         self.beats: dict[int, Beat] = {}
         """What the ranks wrote last."""
         self._write()
@@ -181,9 +177,7 @@ class Watch:
                 self._write()
                 self.beats = read_beats(self._store, self._size)
             except RuntimeError:  # it has ended with its machine: collectives break by that, too
-                self._is_store_gone = True
                 return
-            self._num_answers += 1
             now_s = time.monotonic()
             for rank, beat in self.beats.items():
                 seen[rank].update(beat, now_s)
@@ -195,15 +189,15 @@ class Watch:
 
         It counts its own waits: a process that was stopped for a while has missed nothing.
         """
-        num_answers = -1
+        before = self.beats
         silent_s = 0.0
         while not self._over.wait(PERIOD_S):
-            silent_s = silent_s + PERIOD_S if num_answers == self._num_answers else 0.0
-            num_answers = self._num_answers
+            silent_s = silent_s + PERIOD_S if self.beats is before else 0.0
+            before = self.beats
             if silent_s >= self._timeout_s:
                 text = lost_store(self.beats, self._heart, silent_s)
                 speaks = _say(text, self.beats, self._rank, [])
-                if not self._is_store_gone:
+                if self._thread.is_alive():  # else the store has ended, and its kernel said so
                     _end_launcher(self._launcher, 0.0 if speaks else SPEAK_S)
                 os._exit(EXIT_HUNG)
 
@@ -211,9 +205,10 @@ class Watch:
 def lost_store(beats: dict[int, Beat], heart: Heart, silent_s: float) -> str:
     """The sentence of a rank that is cut off; those on the store's machine are missing to it."""
     lost = named([rank for rank, each in beats.items() if each.machine == 0])
-    what = f"no answer from there for {silent_s:.0f} s (the machine, or the network, is gone)"
+    what = f"the ranks' store, on the machine of {lost}, has not answered for {silent_s:.0f} s"
+    why = "stopped, or gone, or the network to it is"
     where = f"the last step here was {heart.step}, {heart.doing}"
-    return f"{lost}: {what}; {where}; start the run again with --resume"
+    return f"{what} ({why}); {where}; start the run again with --resume"
 
 
 def _end_hung(hung: list[int], sentence: str, beats: dict[int, Beat], rank: int) -> None:
@@ -234,7 +229,7 @@ def _end_launcher(launcher: int, wait_s: float) -> None:
     It waits for the same store, deaf to signals, for as long as TCP tries. Where it may start its
     ranks again it is left alone: the network may come back.
     """
-    if "TORCHELASTIC_RUN_ID" not in os.environ or not is_last_try():
+    if not is_last_try():
         return
     time.sleep(wait_s)
     if os.getppid() == launcher:  # else it has died, and this process has another parent

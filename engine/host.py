@@ -192,7 +192,9 @@ def env_meeting_place() -> tuple[str, str]:
 
 
 def is_last_try() -> bool:
-    """Whether this process's torchrun would not start it again."""
+    """Whether there is a torchrun, and it would not start this process again."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return False
     tried = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     return tried >= int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
 

@@ -68,8 +68,9 @@ def addresses_of(host: str) -> list[str]:
 
 
 def means_only_here(host: str) -> bool:
-    """Whether no address of `host` can be reached from another machine: loopback, or none."""
-    return all(ipaddress.ip_address(each).is_loopback for each in addresses_of(host))
+    """Whether it means this machine itself, wherever it is said: loopback, and nothing else."""
+    found = addresses_of(host)
+    return bool(found) and all(ipaddress.ip_address(each).is_loopback for each in found)
 
 
 def own_address() -> str:

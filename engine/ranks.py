@@ -6,6 +6,9 @@ needs neither devices nor a process group; there the others find it, say it once
 end too.
 """
 
+import os
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -13,8 +16,8 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from engine.errors import UserError, printable
-from engine.heart import Beat, Heart, Watch, named, read_beats
+from engine.errors import UserError, printable, sentence
+from engine.heart import EXIT_HUNG, Beat, Heart, Watch, named, read_beats
 from engine.host import (
     env_local_rank,
     env_machine,
@@ -60,6 +63,8 @@ class Ranks:
     _turn: int = 0
     _last_beats: dict[int, Beat] = field(default_factory=dict)
     """What the watch saw last of all ranks; empty before there is one."""
+    _patience_s: float = JOIN_TIMEOUT.total_seconds()
+    """How long the store may be asked why another rank failed."""
 
     def agree(self, work: Callable[[], T]) -> T:
         """Do `work` on every rank and wait for the others; where one fails, all end. Collective.
@@ -111,24 +116,46 @@ class Ranks:
             yield
         except Stopped as stopped:
             if self.size > 1:
-                self._leave_reason(UserError(str(stopped)))
+                with self._answered(stopped):
+                    self._leave_reason(UserError(str(stopped)))
             raise
         except Exception as error:  # of the process group's own, torch documents no common type
-            if self.size == 1 or (isinstance(error, UserError) and error.is_shared):
-                raise
-            if isinstance(error, UserError) and not isinstance(error, OtherRankFailed):
-                self._leave_reason(error)
-                raise _spoken(f"rank {self.rank}: {error}", True) from None
-            before = self._beats_of_the_living()
-            found = self._wait_for_reason()
-            if not found and not _is_broken_collective(error):
-                raise
-            if not found:
-                speaks = self._is_first_to_speak()
-                raise _spoken(f"{self._dead(before)} {DIED}", speaks) from None
+            if self.size > 1 and not (isinstance(error, UserError) and error.is_shared):
+                with self._answered(error):
+                    self._explain(error)
+            raise
+
+    def _explain(self, error: Exception) -> None:
+        """Raise the sentence that stands for the error; return where it is this rank's own bug."""
+        if isinstance(error, UserError) and not isinstance(error, OtherRankFailed):
+            self._leave_reason(error)
+            raise _spoken(f"rank {self.rank}: {error}", True) from None
+        before = self._beats_of_the_living()
+        found = self._wait_for_reason()
+        if found:
             machine, text = found
             elsewhere = machine != env_machine()  # where it failed, that rank itself speaks
             raise _spoken(text, self.local_rank == 0 and elsewhere) from None
+        if _is_broken_collective(error):
+            speaks = self._is_first_to_speak()
+            raise _spoken(f"{self._dead(before)} {DIED}", speaks) from None
+
+    @contextmanager
+    def _answered(self, error: BaseException) -> Iterator[None]:
+        """End the process where the store lets this rank wait: nobody watches over it any more."""
+
+        def end() -> None:
+            what = f"rank {self.rank}: {printable(sentence(error))}; and the ranks' store is silent"
+            print(f"error: {what}; start the run again with --resume", file=sys.stderr, flush=True)
+            os._exit(EXIT_HUNG)
+
+        timer = threading.Timer(self._patience_s, end)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     @contextmanager
     def watching(self, heart: Heart, timeout_s: float) -> Iterator[None]:
@@ -136,6 +163,7 @@ class Ranks:
         if self.size == 1:
             yield
             return
+        self._patience_s = timeout_s + REASON_S
         watch = Watch(self.store.clone(), self.rank, self.size, heart, timeout_s)
         self.agree(lambda: None)  # all have beaten once
         watch.start()
@@ -295,7 +323,8 @@ def _choose_interface() -> None:
     one that the meeting place is reached by.
     """
     address, _ = env_meeting_place()
-    if env_num_machines() == 1 or not means_only_here(own_address()) or means_only_here(address):
+    own = own_address()
+    if env_num_machines() == 1 or (own and not means_only_here(own)) or means_only_here(address):
         return
     if way := way_to(address):
         prefer_interface(way.name)

@@ -75,8 +75,8 @@ PRECISION = tl.constexpr("ieee")
 def conv2_pool_relu_reference(
     x_BIHW: torch.Tensor, weight_OI33: torch.Tensor, bias_O: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(y_BOYX, code), in x's type."""
-    x_BOHW = functional.conv2d(x_BIHW, weight_OI33.to(x_BIHW.dtype), padding=1)
+    """(y_BOYX, code), in x's type, which the weight is of."""
+    x_BOHW = functional.conv2d(x_BIHW, weight_OI33, padding=1)
     y_BOYX, code_3PG = pool_reference(x_BOHW, bias_O)
     return y_BOYX.contiguous(memory_format=torch.channels_last), code_3PG
 
@@ -88,12 +88,10 @@ def conv2_pool_relu_input_backward_reference(
     height: int,
     width: int,
 ) -> torch.Tensor:
-    """Gradient of x, in that of y's type."""
+    """Gradient of x, in that of y's type, which the weight is of."""
     grad_BOHW, _ = unpool_reference(grad_BOYX, code_3PG, height, width)
     shape = (len(grad_BOYX), weight_OI33.shape[1], height, width)
-    grad_BIHW: torch.Tensor = conv2d_input(
-        shape, weight_OI33.to(grad_BOYX.dtype), grad_BOHW, padding=1
-    )
+    grad_BIHW: torch.Tensor = conv2d_input(shape, weight_OI33, grad_BOHW, padding=1)
     return grad_BIHW.contiguous(memory_format=torch.channels_last)
 
 
@@ -450,17 +448,17 @@ def _op(
     x_BIHW: torch.Tensor,
     weight_OI33: torch.Tensor,
     bias_O: torch.Tensor,
-    rounded_OI33: torch.Tensor | None = None,
+    rounded_OI33: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`rounded_OI33`: the weight in x's type, where it is there already."""
+    """`rounded_OI33`: the weight in x's type, which is computed with."""
     check_layer(x_BIHW, weight_OI33, bias_O)
     if not on_triton(x_BIHW):
-        return conv2_pool_relu_reference(x_BIHW, weight_OI33, bias_O)
+        return conv2_pool_relu_reference(x_BIHW, rounded_OI33, bias_O)
     check("x", x_BIHW, FLOATS, (None, None, None, None), x_BIHW)
-    y_BOYX, code_3PG = _fake(x_BIHW, weight_OI33, bias_O)
+    check("the rounded weight", rounded_OI33, (x_BIHW.dtype,), tuple(weight_OI33.shape), x_BIHW)
+    y_BOYX, code_3PG = _fake(x_BIHW, weight_OI33, bias_O, rounded_OI33)
     blocks, sizes = _sizes(x_BIHW, len(bias_O), FORWARD, FORWARD_FP32)
-    weight = _last(weight_OI33.to(x_BIHW.dtype) if rounded_OI33 is None else rounded_OI33)
-    tensors = (_last(x_BIHW), weight, bias_O, y_BOYX, code_3PG)
+    tensors = (_last(x_BIHW), _last(rounded_OI33), bias_O, y_BOYX, code_3PG)
     num_positions = code_3PG.shape[1]
     grid = (triton.cdiv(num_positions, blocks.positions), len(bias_O) // blocks.outputs)
     start(conv2_pool_relu_forward, grid, *tensors, num_positions, **sizes)
@@ -472,7 +470,7 @@ def _fake(
     x_BIHW: torch.Tensor,
     weight_OI33: torch.Tensor,
     bias_O: torch.Tensor,
-    rounded_OI33: torch.Tensor | None = None,
+    rounded_OI33: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     batch_size, _, height, width = x_BIHW.shape
     return empty_pooled(x_BIHW, x_BIHW.dtype, (batch_size, bias_O.shape[0], height, width))
@@ -491,9 +489,8 @@ def _input_backward_op(
         return conv2_pool_relu_input_backward_reference(*given)
     grad_x: torch.Tensor = _input_backward_fake(*given)
     blocks, sizes = _sizes(grad_x, len(weight_OI33), INPUT_BACKWARD, INPUT_BACKWARD_FP32)
-    weight = _last(weight_OI33.to(grad_BOYX.dtype))
     num_windows = len(grad_x) * ((height + 1) // 2) * ((width + 1) // 2)
-    tensors = (_last(grad_BOYX), code_3PG, weight, grad_x)
+    tensors = (_last(grad_BOYX), code_3PG, _last(weight_OI33), grad_x)
     grid = (triton.cdiv(num_windows, blocks.positions), 2 * (grad_x.shape[1] // blocks.inputs))
     counts = (num_windows, code_3PG.shape[1])
     start(conv2_pool_relu_input_backward, grid, *tensors, *counts, **sizes)
@@ -545,16 +542,16 @@ def _weight_backward_fake(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     x_BIHW, weight_OI33, _, rounded_OI33 = inputs
-    ctx.save_for_backward(output[1], x_BIHW, weight_OI33 if rounded_OI33 is None else rounded_OI33)
+    ctx.save_for_backward(output[1], x_BIHW, rounded_OI33)
     ctx.set_materialize_grads(False)
     ctx.dtype = weight_OI33.dtype
 
 
 def _differentiate(ctx: Any, grad_BOYX: torch.Tensor, _: None) -> tuple[object, ...]:
-    code_3PG, x_BIHW, weight_OI33 = ctx.saved_tensors
+    code_3PG, x_BIHW, rounded_OI33 = ctx.saved_tensors
     grad_x = None
     if ctx.needs_input_grad[0]:
-        grad_x = _input_backward_op(grad_BOYX, code_3PG, weight_OI33, *x_BIHW.shape[2:])
+        grad_x = _input_backward_op(grad_BOYX, code_3PG, rounded_OI33, *x_BIHW.shape[2:])
     return grad_x, *_weight_backward_op(grad_BOYX, code_3PG, x_BIHW, ctx.dtype), None
 
 

@@ -184,12 +184,11 @@ def operators() -> list[tuple[Any, tuple[Any, ...]]]:
         (gather.gather_warp, (image, label, table, step, None, *out)),
         (gather.gather_warp, (image, label, table, step, torch.randn(4, 2, 3), *out)),
         (head_file._op, (x.detach()[:, :8, 0, 0].requires_grad_(), *last, label, 0.05, True)),
-        (whole._op, (x, weight_2, torch.randn(64).requires_grad_())),
         (whole._op, (x, weight_2, torch.randn(64).requires_grad_(), weight_2.detach())),
     ]
 
 
-@pytest.mark.parametrize("number", range(9))
+@pytest.mark.parametrize("number", range(8))
 def test_operators_keep_torchs_contract(number: int) -> None:
     """Schema, fake implementation, autograd registration: what torch.compile and export rest on."""
     torch.library.opcheck(*operators()[number])
@@ -349,7 +348,7 @@ def layer(channels: int) -> tuple[torch.Tensor, torch.Tensor]:
 def second_layer(inputs: int, outputs: int, given: int = 0) -> None:
     """conv2_pool_relu of so many channels, or of other values than its weights are for."""
     weight = torch.zeros(outputs, inputs, 3, 3)
-    whole._op(torch.zeros(2, given or inputs, 4, 4), weight, torch.zeros(outputs))
+    whole._op(torch.zeros(2, given or inputs, 4, 4), weight, torch.zeros(outputs), weight)
 
 
 def gather_with(**changed: torch.Tensor) -> None:

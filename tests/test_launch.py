@@ -17,8 +17,9 @@ LAUNCH = ROOT / "bench_configs" / "launch"
 SCRIPTS = ("torchrun.sh", "slurm.sbatch")
 FAKES = {
     "torchrun": 'printf "%s\\n" "$@" > "$LOG.${SLURM_NODEID:-0}"',
-    "srun": """while [[ $1 == --* ]]; do shift; done
+    "srun": """while [[ $1 == --* ]]; do echo "$1" >> "$LOG.srun"; shift; done
 for node in 0 1; do SLURM_NODEID=$node SLURMD_NODENAME=tall$node "$@"; done
+${SRUN_DOES:-:}
 exit "${SRUN_CODE:-0}" """,
     "scontrol": """if [[ $1 == show ]]; then printf "tall0\\ntall1\\n"
 else echo "$@" > "$LOG.scontrol"; fi""",
@@ -35,6 +36,7 @@ def cluster(tmp_path: Path) -> dict[str, str]:
         (folder / name).write_text(f"#!/usr/bin/env bash\n{script}\n")
         (folder / name).chmod(0o755)
     job = {"SLURM_JOB_ID": "47", "SLURM_JOB_NODELIST": "tall[0-1]", "SLURM_JOB_NUM_NODES": "2"}
+    job["SLURM_CPUS_PER_TASK"] = "32"
     path = {"PATH": f"{folder}:{os.environ['PATH']}", "LOG": str(tmp_path / "log")}
     return os.environ | path | job
 
@@ -86,7 +88,12 @@ def test_slurm_starts_every_node_once(cluster: dict[str, str]) -> None:
         assert (found.rdzv_endpoint, found.rdzv_conf) == ("tall0:20047", f"is_host={1 - node}")
         wanted = ["--out", "runs/slurm-47", "--resume", "auto", "--data", "my records"]
         assert found.training_script_args == wanted
+        assert found.max_restarts == 3
     assert not Path(f"{cluster['LOG']}.scontrol").exists()
+    options = Path(f"{cluster['LOG']}.srun").read_text().split()
+    assert options == ["--cpus-per-task=32", "--kill-on-bad-exit=0", "--wait=0"]
+    asked = (LAUNCH / "slurm.sbatch").read_text()
+    assert "#SBATCH --signal=TERM@120\n" in asked and "#SBATCH --requeue\n" in asked
 
 
 @pytest.mark.parametrize("is_saved", [True, False])
@@ -95,9 +102,9 @@ def test_slurm_queues_a_job_again_that_was_stopped_and_saved(
 ) -> None:
     out = Path(cluster["LOG"]).parent / "x"
     out.mkdir()
-    if is_saved:
-        (out / "preempted").touch()
-    variables = cluster | {"SRUN_CODE": "143", "RUN_OUT": str(out)}
+    (out / "preempted").touch()  # of an earlier try, which is not this one's
+    saves = f"touch {out}/preempted" if is_saved else ":"
+    variables = cluster | {"SRUN_CODE": "143", "RUN_OUT": str(out), "SRUN_DOES": saves}
     assert bash(LAUNCH / "slurm.sbatch", variables=variables) == 143
     log = Path(f"{cluster['LOG']}.scontrol")
     assert log.exists() is is_saved

@@ -74,7 +74,8 @@ def test_flops_are_those_of_the_products() -> None:
     counted = Operations()
     with launch.listening(counted.started, 132):
         head._op(hidden, torch.zeros(94, 128), torch.zeros(94), label, 0.0)
-        whole._op(torch.zeros(6, 32, 14, 14), torch.zeros(64, 32, 3, 3), torch.zeros(64))
+        weight = torch.zeros(64, 32, 3, 3)
+        whole._op(torch.zeros(6, 32, 14, 14), weight, torch.zeros(64), weight)
     flops = {each.name: each.flops for each in counted.found}
     assert flops["linear_cross_entropy_forward"] == 3 * 2 * 6 * 128 * 94
     assert flops["conv2_pool_relu_forward"] == 2 * 6 * 14 * 14 * 9 * 32 * 64

@@ -247,12 +247,24 @@ def test_a_forward_of_ones_own_is_not_replaced() -> None:
     assert ResidualNet.kernels - Own.kernels == {"linear_cross_entropy"}
 
 
-def test_the_head_masks_no_relu_of_a_hidden_layer_of_ones_own() -> None:
-    class Own(FastGlyphNet):
-        def hidden(self, image_BHW: torch.Tensor) -> torch.Tensor:
-            return super().hidden(image_BHW) - 1
+class Shifted(FastGlyphNet):
+    """Its hidden layer ends in no ReLU, but its parent's, which it calls, does."""
 
-    assert FastGlyphNet.head_masks_relu and not Own.head_masks_relu
+    def hidden(self, image_BHW: torch.Tensor) -> torch.Tensor:
+        return super().hidden(image_BHW) - 0.01
+
+
+def test_the_head_masks_no_relu_of_a_hidden_layer_of_ones_own() -> None:
+    batch, found = random_batch(6, (12, 12), 8, torch.device("cpu")), []
+    for kernels in ((), ("linear_cross_entropy",)):
+        config = override(RunConfig(), {"kernels": kernels}, "test")
+        torch.manual_seed(1)
+        model = Shifted(12, 12, 8)
+        model.fused = frozenset(config.kernels)
+        loss, _ = Objective(model, config, torch.device("cpu"))(batch.image_BHW, batch.label_B)
+        found.append(torch.autograd.grad(loss, list(model.parameters())))
+    assert FastGlyphNet.head_masks_relu
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
 
 
 def test_parts_leave_the_mean_of_their_running_statistics(tiny: Records, world: World) -> None:

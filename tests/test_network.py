@@ -36,7 +36,8 @@ def test_interfaces_are_those_that_ip_shows() -> None:
 def test_what_names_mean() -> None:
     assert means_only_here("localhost") and means_only_here("127.0.1.1") and means_only_here("::1")
     assert not means_only_here("192.0.2.1")
-    assert addresses_of("no such name.invalid") == [] and means_only_here("no such name.invalid")
+    nothing = "no such name.invalid"
+    assert addresses_of(nothing) == [] and not means_only_here(nothing)
     loopback = way_to("127.0.0.1")
     assert loopback and loopback.name == "lo"
     assert way_to("no such name.invalid") is None
@@ -84,6 +85,9 @@ def test_what_torchrun_tells_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("GROUP_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     assert env_num_machines() == 1 and env_meeting_place() == ("", "")
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert not is_last_try(), "nothing would start it again, but there is no torchrun to end"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     for count, wanted in (("0", False), ("2", False), ("3", True)):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)

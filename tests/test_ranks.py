@@ -3,10 +3,12 @@
 Here by a real store in threads, in tests/reliability/ranks.py by torchrun.
 """
 
+import json
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from datetime import timedelta
 from typing import Any
 
@@ -16,7 +18,7 @@ from torch import distributed
 from engine import heart as heart_module
 from engine import ranks as ranks_module
 from engine.errors import UserError
-from engine.heart import TRAINING, Heart, Watch
+from engine.heart import TRAINING, Beat, Heart, Watch
 from engine.meeting import common_try
 from engine.ranks import OtherRankFailed, Ranks, join_ranks
 
@@ -209,11 +211,41 @@ def test_a_rank_cut_off_from_the_store_ends_in_a_sentence(
         store.is_deaf = False
         watch.stop()
         said = capsys.readouterr().err
-        assert said.startswith("error: rank 0: no answer from there for 0 s")
+        assert said.startswith(
+            "error: the ranks' store, on the machine of rank 0, has not answered"
+        )
         assert "the last step here was 7, saving; start the run again with --resume" in said
         assert len(killed) == wanted
         ended.clear()
         killed.clear()
+
+
+def test_a_rank_that_failed_does_not_wait_for_a_store_that_is_deaf(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its watch has ended with what it was at."""
+    store = Deaf()
+    beat = Beat(count=1, step=0, doing=TRAINING, num_signs=0, pid=1, parent=1, machine=0)
+    ended: list[int] = []
+
+    def end(code: int) -> None:
+        ended.append(code)
+        store.is_deaf = False
+
+    monkeypatch.setattr(ranks_module.os, "_exit", end)
+    monkeypatch.setattr(ranks_module, "REASON_S", 0.1)
+    store.set("beat 0", json.dumps(asdict(beat)))
+    store.set("beat 1", json.dumps(asdict(beat)))
+    ranks = Ranks(0, 2, 0, store, _patience_s=0.3)
+    ranks._last_beats = {0: beat, 1: beat}
+    store.is_deaf = True
+    with pytest.raises(ValueError, match="a bug"), ranks.explaining():
+        raise ValueError("a bug")
+    said = capsys.readouterr().err
+    assert ended == [3]
+    assert said.startswith(
+        "error: rank 0: ValueError: a bug; and the ranks' store is silent; start"
+    )
 
 
 class Deaf:
@@ -230,6 +262,9 @@ class Deaf:
         while self.is_deaf:
             time.sleep(0.01)
         return list(self._store.multi_get(keys))
+
+    def check(self, keys: list[str]) -> bool:
+        return bool(self._store.check(keys))
 
 
 def test_no_heart_beats_on_when_the_watching_ends() -> None:

@@ -106,6 +106,8 @@ LO = Interface("lo", ("127.0.0.1",), True, 65536)
 ETH = Interface("eth0", ("10.0.0.1",), True, 1500)
 FABRIC = Interface("ib0", ("10.1.0.1",), True, 4096)
 DOWN = Interface("eth1", ("10.2.0.1",), False, 1500)
+DOCKER = Interface("docker0", ("172.17.0.1",), True, 1500)
+VIRBR = Interface("virbr0", ("192.168.122.1",), True, 1500)
 
 
 def test_a_node_alone_says_how_others_would_meet_it(
@@ -143,6 +145,10 @@ def test_who_opens_the_store_is_found_or_must_be_said() -> None:
     ("there", "chosen", "wanted"),
     [
         ((LO, ETH, DOWN), "", "eth0"),
+        ((LO, VIRBR, ETH), "", "eth0"),
+        ((LO, VIRBR, DOCKER), "", "docker0"),
+        ((LO, VIRBR), "", "lo"),
+        ((DOWN,), "", ""),
         ((LO, ETH, FABRIC), "", "ib0"),
         ((LO, ETH, FABRIC), "eth", "eth0"),
         ((LO, ETH, FABRIC), "^lo,ib", "eth0"),

@@ -13,7 +13,7 @@ import click
 from engine.config import NETWORK_NAMES
 from engine.data.records import open_records
 from engine.errors import UserError, exit_on_user_error, printable
-from engine.host import env_local_rank, prepare_process
+from engine.host import end_rank, env_local_rank, prepare_process
 from engine.paths import PATH
 from engine.ui import guard_outputs
 
@@ -64,12 +64,10 @@ def main(context: click.Context, device: str) -> None:
 )
 def doctor(device: str, nodes: bool, rendezvous: str, data: Path | None) -> None:
     """Look for what makes training slow or graphs impossible."""
-    with exit_on_user_error():
+    with exit_on_user_error(end_rank):
         if not nodes and (rendezvous or data):
             raise UserError("--rendezvous and --data: are of doctor --nodes; give --nodes, too")
         good = run_node_doctor(device, rendezvous, data) if nodes else run_doctor(device)
-    from engine.host import end_rank
-
     end_rank(int(not good))
 
 

@@ -25,7 +25,7 @@ from engine.feeds.resident import id_batches
 from engine.order import Order
 
 ENDS_S = 1.0
-"""How long a killed worker may take to be gone; one that waits for a disk takes longer."""
+"""How long killed workers may take to be gone; one that waits for a disk takes longer."""
 SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -140,8 +140,9 @@ def _end(workers: list[BaseProcess]) -> None:
     """
     for worker in workers:
         worker.kill()
+    end_s = time.monotonic() + ENDS_S
     for worker in workers:
-        worker.join(ENDS_S)
+        worker.join(max(0.0, end_s - time.monotonic()))
         for left in SHARED_MEMORY.glob(f"torch_{worker.pid}_*"):
             left.unlink(missing_ok=True)
 

@@ -70,7 +70,8 @@ class GlyphNet(HeadNetwork):
             return functional.relu(self.fc1(x_BCHW))
         from kernels.linear_relu import linear_relu
 
-        return linear_relu(*self.fc1.sides(x_BCHW), self.fc1.bias, masked=True)
+        sides = self.fc1.sides(x_BCHW)
+        return linear_relu(*sides, self.fc1.bias, masked=self.head_masks_relu)
 
     def _first(self, image_BHW: torch.Tensor) -> torch.Tensor:
         if "conv_pool_relu" not in self.fused:

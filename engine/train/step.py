@@ -147,8 +147,6 @@ class TrainStep:
         self._world = world
         self._source = source
         self.use_backends()
-        device = world.device
-        num_steps = (config.schedule_epochs or config.epochs) * order.steps_per_epoch
         self._is_sharded = config.step.parallel == "fsdp"
         if config.step.channels_last:
             model.use_channels_last(weights=not self._is_sharded)
@@ -156,38 +154,18 @@ class TrainStep:
         """Which layers are computed in which precision, where some are in fp8."""
         self.model = model.train()
         if self._is_sharded:
-            self.objective = Objective(model, config, device)
+            self.objective = Objective(model, config, world.device)
             shard(self.objective, config.step, world)
         self.steps_per_launch = config.step.steps_per_launch
         self.capture_failure = ""
         """Why the step runs eagerly although a graph was asked for."""
-        self.counter_21 = torch.zeros(2, 1, dtype=torch.int64, device=device)
-        """Steps done in the run, and in the epoch."""
         self._host_step = self._in_epoch = self._read_from = 0
         self.num_skipped_in_a_row = 0
         """The last steps before the last reading, if fp16 skipped them."""
-        self._rate_host = lr_table(config.optim, num_steps)
-        self._rate_table = torch.from_numpy(self._rate_host).to(device)
-        self._rate_K = self._rate_table.new_zeros(self.steps_per_launch)
-        self._last_21 = torch.tensor([[num_steps], [order.steps_per_epoch - 1]], device=device)
-        self._offset_K = torch.arange(self.steps_per_launch, device=device)
-        self._log_5K = torch.zeros(5, self.steps_per_launch, device=device)
-        self._log_5S = torch.zeros(5, order.steps_per_epoch, device=device)
-        self._one = torch.ones((), device=device)
-        num_shards = config.step.canonical
-        self._eval_N3 = torch.zeros(max(num_shards, 1), 3, dtype=torch.float64, device=device)
         self._graphs: dict[int | str, Graph] = {}
-        is_flat = "adamw" in config.kernels
-        self._rate_on_device = config.optim.fused or config.step.cuda_graphs or is_flat
-        rate = self._rate_K[0] if self._rate_on_device else config.optim.learning_rate
-        self.optimizer = make_optimizer(
-            config.optim,
-            model,
-            rate,
-            capturable=config.step.cuda_graphs,
-            flat=is_flat,
-            rounded=() if why_not_rounded(config, world.size) else model.rounded(),
-        )
+        self._keep_on_device()
+        self._make_optimizer()
+        num_shards = config.step.canonical
         self._num_parts = num_shards // world.size if num_shards else config.step.accumulate
         self._keeps_gradients = self._is_sharded and config.step.cuda_graphs
         """Whether they stay where they are from step to step: FSDP adds to those of a replay."""
@@ -196,6 +174,35 @@ class TrainStep:
         self.statistics = Statistics(model, world, self._num_parts)
         self._shards = Shards(model, num_shards, world, self.statistics) if num_shards else None
         self._wrap()
+
+    def _keep_on_device(self) -> None:
+        """What a step reads and writes beside the network: counters, learning rates, the log."""
+        config, order, device = self._config, self._order, self._world.device
+        num_steps = (config.schedule_epochs or config.epochs) * order.steps_per_epoch
+        self.counter_21 = torch.zeros(2, 1, dtype=torch.int64, device=device)
+        """Steps done in the run, and in the epoch."""
+        self._last_21 = torch.tensor([[num_steps], [order.steps_per_epoch - 1]], device=device)
+        self._offset_K = torch.arange(self.steps_per_launch, device=device)
+        self._rate_host = lr_table(config.optim, num_steps)
+        self._rate_table = torch.from_numpy(self._rate_host).to(device)
+        self._rate_K = self._rate_table.new_zeros(self.steps_per_launch)
+        self._log_5K = torch.zeros(5, self.steps_per_launch, device=device)
+        self._log_5S = torch.zeros(5, order.steps_per_epoch, device=device)
+        self._one = torch.ones((), device=device)
+        num_rows = max(config.step.canonical, 1)
+        self._eval_N3 = torch.zeros(num_rows, 3, dtype=torch.float64, device=device)
+
+    def _make_optimizer(self) -> None:
+        config, is_flat = self._config, "adamw" in self._config.kernels
+        self._rate_on_device = config.optim.fused or config.step.cuda_graphs or is_flat
+        self.optimizer = make_optimizer(
+            config.optim,
+            self.model,
+            self._rate_K[0] if self._rate_on_device else config.optim.learning_rate,
+            capturable=config.step.cuda_graphs,
+            flat=is_flat,
+            rounded=() if why_not_rounded(config, self._world.size) else self.model.rounded(),
+        )
 
     def _wrap(self) -> None:
         """The parts that a failed capture leaves in the middle of an iteration, made anew."""

@@ -180,7 +180,7 @@ def test_conv2_pool_relu(
     x = x.to(dtype).requires_grad_()
     weight = (torch.randn(outputs, inputs, 3, 3) / 8).requires_grad_()
     bias = torch.randn(outputs).requires_grad_()
-    y, code = whole._op(x, weight, bias)
+    y, code = whole._op(x, weight, bias, weight.detach().to(x.dtype))
     values, rounded = x.detach().double(), weight.detach().to(dtype).double()
     candidates = functional.conv2d(values, rounded, padding=1)
     wanted, _ = launch.pool_reference(candidates, bias.detach().double())

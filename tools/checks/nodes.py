@@ -84,10 +84,17 @@ def together(ranks: Ranks, world: World, fingerprint: str) -> Iterator[Finding]:
 
 
 def _interfaces(there: list[Interface]) -> Finding:
-    others = [each for each in there if each.is_running and not each.is_loopback]
+    others = _usable(there)
     texts = [f"{each.name} {each.addresses[0]} (packets of {each.mtu_bytes} B)" for each in others]
     none = "none but loopback is up; bring one up"
     return graded(bool(others), "interfaces", "; ".join(texts) or none, "BAD")
+
+
+def _usable(there: list[Interface]) -> list[Interface]:
+    """Those by which other nodes may be reached: docker's and libvirt's bridges stay within."""
+    inner = ("docker", "virbr")
+    up = [each for each in there if each.is_running and not each.is_loopback]
+    return [each for each in up if not each.name.startswith(inner)] or up
 
 
 def _meeting_place(there: list[Interface]) -> Finding:
@@ -98,12 +105,13 @@ def _meeting_place(there: list[Interface]) -> Finding:
         text = told if good else f"torchrun says {told}, which is every node itself; {GIVE_ADDRESS}"
         return graded(good, "MASTER_ADDR", text, "BAD")
     name = socket.getfqdn()
-    if not means_only_here(name):
+    if addresses_of(name) and not means_only_here(name):
         found = ", ".join(addresses_of(name))
         return Finding("ok", "MASTER_ADDR", f"torchrun would say {name}: {found}")
-    own = [each.addresses[0] for each in there if not each.is_loopback]
+    own = [each.addresses[0] for each in _usable(there)]
     remedy = f"give it --local-addr {' or '.join(own) or 'with an address of this node'}"
-    why = f"torchrun would say {name}, which is every node itself"
+    what = "is every node itself" if addresses_of(name) else "means nothing here"
+    why = f"torchrun would say {name}, which {what}"
     return Finding("note", "MASTER_ADDR", f"{why}; {remedy}")
 
 
@@ -193,7 +201,8 @@ def _nccl(there: list[Interface], environ: Mapping[str, str], on_gpu: bool) -> F
             "note", "NCCL", f"not used without a GPU; of the interfaces it takes {taken}"
         )
     if not found:
-        return Finding("BAD", "NCCL", f"{NCCL}={chosen} leaves no interface; correct or unset it")
+        why = f"{NCCL}={chosen} leaves no interface; correct or unset it"
+        return Finding("BAD", "NCCL", why if chosen else "no interface is up; bring one up")
     text = f"takes {', '.join(found)}"
     several = len(found) > 1 and not chosen
     return graded(not several, "NCCL", text + f"; {NCCL} leaves the others out" * several)
@@ -204,13 +213,16 @@ def nccl_interfaces(there: list[Interface], chosen: str) -> list[Interface]:
 
     Args:
         chosen: NCCL_SOCKET_IFNAME: beginnings of names with commas between; after ^ what is left
-            out; after = whole names. "": ib... if there is one, else all but docker... and lo
-            (ncclFindInterfaces in NCCL's src/misc/socket.cc).
+            out; after = whole names. "": ib... if there is one, else all but docker..., lo and
+            virbr..., else the first of these (ncclFindInterfaces in NCCL's src/misc/socket.cc).
     """
     up = [each for each in there if each.is_running]
     if not chosen:
+        last = ("docker", "lo", "virbr")
         fabric = [each for each in up if each.name.startswith("ib")]
-        return fabric or [each for each in up if not each.name.startswith(("docker", "lo"))]
+        usual = [each for each in up if not each.name.startswith(last)]
+        others = ([each for each in up if each.name.startswith(name)] for name in last)
+        return next(filter(None, (fabric, usual, *others)), [])
     is_left_out = chosen.startswith("^")
     is_whole = chosen.lstrip("^").startswith("=")
     names = tuple(name for name in chosen.lstrip("^=").split(",") if name)
