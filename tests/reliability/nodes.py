@@ -244,7 +244,8 @@ def _cut(tally: Tally, nodes: Nodes) -> None:
     what = f"the link was cut: {'; '.join(map(str, done))}"
     good = took_s < HANGS_S + GRACE_S and 0 not in (each.code for each in done)
     tally.check(good, f"{what} after {took_s:.1f} s")
-    sentences = ("ranks 1 and 2: have been silent for", "of rank 0, has not answered for")
+    cut_off = "the ranks' store, on the machine of rank 0, has not answered for"
+    sentences = ("ranks 1 and 2: have been silent for", cut_off)
     for each, sentence in zip(done, sentences, strict=True):
         found = said(each)
         tally.check(len(found) == 1 and found[0].startswith(sentence), f"{what}: says {found}")
