@@ -6,14 +6,13 @@ bits of precision) of activations and weights, e5m2 (3 bits, a wider range) of g
 stay fp32 and so do their gradients; evaluation is bf16's.
 
 Each tensor is scaled by one power of two before it is rounded, so that its largest number comes to
-lie in the upper binade of the format; the rounding is then all the error there is. The scale is
-made on the device in every step and never read on the host. This is why fp8 needs no scaled loss,
-as fp16 does: a gradient is scaled where it is rounded, and all between two products has bf16's
-range, which is fp32's. What is not finite makes all of a product NaN, which the step's own check
-finds.
+lie in the upper half of the format's range. The scale is made on the device in every step and never
+read on the host. This is why fp8 needs no scaled loss, as fp16 does: a gradient is scaled where it
+is rounded, and all between two products has bf16's range, which is fp32's. What is not finite makes
+all of a product NaN, which the step's own check finds.
 
 A GPU computes the products by `torch._scaled_mm`. A CPU has no such instructions, and oneDNN's
-stand-in is a thousand times slower than fp32; so there the same 8-bit numbers are multiplied in
+stand-in is many times slower than fp32; so there the same 8-bit numbers are multiplied in
 fp32, which holds their products exactly. What a GPU refuses is refused on a CPU, too.
 
 It keeps no history of scales, scales no rows or blocks by themselves, and computes no convolution.

@@ -12,7 +12,7 @@ from tests.bench import OUT
 from tests.bench.precision import compare
 
 MOST_POINTS = 1.0
-"""Some 12 of the sample's test glyphs."""
+"""Some 18 of the sample's test glyphs."""
 
 
 def bench(out: Path, pairs: int, data: Path | None = None, extra: tuple[str, ...] = ()) -> None:
