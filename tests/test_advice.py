@@ -1,11 +1,13 @@
 """The adviser on fp8: what it counts of a layer, and when it says no."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from engine.config import RunConfig, override
+from engine.config_text import with_own_network
 from tests.conftest import Command, assert_refused
 from tools.measure.advice import Advice, Layer, advise, layer_advice, layers_of, to_markdown
 from tools.measure.ledger import H100, MACHINES
@@ -95,6 +97,40 @@ def test_alike_layers_are_one_line_of_their_sum() -> None:
     assert five.flops == 5 * 3 * 2 * tokens * 96 * 288
     one = layer_advice(layers["embed"], None, {})
     assert one.flops == 2 * 2 * tokens * 16 * 96, "no gradient of pixels"
+
+
+OWN = """
+from torch import nn
+from engine.models import Network
+
+class Net(Network):
+    def __init__(self, height, width, num_classes):
+        super().__init__()
+        more = ({}, {"stride": 2}, {"padding": 2}, {"dilation": 2}, {})
+        self.convs = nn.ModuleList(nn.Conv2d(16, 16, 3, **each) for each in more)
+        self.first, self.last = nn.Conv2d(1, 16, 3), nn.Linear(16, num_classes)
+
+    def forward(self, image_BHW):
+        x = self.first(image_BHW[:, None].float())
+        y = sum(conv(x).mean((2, 3)) for conv in self.convs)
+        return self.last(y)
+"""
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A network of convolutions that have the same weights and the same input."""
+    file = tmp_path_factory.mktemp("own") / "convs.py"
+    file.write_text(OWN)
+    return f"{file}:Net"
+
+
+def test_layers_of_other_strides_and_paddings_are_not_alike(own: str) -> None:
+    config = override(RunConfig(), with_own_network({"model.name": own}, "test"), "test")
+    layers = layers_of(replace(config, global_batch=8), SHAPE)
+    assert {each.name: each.count for each in layers} == {
+        "first": 1, "convs.0": 2, "convs.1": 1, "convs.2": 1, "convs.3": 1, "last": 1,
+    }  # fmt: skip
 
 
 def test_what_is_not_known_is_not_said(studys: Advice) -> None:

@@ -105,7 +105,7 @@ def layers_of(config: RunConfig, shape: tuple[int, int, int]) -> list[Layer]:
     alike: dict[tuple[object, ...], Layer] = {}
     for name, module, x in layer_inputs(model, config.global_batch, shape, AUTOCAST["bf16"]):
         weights = [(p.shape, p.requires_grad) for p in module.parameters()]
-        key = (type(module), *weights, x.shape, x.stride(), x.dtype, x.requires_grad)
+        key = (repr(module), *weights, x.shape, x.stride(), x.dtype, x.requires_grad)
         seen = alike.get(key, Layer(name=name, module=module, x=x, count=0))
         alike[key] = replace(seen, count=seen.count + 1)
     return list(alike.values())
