@@ -301,7 +301,8 @@ def test_what_does_not_go_with_it_is_taken_back(
     config, notes = effective(small, world, kernels=names)
     assert config.step.precision == "fp8"
     assert config.kernels == ("softmax_cross_entropy", "adamw")
-    assert any("linear_cross_entropy is not used: fp8 computes" in note for note in notes)
+    why = "linear_cross_entropy is not used: its product for the layer before is bf16's"
+    assert any(why in note for note in notes)
     assert any("slower than bf16" in note for note in notes), "it is emulated here"
     monkeypatch.setattr(available, "has_fast_bf16", lambda device: False)
     config, notes = effective(small, world)
