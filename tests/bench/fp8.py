@@ -15,7 +15,7 @@ MOST_POINTS = 1.0
 """Some 18 of the sample's test glyphs."""
 
 
-def bench(out: Path, pairs: int, data: Path | None = None, extra: tuple[str, ...] = ()) -> None:
+def bench(out: Path, data: Path | None, pairs: int, extra: tuple[str, ...] = ()) -> None:
     """Measure and write OUT/cpu_fp8.json; `extra` flags shorten a smoke run.
 
     Args:
@@ -31,7 +31,7 @@ def bench(out: Path, pairs: int, data: Path | None = None, extra: tuple[str, ...
 @click.option("--pairs", default=5, show_default=True, type=click.IntRange(2, 10))
 def main(data: Path | None, out: Path, pairs: int) -> None:
     """Benchmark the accuracy of fp8."""
-    bench(out, pairs, data)
+    bench(out, data, pairs)
 
 
 if __name__ == "__main__":
