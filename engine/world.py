@@ -259,7 +259,7 @@ def cannot_fuse(device: torch.device) -> str:
 
 def cannot_fp8(device: torch.device) -> str:
     """Why products of 8-bit floats would fail here; empty where they run, by a CPU emulated."""
-    if not all(hasattr(torch, name) for name in ("float8_e4m3fn", "float8_e5m2", "_scaled_mm")):
+    if not hasattr(torch, "_scaled_mm"):
         return f"torch {torch.__version__} has no such products"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         return "it needs a GPU of compute capability 8.9 (Ada, Hopper) or newer"

@@ -149,9 +149,9 @@ def test_precision(tmp_path: Path, small_dir: Path) -> None:
 
 @pytest.mark.skipif(FAST_PRECISION == "fp32", reason="this CPU has no bf16 instructions")
 def test_fp8(tmp_path: Path, small_dir: Path) -> None:
-    fp8.bench(tmp_path, 2, small_dir, extra=("--epochs=1", "--batch-size=32"))
+    fp8.bench(tmp_path, small_dir, pairs=2, extra=("--epochs=1", "--batch-size=32"))
     result = json.loads((tmp_path / "cpu_fp8.json").read_text())
-    assert result["title"].startswith("fp8 against bf16: 1 epochs")
+    assert result["title"].startswith("fp8 against bf16: 1 epoch on ")
     assert checked(tmp_path / "cpu_fp8.json") == [
         "the interval's end that is farther from 0 (points)"
     ]

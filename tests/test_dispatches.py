@@ -37,7 +37,7 @@ FIRST_ON_CPU = {
     "288 scaled weights as the kernel reads them": "clone float32 - [9, 32]",
     "their gradient as the parameter is": "clone float32 - [32, 1, 3, 3]",
     "a bias that NumPy may look at": "clone float32 - [32]",
-    "another": "clone float32 - [64]",
+    "conv2's bias, likewise": "clone float32 - [64]",
 }
 SHAPES = {
     "conv1.weight": "[32, 1, 3, 3]",

@@ -69,7 +69,7 @@ def test_a_kernels_bytes_are_those_of_its_docstring() -> None:
 
 
 def test_flops_are_those_of_the_products() -> None:
-    """Of the head: logits, and two gradients; of the second layer three products of as many."""
+    """Of the head: logits, and two gradients; of the second layer the forward's."""
     hidden, label = torch.zeros(6, 128), torch.zeros(6, dtype=torch.uint8)
     counted = Operations()
     with launch.listening(counted.started, 132):
@@ -181,6 +181,9 @@ def test_the_command_counts_a_matrix(command: Command, tmp_path: Path) -> None:
     assert f"| plain | 8 | {found.rows[0].launches:.1f} |" in done.stdout
     refused = command("tools/profile", "ledger", matrix, "--gpu", "NVIDIA H100")
     assert_refused(refused, "choose from NVIDIA H100 80GB HBM3")
+    matrix.write_text(SMALL.format(name="fp8", settings='"step.precision" = "fp8"'))
+    refused = command("tools/profile", "ledger", matrix, "--gpu", "NVIDIA A100-SXM4-80GB")
+    assert_refused(refused, "fp8: NVIDIA A100-SXM4-80GB has no fp8; name another --gpu")
     matrix.write_text(SMALL.format(name="compiled", settings='"step.compile" = "default"'))
     assert_refused(command("tools/profile", "ledger", matrix), "leave out step.compile")
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from engine.config import RunConfig, StepConfig, override
+from engine.config import ModelConfig, RunConfig, StepConfig, override
 from engine.data.records import Records
 from engine.models import make_model
 from engine.train import available
@@ -187,11 +187,18 @@ def test_odd_layers_stay_in_bf16_and_are_named() -> None:
     assert "out_proj: it is of a class of its own" in use_fp8(attention)
     wide = torch.nn.Sequential(*(torch.nn.Linear(16, 16) for _ in range(6)))
     assert use_fp8(wide) == "fp8 computes 0, 1, 2, 3 and 2 others, bf16 all else"
+    odd = torch.nn.Sequential(*(torch.nn.Linear(17, 17 + 2 * (n == 3)) for n in range(7)))
+    assert use_fp8(odd) == (
+        "fp8 computes no layer, bf16 all else (0, 1, 2, 4 and 2 others: 17 cannot be divided by "
+        "16; 3: 17 and 19 cannot be divided by 16)"
+    )
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
-def test_evaluation_is_bf16s_to_the_bit(channels_last: bool) -> None:
-    twins = [make_model(RunConfig().model, 28, 28, 94, seed=0) for _ in range(2)]
+@pytest.mark.parametrize("name", ["fast", "vit"])
+def test_evaluation_is_bf16s_to_the_bit(name: str, channels_last: bool) -> None:
+    """Of Columns, and of plain linear layers."""
+    twins = [make_model(ModelConfig(name=name), 28, 28, 94, seed=0) for _ in range(2)]
     use_fp8(twins[0])
     image = torch.randint(256, (4, 28, 28), dtype=torch.uint8)
     for model in twins:
@@ -221,16 +228,19 @@ def test_it_trains_as_bf16_does(small: Records, world: World) -> None:
 
 
 @needs_bf16
-def test_a_run_keeps_what_bf16s_keeps_and_reads_nothing(small: Records, world: World) -> None:
+@pytest.mark.parametrize(("name", "taken"), [("fast", "fc1, "), ("vit", "blocks.0.qkv, ")])
+def test_a_run_keeps_what_bf16s_keeps_and_reads_nothing(
+    small: Records, world: World, name: str, taken: str
+) -> None:
     """The state is fp32's, by the same names; K steps in a launch change no bit."""
-    settings = {"step.precision": "fp8"}
+    settings = {"step.precision": "fp8", "model.name": name, "model.vit_patch_pixels": 14}
     with closing(session(small, world, settings)) as opened:
-        assert any(note.startswith("fp8 computes fc1") for note in opened.notes)
+        assert any(note.startswith(f"fp8 computes {taken}") for note in opened.notes)
         assert not opened.step.scaler.is_enabled()
         assert host_reads(opened.step.train_epoch(opened.feed, 0), world.device) == []
         assert 0 < evaluate(opened, "val")[0] < 3
         kept = opened.step.state.model_tensors() | opened.step.state.optimizer_tensors()
-    with closing(session(small, world, {"step.precision": "bf16"})) as other:
+    with closing(session(small, world, settings | {"step.precision": "bf16"})) as other:
         for _ in other.step.train_epoch(other.feed, 0):
             pass
         wanted = other.step.state.model_tensors() | other.step.state.optimizer_tensors()
@@ -291,7 +301,8 @@ def test_what_does_not_go_with_it_is_taken_back(
     config, notes = effective(small, world, kernels=names)
     assert config.step.precision == "fp8"
     assert config.kernels == ("softmax_cross_entropy", "adamw")
-    assert any("linear_cross_entropy is not used: fp8 computes" in note for note in notes)
+    why = "linear_cross_entropy is not used: its product for the layer before is bf16's"
+    assert any(why in note for note in notes)
     assert any("slower than bf16" in note for note in notes), "it is emulated here"
     monkeypatch.setattr(available, "has_fast_bf16", lambda device: False)
     config, notes = effective(small, world)

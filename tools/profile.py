@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from engine.config import NETWORK_NAMES, RECIPES, RunConfig, override
-from engine.config_text import load_toml
+from engine.config import RECIPES, RunConfig, override
+from engine.config_text import load_toml, with_own_network
 from engine.durable import is_empty, take_folder, writing
 from engine.errors import UserError, exit_on_user_error, printable
 from engine.host import cache_notes, end_rank, env_world_size, prepare_process
@@ -237,7 +237,7 @@ def ledger(matrix: Path | None, gpu: str, out: Path | None) -> None:
 
 @main.command()
 @click.argument("config_file", required=False, type=PATH, metavar="[CONFIG]")
-@click.option("--model", type=click.Choice(NETWORK_NAMES), help="Another network than CONFIG's.")
+@click.option("--model", help="Another network than CONFIG's: a name, or FILE.py:NAME.")
 @click.option(
     "--device", default="", help="The GPU's whole name.  [default: this machine's, if it has one]"
 )
@@ -258,7 +258,7 @@ def advise(
         config = load_toml(RunConfig(), config_file) if config_file else RunConfig()
         given = {"model.name": model, "global_batch": batch_size}
         changed = {name: value for name, value in given.items() if value is not None}
-        config = override(config, changed, "flags")
+        config = override(config, with_own_network(changed, "--model"), "flags")
         if not device and torch.cuda.is_available():
             device = torch.cuda.get_device_name()
         click.echo(to_markdown(advice_on(config, device)), nl=False)

@@ -1,6 +1,6 @@
 """What this machine supports of a config: a table of rules.
 
-Each may take one thing back, and say why.
+Each says what it takes back, and why.
 """
 
 from collections.abc import Callable, Iterator
@@ -69,7 +69,7 @@ def _fp8(config: RunConfig, records: Records, world: World) -> Changes:
     if why := cannot_fp8(world.device):
         raise UserError(f"--amp fp8: {why}; use --amp bf16")
     if not has_fast_bf16(world.device):
-        why = "this device has no bf16 instructions, by which all but its products is computed"
+        why = "this device has no bf16 instructions, in which all but the products is computed"
         yield _step(config, precision="fp32"), f"fp8 is not used: {why}"
     elif world.device.type == "cpu":
         yield config, "fp8 is emulated on a CPU: that shows its accuracy, and is slower than bf16"
@@ -118,32 +118,32 @@ def _layers(config: RunConfig, records: Records, world: World) -> Changes:
 def _fp8_layers(config: RunConfig, records: Records, world: World) -> Changes:
     """The kernel brings the ReLU of the layer before, in a product of its own."""
     if config.step.precision == "fp8" and "linear_cross_entropy" in config.kernels:
-        kept = tuple(name for name in config.kernels if name != "linear_cross_entropy")
-        why = "fp8 computes linear layers otherwise"
-        yield replace(config, kernels=kept), f"the kernel linear_cross_entropy is not used: {why}"
+        why = "its product for the layer before is bf16's"
+        kept = _without(config, "linear_cross_entropy")
+        yield kept, f"the kernel linear_cross_entropy is not used: {why}"
 
 
 def _loss(config: RunConfig, records: Records, world: World) -> Changes:
     names = config.kernels
     if "linear_cross_entropy" in names and "softmax_cross_entropy" in names:
-        kept = tuple(name for name in names if name != "softmax_cross_entropy")
         why = "linear_cross_entropy computes the loss"
-        yield replace(config, kernels=kept), f"softmax_cross_entropy is not used: {why}"
+        kept = _without(config, "softmax_cross_entropy")
+        yield kept, f"softmax_cross_entropy is not used: {why}"
 
 
 def _second_layer(config: RunConfig, records: Records, world: World) -> Changes:
     """Two kernels compute it: one what follows the library's convolution, one all of it."""
     if {"bias_pool_relu", "conv2_pool_relu"} <= set(config.kernels):
-        kept = tuple(name for name in config.kernels if name != "bias_pool_relu")
         why = "conv2_pool_relu computes the whole layer"
-        yield replace(config, kernels=kept), f"the kernel bias_pool_relu is not used: {why}"
+        kept = _without(config, "bias_pool_relu")
+        yield kept, f"the kernel bias_pool_relu is not used: {why}"
 
 
 def _optimizer(config: RunConfig, records: Records, world: World) -> Changes:
     if "adamw" in config.kernels and config.optim.name != "adamw":
-        others = tuple(name for name in config.kernels if name != "adamw")
         why = f"the optimiser is {config.optim.name}"
-        yield replace(config, kernels=others), f"the kernel adamw is not used: {why}"
+        kept = _without(config, "adamw")
+        yield kept, f"the kernel adamw is not used: {why}"
 
 
 def _shadows(config: RunConfig, records: Records, world: World) -> Changes:
@@ -164,8 +164,7 @@ def _fsdp(config: RunConfig, records: Records, world: World) -> Changes:
         config = _step(config, compile="off")
         yield config, "torch.compile is not used: with FSDP it has not been tried"
     if "adamw" in config.kernels:
-        others = tuple(name for name in config.kernels if name != "adamw")
-        config = replace(config, kernels=others)
+        config = _without(config, "adamw")
         yield config, "the kernel adamw is not used: FSDP has a part of each parameter on each rank"
     if config.step.cuda_graphs and not can_recover():
         why = "this torch cannot go on after a capture of FSDP that failed; it takes 2.13 or newer"
@@ -261,9 +260,9 @@ def _feed(config: RunConfig, records: Records, world: World) -> Changes:
 
 def _gather(config: RunConfig, records: Records, world: World) -> Changes:
     if "gather_warp" in config.kernels and config.data.feed != "resident":
-        others = tuple(name for name in config.kernels if name != "gather_warp")
         why = f"the feed {config.data.feed} gathers in its own way"
-        yield replace(config, kernels=others), f"the kernel gather_warp is not used: {why}"
+        kept = _without(config, "gather_warp")
+        yield kept, f"the kernel gather_warp is not used: {why}"
 
 
 def _stream(config: RunConfig, records: Records, world: World) -> Changes:
@@ -312,6 +311,10 @@ RULES: tuple[Callable[[RunConfig, Records, World], Changes], ...] = (
 
 def _step(config: RunConfig, **changed: Any) -> RunConfig:
     return replace(config, step=replace(config.step, **changed))
+
+
+def _without(config: RunConfig, kernel: str) -> RunConfig:
+    return replace(config, kernels=tuple(name for name in config.kernels if name != kernel))
 
 
 def _is_ampere(world: World) -> bool:

@@ -60,7 +60,7 @@ def shard(objective: Objective, step: StepConfig, world: World) -> None:
 
     Collective. Buffers stay whole, and become rank 0's, too. In bf16 the large blocks are gathered,
     and compute, in bf16 (but for those with BatchNorm, whose statistics are fp32); all else is
-    gathered in fp32 and cast by autocast, as under DDP.
+    gathered in fp32 and cast by autocast, as under DDP. In fp8 all is: it rounds fp32 weights.
 
     Raises:
         UserError: a parameter is a single number, or is not fp32.

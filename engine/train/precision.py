@@ -6,14 +6,13 @@ bits of precision) of activations and weights, e5m2 (3 bits, a wider range) of g
 stay fp32 and so do their gradients; evaluation is bf16's.
 
 Each tensor is scaled by one power of two before it is rounded, so that its largest number comes to
-lie in the upper binade of the format; the rounding is then all the error there is. The scale is
-made on the device in every step and never read on the host. This is why fp8 needs no scaled loss,
-as fp16 does: a gradient is scaled where it is rounded, and all between two products has bf16's
-range, which is fp32's. What is not finite makes all of a product NaN, which the step's own check
-finds.
+lie in the upper half of the format's range. The scale is made on the device in every step and never
+read on the host. This is why fp8 needs no scaled loss, as fp16 does: a gradient is scaled where it
+is rounded, and all between two products has bf16's range, which is fp32's. What is not finite makes
+all of a product NaN, which the step's own check finds.
 
 A GPU computes the products by `torch._scaled_mm`. A CPU has no such instructions, and oneDNN's
-stand-in is a thousand times slower than fp32; so there the same 8-bit numbers are multiplied in
+stand-in is many times slower than fp32; so there the same 8-bit numbers are multiplied in
 fp32, which holds their products exactly. What a GPU refuses is refused on a CPU, too.
 
 It keeps no history of scales, scales no rows or blocks by themselves, and computes no convolution.
@@ -194,20 +193,25 @@ def use_fp8(model: nn.Module) -> str:
 
     Their class changes, as torch.nn.utils.parametrize changes it; parameters and names stay.
     """
-    taken, left = list[str](), list[str]()
+    taken, left = list[str](), dict[str, list[str]]()
     for name, layer in model.named_modules():
         if not isinstance(layer, nn.Linear):
             continue
         if why := why_not_fp8(layer):
-            left.append(f"{name}: {why}")
+            left.setdefault(why, []).append(name)
         else:
             layer.__class__ = IN_FP8[type(layer)]
             taken.append(name)
-    names = ", ".join(taken[:FEW_NAMES]) or "no layer"
-    if len(taken) > FEW_NAMES:
-        names += f" and {len(taken) - FEW_NAMES} others"
-    text = f"fp8 computes {names}, bf16 all else"
-    return f"{text} ({'; '.join(left)})" if left else text
+    text = f"fp8 computes {_few(taken, ', ') or 'no layer'}, bf16 all else"
+    reasons = [f"{_few(names, ', ')}: {why}" for why, names in left.items()]
+    return f"{text} ({_few(reasons, '; ')})" if reasons else text
+
+
+def _few(texts: list[str], between: str) -> str:
+    """The first of them, and how many are left."""
+    joined = between.join(texts[:FEW_NAMES])
+    num_others = len(texts) - FEW_NAMES
+    return f"{joined} and {num_others} others" if num_others > 0 else joined
 
 
 def why_not_fp8(layer: nn.Linear) -> str:
@@ -215,5 +219,5 @@ def why_not_fp8(layer: nn.Linear) -> str:
     if type(layer) not in IN_FP8:
         return "it is of a class of its own"
     sides = (layer.in_features, layer.out_features)
-    odd = [str(side) for side in sides if side % MULTIPLE]
+    odd = [str(side) for side in dict.fromkeys(sides) if side % MULTIPLE]
     return f"{' and '.join(odd)} cannot be divided by {MULTIPLE}" if odd else ""

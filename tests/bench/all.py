@@ -40,14 +40,14 @@ def main(data: Path | None, out: Path) -> None:
     layers.bench(out, rounds=5, num_steps=60)
     ranks.bench(out, pairs=5, num_steps=100)
     canonical.bench(out, rounds=5, num_steps=60)
-    fsdp.bench(out, rounds=5, num_steps=60)
+    fsdp.bench(out, rounds=3, num_steps=24)
     measuring.bench(out, rounds=9, num_steps=60)
     checkpoints.bench(out, rounds=15)
     report.bench(out, rounds=5)
-    fp8.bench(out, pairs=5)
+    fp8.bench(out, None, pairs=5)
     if data:
         for name in fullsize.GROUPS:
-            fullsize.bench(out, data, name, seeds=5)
+            fullsize.bench(out, fullsize.Plan(data, name, seeds=5))
         precision.bench(out, data, pairs=5)
         noise.bench(out, noise.Sweep(data, target=0.87, seeds=3))
     else:

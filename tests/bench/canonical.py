@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from tests.bench import OUT
-from tests.bench.child import samples_per_s
+from tests.bench.child import measured
 from tools.report.rows import row, write_result
 
 GLOBAL_BATCH = 512
@@ -19,7 +19,7 @@ def bench(out: Path, rounds: int, num_steps: int) -> None:
     rates: dict[tuple[int, int], list[float]] = {side: [] for side in sides}
     for number in range(rounds):
         for num_ranks, shards in sides[:: -1 if number % 2 else 1]:
-            rate, environment = samples_per_s(
+            found = measured(
                 "rung_bf16",
                 batch_size=GLOBAL_BATCH // num_ranks,
                 num_steps=num_steps,
@@ -27,7 +27,7 @@ def bench(out: Path, rounds: int, num_steps: int) -> None:
                 num_threads=1,
                 changed={"step.canonical": shards},
             )
-            rates[num_ranks, shards].append(rate)
+            rates[num_ranks, shards].append(found.rate)
     rows = []
     for num_ranks in RANKS:
         plain, canonical = rates[num_ranks, 0], rates[num_ranks, SHARDS]
@@ -40,7 +40,7 @@ def bench(out: Path, rounds: int, num_steps: int) -> None:
         ]
     title = f"The cost of --canonical {SHARDS}, global batch {GLOBAL_BATCH}, bf16 channels-last"
     write_result(
-        out / "cpu_canonical.json", title=title, environment=environment, rows=rows, claims=[]
+        out / "cpu_canonical.json", title=title, environment=found.facts, rows=rows, claims=[]
     )
 
 

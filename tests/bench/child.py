@@ -2,21 +2,13 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from engine.config import flatten
 from engine.config_text import read_toml
 from engine.host import ROOT
-from engine.report import Environment
 from tools.measure.matrix import config_cell
 from tools.measure.results import Repetition, Settings
 from tools.measure.runner import Run, in_child
-
-
-def samples_per_s(config: str, **given: Any) -> tuple[float, Environment]:
-    """Throughput over all ranks of what `measured` measures."""
-    found = measured(config, **given)
-    return found.rate, found.facts
 
 
 def measured(

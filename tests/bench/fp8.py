@@ -12,10 +12,10 @@ from tests.bench import OUT
 from tests.bench.precision import compare
 
 MOST_POINTS = 1.0
-"""Some 12 of the sample's test glyphs."""
+"""Some 18 of the sample's test glyphs."""
 
 
-def bench(out: Path, pairs: int, data: Path | None = None, extra: tuple[str, ...] = ()) -> None:
+def bench(out: Path, data: Path | None, pairs: int, extra: tuple[str, ...] = ()) -> None:
     """Measure and write OUT/cpu_fp8.json; `extra` flags shorten a smoke run.
 
     Args:
@@ -31,7 +31,7 @@ def bench(out: Path, pairs: int, data: Path | None = None, extra: tuple[str, ...
 @click.option("--pairs", default=5, show_default=True, type=click.IntRange(2, 10))
 def main(data: Path | None, out: Path, pairs: int) -> None:
     """Benchmark the accuracy of fp8."""
-    bench(out, pairs, data)
+    bench(out, data, pairs)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import click
 
-from engine.report import Environment
 from tests.bench import OUT
-from tests.bench.child import samples_per_s
+from tests.bench.child import measured
+from tools.measure.results import Repetition
 from tools.report.rows import Claim, Row, claim, row, write_result
 
 Case = tuple[str, int, str]
@@ -26,8 +26,8 @@ def bench(out: Path, rounds: int, num_steps: int) -> None:
     for _ in range(rounds):
         for case in CASES:
             for side, names in enumerate((OFF, ON)):
-                rate, environment = measured(case, names, num_steps)
-                rates[case][side].append(rate)
+                found = with_layers(case, names, num_steps)
+                rates[case][side].append(found.rate)
     rows, claims = list[Row](), list[Claim]()
     for case, (plain, fused) in rates.items():
         precision, batch, first_layer = case
@@ -40,17 +40,17 @@ def bench(out: Path, rounds: int, num_steps: int) -> None:
     write_result(
         out / "cpu_layers.json",
         title="Pooled layers compiled for the CPU in the training step, two cores, resident feed",
-        environment=environment,
+        environment=found.facts,
         rows=rows,
         claims=claims,
     )
 
 
-def measured(case: Case, names: list[str], num_steps: int) -> tuple[float, Environment]:
-    """samples/s of the fast step with these layers, and where it ran."""
+def with_layers(case: Case, names: list[str], num_steps: int) -> Repetition:
+    """The fast step with these layers."""
     precision, batch, first_layer = case
     changed = {"step.precision": precision, "model.first_layer": first_layer, "kernels": names}
-    return samples_per_s("rung_bf16", batch_size=batch, num_steps=num_steps, changed=changed)
+    return measured("rung_bf16", batch_size=batch, num_steps=num_steps, changed=changed)
 
 
 @click.command()

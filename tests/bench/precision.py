@@ -54,7 +54,8 @@ def compare(
         replace(difference, value=middle, low=low, high=high),
     ]
     text = "the interval's end that is farther from 0 (points)"
-    size = f"{report.num_epochs} epochs on {report.num_train_samples:,} images"
+    plural = "" if report.num_epochs == 1 else "s"
+    size = f"{report.num_epochs} epoch{plural} on {report.num_train_samples:,} images"
     write_result(
         file,
         title=f"{other} against {base}: {size}",

@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from tests.bench import OUT
-from tests.bench.child import samples_per_s
+from tests.bench.child import measured
 from tools.report.rows import claim, row, write_result
 
 BATCH = 512
@@ -19,15 +19,15 @@ BATCH = 512
 def bench(out: Path, pairs: int, num_steps: int) -> None:
     """Measure and write OUT/cpu_ranks.json."""
     one, apart, two = [], [], []
-    ranks = partial(
-        samples_per_s, "rung_bf16", batch_size=BATCH, num_steps=num_steps, num_threads=1
-    )
+    ranks = partial(measured, "rung_bf16", batch_size=BATCH, num_steps=num_steps, num_threads=1)
     for _ in range(pairs):
-        one.append(ranks(num_ranks=1)[0])
+        one.append(ranks(num_ranks=1).rate)
         with ThreadPoolExecutor(2) as pool:
-            apart.append(sum(rate for rate, _ in pool.map(lambda _: ranks(num_ranks=1), range(2))))
-        rate, environment = ranks(num_ranks=2)
-        two.append(rate)
+            apart.append(
+                sum(each.rate for each in pool.map(lambda _: ranks(num_ranks=1), range(2)))
+            )
+        found = ranks(num_ranks=2)
+        two.append(found.rate)
     efficiencies = [50 * b / a for a, b in zip(one, two, strict=True)]
     rows = [
         row("1 rank x 1 thread", one, "samples/s"),
@@ -49,7 +49,7 @@ def bench(out: Path, pairs: int, num_steps: int) -> None:
     claims = [claim("efficiency of 2 ranks (%)", rows[4].value, 92)]
     title = f"DDP on two cores, batch {BATCH} a rank, bf16 channels-last"
     write_result(
-        out / "cpu_ranks.json", title=title, environment=environment, rows=rows, claims=claims
+        out / "cpu_ranks.json", title=title, environment=found.facts, rows=rows, claims=claims
     )
 
 

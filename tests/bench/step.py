@@ -12,7 +12,7 @@ import click
 
 from engine.host import ROOT
 from tests.bench import OUT
-from tests.bench.child import samples_per_s
+from tests.bench.child import measured
 from tools.report.rows import claim, row, write_result
 
 SIDES = ("rung_eager_fp32", "rung_bf16")
@@ -24,8 +24,8 @@ def bench(out: Path, rounds: int, num_steps: int) -> None:
     rates: dict[str, list[float]] = {name: [] for name in SIDES}
     for _ in range(rounds):
         for name in SIDES:
-            rate, environment = samples_per_s(name, batch_size=BATCH, num_steps=num_steps)
-            rates[name].append(rate)
+            found = measured(name, batch_size=BATCH, num_steps=num_steps)
+            rates[name].append(found.rate)
     eager, fast = (rates[name] for name in SIDES)
     ratios = [b / a for a, b in zip(eager, fast, strict=True)]
     command = [sys.executable, "-m", "tests.bench.minimal", str(BATCH), str(5 * rounds), "8"]
@@ -49,7 +49,7 @@ def bench(out: Path, rounds: int, num_steps: int) -> None:
     ]
     title = f"Training step at batch {BATCH} on two cores, resident feed"
     write_result(
-        out / "cpu_step.json", title=title, environment=environment, rows=rows, claims=claims
+        out / "cpu_step.json", title=title, environment=found.facts, rows=rows, claims=claims
     )
 
 

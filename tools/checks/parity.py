@@ -56,9 +56,7 @@ GROUPS = ("loss", "parameters", "gradients", "optimiser", "scaler", "counters")
 TOLERANCE = {
     "fp32": (1e-3, 1e-2),
     "tf32": (1e-2, 1e-1),
-    "bf16": (5e-2, 5e-1),
-    "fp16": (5e-2, 5e-1),
-    "fp8": (1e-1, 7e-1),
+    **dict.fromkeys(("bf16", "fp16", "fp8"), (5e-2, 5e-1)),
 }
 """For what adds in another order (ranks, fused layers): of losses and parameters, of gradients
 and optimiser.

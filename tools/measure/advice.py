@@ -7,8 +7,8 @@ its FLOPs over the peak, and what a launch costs. The step, counted in the same 
 layer is of the whole.
 
 It measures nothing and needs no GPU; of one that the tables do not name it says no more than FLOPs
-and bytes. It counts PyTorch's own operations: neither `--kernels` nor torch.compile, which fuses
-part of the casts into what stands before them.
+and bytes. It counts PyTorch's own operations on a batch in one part: neither `--kernels` nor
+`step.accumulate`, nor torch.compile, which fuses part of the casts into what stands before them.
 
 Shapes: B samples of a step, H x W pixels.
 """
@@ -24,7 +24,7 @@ from engine.config import RunConfig, StepConfig
 from engine.models import make_model
 from engine.train.precision import AUTOCAST, IN_FP8, why_not_fp8
 from tools.measure.assumed import Operation
-from tools.measure.ledger import MACHINES, Machine
+from tools.measure.ledger import MACHINES, Machine, model_in_words
 from tools.measure.operations import STUDYS_SHAPE, layer_inputs, layer_operations, step_operations
 from tools.measure.roofline import PEAK_FLOPS
 from tools.report.rows import markdown_table
@@ -57,7 +57,7 @@ class LayerAdvice:
     num_bytes: float
     """In bf16."""
     bound: str = ""
-    """What takes most of its time in bf16: bytes, FLOPs or launches; empty: not known."""
+    """What takes most of its time in bf16: bytes, FLOPs, waiting or launches; empty: not known."""
     us: dict[str, float] = field(default_factory=dict)
     """By precision, where it is known; a model's, as `verdict` is."""
     verdict: str = ""
@@ -85,9 +85,10 @@ def advise(config: RunConfig, device: str, shape: tuple[int, int, int] = STUDYS_
     step_us = dict[str, float]()
     if machine:
         known = _known(machine)
-        counted = {p: _step(config, p, shape) for p in {COUNTED.get(p, p) for p in known}}
+        counted = {p: _step(config, p, shape) for p in _to_count(known)}
         step_us = {p: _us(counted[COUNTED.get(p, p)], machine, p) for p in known}
-    layers = [layer_advice(each, machine, step_us) for each in layers_of(config, shape)]
+    step_bf16_us = step_us.get("bf16", 0.0)
+    layers = [layer_advice(each, machine, step_bf16_us) for each in layers_of(config, shape)]
     return Advice(
         network=config.model.name,
         batch=config.global_batch,
@@ -105,23 +106,24 @@ def layers_of(config: RunConfig, shape: tuple[int, int, int]) -> list[Layer]:
     alike: dict[tuple[object, ...], Layer] = {}
     for name, module, x in layer_inputs(model, config.global_batch, shape, AUTOCAST["bf16"]):
         weights = [(p.shape, p.requires_grad) for p in module.parameters()]
-        key = (type(module), *weights, x.shape, x.stride(), x.dtype, x.requires_grad)
+        key = (repr(module), *weights, x.shape, x.stride(), x.dtype, x.requires_grad)
         seen = alike.get(key, Layer(name=name, module=module, x=x, count=0))
         alike[key] = replace(seen, count=seen.count + 1)
     return list(alike.values())
 
 
-def layer_advice(layer: Layer, machine: Machine | None, step_us: dict[str, float]) -> LayerAdvice:
+def layer_advice(layer: Layer, machine: Machine | None, step_bf16_us: float) -> LayerAdvice:
     """Advice on a layer.
 
     Args:
-        machine: None: what is counted, and no verdict.
-        step_us: of the whole step, by precision.
+        machine: None: what is counted in bf16, and no verdict.
+        step_bf16_us: of the whole step; read where there is a machine.
     """
-    found = {p: _counted(layer.module, layer.x, p) for p in ("fp32", "bf16")}
-    if (fp8 := _in_fp8(layer.module)) is not None:
-        found["fp8"] = _counted(fp8, layer.x, "fp8")
-    found = {p: _times(operations, layer.count) for p, operations in found.items()}
+    known = _known(machine) if machine else ["bf16"]
+    modules = {p: _in_fp8(layer.module) if p == "fp8" else layer.module for p in _to_count(known)}
+    found = {
+        p: _counted(module, layer.x, p) * layer.count for p, module in modules.items() if module
+    }
     others = f" and {layer.count - 1} alike" if layer.count > 1 else ""
     advice = LayerAdvice(
         name=layer.name + others,
@@ -130,24 +132,10 @@ def layer_advice(layer: Layer, machine: Machine | None, step_us: dict[str, float
     )
     if machine is None:
         return advice
-    counted = {p: found.get(COUNTED.get(p, p)) for p in _known(machine)}
+    counted = {p: found.get(COUNTED.get(p, p)) for p in known}
     us = {p: _us(each, machine, p) for p, each in counted.items() if each is not None}
-    verdict = _cannot(layer.module, machine) or _verdict(found, machine, step_us["bf16"])
+    verdict = _cannot(layer.module, machine) or _verdict(found, machine, step_bf16_us)
     return replace(advice, bound=_bound(found["bf16"], machine), us=us, verdict=verdict)
-
-
-def _times(operations: list[Operation], count: int) -> list[Operation]:
-    """Those of so many layers."""
-    return [
-        replace(
-            each,
-            launches=count * each.launches,
-            read_bytes=count * each.read_bytes,
-            write_bytes=count * each.write_bytes,
-            flops=count * each.flops,
-        )
-        for each in operations
-    ]
 
 
 def _step(config: RunConfig, precision: str, shape: tuple[int, int, int]) -> list[Operation]:
@@ -182,6 +170,11 @@ def _known(machine: Machine) -> list[str]:
     return [p for p in PRECISIONS if p in PEAK_FLOPS[machine.name]]
 
 
+def _to_count(precisions: Iterable[str]) -> list[str]:
+    """Those whose launches must be counted; the others have the launches of one of these."""
+    return list(dict.fromkeys(COUNTED.get(p, p) for p in precisions))
+
+
 def _us(operations: Iterable[Operation], machine: Machine, precision: str) -> float:
     """Microseconds by the model, numbers of the counted precision being those of `precision`."""
     counted = COUNTED.get(precision)
@@ -193,12 +186,8 @@ def _us(operations: Iterable[Operation], machine: Machine, precision: str) -> fl
 
 def _bound(operations: list[Operation], machine: Machine) -> str:
     """What takes most time if all else took none."""
-    each_us = {
-        "bytes": sum(op.num_bytes / machine.bytes_per_s for op in operations) * 1e6,
-        "FLOPs": sum(op.flops / machine.flops_per_s(op) for op in operations) * 1e6,
-        "launches": sum(op.launches for op in operations) * machine.launch_us,
-    }
-    return max(each_us, key=lambda name: each_us[name])
+    each_us = [machine.parts_us(each) for each in operations]
+    return max(each_us[0], key=lambda part: sum(parts_us[part] for parts_us in each_us))
 
 
 def _cannot(layer: nn.Module, machine: Machine) -> str:
@@ -271,10 +260,8 @@ def _of_step(advice: Advice) -> str:
 def _in_words(machine: Machine) -> str:
     return (
         "MFLOP and MB are a step's, forward and backward, in bf16; fp16 is taken to be as fast. "
-        f"Times are by {machine.bytes_per_s / 1e12:g} TB/s, {machine.product_fraction:g} of the "
-        f"datasheet's peaks ({machine.convolution_fraction:g} in convolutions) and "
-        f"{machine.launch_us:g} us a launch, casts and scales counted as they are launched; "
-        "torch.compile would fuse part of them."
+        f"{model_in_words(machine, f'{machine.launch_us:g}')} Casts and scales are counted as they "
+        "are launched; torch.compile would fuse part of them."
     )
 
 

@@ -69,13 +69,19 @@ class Machine:
         fraction = self.convolution_fraction if is_convolution else self.product_fraction
         return fraction * PEAK_FLOPS[self.name][operation.dtype]
 
+    def parts_us(self, operation: Operation) -> dict[str, float]:
+        """Microseconds that each part of a step's launches of this kind would take by itself."""
+        return {
+            "bytes": 1e6 * (operation.num_bytes / self.bytes_per_s),
+            "FLOPs": 1e6 * (operation.flops / self.flops_per_s(operation)),
+            "waiting": operation.launches * (operation.turns - 1) * self.turn_us,
+            "launches": operation.launches * self.launch_us,
+        }
+
     def us(self, operation: Operation) -> float:
         """Microseconds of a step's launches of this kind."""
-        work_s = max(
-            operation.num_bytes / self.bytes_per_s, operation.flops / self.flops_per_s(operation)
-        )
-        waiting_us = operation.launches * (operation.turns - 1) * self.turn_us
-        return max(1e6 * work_s, waiting_us) + operation.launches * self.launch_us
+        *work_us, launches_us = self.parts_us(operation).values()
+        return max(work_us) + launches_us
 
 
 MACHINES = {
@@ -259,7 +265,7 @@ def to_markdown(found: Ledger, source: str, profile: Profile | None = None) -> s
         "",
         f"torch {found.torch}; `{found.command}`; file `{source}`",
         "",
-        _model_in_words(machine),
+        model_in_words(machine, f"{machine.launch_us:g} or {SLOW_LAUNCH_US:g}"),
         "",
         *markdown_table(HEAD, "lrrrrrr", rows),
     ]
@@ -275,17 +281,17 @@ def to_markdown(found: Ledger, source: str, profile: Profile | None = None) -> s
     return "\n".join(lines) + "\n"
 
 
-def _model_in_words(machine: Machine) -> str:
+def model_in_words(machine: Machine, launch_us: str) -> str:
+    """How the times came about, in two clauses; `launch_us` is what a launch was given."""
     bytes_flops = (
         f"its bytes at {machine.bytes_per_s / 1e12:g} TB/s, its FLOPs at "
         f"{machine.product_fraction:g} of the datasheet's peak "
         f"({machine.convolution_fraction:g} in convolutions)"
     )
     waiting = f"{machine.turn_us:g} us for each further turn in which its programs wait for memory"
-    itself = f"{machine.launch_us:g} or {SLOW_LAUNCH_US:g} us for itself"
     return (
         "Launches and bytes are counted by dispatch; the time is a model, not measured: each "
-        f"launch takes the longest of {bytes_flops} and {waiting}, and {itself}."
+        f"launch takes the longest of {bytes_flops} and {waiting}, and {launch_us} us for itself."
     )
 
 

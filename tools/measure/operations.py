@@ -142,7 +142,7 @@ def _as_cudnn_lays_it_out(func: Any, args: Any, out: Any) -> Any:
 
 
 @contextmanager
-def as_on_a_gpu() -> Iterator[None]:
+def _as_on_a_gpu() -> Iterator[None]:
     """Fake CPU tensors go a GPU's ways: torch.optim's multi-tensor ones, products of fp8."""
     devices = ["cpu", "cuda"]
     types = [torch.Tensor, torch.nn.Parameter, FakeTensor]
@@ -178,7 +178,7 @@ def step_operations(
         stack.enter_context(backends_kept())
         step, feed = _step(config, batch, shape)
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        stack.enter_context(as_on_a_gpu())
+        stack.enter_context(_as_on_a_gpu())
         stack.enter_context(launch.listening(mode.started, processors))
         stack.enter_context(mode)
         launches = step.train_epoch(feed, 0)
@@ -212,7 +212,7 @@ def _step(
     world = World(rank=0, size=1, device=_CPU, stream=None)
     in_launches = config.step.cuda_graphs or num_steps > 1
     gathers = in_launches and config.data.feed in (*SOURCES, "auto") and not config.augment.is_on
-    with as_on_a_gpu():
+    with _as_on_a_gpu():
         step = TrainStep(model, config, order, static, world, feed if gathers else None)
     return step, feed
 
@@ -230,7 +230,7 @@ def layer_operations(
     mode = Operations()
     with ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        stack.enter_context(as_on_a_gpu())
+        stack.enter_context(_as_on_a_gpu())
         given = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype)
         given.requires_grad_(x.requires_grad)
         stack.enter_context(mode)
@@ -254,7 +254,7 @@ def layer_inputs(
     kinds = (torch.nn.Conv2d, torch.nn.Linear)
     hooks = [layer.register_forward_hook(note) for layer in names if isinstance(layer, kinds)]
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with fake, Operations(), torch.autocast("cpu", autocast):
+    with fake, Operations(), torch.autocast("cpu", autocast):  # Operations: for cuDNN's layouts
         model.train()(torch.empty((batch, *shape[:2]), dtype=torch.uint8))
     for hook in hooks:
         hook.remove()
