@@ -39,8 +39,9 @@ SIGNATURE = b"\x89PNG\r\n\x1a\n"
 HEADER = struct.Struct(">IIBBBBB")
 CHUNK = struct.Struct(">I4s")
 CRC = struct.Struct(">I")
-KNOWN = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
-"""Chunks without which a picture cannot be understood; others begin with a small letter."""
+KNOWN = (b"PLTE", b"IDAT", b"IEND")
+"""Chunks behind the header without which a picture cannot be understood; others begin with a small
+letter."""
 COLOURS = {2: "RGB", 3: "of a palette", 4: "grey with transparency", 6: "RGB with transparency"}
 FILE_LIMIT_BYTES = 16 * 2**20
 AGAIN = "copy or write it again"
@@ -119,14 +120,15 @@ def scanlines(data: bytes, side: int, first: str) -> bytes:
     Args:
         first: what has that size, for the sentence.
     """
-    (width, height, depth, *_, interlaced), packed = _picture(data)
+    header, packed = _picture(data)
+    width, height, depth, *_, interlaced = header
     if (width, height) != (side, side):
         raise PngFault(
             f"has {height} x {width} pixels, but {first} {side} x {side}; scale or pad all to one "
             f"size"
         )
     if depth < 8 or interlaced:
-        return _by_pillow(data, side)
+        return _by_pillow(header, packed)
     num_bytes = height * (width + 1)
     unpacking = zlib.decompressobj()
     try:
@@ -237,7 +239,7 @@ def _picture(data: bytes) -> tuple[tuple[int, ...], bytes]:
         elif kind == b"acTL":
             raise PngFault("is animated, want one picture; write its frames as files")
         elif kind[0] < 96 and kind not in KNOWN:
-            raise PngFault(f"is damaged (a chunk {kind!r} that PNG does not have); {AGAIN}")
+            raise PngFault(f"is damaged (a chunk {kind!r} that PNG does not have here); {AGAIN}")
     return header, b"".join(packed)
 
 
@@ -269,18 +271,29 @@ def _check_header(header: tuple[int, ...]) -> None:
         raise PngFault(f"is damaged (a header that PNG does not have); {AGAIN}")
 
 
-def _by_pillow(data: bytes, side: int) -> bytes:
-    """The scanlines, without filters, of a picture that is interlaced or has less than 8 bits."""
+def _by_pillow(header: tuple[int, ...], packed: bytes) -> bytes:
+    """The scanlines, without filters, of a picture that is interlaced or has less than 8 bits.
+
+    Pillow sees the checked header and the packed scanlines alone, no other chunk.
+    """
     from PIL import Image
 
+    chunks = ((b"IHDR", HEADER.pack(*header)), (b"IDAT", packed), (b"IEND", b""))
+    data = SIGNATURE + b"".join(_chunk(kind, body) for kind, body in chunks)
     try:
         with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
             image_HW = np.asarray(picture.convert("L"))
     except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
         raise PngFault(f"is damaged ({str(error).partition(chr(10))[0]}); {AGAIN}") from None
-    raw_HV = np.zeros((side, side + 1), np.uint8)
+    height, width = image_HW.shape
+    raw_HV = np.zeros((height, width + 1), np.uint8)
     raw_HV[:, 1:] = image_HW
     return raw_HV.tobytes()
+
+
+def _chunk(kind: bytes, body: bytes) -> bytes:
+    checksum = zlib.crc32(kind + body)
+    return CHUNK.pack(len(body), kind) + body + CRC.pack(checksum)
 
 
 def _compiled(function: Callable[..., Any]) -> Any:
