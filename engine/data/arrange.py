@@ -21,13 +21,14 @@ from pathlib import Path
 
 from engine.data.foreign import HEAD_BYTES
 from engine.data.headers import INDEX_NAMES, are_pixels
-from engine.data.lexer import LINE_LIMIT_BYTES, Fault, split_fields
+from engine.data.lexer import FIELDS, LINE_LIMIT_BYTES, Fault, split_fields
 from engine.data.source import Source
 from engine.errors import UserError
 
 CHUNK_BYTES = 2**20
+_LINE = re.compile(FIELDS.pattern.encode())
 _TOKENS = re.compile(rb'(?:"(?:[^"]|"")*"|[^",]*)(?:,|\Z)')
-"""A field as it is written, with the comma behind it."""
+"""A field as it is written, with the comma behind it; of a line that is CSV."""
 
 
 @dataclass(frozen=True)
@@ -234,11 +235,13 @@ def moved_first(line: bytes, place: int, last: int) -> bytes:
         fields = body.split(b",", place + 1)
         if len(fields) <= place:
             return line
+    elif not _LINE.fullmatch(body):
+        return line
     else:
         fields = [token.removesuffix(b",") for token in _TOKENS.findall(body)]
         if body and not body.endswith(b","):
             fields.pop()  # the empty match at the end
-        if len(fields) <= place or b",".join(fields) != body:
+        if len(fields) <= place:
             return line
         if place == last:
             place = len(fields) - 1

@@ -30,7 +30,8 @@ SLACK_BYTES = 64
 
 _PIXEL = {text: value for value in range(256) for text in (str(value), f"{value}.0")}
 _PIXEL_SPELLING = re.compile(r"(0|[1-9][0-9]{0,2})(\.0+)?", re.ASCII)
-_FIELDS = re.compile(r'(?:"(?:[^"]|"")*"|[^",]*)(?:,(?:"(?:[^"]|"")*"|[^",]*))*')
+FIELDS = re.compile(r'(?:"(?:[^"]|"")*"|[^",]*)(?:,(?:"(?:[^"]|"")*"|[^",]*))*')
+"""A line that is CSV; it takes no longer than the line is long."""
 _UNSEEN = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 """Controls but the tab, and what changes the direction or the lines of the text around it."""
 
@@ -148,7 +149,7 @@ def split_fields(line: bytes) -> list[str]:
         raise Fault(f"is not UTF-8 ({where}); save the file as UTF-8") from None
     if "\r" in text:
         raise Fault("holds a carriage return, want LF or CRLF at the end of the line")
-    if not _FIELDS.fullmatch(text):
+    if not FIELDS.fullmatch(text):
         raise Fault(
             "is not CSV: a quote is not closed on its line, "
             "or stands inside a field that is not quoted"
