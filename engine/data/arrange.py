@@ -6,7 +6,8 @@ the columns holds the label; all others are pixels, a square number of them. The
 --no-header says that there is none, calls them pixel0.., pixel1.., 0.., 1.. or 1x1..; what the
 label is called does not matter. Everything else of a line is the lexer's language.
 
-A line that is no CSV goes on as it is: the lexer refuses it.
+A line that is no CSV goes on as it is: the lexer refuses it. One whose row number is none becomes a
+line that the lexer refuses, and why is kept for whoever collects the rows.
 
 Shapes: P pixels of a row.
 """
@@ -21,11 +22,16 @@ from pathlib import Path
 
 from engine.data.foreign import HEAD_BYTES
 from engine.data.headers import INDEX_NAMES, are_pixels
-from engine.data.lexer import FIELDS, LINE_LIMIT_BYTES, Fault, split_fields
+from engine.data.lexer import FIELDS, LINE_LIMIT_BYTES, MAX_FAULTS, Fault, split_fields
 from engine.data.source import Source
 from engine.errors import UserError
 
 CHUNK_BYTES = 2**20
+ROW_NUMBER = -1
+"""A Fault's column: the row number, which the lexer does not see."""
+REFUSED_LINE = b'"'
+"""Of no CSV: stands for a line whose fault is known."""
+_INDEX = re.compile(rb'([0-9]+|"[0-9]+"),')
 _LINE = re.compile(FIELDS.pattern.encode())
 _TOKENS = re.compile(rb'(?:"(?:[^"]|"")*"|[^",]*)(?:,|\Z)')
 """A field as it is written, with the comma behind it; of a line that is CSV."""
@@ -81,6 +87,8 @@ class Arrangement:
 
     def column_of(self, column: int) -> str:
         """Where the lexer's column stands in the file, from 1 on, with its name."""
+        if column == ROW_NUMBER:
+            return "1"
         place = self.label if column == 1 else column - 2 + (column - 2 >= self.label)
         place += self.has_index
         return f"{place + 1} {self.names[place]!r}" if self.names else f"{place + 1}"
@@ -103,6 +111,8 @@ class ArrangedSource(Source):
     ) -> None:
         """UserError if the first line does not fit what is asked for, or the file is no CSV."""
         super().__init__(path, name, raw, stack)
+        self.faults: dict[int, Fault] = {}
+        """By row, from 1 on: why REFUSED_LINE stands in its place; the first MAX_FAULTS."""
         self._row = 0
         self._rest = b""
         """Of a line whose end has not been read."""
@@ -164,14 +174,19 @@ class ArrangedSource(Source):
         if b"\0" in line or b"\r" in line[:-1] or not _is_utf8(line):
             return line  # the lexer says at which byte
         if where.has_index and line.strip():
-            index, comma, line = line.partition(b",")
-            if not comma or not index.isdigit():
-                text = index[:40].decode(errors="replace")
-                raise UserError(
-                    f"{self.name}:{where.line_of(self._row)} (row {self._row}, column 1): got "
-                    f"{text!r}, want a row number; is there no index column?"
-                )
+            index = _INDEX.match(line)
+            if not index:
+                self._note_index(line.partition(b",")[0])
+                return REFUSED_LINE
+            line = line[index.end() :]
         return moved_first(line, where.label, where.num_pixels) if where.label else line
+
+    def _note_index(self, found: bytes) -> None:
+        """Keep why this row is refused until its turn comes: lines are arranged ahead of it."""
+        if len(self.faults) < MAX_FAULTS:  # none behind these will be listed
+            text = found.removesuffix(b"\r")[:40].decode(errors="replace")
+            what = f"got {text!r}, want a row number; is there no index column?"
+            self.faults[self._row] = Fault(what, ROW_NUMBER)
 
 
 def arrange(fields: Sequence[str], asked: Asked) -> Arrangement:

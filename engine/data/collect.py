@@ -13,14 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.data.arrange import Arrangement
-from engine.data.lexer import Fault, Layout, Lexer, Rows, read_header, read_row
+from engine.data.arrange import REFUSED_LINE, Arrangement
+from engine.data.lexer import MAX_FAULTS, Fault, Layout, Lexer, Rows, read_header, read_row
 from engine.data.records import FONTS_LIMIT_BYTES, MAX_CLASSES
 from engine.data.source import changed
 from engine.data.table import Table
 from engine.errors import UserError
 
-MAX_FAULTS = 100
 SPOOL_WINDOW_BYTES = 8 * 2**20
 
 
@@ -105,7 +104,8 @@ class Collector:
         self._spool = spool
         self._labels: dict[str, int] = {}
         self._fonts: dict[str, int] = {}
-        self._looks: dict[str, tuple[str, str]] = {}
+        self._looks: dict[str, tuple[str, str, str]] = {}
+        """By its normal form, the first such label: as it is, its row, its source."""
         self._font_bytes = 0
         self._parts: list[tuple[np.ndarray, ...]] = []
 
@@ -150,8 +150,9 @@ class Collector:
     def _check_label(self, label: str, row: int) -> None:
         there = f"{self.unit} {row - self.first}"
         look = unicodedata.normalize("NFC", label)
-        other, place = self._looks.setdefault(look, (label, there))
+        other, place, source = self._looks.setdefault(look, (label, there, self.source))
         if other != label:
+            place += f" of {source}" if source != self.source else ""
             what = (
                 f"{label!r} looks like the label of {place} but has other code points; "
                 f"write one of them"
@@ -183,6 +184,8 @@ class CsvCollector(Collector):
         self.begin(source)
         self.arrangement: Arrangement | None = None
         """Of this file's columns, where they stand otherwise than the lexer sees them."""
+        self.arranging_faults: dict[int, Fault] = {}
+        """By row of this file: why REFUSED_LINE stands in its place."""
         self._faults = faults
 
     def add_block(
@@ -212,6 +215,9 @@ class CsvCollector(Collector):
         finally:  # a refused label is a fault of its own: the faulty line is counted all the same
             self.row = first + len(rows.label_R) + bool(faulty_line)
         if faulty_line:
+            known = self.arranging_faults.get(self.row - self.first)
+            if known and faulty_line == REFUSED_LINE + b"\n":
+                raise self.refusal(self.row, known)
             try:
                 read_row(faulty_line, self.layout)
             except Fault as fault:

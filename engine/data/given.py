@@ -23,7 +23,7 @@ from engine.data.foreign import HEAD_BYTES, idx_contents
 from engine.data.idx import USAGE, open_idx
 from engine.data.images import Images, Progress, read_images
 from engine.data.layouts import Layouts, first_bytes, layout_of
-from engine.data.lexer import Layout, Lexer, Rows, lex_plainly
+from engine.data.lexer import MAX_FAULTS, Layout, Lexer, Rows, lex_plainly
 from engine.data.source import BLOCK_BYTES, Source, blocks, buffer_bytes, open_source
 from engine.errors import UserError
 from engine.host import num_cpus
@@ -113,6 +113,8 @@ class CsvFiles:
             collector = rows.read(show, collector)
             found = collector.arrangement or _said(collector.layout)
             self.found.append(f"{found}: {source.name}")
+            if faults is not None and len(faults) >= MAX_FAULTS:
+                break
         assert collector is not None, "no source was given"
         return collector
 
@@ -322,7 +324,9 @@ class Reading:
                     f"pack files of one header"
                 )
             collector.begin(source.name)
-        collector.arrangement = source.arrangement if isinstance(source, ArrangedSource) else None
+        arranged = source if isinstance(source, ArrangedSource) else None
+        collector.arrangement = arranged.arrangement if arranged else None
+        collector.arranging_faults = arranged.faults if arranged else {}
         self._images.extend(collector.layout.images(len(buffer)) for _ in self._buffers)
         if self._spool is not None and source.size:
             line_bytes = stop / buffer.count(b"\n", 0, stop)

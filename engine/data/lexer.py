@@ -25,6 +25,8 @@ from engine.data.headers import header_hint, num_texts
 
 FIELD_LIMIT_BYTES = 4096
 LINE_LIMIT_BYTES = 2**20
+MAX_FAULTS = 100
+"""That are listed of a CSV."""
 SLACK_BYTES = 64
 """Behind a block's last line: the compiled lexer compares 32 bytes at once."""
 
