@@ -24,6 +24,7 @@ from engine.data.idx import USAGE, open_idx
 from engine.data.images import Images, Progress, read_images
 from engine.data.layouts import Layouts, first_bytes, layout_of
 from engine.data.lexer import MAX_FAULTS, Layout, Lexer, Rows, lex_plainly
+from engine.data.npz import open_npz
 from engine.data.source import BLOCK_BYTES, Source, blocks, buffer_bytes, open_source
 from engine.errors import UserError
 from engine.host import num_cpus
@@ -170,8 +171,8 @@ class ImageFiles:
             check_space(spool.folder, num_bytes if is_stored else 2 * num_bytes, what)
         collector = Collector(self._sources[0].side, None if is_stored else spool)
 
-        def show(rows: int, part: float) -> None:
-            progress(rows, part if None in counts else rows / num_images)
+        def show(rows: int) -> None:
+            progress(rows, 0.0 if None in counts else min(rows / max(num_images, 1), 1.0))
 
         try:
             for source in self._sources:
@@ -221,8 +222,6 @@ def _open_images(
     if layout == "idx":
         return [open_idx(*pair) for pair in _pairs(paths)]
     if layout == "npz":
-        from engine.data.npz import open_npz
-
         return [open_npz(path, names) for path in paths]
     if layout == "png":
         from engine.data.pictures import open_pictures
