@@ -16,7 +16,7 @@ import numpy as np
 from engine.data.arrange import REFUSED_LINE, Arrangement
 from engine.data.lexer import MAX_FAULTS, Fault, Layout, Lexer, Rows, read_header, read_row
 from engine.data.records import FONTS_LIMIT_BYTES, MAX_CLASSES
-from engine.data.source import changed
+from engine.data.source import changed, reading
 from engine.data.table import Table
 from engine.errors import UserError
 
@@ -44,17 +44,23 @@ class Stored:
             first = int(row_M[start])
             stop = int(np.searchsorted(row_M, first + len(window_WP)))
             num_rows = int(row_M[stop - 1]) - first + 1
-            if self.read(first, window_WP[:num_rows]) != num_rows * self._num_pixels:
-                raise changed(self.name)
+            self.read(first, window_WP[:num_rows])
             np.take(
                 window_WP, row_M[start:stop] - first, axis=0, out=out_MP[start:stop], mode="clip"
             )
             start = stop
         return out_MP
 
-    def read(self, row: int, out_MP: np.ndarray) -> int:
-        """Fill `out_MP` from `row` on; the bytes that were there."""
-        return os.preadv(self._handle, [out_MP.data], self._offset + row * self._num_pixels)
+    def read(self, row: int, out_MP: np.ndarray) -> None:
+        """Fill `out_MP` from `row` on; UserError where the file cannot be read, or ends."""
+        view = out_MP.reshape(-1).data
+        place = self._offset + row * self._num_pixels
+        with reading(self.name):
+            while len(view):
+                if not (got := os.preadv(self._handle, [view], place)):
+                    raise changed(self.name)
+                view = view[got:]
+                place += got
 
 
 class Spool(Stored):
