@@ -99,7 +99,8 @@ def test_the_command_takes_sources_then_out(tmp_path: Path, command: Command) ->
     assert done.returncode == 0, done.stderr
     said = "read as CSV, columns label and pixel0..pixel63, images of 8 x 8: "
     assert done.stdout.splitlines()[:3] == [f"{said}{a}", f"{said}{b}", "120 rows read"]
-    assert command("tools/pack_tmnist", "--check", a, b).stdout.endswith("120 rows, 0 faults\n")
+    checked = command("tools/pack_tmnist", "--check", a, b).stdout
+    assert checked == f"{a}, {b}: 120 rows, 0 faults\n"
 
 
 PEAK = """

@@ -211,7 +211,7 @@ TREES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a folder below": (lambda tree: (tree / "1" / "a").mkdir(), "1/a: is a folder in a class fold"),
     "a folder as a picture": (lambda tree: (tree / "1" / "a.png").mkdir(), "not a regular file"),
     "a pipe": (lambda tree: os.mkfifo(tree / "1" / "a.png"), "a.png: is not a regular file"),
-    "a dead link": (lambda tree: (tree / "1" / "a.png").symlink_to("x"), "a.png: cannot be read"),
+    "a dead link": (lambda tree: (tree / "1" / "a.png").symlink_to("x"), "a.png: is a link to x"),
     "not UTF-8": (lambda tree: rename_class(tree, b"\xff"), "name of this class is not UTF-8"),
     "a control": (lambda tree: rename_class(tree, b"a\x07"), "holds the control character"),
     "alike": (

@@ -37,14 +37,15 @@ _TOKENS = re.compile(rb'(?:"(?:[^"]|"")*"|[^",]*)(?:,|\Z)')
 """A field as it is written, with the comma behind it; of a line that is CSV."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Asked:
     """What the command's flags of the same names say of a CSV's columns."""
 
     label_column: str = "first"
     """first, last, or a number from 1 on, as the columns stand in the file."""
-    has_header: bool = True
+    no_header: bool = False
     index_column: bool = False
+    """Whether the first column holds row numbers, which are left out."""
 
     def __post_init__(self) -> None:
         number = self.label_column
@@ -57,7 +58,8 @@ class Asked:
 
     @property
     def changes_anything(self) -> bool:
-        return self != Asked()
+        asked = (self.label_column, self.no_header, self.index_column)
+        return asked != ("first", False, False)
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ class ArrangedSource(Source):
             self.arrangement = arrange(split_fields(first), asked)
         except Fault as fault:
             raise UserError(f"{name}:1: {fault}") from None
-        if asked.has_header:
+        if not asked.no_header:
             self._rest = rest
         self._ready = memoryview(self.arrangement.header())
 
@@ -206,9 +208,9 @@ def arrange(fields: Sequence[str], asked: Asked) -> Arrangement:
             f"got {num} columns, of them {index}the label and {num_pixels} pixels, want a square "
             f"number of pixels; pad or cut the images, or drop other columns"
         )
-    if asked.has_header:
+    if not asked.no_header:
         _check_names(fields, place, asked.index_column)
-    names = tuple(fields) if asked.has_header else ()
+    names = () if asked.no_header else tuple(fields)
     return Arrangement(num, place - behind_index, asked.index_column, names)
 
 

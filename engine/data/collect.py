@@ -215,11 +215,10 @@ class CsvCollector(Collector):
 
     def add_rows(self, rows: Rows, faulty_line: bytes) -> None:
         """Take a block's rows; UserError if one, or `faulty_line` after them, is refused."""
-        first = self.row
         try:
             self.add(rows)
         finally:  # a refused label is a fault of its own: the faulty line is counted all the same
-            self.row = first + len(rows.label_R) + bool(faulty_line)
+            self.row += bool(faulty_line)
         if faulty_line:
             known = self.arranging_faults.get(self.row - self.first)
             if known and faulty_line == REFUSED_LINE + b"\n":

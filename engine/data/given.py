@@ -39,7 +39,7 @@ def silent(rows: int, part: float) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SourceOptions:
+class SourceOptions(Asked):
     """How a source is read, as the command's flags of the same names say."""
 
     layout: Layouts = "auto"
@@ -47,11 +47,6 @@ class SourceOptions:
     """The array or column that holds the images; "": the only one that may."""
     labels: str = ""
     """Likewise of their labels."""
-    label_column: str = "first"
-    """Of a CSV: first, last or a number from 1 on."""
-    no_header: bool = False
-    index_column: bool = False
-    """Whether a CSV's first column holds row numbers, which are left out."""
     workers: int | None = None
     """Threads; by default one for each core this process may use."""
     block_bytes: int = BLOCK_BYTES
@@ -61,13 +56,9 @@ class SourceOptions:
     def num_workers(self) -> int:
         return self.workers or min(num_cpus(), MAX_WORKERS)
 
-    @property
-    def columns(self) -> Asked:
-        return Asked(self.label_column, not self.no_header, self.index_column)
-
     def check(self, layout: Layouts, name: str) -> None:
         """UserError if an option is given that a source of this layout has no use for."""
-        if layout != "csv" and self.columns.changes_anything:
+        if layout != "csv" and self.changes_anything:
             flags = "--label-column, --no-header and --index-column"
             raise UserError(f"{name}: is {layout}, but {flags} are of CSVs; leave them out")
         if layout not in NAMED and (self.images or self.labels):
@@ -202,10 +193,10 @@ def open_given(paths: Sequence[Path], options: SourceOptions) -> Iterator[CsvFil
     """
     layout = layout_of(paths, options.layout)
     options.check(layout, str(paths[0]))
-    make = partial(ArrangedSource, asked=options.columns)
+    make = partial(ArrangedSource, asked=options)
     with ExitStack() as stack:
         if layout == "csv":
-            kind = make if options.columns.changes_anything else Source
+            kind = make if options.changes_anything else Source
             sources = [stack.enter_context(open_source(path, kind)) for path in paths]
             yield CsvFiles(sources, options)
         else:

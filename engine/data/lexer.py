@@ -22,6 +22,7 @@ from math import isqrt
 import numpy as np
 
 from engine.data.headers import header_hint, num_texts
+from engine.data.sums import sum_plainly
 
 FIELD_LIMIT_BYTES = 4096
 LINE_LIMIT_BYTES = 2**20
@@ -190,7 +191,7 @@ def lex_plainly(
         image_RP[len(rows) - 1] = np.frombuffer(rows[-1][2], np.uint8)
         start += len(line)
     image_RP = image_RP[: len(rows)]
-    wide_RP = image_RP.astype(np.int64)
+    sum_R, squares_R, hash_R = sum_plainly(image_RP)
     labels, label_R = _encoded([label for _, label, _ in rows])
     fonts, font_R = _encoded([font for font, _, _ in rows])
     return Rows(
@@ -199,9 +200,9 @@ def lex_plainly(
         label_R=label_R,
         fonts=fonts,
         font_R=font_R,
-        sum_R=wide_RP.sum(1),
-        squares_R=(wide_RP**2).sum(1),
-        hash_R=np.array([hash(pixels) for _, _, pixels in rows], np.int64).view(np.uint64),
+        sum_R=sum_R,
+        squares_R=squares_R,
+        hash_R=hash_R,
         fault=fault,
     )
 

@@ -15,7 +15,6 @@ Shapes: R images of a block, H x W pixels, V = W + 1 bytes of a scanline, the fi
 
 import io
 import os
-import stat
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +32,7 @@ from engine.data.images import Task, check_side, checked_label, rows_of, rows_pe
 from engine.data.lexer import Rows
 from engine.data.records import MAX_CLASSES
 from engine.data.source import reading
+from engine.durable import Damaged, Disturbed, open_regular
 from engine.errors import UserError
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -202,22 +202,23 @@ def _files(folder: bytes) -> list[bytes]:
 
 def _file_bytes(path: bytes) -> bytes:
     """All of a regular file, of at most FILE_LIMIT_BYTES."""
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    place = Path(os.fsdecode(path))
     try:
-        found = os.fstat(handle)
-        if not stat.S_ISREG(found.st_mode):
-            raise PngFault("is not a regular file; move it away")
-        if found.st_size > FILE_LIMIT_BYTES:
+        handle = open_regular(place)
+    except Damaged as damaged:
+        remedy = "" if isinstance(damaged, Disturbed) else "; move it away, or make it readable"
+        raise PngFault(f"{str(damaged).removeprefix(place.name).strip()}{remedy}") from None
+    with open(handle, "rb") as file:
+        num_bytes = os.fstat(handle).st_size
+        if num_bytes > FILE_LIMIT_BYTES:
             raise PngFault(
-                f"has {found.st_size:,} bytes, want at most {FILE_LIMIT_BYTES:,}; "
+                f"has {num_bytes:,} bytes, want at most {FILE_LIMIT_BYTES:,}; "
                 f"write it without what is no picture"
             )
-        data = os.read(handle, found.st_size + 1)
-        if len(data) != found.st_size:
-            raise PngFault("changed while it was read; pack again when nothing writes to it")
-        return data
-    finally:
-        os.close(handle)
+        data = file.read(num_bytes + 1)
+    if len(data) != num_bytes:
+        raise PngFault("changed while it was read; pack again when nothing writes to it")
+    return data
 
 
 def _picture(data: bytes) -> tuple[tuple[int, ...], bytes]:
