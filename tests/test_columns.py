@@ -249,6 +249,13 @@ def test_damaged_files_end_in_one_line(
         assert num_rows <= NUM or faults
 
 
+def test_a_column_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    """Also where a name says which of several is meant."""
+    parquet.write_table(REFUSED["a label twice"][0], tmp_path / "in")
+    with pytest.raises(UserError, match="holds the column 'label' twice; rename one"):
+        pack(tmp_path / "in", tmp_path / "out", PackOptions(labels="label"))
+
+
 def declaring(total: int, group: int) -> bytes:
     """A Parquet file of 60 rows whose footer says `total`, and of its one group of rows `group`."""
     out = pa.BufferOutputStream()

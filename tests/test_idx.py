@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,20 @@ def test_a_pair_that_changes_while_it_is_read(tmp_path: Path) -> None:
     packs_while(lambda path: os.utime(path, ns=(0, 0)))
     packs_while(lambda path: os.truncate(path, path.stat().st_size - 1))
     assert sorted(os.listdir(tmp_path)) == ["idx-images", "idx-labels"]
+
+
+@pytest.mark.parametrize(("packed", "copies"), [(False, 1), (True, 2)])
+def test_too_little_space_is_refused_before_the_first_byte(
+    packed: bool, copies: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = glyphs().idx(tmp_path, packed=packed)
+    free = copies * 60 * 64 - 1
+    found = shutil._ntuple_diskusage(10**9, 10**9, free)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: found)
+    with pytest.raises(UserError, match=f"has {free:,} bytes free, want {free + 1:,} for the rec"):
+        pack(pair, tmp_path / "out")
+    found = shutil._ntuple_diskusage(10**9, 10**9, free + 1)
+    pack(pair, tmp_path / "out")
 
 
 def test_a_pair_that_changes_between_the_passes(
