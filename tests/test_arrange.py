@@ -2,6 +2,7 @@
 
 import gzip
 import random
+import time
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,13 @@ def test_a_moved_field_is_the_one_that_the_language_sees() -> None:
     assert min(verdicts.values()) > 4000
 
 
+def test_a_line_of_quotes_takes_no_longer_than_another() -> None:
+    line = b'"' + b'""' * 2**14 + b"x"
+    start = time.perf_counter()
+    assert moved_first(line, 1, 4) == line
+    assert time.perf_counter() - start < 2
+
+
 LAST = PackOptions(label_column="last", no_header=True)
 BOTH = PackOptions(label_column="last", index_column=True)
 FAULTS: dict[str, tuple[str, PackOptions, str]] = {
@@ -188,6 +196,32 @@ def test_check_lists_faults_by_line_and_goes_on_behind_them(tmp_path: Path) -> N
     num_rows, faults, _ = check(tmp_path / "a.csv", LAST)
     places = [fault.split("):")[0].split("a.csv:")[1] for fault in faults]
     assert (num_rows, places) == (4, ["2 (row 2, column 3", "4 (row 4, column 2"])
+
+
+NUMBERED = PackOptions(index_column=True, no_header=True)
+
+
+def test_a_wrong_row_number_is_a_fault_of_its_row(tmp_path: Path) -> None:
+    """What is read ahead is reported in its place, and a quoted number is one."""
+    lines = ["0,a,0,0,0,256", '"1",a,0,0,0,0', "x,a,0,0,0,0", "3,a,0,0,0,-1", '"4,a,0,0,0,0', "5"]
+    (tmp_path / "a.csv").write_text("\n".join(lines) + "\n")
+    wanted = [
+        "1 (row 1, column 6): got '256', want an integer",
+        "3 (row 3, column 1): got 'x', want a row number; is there no index column?",
+        "4 (row 4, column 6): got '-1', want an integer",
+        "5 (row 5, column 1): got '\"4', want a row number",
+        "6 (row 6, column 1): got '5', want a row number",
+    ]
+    num_rows, faults, _ = check(tmp_path / "a.csv", NUMBERED)
+    assert num_rows == 6 and len(faults) == 5
+    for fault, text in zip(faults, wanted, strict=True):
+        assert fault.startswith(f"{tmp_path / 'a.csv'}:{text}")
+    with pytest.raises(UserError, match="row 1, column 6"):
+        pack(tmp_path / "a.csv", tmp_path / "out", NUMBERED)
+    (tmp_path / "b.csv").write_text("0,a,0,0,0,0\n" + "x,a,0,0,0,0\n" * 300_000)
+    num_rows, faults, notes = check(tmp_path / "b.csv", NUMBERED)
+    assert (num_rows, len(faults), len(notes)) == (101, 100, 1)
+    assert "(row 101, column 1): got 'x'" in faults[-1]
 
 
 def test_foreign_files_and_needless_flags_are_named(tmp_path: Path, command: Command) -> None:

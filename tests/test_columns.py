@@ -38,6 +38,7 @@ PNGS = [as_png(image_HW) for image_HW in DRAWN.image_NHW]
 COLUMNS: dict[str, pa.Array] = {
     "binary": pa.array(CELLS, pa.binary()),
     "large binary": pa.array(CELLS, pa.large_binary()),
+    "binary view": pa.array(CELLS, pa.binary_view()),  # as polars writes bytes
     "fixed binary": pa.array(CELLS, pa.binary(64)),
     "list of uint8": pa.array(FLAT.tolist(), pa.list_(pa.uint8())),
     "list of int64": pa.array(FLAT.tolist(), pa.list_(pa.int64())),
@@ -50,6 +51,7 @@ COLUMNS: dict[str, pa.Array] = {
 LABEL_COLUMNS: dict[str, pa.Array] = {
     "uint8": pa.array(LABELS),
     "int64": pa.array(LABELS.astype(int)),
+    "text view": pa.array([str(label) for label in LABELS], pa.string_view()),
     "text": pa.array([str(label) for label in LABELS]),
     "dictionary": pa.DictionaryArray.from_arrays(
         pa.array((LABELS + 1).astype(np.int8)), pa.array(["unused", "0", "1", "2"])
@@ -158,9 +160,25 @@ REFUSED: dict[str, tuple[pa.Table, str]] = {
     "a short list": (table(with_cell("list of uint8", ROW[:9])), "image 41: has 9 pixels, but"),
     "a short row": (
         table(with_cell("lists of rows", [ROW[:8]] * 7 + [ROW[:7]])),
-        "image 41: has 63 pixels, but the first image 64",
+        "image 41: has 8 x 7 pixels, but the first image 8 x 8; scale or pad all",
     ),
-    "a null row": (table(with_cell("lists of rows", [ROW[:8]] * 7 + [None])), "image "),
+    "a null row": (
+        table(with_cell("lists of rows", [ROW[:8]] * 7 + [None])),
+        "image 41: a row of it is null; fill it",
+    ),
+    "an oblong of lists": (
+        table(with_cell("lists of rows", [ROW[:4]] * 16)),
+        "image 41: has 16 x 4 pixels, but the first image 8 x 8",
+    ),
+    "too many rows": (
+        table(with_cell("lists of rows", [ROW[:8]] * 9)),
+        "image 41: has 9 x 8 pixels, but the first image 8 x 8",
+    ),
+    "no rows of pixels": (table(with_cell("lists of rows", [])), "41: has 0 x 0 pixels, but the f"),
+    "oblongs of lists": (
+        table(pa.array(DRAWN.image_NHW.reshape(NUM, 16, 4).tolist())),
+        "image 1: holds images of 16 x 4 pixels, want square ones; pad or cut each",
+    ),
     "no square": (table(pa.array([b"x" * 60] * NUM)), "image 1: has 60 pixels, want a square"),
     "empty": (table(pa.array([b""] * NUM)), "image 1: has 0 pixels, want a square number"),
     "large values": (
@@ -181,7 +199,7 @@ REFUSED: dict[str, tuple[pa.Table, str]] = {
     "an empty label": (table(label=pa.array([""] * NUM)), "the label '' is empty, want text"),
     "a control": (table(label=pa.array(["a\x07"] * NUM)), "holds the control character U+0007"),
     "no rows": (table().slice(0, 0), "without a row; write some"),
-    "twice": (
+    "a label twice": (
         pa.Table.from_arrays([COLUMNS["binary"], pa.array(LABELS), pa.array(LABELS)],
                              ["image", "label", "label"]),
         "may be the labels; say which",
@@ -229,6 +247,49 @@ def test_damaged_files_end_in_one_line(
         assert "\n" not in str(error)
     else:
         assert num_rows <= NUM or faults
+
+
+def test_a_column_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    """Also where a name says which of several is meant."""
+    parquet.write_table(REFUSED["a label twice"][0], tmp_path / "in")
+    with pytest.raises(UserError, match="holds the column 'label' twice; rename one"):
+        pack(tmp_path / "in", tmp_path / "out", PackOptions(labels="label"))
+
+
+def declaring(total: int, group: int) -> bytes:
+    """A Parquet file of 60 rows whose footer says `total`, and of its one group of rows `group`."""
+    out = pa.BufferOutputStream()
+    parquet.write_table(table(), out)
+    data = out.getvalue().to_pybytes()
+    stop = len(data) - 8
+    start = stop - int.from_bytes(data[stop : stop + 4], "little")
+    footer = data[start:stop]
+    said = b"\x16" + bytes([2 * NUM])  # a 64-bit integer of Thrift's compact protocol
+    first, last = footer.index(said) + 1, footer.rindex(said) + 1
+    changed = bytearray(footer)
+    changed[first] = 2 * total
+    changed[last] = 2 * group
+    return data[:start] + bytes(changed) + data[stop:]
+
+
+@pytest.mark.parametrize(("total", "group"), [(0, 60), (60, 16), (16, 60)])
+def test_a_footer_that_counts_wrong_is_refused(total: int, group: int, tmp_path: Path) -> None:
+    (tmp_path / "in").write_bytes(declaring(NUM, NUM))
+    assert check(tmp_path / "in")[0] == NUM
+    (tmp_path / "in").write_bytes(declaring(total, group))
+    with pytest.raises(UserError, match=rf"declares {total} images, but \d+ are in it; write it"):
+        pack(tmp_path / "in", tmp_path / "out")
+
+
+def test_a_flipped_pixel_of_a_page_with_a_checksum_is_seen(tmp_path: Path) -> None:
+    parquet.write_table(
+        table(), tmp_path / "in", write_page_checksum=True, compression="none", use_dictionary=False
+    )
+    data = bytearray((tmp_path / "in").read_bytes())
+    data[data.index(CELLS[40]) + 9] ^= 1
+    (tmp_path / "in").write_bytes(data)
+    with pytest.raises(UserError, match="is a Parquet file that cannot be read .*CRC"):
+        pack(tmp_path / "in", tmp_path / "out")
 
 
 def test_the_command_refuses_in_one_line(tmp_path: Path, command: Command) -> None:

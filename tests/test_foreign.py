@@ -141,6 +141,35 @@ def test_folders_say_what_they_are(small_dir: Path, tmp_path: Path) -> None:
     assert "is a folder that holds a.csv; name one of them" in said(tmp_path)
 
 
+def test_what_could_be_packed_says_how(tmp_path: Path) -> None:
+    for text, data in files(tmp_path).items():
+        if text.startswith(("a Parquet", "an Arrow", "MNIST")):
+            (tmp_path / "in").write_bytes(data)
+            with pytest.raises(UserError, match="; name the file itself, unpacked: it is packed"):
+                check(tmp_path / "in", PackOptions(layout="csv"))
+    (tmp_path / "in").write_bytes(archive("x.npy", "y.npy"))
+    with pytest.raises(UserError, match=r"\(.npz: x.npy, y.npy\); pack it without --layout csv, "):
+        check(tmp_path / "in", PackOptions(layout="csv"))
+
+
+def test_the_parent_of_class_folders_is_told_to_name_one(tmp_path: Path) -> None:
+    for name in ("training/0", "testing/0", "other"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "training/0/1.png").touch()
+    (tmp_path / "testing/0/1.png").touch()
+    found = said(tmp_path)
+    assert "holds testing, training; name the folder that holds the class folders" in found
+
+
+@pytest.mark.parametrize("beside", ["manifest.json", "a.csv.gz"])
+def test_class_folders_beside_something_else_are_not_read(beside: str, tmp_path: Path) -> None:
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "1.png").touch()
+    assert "0/1.png: is no PNG" in said(tmp_path)
+    (tmp_path / beside).touch()
+    assert "is a folder" in said(tmp_path)
+
+
 def test_a_closed_standard_input_is_one_line(tmp_path: Path) -> None:
     line = f"exec {sys.executable} -m tools.pack_tmnist - {tmp_path / 'out'} <&-"
     done = subprocess.run(["sh", "-c", line], cwd=ROOT, capture_output=True, text=True, timeout=60)
@@ -166,7 +195,22 @@ HEADERS: dict[str, tuple[list[str], str]] = {
     "row numbers": (["", "names", "labels", *pixels("", 1)], "drop the first column"),
     "row numbers, too": (["Unnamed: 0", "label", *RESHAPED], "first column, pandas' row numbers"),
     "1x1": (["class", *RESHAPED], "rename 'class' to label"),
-    "label last": ([*pixels("pixel", 0), "label"], "to the front, or give --label-column last"),
+    "label last": (
+        [*pixels("pixel", 0), "label"],
+        "; give --label-column last, or move 'label' to the front",
+    ),
+    "class last": (
+        [*pixels("pixel", 0), "class"],
+        "; give --label-column last, or move 'class' to the front and call it label",
+    ),
+    "label last, numbers": (
+        [*pixels("", 0), "label"],
+        "last, or move 'label' to the front and rename 0..15 to pixel0..pixel15",
+    ),
+    "class within": (
+        [*pixels("p", 0, 8), "n", *pixels("p", 8, 8)],
+        "give --label-column 9, or move 'n' to the front and call it label; rename p0..p15 to",
+    ),
     "case": (["Label", *pixels("pixel", 0)], "write the names in lower case"),
     "spaces": (["label", *pixels(" pixel", 0)], "delete the spaces"),
     "other name": (["class", *pixels("pixel", 0)], "rename 'class' to label"),
@@ -193,6 +237,12 @@ def test_a_header_of_another_table_gets_a_hint_that_fits(case: str) -> None:
     with pytest.raises(Fault) as refused:
         read_header(line.encode())
     assert text in str(refused.value) and len(str(refused.value)) <= 220
+
+
+def test_the_hint_counts_columns_as_each_flag_does() -> None:
+    columns = ["", *pixels("pixel", 0, 8), "class", *pixels("pixel", 8, 8)]
+    with pytest.raises(Fault, match=r"give --label-column 9 \(10 with --index-column\), or move"):
+        read_header(",".join(columns).encode())
 
 
 def test_more_labels_than_classes_without_names_and_images_too_small(tmp_path: Path) -> None:

@@ -74,13 +74,33 @@ def test_a_fault_is_named_in_its_own_file(tmp_path: Path) -> None:
     )
 
 
+def test_a_hundred_faults_of_all_files_are_listed(tmp_path: Path) -> None:
+    head = "label,pixel0,pixel1,pixel2,pixel3\n"
+    for num in (60, 100, 150):
+        (tmp_path / f"{num}").write_text(head + "a,0,0,0,256\n" * num)
+    for first, second in ((150, 150), (60, 60), (100, 60)):
+        num_rows, faults, notes = check([tmp_path / str(first), tmp_path / str(second)])
+        assert (num_rows, len(faults)) == (100, 100)
+        assert notes == ["only the first 100 faults are listed"]
+
+
+def test_a_label_that_looks_like_one_of_another_file_says_of_which(tmp_path: Path) -> None:
+    for name, label in (("a", "\u00e9"), ("b", "e\u0301")):
+        text = f"label,pixel0,pixel1,pixel2,pixel3\n{label},0,0,0,0\n"
+        (tmp_path / name).write_text(text)
+    paths = [tmp_path / "a", tmp_path / "b"]
+    with pytest.raises(UserError, match=f"looks like the label of row 1 of {paths[0]} but has"):
+        pack(paths, tmp_path / "out")
+
+
 def test_the_command_takes_sources_then_out(tmp_path: Path, command: Command) -> None:
     a, b = (glyphs(seed=seed).csv(tmp_path / f"{seed}.csv") for seed in (1, 2))
     done = command("tools/pack_tmnist", a, b, tmp_path / "out", "--layout", "csv")
     assert done.returncode == 0, done.stderr
     said = "read as CSV, columns label and pixel0..pixel63, images of 8 x 8: "
     assert done.stdout.splitlines()[:3] == [f"{said}{a}", f"{said}{b}", "120 rows read"]
-    assert command("tools/pack_tmnist", "--check", a, b).stdout.endswith("120 rows, 0 faults\n")
+    checked = command("tools/pack_tmnist", "--check", a, b).stdout
+    assert checked == f"{a}, {b}: 120 rows, 0 faults\n"
 
 
 PEAK = """

@@ -2,8 +2,10 @@
 
 import gzip
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.data import images
+from engine.data import pack as packing
+from engine.data.collect import Stored
 from engine.data.pack import PackOptions, check, pack
 from engine.data.records import open_records
+from engine.data.split import draw_splits
 from engine.errors import UserError
 from tests.conftest import Command, assert_refused
 from tests.glyph_files import content, glyphs, idx
@@ -122,6 +127,49 @@ def test_a_pair_that_changes_while_it_is_read(tmp_path: Path) -> None:
     packs_while(lambda path: os.utime(path, ns=(0, 0)))
     packs_while(lambda path: os.truncate(path, path.stat().st_size - 1))
     assert sorted(os.listdir(tmp_path)) == ["idx-images", "idx-labels"]
+
+
+@pytest.mark.parametrize(("packed", "copies"), [(False, 1), (True, 2)])
+def test_too_little_space_is_refused_before_the_first_byte(
+    packed: bool, copies: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = glyphs().idx(tmp_path, packed=packed)
+    free = copies * 60 * 64 - 1
+    found = shutil._ntuple_diskusage(10**9, 10**9, free)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: found)
+    with pytest.raises(UserError, match=f"has {free:,} bytes free, want {free + 1:,} for the rec"):
+        pack(pair, tmp_path / "out")
+    found = shutil._ntuple_diskusage(10**9, 10**9, free + 1)
+    pack(pair, tmp_path / "out")
+
+
+def test_a_pair_that_changes_between_the_passes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second pass takes pixels from the file itself."""
+
+    def packs_while(change: Callable[[Path], object]) -> None:
+        pair = glyphs().idx(tmp_path)
+
+        def draw(*args: Any) -> Any:
+            change(pair[0])
+            return draw_splits(*args)
+
+        monkeypatch.setattr(packing, "draw_splits", draw)
+        with pytest.raises(UserError, match="idx-images: changed while it was read"):
+            pack(pair, tmp_path / "out")
+
+    packs_while(lambda path: os.utime(path, ns=(0, 0)))
+    packs_while(lambda path: os.truncate(path, path.stat().st_size - 1))
+    assert sorted(os.listdir(tmp_path)) == ["idx-images", "idx-labels"]
+
+
+def test_a_source_that_cannot_be_read_again_is_named(tmp_path: Path) -> None:
+    """A folder stands for a disk that fails: the system refuses to read it."""
+    handle = os.open(tmp_path, os.O_RDONLY)
+    with pytest.raises(UserError, match="x: cannot be read"):
+        Stored("x", handle, 0, 4).take(np.arange(2))
+    os.close(handle)
 
 
 @settings(max_examples=60, deadline=None)

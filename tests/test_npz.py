@@ -118,6 +118,15 @@ REFUSED: dict[str, tuple[bytes, str]] = {
         npz(images=np.zeros((300, 4, 4), np.uint8), labels=np.arange(300)),
         "image 257: more than 256 labels; are they row numbers",
     ),
+    "long texts": (npz(images=IMAGES, labels=np.full(60, "a" * 4097)), "holds texts of <U4097, wa"),
+    "half a pair": (
+        npz(images=IMAGES, labels=np.full(60, 0xD800, "<u4").view("<U1")),
+        "holds half a surrogate pair, want text",
+    ),
+    "many members": (
+        npz(images=IMAGES, labels=LABELS, **{f"x{i}": 0 for i in range(999)}),
+        "holds 1,001 arrays, want at most 1,000; save the images alone",
+    ),
     "cut": (GOOD[:-100], "the compressed file is damaged"),
     "damaged": (GOOD[:2000] + bytes([GOOD[2000] ^ 1]) + GOOD[2001:], "damaged (Bad CRC-32"),
     "no array": (with_member(b"label\n1\n"), "member images.npy is no NumPy array"),

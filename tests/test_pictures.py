@@ -109,8 +109,17 @@ def test_fewer_bits_and_interlaced_pictures_are_read(tmp_path: Path) -> None:
     for y, x, by_y, by_x in [*passes, (1, 0, 2, 1)]:  # Adam7
         lines += b"".join(b"\0" + row.tobytes() for row in IMAGE_HW[y::by_y, x::by_x])
     interlaced = png(lines, header=(8, 0, 0, 0, 1))
-    found = packed(tmp_path, saved(Image.fromarray(IMAGE_HW)), one_bit, four_bits, interlaced)
-    assert np.array_equal(found, [IMAGE_HW, two, pairs * 17, IMAGE_HW])
+    quarters = IMAGE_HW // 85
+    fours = sum(quarters[:, place::4] << (6 - 2 * place) for place in range(4))
+    two_bits = png(b"".join(b"\0" + row.tobytes() for row in fours), header=(2, 0, 0, 0, 0))
+    found = packed(tmp_path, one_bit, two_bits, four_bits, interlaced)
+    assert np.array_equal(found, [two, quarters * 85, pairs * 17, IMAGE_HW])
+
+
+def test_pillow_sees_nothing_but_the_picture(tmp_path: Path) -> None:
+    """A chunk on which Pillow fails, behind the pixels, is passed over as any other."""
+    odd = ONE_BIT[:-12] + chunk(b"iCCP", b"n\0") + ONE_BIT[-12:]
+    assert packed(tmp_path, ONE_BIT, odd).max() == 0
 
 
 def test_names_of_files_need_not_be_utf8_and_order_is_that_of_bytes(tmp_path: Path) -> None:
@@ -123,6 +132,15 @@ def test_names_of_files_need_not_be_utf8_and_order_is_that_of_bytes(tmp_path: Pa
     records = open_records(tmp_path / "out")
     assert records.split("train").image_NHW[:, 0, 0].tolist() == [2, 1, 0]
     assert records.classes == ("é",)
+
+
+ONE_BIT = png(bytes(16), header=(1, 0, 0, 0, 0))
+
+
+def with_second_header(side: int) -> bytes:
+    """A picture of 8 x 8 that then says that it has another size."""
+    fields = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    return png(bytes(16), more=chunk(b"IHDR", fields), header=(1, 0, 0, 0, 0))
 
 
 RAW = filtered(IMAGE_HW, [0] * 8)
@@ -146,6 +164,9 @@ FILES: dict[str, tuple[bytes, str]] = {
     "bare": (SIGNATURE, "ends too early"),
     "checksum": (GOOD[:-20] + bytes([GOOD[-20] ^ 1]) + GOOD[-19:], "is damaged (a wrong checksum"),
     "unknown chunk": (png(RAW, more=chunk(b"EVIL", b"")), "a chunk b'EVIL' that PNG does not hav"),
+    "a huge header": (with_second_header(20_000), "is damaged (a chunk b'IHDR' that PNG does not"),
+    "a larger header": (with_second_header(16), "is damaged (a chunk b'IHDR' that PNG does not"),
+    "a smaller header": (with_second_header(1), "is damaged (a chunk b'IHDR' that PNG does not"),
     "no header": (SIGNATURE + chunk(b"IEND", b""), "is damaged (it begins without a header)"),
     "odd depth": (png(RAW, header=(3, 0, 0, 0, 0)), "a header that PNG does not have"),
     "odd filter": (png(b"\x05" + RAW[1:]), "a filter that PNG does not have"),
@@ -190,7 +211,7 @@ TREES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a folder below": (lambda tree: (tree / "1" / "a").mkdir(), "1/a: is a folder in a class fold"),
     "a folder as a picture": (lambda tree: (tree / "1" / "a.png").mkdir(), "not a regular file"),
     "a pipe": (lambda tree: os.mkfifo(tree / "1" / "a.png"), "a.png: is not a regular file"),
-    "a dead link": (lambda tree: (tree / "1" / "a.png").symlink_to("x"), "a.png: cannot be read"),
+    "a dead link": (lambda tree: (tree / "1" / "a.png").symlink_to("x"), "a.png: is a link to x"),
     "not UTF-8": (lambda tree: rename_class(tree, b"\xff"), "name of this class is not UTF-8"),
     "a control": (lambda tree: rename_class(tree, b"a\x07"), "holds the control character"),
     "alike": (

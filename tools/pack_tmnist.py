@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from engine.data.foreign import listed
 from engine.data.layouts import LAYOUTS
 from engine.data.pack import PackOptions, check, pack
 from engine.data.records import verify_records
@@ -151,7 +152,8 @@ def _pack(sources: tuple[Path, ...], out: Path, options: PackOptions) -> None:
 def _check(sources: tuple[Path, ...], options: PackOptions) -> None:
     num_rows, faults, warnings = check(sources, options)
     notes = [f"note: {warning}" for warning in warnings]
-    for line in [*faults, *notes, f"{sources[0]}: {num_rows:,} rows, {len(faults)} faults"]:
+    names = listed([str(source) for source in sources])
+    for line in [*faults, *notes, f"{names}: {num_rows:,} rows, {len(faults)} faults"]:
         click.echo(printable(line))
     if faults:
         raise SystemExit(EXIT_USER_ERROR)

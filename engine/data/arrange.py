@@ -6,7 +6,8 @@ the columns holds the label; all others are pixels, a square number of them. The
 --no-header says that there is none, calls them pixel0.., pixel1.., 0.., 1.. or 1x1..; what the
 label is called does not matter. Everything else of a line is the lexer's language.
 
-A line that is no CSV goes on as it is: the lexer refuses it.
+A line that is no CSV goes on as it is: the lexer refuses it. One whose row number is none becomes a
+line that the lexer refuses, and why is kept for whoever collects the rows.
 
 Shapes: P pixels of a row.
 """
@@ -21,23 +22,30 @@ from pathlib import Path
 
 from engine.data.foreign import HEAD_BYTES
 from engine.data.headers import INDEX_NAMES, are_pixels
-from engine.data.lexer import LINE_LIMIT_BYTES, Fault, split_fields
+from engine.data.lexer import FIELDS, LINE_LIMIT_BYTES, MAX_FAULTS, Fault, split_fields
 from engine.data.source import Source
 from engine.errors import UserError
 
 CHUNK_BYTES = 2**20
+ROW_NUMBER = -1
+"""A Fault's column: the row number, which the lexer does not see."""
+REFUSED_LINE = b'"'
+"""Of no CSV: stands for a line whose fault is known."""
+_INDEX = re.compile(rb'([0-9]+|"[0-9]+"),')
+_LINE = re.compile(FIELDS.pattern.encode())
 _TOKENS = re.compile(rb'(?:"(?:[^"]|"")*"|[^",]*)(?:,|\Z)')
-"""A field as it is written, with the comma behind it."""
+"""A field as it is written, with the comma behind it; of a line that is CSV."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Asked:
     """What the command's flags of the same names say of a CSV's columns."""
 
     label_column: str = "first"
     """first, last, or a number from 1 on, as the columns stand in the file."""
-    has_header: bool = True
+    no_header: bool = False
     index_column: bool = False
+    """Whether the first column holds row numbers, which are left out."""
 
     def __post_init__(self) -> None:
         number = self.label_column
@@ -50,7 +58,8 @@ class Asked:
 
     @property
     def changes_anything(self) -> bool:
-        return self != Asked()
+        asked = (self.label_column, self.no_header, self.index_column)
+        return asked != ("first", False, False)
 
 
 @dataclass(frozen=True)
@@ -80,6 +89,8 @@ class Arrangement:
 
     def column_of(self, column: int) -> str:
         """Where the lexer's column stands in the file, from 1 on, with its name."""
+        if column == ROW_NUMBER:
+            return "1"
         place = self.label if column == 1 else column - 2 + (column - 2 >= self.label)
         place += self.has_index
         return f"{place + 1} {self.names[place]!r}" if self.names else f"{place + 1}"
@@ -102,6 +113,8 @@ class ArrangedSource(Source):
     ) -> None:
         """UserError if the first line does not fit what is asked for, or the file is no CSV."""
         super().__init__(path, name, raw, stack)
+        self.faults: dict[int, Fault] = {}
+        """By row, from 1 on: why REFUSED_LINE stands in its place; the first MAX_FAULTS."""
         self._row = 0
         self._rest = b""
         """Of a line whose end has not been read."""
@@ -119,7 +132,7 @@ class ArrangedSource(Source):
             self.arrangement = arrange(split_fields(first), asked)
         except Fault as fault:
             raise UserError(f"{name}:1: {fault}") from None
-        if asked.has_header:
+        if not asked.no_header:
             self._rest = rest
         self._ready = memoryview(self.arrangement.header())
 
@@ -163,14 +176,19 @@ class ArrangedSource(Source):
         if b"\0" in line or b"\r" in line[:-1] or not _is_utf8(line):
             return line  # the lexer says at which byte
         if where.has_index and line.strip():
-            index, comma, line = line.partition(b",")
-            if not comma or not index.isdigit():
-                text = index[:40].decode(errors="replace")
-                raise UserError(
-                    f"{self.name}:{where.line_of(self._row)} (row {self._row}, column 1): got "
-                    f"{text!r}, want a row number; is there no index column?"
-                )
+            index = _INDEX.match(line)
+            if not index:
+                self._note_index(line.partition(b",")[0])
+                return REFUSED_LINE
+            line = line[index.end() :]
         return moved_first(line, where.label, where.num_pixels) if where.label else line
+
+    def _note_index(self, found: bytes) -> None:
+        """Keep why this row is refused until its turn comes: lines are arranged ahead of it."""
+        if len(self.faults) < MAX_FAULTS:  # none behind these will be listed
+            text = found.removesuffix(b"\r")[:40].decode(errors="replace")
+            what = f"got {text!r}, want a row number; is there no index column?"
+            self.faults[self._row] = Fault(what, ROW_NUMBER)
 
 
 def arrange(fields: Sequence[str], asked: Asked) -> Arrangement:
@@ -190,9 +208,9 @@ def arrange(fields: Sequence[str], asked: Asked) -> Arrangement:
             f"got {num} columns, of them {index}the label and {num_pixels} pixels, want a square "
             f"number of pixels; pad or cut the images, or drop other columns"
         )
-    if asked.has_header:
+    if not asked.no_header:
         _check_names(fields, place, asked.index_column)
-    names = tuple(fields) if asked.has_header else ()
+    names = () if asked.no_header else tuple(fields)
     return Arrangement(num, place - behind_index, asked.index_column, names)
 
 
@@ -234,11 +252,13 @@ def moved_first(line: bytes, place: int, last: int) -> bytes:
         fields = body.split(b",", place + 1)
         if len(fields) <= place:
             return line
+    elif not _LINE.fullmatch(body):
+        return line
     else:
         fields = [token.removesuffix(b",") for token in _TOKENS.findall(body)]
         if body and not body.endswith(b","):
             fields.pop()  # the empty match at the end
-        if len(fields) <= place or b",".join(fields) != body:
+        if len(fields) <= place:
             return line
         if place == last:
             place = len(fields) - 1

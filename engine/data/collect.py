@@ -13,14 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.data.arrange import Arrangement
-from engine.data.lexer import Fault, Layout, Lexer, Rows, read_header, read_row
+from engine.data.arrange import REFUSED_LINE, Arrangement
+from engine.data.lexer import MAX_FAULTS, Fault, Layout, Lexer, Rows, read_header, read_row
 from engine.data.records import FONTS_LIMIT_BYTES, MAX_CLASSES
-from engine.data.source import changed
+from engine.data.source import changed, reading
 from engine.data.table import Table
 from engine.errors import UserError
 
-MAX_FAULTS = 100
 SPOOL_WINDOW_BYTES = 8 * 2**20
 
 
@@ -45,17 +44,23 @@ class Stored:
             first = int(row_M[start])
             stop = int(np.searchsorted(row_M, first + len(window_WP)))
             num_rows = int(row_M[stop - 1]) - first + 1
-            if self.read(first, window_WP[:num_rows]) != num_rows * self._num_pixels:
-                raise changed(self.name)
+            self.read(first, window_WP[:num_rows])
             np.take(
                 window_WP, row_M[start:stop] - first, axis=0, out=out_MP[start:stop], mode="clip"
             )
             start = stop
         return out_MP
 
-    def read(self, row: int, out_MP: np.ndarray) -> int:
-        """Fill `out_MP` from `row` on; the bytes that were there."""
-        return os.preadv(self._handle, [out_MP.data], self._offset + row * self._num_pixels)
+    def read(self, row: int, out_MP: np.ndarray) -> None:
+        """Fill `out_MP` from `row` on; UserError where the file cannot be read, or ends."""
+        view = out_MP.reshape(-1).data
+        place = self._offset + row * self._num_pixels
+        with reading(self.name):
+            while len(view):
+                if not (got := os.preadv(self._handle, [view], place)):
+                    raise changed(self.name)
+                view = view[got:]
+                place += got
 
 
 class Spool(Stored):
@@ -105,7 +110,8 @@ class Collector:
         self._spool = spool
         self._labels: dict[str, int] = {}
         self._fonts: dict[str, int] = {}
-        self._looks: dict[str, tuple[str, str]] = {}
+        self._looks: dict[str, tuple[str, str, str]] = {}
+        """By its normal form, the first such label: as it is, its row, its source."""
         self._font_bytes = 0
         self._parts: list[tuple[np.ndarray, ...]] = []
 
@@ -150,8 +156,9 @@ class Collector:
     def _check_label(self, label: str, row: int) -> None:
         there = f"{self.unit} {row - self.first}"
         look = unicodedata.normalize("NFC", label)
-        other, place = self._looks.setdefault(look, (label, there))
+        other, place, source = self._looks.setdefault(look, (label, there, self.source))
         if other != label:
+            place += f" of {source}" if source != self.source else ""
             what = (
                 f"{label!r} looks like the label of {place} but has other code points; "
                 f"write one of them"
@@ -183,6 +190,8 @@ class CsvCollector(Collector):
         self.begin(source)
         self.arrangement: Arrangement | None = None
         """Of this file's columns, where they stand otherwise than the lexer sees them."""
+        self.arranging_faults: dict[int, Fault] = {}
+        """By row of this file: why REFUSED_LINE stands in its place."""
         self._faults = faults
 
     def add_block(
@@ -206,12 +215,14 @@ class CsvCollector(Collector):
 
     def add_rows(self, rows: Rows, faulty_line: bytes) -> None:
         """Take a block's rows; UserError if one, or `faulty_line` after them, is refused."""
-        first = self.row
         try:
             self.add(rows)
         finally:  # a refused label is a fault of its own: the faulty line is counted all the same
-            self.row = first + len(rows.label_R) + bool(faulty_line)
+            self.row += bool(faulty_line)
         if faulty_line:
+            known = self.arranging_faults.get(self.row - self.first)
+            if known and faulty_line == REFUSED_LINE + b"\n":
+                raise self.refusal(self.row, known)
             try:
                 read_row(faulty_line, self.layout)
             except Fault as fault:

@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import pyarrow as pa
+from pyarrow import parquet, types
 
 from engine.data.collect import Stored
 from engine.data.images import (
@@ -62,15 +64,15 @@ class Column:
             return f"is of {self.type}, want bytes or lists of integers 0..255; write it as such"
         item = kind.value_type
         item = item.value_type if _is_list(item) else item
-        if _types().is_integer(item):
+        if types.is_integer(item):
             return ""
         return f"is of {self.type}, want integers 0..255 in the lists; write it as such"
 
     def label_fault(self) -> str:
         """Why it cannot be the labels, and what to do; "" if it can."""
-        types = _types()
         kind = self.type.value_type if types.is_dictionary(self.type) else self.type
-        if types.is_integer(kind) or types.is_string(kind) or types.is_large_string(kind):
+        is_text = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+        if types.is_integer(kind) or is_text:
             return ""
         return f"is of {self.type}, want integers or texts; write it as such"
 
@@ -133,8 +135,6 @@ class ColumnFile:
     @contextmanager
     def _parsing(self) -> Iterator[None]:
         """Turn what pyarrow raises into a UserError."""
-        import pyarrow as pa
-
         try:
             yield
         except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
@@ -170,6 +170,11 @@ class ColumnFile:
                 except PngFault as fault:
                     raise self._refusal(0, str(fault)) from None
             num_pixels = int(_lengths(cell)[0])
+            if _are_nested(cell):
+                height = num_pixels
+                self._refuse_null_rows(cell, 0)
+                _, _, width = _another_shape(cell, height) or (0, height, height)
+                return check_side(f"{self.name}: image 1", height, width)
         side = isqrt(num_pixels)
         if side * side != num_pixels or not 0 < side <= MAX_SIDE:
             raise self._refusal(
@@ -182,6 +187,8 @@ class ColumnFile:
         self._refuse_nulls(cells, first, "it")
         if _are_bytes(cells.type) and cells[0].as_py().startswith(SIGNATURE):
             return self._decoded(cells.to_pylist(), first)
+        if _are_nested(cells):
+            return self._pixels(self._joined(cells, first), first)
         length_R = _lengths(cells)
         wrong_R = length_R != self.side**2
         if wrong_R.any():
@@ -194,7 +201,6 @@ class ColumnFile:
         if _are_bytes(cells.type):
             return _bytes_of(cells).reshape(len(cells), -1)
         values = cells.flatten()
-        values = values.flatten() if _is_list(values.type) else values
         if values.null_count:
             place = int(np.argmin(np.asarray(values.is_valid())))
             raise self._refusal(first + place // self.side**2, "holds a null; write a pixel")
@@ -211,6 +217,25 @@ class ColumnFile:
             )
         return np.ascontiguousarray(value_RP, np.uint8)
 
+    def _joined(self, cells: Any, first: int) -> Any:
+        """Lists of pixels of lists of rows, each of `side` rows of as many."""
+        self._refuse_null_rows(cells, first)
+        if found := _another_shape(cells, self.side):
+            place, height, width = found
+            raise self._refusal(
+                first + place,
+                f"has {height} x {width} pixels, but the first image {self.side} x {self.side}; "
+                f"scale or pad all to one size",
+            )
+        return pa.FixedSizeListArray.from_arrays(cells.flatten().flatten(), self.side**2)
+
+    def _refuse_null_rows(self, cells: Any, first: int) -> None:
+        rows = cells.flatten()
+        if rows.null_count:
+            place = int(np.argmin(np.asarray(rows.is_valid())))
+            image = int(np.searchsorted(_edges(_lengths(cells)), place, "right")) - 1
+            raise self._refusal(first + image, "a row of it is null; fill it")
+
     def _decoded(self, cells: Sequence[bytes], first: int) -> np.ndarray:
         """(R, P) uint8 of PNGs."""
         raw = []
@@ -226,7 +251,7 @@ class ColumnFile:
 
     def _labels(self, column: Any, first: int) -> tuple[list[str], np.ndarray]:
         """(Different labels, each row's index among them)."""
-        encoded = column if _types().is_dictionary(column.type) else column.dictionary_encode()
+        encoded = column if types.is_dictionary(column.type) else column.dictionary_encode()
         self._refuse_nulls(encoded, first, "its label")
         used, label_R = np.unique(encoded.indices.to_numpy(), return_inverse=True)
         values = [encoded.dictionary[int(index)].as_py() for index in used]
@@ -241,16 +266,19 @@ class _Parquet:
     """A Parquet file's schema and batches."""
 
     def __init__(self, file: File) -> None:
-        from pyarrow import parquet
-
-        self._file = parquet.ParquetFile(file.raw, buffer_size=BUFFER_BYTES, pre_buffer=False)
+        self._file = parquet.ParquetFile(
+            file.raw,
+            buffer_size=BUFFER_BYTES,
+            pre_buffer=False,
+            page_checksum_verification=True,
+        )
         self.schema = self._file.schema_arrow
         self.num_rows: int | None = self._file.metadata.num_rows
 
     def batches(self, names: tuple[str, str], num_rows: int) -> Iterator[Any]:
         """Batches, of at most so many rows, of two columns."""
         field = self.schema.field(names[0])
-        leaf = f"{names[0]}.bytes" if _types().is_struct(field.type) else names[0]
+        leaf = f"{names[0]}.bytes" if types.is_struct(field.type) else names[0]
         for batch in self._file.iter_batches(num_rows, columns=[leaf, names[1]], use_threads=False):
             yield batch.select(list(names))
 
@@ -259,10 +287,7 @@ class _Arrow:
     """An Arrow file's or stream's schema and batches."""
 
     def __init__(self, file: File) -> None:
-        import pyarrow as pa
-
         self._file = file
-        self._pa = pa
         file.raw.seek(0)
         self._is_stream = file.raw.peek(6)[:6] != b"ARROW1"
         self.schema = self._open().schema
@@ -279,54 +304,49 @@ class _Arrow:
 
     def _open(self, names: Sequence[str] = ()) -> Any:
         """A reader, of those columns alone if any are named."""
-        ipc = self._pa.ipc
         fields = [self.schema.get_field_index(name) for name in names] or None
-        options = ipc.IpcReadOptions(included_fields=fields)
+        options = pa.ipc.IpcReadOptions(included_fields=fields)
         self._file.raw.seek(0)
-        opened = ipc.open_stream if self._is_stream else ipc.open_file
-        return opened(self._pa.PythonFile(self._file.raw, "r"), options=options)
-
-
-def _types() -> Any:
-    """pyarrow.types, imported when it is needed: packing a CSV needs none of it."""
-    from pyarrow import types
-
-    return types
+        opened = pa.ipc.open_stream if self._is_stream else pa.ipc.open_file
+        return opened(pa.PythonFile(self._file.raw, "r"), options=options)
 
 
 def _cell(kind: Any) -> Any:
     """The type of a picture's cell: of a struct, its field `bytes`."""
-    if _types().is_struct(kind):
+    if types.is_struct(kind):
         index = kind.get_field_index("bytes")
         return kind.field(index).type if index >= 0 else kind
     return kind
 
 
 def _bare(cells: Any) -> Any:
-    """The cells of a column; of structs, their fields `bytes`, null where a struct is."""
-    if not _types().is_struct(cells.type):
-        return cells
-    inside = cells.flatten()  # as field, but with the structs' own nulls
-    return inside[cells.type.get_field_index("bytes")]
+    """The cells of a column, views of bytes (as polars writes them) as bytes; of structs, their
+    fields `bytes`, null where a struct is."""
+    if types.is_struct(cells.type):
+        inside = cells.flatten()  # as field, but with the structs' own nulls
+        cells = inside[cells.type.get_field_index("bytes")]
+    return cells.cast(pa.large_binary()) if types.is_binary_view(cells.type) else cells
 
 
 def _are_bytes(kind: Any) -> bool:
-    types = _types()
-    return bool(
-        types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind)
+    are = (
+        types.is_binary,
+        types.is_large_binary,
+        types.is_fixed_size_binary,
+        types.is_binary_view,
     )
+    return any(each(kind) for each in are)
 
 
 def _is_list(kind: Any) -> bool:
-    types = _types()
     return bool(types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind))
 
 
 def _offsets(cells: Any) -> np.ndarray:
     """Where bytes begin and end in their buffer: one more than there are cells."""
-    if _types().is_fixed_size_binary(cells.type):
+    if types.is_fixed_size_binary(cells.type):
         return np.arange(cells.offset, cells.offset + len(cells) + 1) * int(cells.type.byte_width)
-    kind = np.int64 if _types().is_large_binary(cells.type) else np.int32
+    kind = np.int64 if types.is_large_binary(cells.type) else np.int32
     edges: np.ndarray = np.frombuffer(cells.buffers()[1], kind)
     return edges[cells.offset : cells.offset + len(cells) + 1]
 
@@ -339,19 +359,36 @@ def _bytes_of(cells: Any) -> np.ndarray:
 
 
 def _lengths(cells: Any) -> np.ndarray:
-    """How many pixels each cell without nulls holds; 0 where a list in it is null."""
+    """How many pixels, or rows of them, each cell without nulls holds."""
     if _are_bytes(cells.type):
         return np.diff(_offsets(cells))
-    length_R: np.ndarray = np.asarray(cells.value_lengths())
-    values = cells.flatten()
-    if not _is_list(values.type):
-        return length_R
-    if values.null_count:
-        return np.zeros_like(length_R)
-    inner = np.asarray(values.value_lengths())
-    edges = np.concatenate([[0], np.cumsum(length_R)])
-    total = np.concatenate([[0], np.cumsum(inner)])
-    return np.asarray(total[edges[1:]] - total[edges[:-1]])
+    return np.asarray(cells.value_lengths())
+
+
+def _are_nested(cells: Any) -> bool:
+    """Whether cells are lists of rows."""
+    return _is_list(cells.type) and _is_list(cells.type.value_type)
+
+
+def _edges(length_R: np.ndarray) -> np.ndarray:
+    """Where lists begin and end among all their items: one more than there are lists."""
+    return np.concatenate([[0], np.cumsum(length_R)])
+
+
+def _another_shape(cells: Any, side: int) -> tuple[int, int, int] | None:
+    """(Place, height, width) of the first of lists of rows, none null, that is not side x side; a
+    width is that of its first row of another length."""
+    height_R = _lengths(cells)
+    width_Q = _lengths(cells.flatten())  # Q rows of all images
+    edges = _edges(height_R)
+    wrong_R = height_R != side
+    wrong_R[np.searchsorted(edges, np.flatnonzero(width_Q != side), "right") - 1] = True
+    if not wrong_R.any():
+        return None
+    place = int(wrong_R.argmax())
+    widths = width_Q[edges[place] : edges[place + 1]].tolist()
+    width = next((width for width in widths if width != side), side if widths else 0)
+    return place, int(height_R[place]), width
 
 
 @contextmanager

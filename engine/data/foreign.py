@@ -20,11 +20,13 @@ CONVERT = f"write it as {LAYOUT}"
 PICTURE = f"one picture is no data set; write all of them as {LAYOUT}"
 CLASS_FOLDERS = f"write grey PNGs into a folder per class, named for it, or {LAYOUT}"
 UNPACK = "unpack it and name the CSV inside"
-UNPACKED = "unpack it, and pack what is inside as it is"
+UNPACKED = "name the file itself, unpacked: it is packed as it is"
 POINTER = b"version https://git-lfs"
 _SHOWN = 3
 _SCANNED = 2000
 """Entries of a folder that are looked at."""
+_LOOKED_INTO = 30
+"""Of them, those in which class folders are looked for."""
 
 _MAGIC = (  # (first bytes, what it is, what to do; {name} is the file's, quoted for a shell)
     (b"\x1f\x8b", "a gzip inside another", UNPACK),
@@ -77,7 +79,7 @@ _TEXT = (  # what follows a byte order mark and white space, too; in lower case
     (b"{", "a JSON file", CONVERT),
     (b"[", "a JSON file", CONVERT),
 )
-_IDX_TYPES = {8: "uint8", 9: "int8", 11: "int16", 12: "int32", 13: "float32", 14: "float64"}
+IDX_TYPES = {8: "uint8", 9: "int8", 11: "int16", 12: "int32", 13: "float32", 14: "float64"}
 _PICKLES = re.compile(
     rb"\x80[\x02-\x05]"  # protocols 2 to 5 say so; 0 and 1 begin with a value
     rb"|\((?:[ld]p[0-9]+\n|I[0-9]+\n|K|V|X..\0\0|[\]}])"
@@ -132,11 +134,14 @@ def _picture(head: bytes) -> str:
     return "a PGM or PPM picture" if re.match(rb"P[1-6]\s+[0-9#]", head) else ""
 
 
+def is_idx(head: bytes) -> bool:
+    """Whether a file that begins so is IDX: no CSV begins with two zero bytes."""
+    return len(head) >= 4 and head[:2] == b"\0\0" and head[2] in IDX_TYPES and 0 < head[3] <= 4
+
+
 def idx_contents(head: bytes) -> str:
     """What an IDX file holds: two zeros, type, number of axes, and their lengths (uint32)."""
-    if len(head) < 8 or head[:2] != b"\0\0" or head[2] not in _IDX_TYPES or not 0 < head[3] <= 4:
-        return ""
-    if len(head) < 4 + 4 * head[3]:
+    if not is_idx(head) or len(head) < 4 + 4 * head[3]:
         return ""
     length, *shape = struct.unpack_from(f">{head[3]}I", head, 4)
     if not shape:
@@ -183,7 +188,10 @@ def zip_contents(archive: zipfile.ZipFile, members: Sequence[zipfile.ZipInfo]) -
     if "mimetype" in names and archive.read("mimetype")[:99].startswith(b"application/vnd.oasis"):
         return "is an OpenDocument file (.ods, .odt); save it as CSV (UTF-8)"
     if all(name.endswith(".npy") for name in names):
-        return f"holds NumPy arrays (.npz: {listed(names)}); {CONVERT}"
+        return (
+            f"holds NumPy arrays (.npz: {listed(names)}); pack it without --layout csv, or write "
+            f"it again with np.savez where something lies beside them"
+        )
     if any(name.endswith("data.pkl") for name in names):
         return f"is a file of torch.save; {CONVERT}"
     if len(names) == 1:
@@ -230,7 +238,19 @@ def folder_contents(folder: Path) -> str:
         return f"is a folder of pictures ({', '.join(pictures)}); {CLASS_FOLDERS}"
     if not names:
         return "is an empty folder; name the CSV"
+    if parents := sorted(entry.name for entry in found[:_LOOKED_INTO] if _holds_classes(entry)):
+        return (
+            f"is a folder that holds {listed(parents)}; name the folder that holds the "
+            f"class folders, such as {folder / parents[0]}"
+        )
     return f"is a folder that holds no CSV, but {listed(names)}; name the CSV"
+
+
+def _holds_classes(entry: os.DirEntry[str]) -> bool:
+    try:
+        return _is_dir(entry) and has_class_folders(Path(entry.path))
+    except OSError:
+        return False
 
 
 def _is_dir(entry: os.DirEntry[str]) -> bool:

@@ -23,7 +23,8 @@ from engine.data.foreign import HEAD_BYTES, idx_contents
 from engine.data.idx import USAGE, open_idx
 from engine.data.images import Images, Progress, read_images
 from engine.data.layouts import Layouts, first_bytes, layout_of
-from engine.data.lexer import Layout, Lexer, Rows, lex_plainly
+from engine.data.lexer import MAX_FAULTS, Layout, Lexer, Rows, lex_plainly
+from engine.data.npz import open_npz
 from engine.data.source import BLOCK_BYTES, Source, blocks, buffer_bytes, open_source
 from engine.errors import UserError
 from engine.host import num_cpus
@@ -38,7 +39,7 @@ def silent(rows: int, part: float) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SourceOptions:
+class SourceOptions(Asked):
     """How a source is read, as the command's flags of the same names say."""
 
     layout: Layouts = "auto"
@@ -46,11 +47,6 @@ class SourceOptions:
     """The array or column that holds the images; "": the only one that may."""
     labels: str = ""
     """Likewise of their labels."""
-    label_column: str = "first"
-    """Of a CSV: first, last or a number from 1 on."""
-    no_header: bool = False
-    index_column: bool = False
-    """Whether a CSV's first column holds row numbers, which are left out."""
     workers: int | None = None
     """Threads; by default one for each core this process may use."""
     block_bytes: int = BLOCK_BYTES
@@ -60,13 +56,9 @@ class SourceOptions:
     def num_workers(self) -> int:
         return self.workers or min(num_cpus(), MAX_WORKERS)
 
-    @property
-    def columns(self) -> Asked:
-        return Asked(self.label_column, not self.no_header, self.index_column)
-
     def check(self, layout: Layouts, name: str) -> None:
         """UserError if an option is given that a source of this layout has no use for."""
-        if layout != "csv" and self.columns.changes_anything:
+        if layout != "csv" and self.changes_anything:
             flags = "--label-column, --no-header and --index-column"
             raise UserError(f"{name}: is {layout}, but {flags} are of CSVs; leave them out")
         if layout not in NAMED and (self.images or self.labels):
@@ -113,6 +105,8 @@ class CsvFiles:
             collector = rows.read(show, collector)
             found = collector.arrangement or _said(collector.layout)
             self.found.append(f"{found}: {source.name}")
+            if faults is not None and len(faults) >= MAX_FAULTS:
+                break
         assert collector is not None, "no source was given"
         return collector
 
@@ -168,8 +162,8 @@ class ImageFiles:
             check_space(spool.folder, num_bytes if is_stored else 2 * num_bytes, what)
         collector = Collector(self._sources[0].side, None if is_stored else spool)
 
-        def show(rows: int, part: float) -> None:
-            progress(rows, part if None in counts else rows / num_images)
+        def show(rows: int) -> None:
+            progress(rows, 0.0 if None in counts else min(rows / max(num_images, 1), 1.0))
 
         try:
             for source in self._sources:
@@ -199,10 +193,10 @@ def open_given(paths: Sequence[Path], options: SourceOptions) -> Iterator[CsvFil
     """
     layout = layout_of(paths, options.layout)
     options.check(layout, str(paths[0]))
-    make = partial(ArrangedSource, asked=options.columns)
+    make = partial(ArrangedSource, asked=options)
     with ExitStack() as stack:
         if layout == "csv":
-            kind = make if options.columns.changes_anything else Source
+            kind = make if options.changes_anything else Source
             sources = [stack.enter_context(open_source(path, kind)) for path in paths]
             yield CsvFiles(sources, options)
         else:
@@ -219,8 +213,6 @@ def _open_images(
     if layout == "idx":
         return [open_idx(*pair) for pair in _pairs(paths)]
     if layout == "npz":
-        from engine.data.npz import open_npz
-
         return [open_npz(path, names) for path in paths]
     if layout == "png":
         from engine.data.pictures import open_pictures
@@ -322,7 +314,9 @@ class Reading:
                     f"pack files of one header"
                 )
             collector.begin(source.name)
-        collector.arrangement = source.arrangement if isinstance(source, ArrangedSource) else None
+        arranged = source if isinstance(source, ArrangedSource) else None
+        collector.arrangement = arranged.arrangement if arranged else None
+        collector.arranging_faults = arranged.faults if arranged else {}
         self._images.extend(collector.layout.images(len(buffer)) for _ in self._buffers)
         if self._spool is not None and source.size:
             line_bytes = stop / buffer.count(b"\n", 0, stop)

@@ -12,6 +12,7 @@ _MANGLED = re.compile(r"[0-9]+(?:\.0)?\.[1-9][0-9]*", re.ASCII)
 """What pandas makes of a number that occurs again among the names of columns."""
 _PIXEL_NAME = re.compile(r"[^0-9]*[0-9]+(?:[^0-9]+[0-9]+)?[^0-9]?", re.ASCII)
 """`1x1`, `pixel_0001`, `px(0, 1)`, `12`, and kin."""
+_COLUMN = re.compile("--label-column ([0-9]+)")
 _SEPARATORS = (("semicolons", ";"), ("tabs", "\t"), ("vertical bars", "|"), ("spaces", " "))
 _IDS = ("", "id", "imageid", "image_id", "index", "unnamed: 0", "filename", "file", "image", "row")
 _PIXELS_IN_ONE = ("pixels", "pixel", "image", "img", "image_data", "data", "features")
@@ -94,11 +95,16 @@ def _spelling(columns: Sequence[str]) -> str:
         return "the line ends in a comma; delete the empty last column in every line"
     if columns[0].lower() in INDEX_NAMES:
         rest = columns[1:]
-        then = "" if is_layout(rest) else header_hint(rest)
+        then = "" if is_layout(rest) else _COLUMN.sub(_with_index, header_hint(rest))
         flag = "" if "names" in rest else ", or give --index-column"
         hint = f"drop the first column, pandas' row numbers (index=False){flag}"
         return f"{hint}; then {then}" if then else hint
     return ""
+
+
+def _with_index(found: re.Match[str]) -> str:
+    """The flag that counts without the row numbers, and its number with them."""
+    return f"{found[0]} ({int(found[1]) + 1} with --index-column)"
 
 
 def is_layout(columns: Sequence[str]) -> bool:
@@ -206,15 +212,20 @@ def _texts(columns: Sequence[str], texts: list[str], pixels: list[str]) -> str:
         rest = [column for column in columns if column not in drop]
         then = "" if is_layout(rest) else header_hint(rest)
         return f"drop {dropped}" + (f"; then {then}" if then else "")
-    steps = []
-    if columns[0] != texts[0]:
-        flag = f"--label-column {_place(columns, texts[0])}"
-        steps.append(f"move the column {texts[0]!r} to the front, or give {flag}")
-    if texts[0] != "label":
-        steps.append(f"rename {texts[0]!r} to label")
-    if not is_layout(["label", *pixels]):
-        steps.append(_rename(pixels, "pixel", 0))
-    return "; ".join(steps)
+    return _of_mnist(columns, texts[0], pixels)
+
+
+def _of_mnist(columns: Sequence[str], label: str, pixels: list[str]) -> str:
+    """With one column beside the pixels."""
+    rename = "" if is_layout(["label", *pixels]) else _rename(pixels, "pixel", 0)
+    if columns[0] == label:
+        call = "" if label == "label" else f"rename {label!r} to label"
+        return "; ".join(filter(None, (call, rename)))
+    move = f"move {label!r} to the front" + ("" if label == "label" else " and call it label")
+    hint = f"give --label-column {_place(columns, label)}, or {move}"
+    if not rename:
+        return hint
+    return f"{hint} and {rename}" if are_pixels(pixels) else f"{hint}; {rename}"
 
 
 def _place(columns: Sequence[str], name: str) -> str:

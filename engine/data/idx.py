@@ -18,23 +18,18 @@ from pathlib import Path
 import numpy as np
 
 from engine.data.collect import Stored
+from engine.data.foreign import IDX_TYPES, is_idx
 from engine.data.images import Task, check_side, numbered, rows_of, rows_per_block
 from engine.data.lexer import Rows
-from engine.data.source import Source, changed, open_source, reading
+from engine.data.source import Source, open_source
 from engine.errors import UserError
 
 UINT8 = 8
-TYPES = {8: "uint8", 9: "int8", 11: "int16", 12: "int32", 13: "float32", 14: "float64"}
 KINDS = {1: "labels", 2: "vectors", 3: "images", 4: "images of several colours"}
 """What a file of so many axes holds."""
 IMAGE_AXES, LABEL_AXES = 3, 1
 USAGE = "give pairs, images then labels: tools/pack_tmnist IMAGES LABELS OUT"
 AGAIN = "download or write it again"
-
-
-def is_idx(head: bytes) -> bool:
-    """Whether a file that begins so is IDX: no CSV begins with two zero bytes."""
-    return len(head) >= 4 and head[:2] == b"\0\0" and head[2] in TYPES and 0 < head[3] <= 4
 
 
 class IdxFile:
@@ -62,7 +57,7 @@ class IdxFile:
             )
         if head[2] != UINT8:
             raise UserError(
-                f"{source.name}: holds {found} of {TYPES[head[2]]}, want uint8 (0..255); "
+                f"{source.name}: holds {found} of {IDX_TYPES[head[2]]}, want uint8 (0..255); "
                 f"write it as uint8"
             )
         self.offset = 4 + 4 * num_axes
@@ -154,9 +149,7 @@ class IdxPair:
 
 
 def _read_rows(stored: Stored, first: int, image_RP: np.ndarray, label_R: np.ndarray) -> Rows:
-    with reading(stored.name):
-        if stored.read(first, image_RP) < image_RP.size:
-            raise changed(stored.name)
+    stored.read(first, image_RP)
     return _rows(image_RP, label_R)
 
 

@@ -160,14 +160,21 @@ def chosen(source: str, parts: Sequence[P], role: str, asked: str, fault: Callab
     return fit[0]
 
 
-def read_images(images: Images, collector: Collector, workers: int, progress: Progress) -> None:
-    """Run a source's tasks, at most `workers` + 1 ahead of what is collected."""
+def read_images(
+    images: Images, collector: Collector, workers: int, show: Callable[[int], None]
+) -> None:
+    """Run a source's tasks, at most `workers` + 1 ahead of what is collected.
+
+    Args:
+        show: called with the rows that have been collected.
+    Raises:
+        UserError: the source is refused, or holds more or fewer images than it declares.
+    """
     pending: deque[Future[Rows]] = deque()
-    total = images.num_images or math.inf
 
     def collect() -> None:
         collector.add(pending.popleft().result())
-        progress(collector.row, min((collector.row - collector.first) / total, 1.0))
+        show(collector.row)
 
     with ThreadPoolExecutor(workers) as pool:
         try:
@@ -179,3 +186,9 @@ def read_images(images: Images, collector: Collector, workers: int, progress: Pr
                 collect()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+    found = collector.row - collector.first
+    if images.num_images not in (None, found):
+        raise UserError(
+            f"{images.name}: declares {images.num_images:,} images, but {found:,} are in it; "
+            f"write it again"
+        )

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
-from engine.data.foreign import HEAD_BYTES, has_class_folders
-from engine.data.idx import is_idx
+from engine.data.foreign import HEAD_BYTES, has_class_folders, is_idx
 from engine.data.source import OPENED, open_file, reading, unzipping
 from engine.errors import UserError
 

@@ -22,15 +22,19 @@ from math import isqrt
 import numpy as np
 
 from engine.data.headers import header_hint, num_texts
+from engine.data.sums import sum_plainly
 
 FIELD_LIMIT_BYTES = 4096
 LINE_LIMIT_BYTES = 2**20
+MAX_FAULTS = 100
+"""That are listed of a CSV."""
 SLACK_BYTES = 64
 """Behind a block's last line: the compiled lexer compares 32 bytes at once."""
 
 _PIXEL = {text: value for value in range(256) for text in (str(value), f"{value}.0")}
 _PIXEL_SPELLING = re.compile(r"(0|[1-9][0-9]{0,2})(\.0+)?", re.ASCII)
-_FIELDS = re.compile(r'(?:"(?:[^"]|"")*"|[^",]*)(?:,(?:"(?:[^"]|"")*"|[^",]*))*')
+FIELDS = re.compile(r'(?:"(?:[^"]|"")*"|[^",]*)(?:,(?:"(?:[^"]|"")*"|[^",]*))*')
+"""A line that is CSV; it takes no longer than the line is long."""
 _UNSEEN = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 """Controls but the tab, and what changes the direction or the lines of the text around it."""
 
@@ -148,7 +152,7 @@ def split_fields(line: bytes) -> list[str]:
         raise Fault(f"is not UTF-8 ({where}); save the file as UTF-8") from None
     if "\r" in text:
         raise Fault("holds a carriage return, want LF or CRLF at the end of the line")
-    if not _FIELDS.fullmatch(text):
+    if not FIELDS.fullmatch(text):
         raise Fault(
             "is not CSV: a quote is not closed on its line, "
             "or stands inside a field that is not quoted"
@@ -187,7 +191,7 @@ def lex_plainly(
         image_RP[len(rows) - 1] = np.frombuffer(rows[-1][2], np.uint8)
         start += len(line)
     image_RP = image_RP[: len(rows)]
-    wide_RP = image_RP.astype(np.int64)
+    sum_R, squares_R, hash_R = sum_plainly(image_RP)
     labels, label_R = _encoded([label for _, label, _ in rows])
     fonts, font_R = _encoded([font for font, _, _ in rows])
     return Rows(
@@ -196,9 +200,9 @@ def lex_plainly(
         label_R=label_R,
         fonts=fonts,
         font_R=font_R,
-        sum_R=wide_RP.sum(1),
-        squares_R=(wide_RP**2).sum(1),
-        hash_R=np.array([hash(pixels) for _, _, pixels in rows], np.int64).view(np.uint64),
+        sum_R=sum_R,
+        squares_R=squares_R,
+        hash_R=hash_R,
         fault=fault,
     )
 

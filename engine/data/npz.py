@@ -43,8 +43,8 @@ from engine.errors import UserError
 MOST_MEMBERS = 1000
 HEAD_BYTES = 12_000
 """Of a member: NumPy itself takes headers of at most 10,000 characters."""
-LOCAL_HEADER = struct.Struct("<4s22xHH")
-"""Of a zip's member, before its name: the magic, and the lengths of the name and of extras."""
+LOCAL_HEADER = struct.Struct("<26xHH")
+"""Of a zip's member, before its name: the lengths of the name and of extras."""
 USE_SAVEZ = "write it again with np.savez"
 
 
@@ -129,11 +129,7 @@ class Npz:
         with unzipping(self.name):
             handle = self._file.raw.fileno()
             self._file.raw.seek(info.header_offset)
-            magic, name_bytes, extra_bytes = LOCAL_HEADER.unpack(
-                self._file.raw.read(LOCAL_HEADER.size)
-            )
-        if magic != b"PK\x03\x04":
-            return None
+            name_bytes, extra_bytes = LOCAL_HEADER.unpack(self._file.raw.read(LOCAL_HEADER.size))
         start = info.header_offset + LOCAL_HEADER.size + name_bytes + extra_bytes
         return Stored(self.name, handle, start + self._images.offset, self.side**2)
 

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.data.collect import MAX_FAULTS, Spool
+from engine.data.collect import Spool
 from engine.data.given import CsvFiles, ImageFiles, SourceOptions, open_given, silent
 from engine.data.images import Progress
+from engine.data.lexer import MAX_FAULTS
 from engine.data.records import Take, write_records
 from engine.data.split import SplitOptions, draw_splits
 from engine.data.table import Table, odd_counts, warnings_of

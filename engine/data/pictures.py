@@ -15,7 +15,6 @@ Shapes: R images of a block, H x W pixels, V = W + 1 bytes of a scanline, the fi
 
 import io
 import os
-import stat
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -33,14 +32,16 @@ from engine.data.images import Task, check_side, checked_label, rows_of, rows_pe
 from engine.data.lexer import Rows
 from engine.data.records import MAX_CLASSES
 from engine.data.source import reading
+from engine.durable import Damaged, Disturbed, open_regular
 from engine.errors import UserError
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 HEADER = struct.Struct(">IIBBBBB")
 CHUNK = struct.Struct(">I4s")
 CRC = struct.Struct(">I")
-KNOWN = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
-"""Chunks without which a picture cannot be understood; others begin with a small letter."""
+KNOWN = (b"PLTE", b"IDAT", b"IEND")
+"""Chunks behind the header without which a picture cannot be understood; others begin with a small
+letter."""
 COLOURS = {2: "RGB", 3: "of a palette", 4: "grey with transparency", 6: "RGB with transparency"}
 FILE_LIMIT_BYTES = 16 * 2**20
 AGAIN = "copy or write it again"
@@ -119,14 +120,15 @@ def scanlines(data: bytes, side: int, first: str) -> bytes:
     Args:
         first: what has that size, for the sentence.
     """
-    (width, height, depth, *_, interlaced), packed = _picture(data)
+    header, packed = _picture(data)
+    width, height, depth, *_, interlaced = header
     if (width, height) != (side, side):
         raise PngFault(
             f"has {height} x {width} pixels, but {first} {side} x {side}; scale or pad all to one "
             f"size"
         )
     if depth < 8 or interlaced:
-        return _by_pillow(data, side)
+        return _by_pillow(header, packed)
     num_bytes = height * (width + 1)
     unpacking = zlib.decompressobj()
     try:
@@ -200,22 +202,23 @@ def _files(folder: bytes) -> list[bytes]:
 
 def _file_bytes(path: bytes) -> bytes:
     """All of a regular file, of at most FILE_LIMIT_BYTES."""
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    place = Path(os.fsdecode(path))
     try:
-        found = os.fstat(handle)
-        if not stat.S_ISREG(found.st_mode):
-            raise PngFault("is not a regular file; move it away")
-        if found.st_size > FILE_LIMIT_BYTES:
+        handle = open_regular(place)
+    except Damaged as damaged:
+        remedy = "" if isinstance(damaged, Disturbed) else "; move it away, or make it readable"
+        raise PngFault(f"{str(damaged).removeprefix(place.name).strip()}{remedy}") from None
+    with open(handle, "rb") as file:
+        num_bytes = os.fstat(handle).st_size
+        if num_bytes > FILE_LIMIT_BYTES:
             raise PngFault(
-                f"has {found.st_size:,} bytes, want at most {FILE_LIMIT_BYTES:,}; "
+                f"has {num_bytes:,} bytes, want at most {FILE_LIMIT_BYTES:,}; "
                 f"write it without what is no picture"
             )
-        data = os.read(handle, found.st_size + 1)
-        if len(data) != found.st_size:
-            raise PngFault("changed while it was read; pack again when nothing writes to it")
-        return data
-    finally:
-        os.close(handle)
+        data = file.read(num_bytes + 1)
+    if len(data) != num_bytes:
+        raise PngFault("changed while it was read; pack again when nothing writes to it")
+    return data
 
 
 def _picture(data: bytes) -> tuple[tuple[int, ...], bytes]:
@@ -237,7 +240,7 @@ def _picture(data: bytes) -> tuple[tuple[int, ...], bytes]:
         elif kind == b"acTL":
             raise PngFault("is animated, want one picture; write its frames as files")
         elif kind[0] < 96 and kind not in KNOWN:
-            raise PngFault(f"is damaged (a chunk {kind!r} that PNG does not have); {AGAIN}")
+            raise PngFault(f"is damaged (a chunk {kind!r} that PNG does not have here); {AGAIN}")
     return header, b"".join(packed)
 
 
@@ -269,18 +272,29 @@ def _check_header(header: tuple[int, ...]) -> None:
         raise PngFault(f"is damaged (a header that PNG does not have); {AGAIN}")
 
 
-def _by_pillow(data: bytes, side: int) -> bytes:
-    """The scanlines, without filters, of a picture that is interlaced or has less than 8 bits."""
+def _by_pillow(header: tuple[int, ...], packed: bytes) -> bytes:
+    """The scanlines, without filters, of a picture that is interlaced or has less than 8 bits.
+
+    Pillow sees the checked header and the packed scanlines alone, no other chunk.
+    """
     from PIL import Image
 
+    chunks = ((b"IHDR", HEADER.pack(*header)), (b"IDAT", packed), (b"IEND", b""))
+    data = SIGNATURE + b"".join(_chunk(kind, body) for kind, body in chunks)
     try:
         with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
             image_HW = np.asarray(picture.convert("L"))
     except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
         raise PngFault(f"is damaged ({str(error).partition(chr(10))[0]}); {AGAIN}") from None
-    raw_HV = np.zeros((side, side + 1), np.uint8)
+    height, width = image_HW.shape
+    raw_HV = np.zeros((height, width + 1), np.uint8)
     raw_HV[:, 1:] = image_HW
     return raw_HV.tobytes()
+
+
+def _chunk(kind: bytes, body: bytes) -> bytes:
+    checksum = zlib.crc32(kind + body)
+    return CHUNK.pack(len(body), kind) + body + CRC.pack(checksum)
 
 
 def _compiled(function: Callable[..., Any]) -> Any:

@@ -42,11 +42,6 @@ class File:
         """Whether it is no pipe."""
 
     @property
-    def bytes_on_disk(self) -> int | None:
-        """Its size; None of a pipe."""
-        return self._found.st_size if self.is_file else None
-
-    @property
     def part(self) -> float:
         """The part (0..1) of the file's bytes that has been read; 0 for a pipe."""
         if not self.is_file:
@@ -83,7 +78,7 @@ class Source(File):
             self._inside = "is a gzip of"
             return stack.enter_context(gzip.open(self.raw)), None
         if magic not in (b"PK\x03\x04", b"PK\x05\x06"):
-            return self.raw, self.bytes_on_disk
+            return self.raw, self._found.st_size if self.is_file else None
         if not self.is_file:
             raise UserError(
                 f"{self.name}: is a zip, which cannot be read from a pipe; name the file"
@@ -141,11 +136,11 @@ def changed(name: str) -> UserError:
 
 
 @contextmanager
-def open_source(path: Path, make: Make | None = None) -> Iterator[Source]:
+def open_source(path: Path, make: Make = Source) -> Iterator[Source]:
     """Open a .csv, .csv.gz, a .zip that holds one CSV, `-` or /dev/stdin, whatever its name.
 
     Args:
-        make: what makes a Source of the open file; by default Source itself.
+        make: what makes a Source of the open file.
     Raises:
         UserError: it is no regular file (a pipe only as /dev/stdin or /dev/fd/N), or cannot be
             read.
@@ -154,7 +149,7 @@ def open_source(path: Path, make: Make | None = None) -> Iterator[Source]:
     with ExitStack() as stack:
         with reading(name):
             raw = stack.enter_context(open(_open(path, name), "rb"))
-            source = (make or Source)(path, name, raw, stack)
+            source = make(path, name, raw, stack)
         yield source
 
 
