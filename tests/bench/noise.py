@@ -1,8 +1,9 @@
 """The critical batch: predicted by the noise scale, and measured by a sweep of fixed batches.
 
 Every run ends at the same validation accuracy, with a constant learning rate that goes with the
-root of the batch; it is a part of the recipe's, whose rate falls from its highest at once. Of the fixed batches' steps follows the measured critical batch: steps = least
-steps x (1 + critical batch / batch). Then --batch-schedule noise against the best fixed batch.
+root of the batch; it is a part of the recipe's, whose rate falls from its highest at once. Of the
+fixed batches' steps follows the measured critical batch: steps = least steps x (1 + critical batch
+/ batch). Then --batch-schedule noise against the best fixed batch.
 """
 
 import tempfile
