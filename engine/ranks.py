@@ -17,7 +17,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 from engine.errors import UserError, printable, sentence
-from engine.heart import DIED, EXIT_HUNG, Beat, Heart, Watch, named, read_beats
+from engine.heart import DIED, EXIT_HUNG, LEFT, Beat, Heart, Watch, named, read_beats
 from engine.host import (
     env_local_rank,
     env_machine,
@@ -28,7 +28,7 @@ from engine.host import (
     prefer_interface,
     quiet_native_log,
 )
-from engine.meeting import GIVE_ADDRESS, common_try, did_not_come
+from engine.meeting import GIVE_ADDRESS, MOST_PAUSE_S, common_try, did_not_come
 from engine.network import means_only_here, own_address, way_to
 from engine.stop import Stopped
 
@@ -38,8 +38,8 @@ ALONE_TIMEOUT = timedelta(seconds=20)
 """For a store that another machine can hardly have: torchrun opens it before it starts ranks."""
 LEAVE_TIMEOUT = timedelta(seconds=5)
 """For all ranks to have read why they end."""
-TURN = timedelta(seconds=0.25)
-"""Of waiting for the store: in between Python hears a signal."""
+SHORTEST_PAUSE_S = 0.001
+"""Between two looks into the store, at first."""
 REASON_S = 3.0
 """How long a rank whose collective broke looks for another rank's reason."""
 T = TypeVar("T")
@@ -241,7 +241,8 @@ class Ranks:
             dead = [
                 rank
                 for rank, beat in now.items()
-                if beat.count == before[rank].count and not self.store.check([f"{rank} lives"])
+                if (beat.count == before[rank].count or beat.doing == LEFT)
+                and not self.store.check([f"{rank} lives"])
             ]
         except RuntimeError:
             dead = []
@@ -273,19 +274,19 @@ class Ranks:
         return int(self.store.add(f"{place}: failed", 0))
 
     def _wait_for(self, key: str, timeout: timedelta) -> None:
-        """Wait until a rank has set `key`.
+        """Wait until a rank has set `key`: by looks, since in the store's own wait Python hears no
+        signal.
 
         Raises:
             RuntimeError: none has within the time-out, or the store has gone.
         """
-        from torch.distributed import DistStoreError
-
         end_s = time.monotonic() + timeout.total_seconds()
-        while time.monotonic() + TURN.total_seconds() < end_s:
-            with suppress(DistStoreError):
-                self.store.wait([key], TURN)
-                return
-        self.store.wait([key], TURN)
+        pause_s = SHORTEST_PAUSE_S
+        while not self.store.check([key]):
+            if time.monotonic() > end_s:
+                raise RuntimeError(f"nobody has set {key!r}")
+            time.sleep(pause_s)
+            pause_s = min(1.5 * pause_s, MOST_PAUSE_S)
 
     def _absent(self, place: str, timeout: timedelta) -> str:
         """The sentence of those that came to `place`, about those that did not."""
