@@ -170,7 +170,7 @@ def _of_records(paths: Sequence[Path], options: SourceOptions, name: str) -> Inp
         height=height,
         width=width,
         take=take,
-        places=(f"{records.path}: {name} {number}" for number in range(1, len(split) + 1)),
+        places=(f"{records.path}: {name} image {number}" for number in range(1, len(split) + 1)),
         classes=records.classes,
         label_N=split.label_N,
         found=[f"records, {len(split):,} images of {height} x {width} of {name}: {records.path}"],

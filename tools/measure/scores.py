@@ -5,7 +5,8 @@ look-alikes) is fitted on another split, the validation, and never on the one th
 
 Does not: run a network (answers.py), nor read runs (evaluation.py).
 
-Shapes: N samples, K classes, T x R true and read classes; logits are of any network, or the logarithms of probabilities.
+Shapes: N samples, K classes, T x R true and read ones; logits are of any network, or the logarithms
+of probabilities.
 """
 
 from collections.abc import Sequence
@@ -236,9 +237,7 @@ def class_scores(
     return found
 
 
-def confusions(
-    label_N: np.ndarray, answer_N: np.ndarray, classes: Sequence[str]
-) -> list[Confused]:
+def confusions(label_N: np.ndarray, answer_N: np.ndarray, classes: Sequence[str]) -> list[Confused]:
     """What is read as what most often; of equal counts the classes' order decides."""
     count_TR = _counted(label_N, answer_N, len(classes))
     num_T = count_TR.sum(1)
