@@ -107,7 +107,9 @@ def test_a_pipe_holds_pictures_or_a_csv(tmp_path: Path) -> None:
 def test_a_csv_of_pixels_alone_is_read_where_it_is_asked_for(tmp_path: Path) -> None:
     csv = DRAWN.csv(tmp_path / "a.csv")
     alone = pixels_alone(csv, tmp_path / "b.csv")
-    with pytest.raises(UserError, match=r"is this a test set\? .* with --label-column none$"):
+    with pytest.raises(
+        UserError, match=r"is this a test set\? only tools/predict takes it: --label-column none$"
+    ):
         read(alone)
     bare = pixels_alone(csv, tmp_path / "c.csv", header=False)
     numbered = tmp_path / "d.csv"

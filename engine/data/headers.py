@@ -79,8 +79,8 @@ def _numbers(columns: Sequence[str]) -> str:
         header = _header(num - 1)
         return f"pandas took a row for names; read it with header=None, and write {header}"
     if not _square(num - 1):
-        what = f"there is no label column, only {num} numbers; is this a test set without labels?"
-        return f"{what} tools/predict takes it with {UNLABELLED} --no-header"
+        what = f"there is no label column, only {num} numbers; is this a test set?"
+        return f"{what} only tools/predict takes it: {UNLABELLED} --no-header"
     if list(columns) in ([str(i) for i in range(num)], [str(i) for i in range(1, num + 1)]):
         return f"the columns are numbers; rename {columns[0]}..{columns[-1]} to {_header(num - 1)}"
     return f"the first line is a row; put the line {_header(num - 1)} first, or give --no-header"
@@ -202,8 +202,10 @@ def _texts(columns: Sequence[str], texts: list[str], pixels: list[str]) -> str:
     lower = [text.strip().lower() for text in texts]
     if not texts or (len(texts) == 1 and lower[0] in _IDS):
         only = f" ({texts[0]!r} is none)" if texts else ""
-        what = f"there is no label column{only}; is this a test set? name the file with labels"
-        return f"{what}, or give it to tools/predict with {UNLABELLED}"
+        what = f"there is no label column{only}; is this a test set?"
+        if texts:
+            return f"{what} name the file with labels"
+        return f"{what} only tools/predict takes it: {UNLABELLED}"
     if sorted(lower) in (["labels", "names"], ["label", "name"], ["label", "names"]):
         return _of_tmnist(columns, pixels)
     if len(texts) > 1:
