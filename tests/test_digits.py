@@ -14,7 +14,7 @@ NUM_TEST = 360
 
 
 def test_digits_are_packed_trained_evaluated_and_read(command: Command, tmp_path: Path) -> None:
-    """8 x 8 pixels of 0 to 16; the last fifth is held out, of writers of its own."""
+    """8 x 8 pixels of 0 to 16; the last fifth is the test set."""
     load_digits = pytest.importorskip("sklearn.datasets").load_digits
     digits = load_digits()
     image_NHW = np.minimum(digits.images * 16, 255).astype(np.uint8)

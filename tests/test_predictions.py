@@ -196,8 +196,18 @@ def test_other_records_are_evaluated(run: Path, command: Command, tmp_path: Path
 
 def test_records_of_another_task_are_refused(run: Path, command: Command, tmp_path: Path) -> None:
     for name, image_NHW, label_N, wanted in (
-        ("new", TEST.image_NHW, TEST.label_N + 1, ("'3', not known to the network", "its '0'")),
-        ("few", TEST.image_NHW, TEST.label_N % 2, ("fewer than the network", "lack its '2'")),
+        (
+            "new",
+            TEST.image_NHW,
+            TEST.label_N + 1,
+            ("not the network's (more: '3'; missing: '0');", "same 3 classes"),
+        ),
+        (
+            "few",
+            TEST.image_NHW,
+            TEST.label_N % 2,
+            ("not the network's (missing: '2'); name records",),
+        ),
         ("size", TEST.image_NHW[:, :4, :4], TEST.label_N, ("4 x 4 pixels, but the network takes",)),
     ):
         drawn = Glyphs(np.ascontiguousarray(image_NHW), label_N)

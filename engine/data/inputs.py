@@ -19,13 +19,13 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.data.arrange import NO_LABEL
+from engine.data.arrange import NO_LABEL, ArrangedSource
 from engine.data.collect import Spool, check_space
 from engine.data.foreign import HEAD_BYTES, PICTURE, foreign, has_class_folders, is_litter
 from engine.data.given import CsvFiles, ImageFiles, SourceOptions, csv_kind, open_given
 from engine.data.layouts import first_bytes
 from engine.data.records import Take, open_records
-from engine.data.source import OPENED, open_source, reading
+from engine.data.source import OPENED, Source, open_source, reading
 from engine.durable import MANIFEST, writing
 from engine.errors import UserError
 
@@ -111,21 +111,24 @@ def _open_pipe(
     if len(paths) > 1:
         raise UserError("-: stands beside other sources; pipe all of them, or name all of them")
     source = stack.enter_context(open_source(paths[0], csv_kind(options)))
-    if options.layout in ("auto", "png"):
-        with reading(source.name):
-            head = source.raw.peek(HEAD_BYTES)[:HEAD_BYTES]
-        if options.layout == "png" or is_picture(head):
-            from engine.data.unlabelled import piped
-
-            options.check("png", source.name)
-            if not head:
-                raise UserError(f"{source.name}: is empty; pipe PNGs or a CSV into it")
-            return ImageFiles([piped(source)], options, {"": 1}), False
-    elif options.layout != "csv":
+    if options.layout not in ("auto", "csv", "png"):
         raise UserError(
             f"{source.name}: is read as PNGs or a CSV, not as {options.layout}; name a file"
         )
+    if options.layout == "png" or (options.layout == "auto" and _pipes_pictures(source)):
+        from engine.data.unlabelled import piped
+
+        options.check("png", source.name)
+        return ImageFiles([piped(source)], options, {"": 1}), False
     return CsvFiles([source], options, {"": 1}), options.label_column != NO_LABEL
+
+
+def _pipes_pictures(source: Source) -> bool:
+    """Whether a picture comes next; of a CSV that is arranged, the first bytes have been read."""
+    if isinstance(source, ArrangedSource):
+        return False
+    with reading(source.name):
+        return is_picture(source.raw.peek(HEAD_BYTES)[:HEAD_BYTES])
 
 
 def is_picture(head: bytes) -> bool:

@@ -49,7 +49,9 @@ class Unlabelled:
         self.name = name
         self._files = files
         self.num_images = len(files) or None
-        first = next(pictures)
+        first = next(pictures, None)
+        if first is None:
+            raise UserError(f"{name}: is empty; give it PNGs")
         self._first = first[0]
         self._pictures = chain([first], pictures)
         height, width = tried(first, size_of)

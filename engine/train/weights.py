@@ -26,6 +26,7 @@ from engine.typed import typed
 
 KEY = "network"
 """Of the metadata's entry."""
+REMEDY = "name the folder of a finished run, or train it again"
 
 
 def network_facts(
@@ -73,21 +74,20 @@ def read_facts(file: Path) -> NetworkFacts | None:
     Raises:
         UserError: it is no safetensors file, or what it says cannot be.
     """
-    remedy = "name the folder of a finished run, or train it again"
     if not file.is_file():
-        raise UserError(f"{file.parent}: holds no {file.name}; {remedy}")
+        raise UserError(f"{file.parent}: holds no {file.name}; {REMEDY}")
     try:
         with safe_open(file, "pt") as opened:
             metadata = opened.metadata() or {}
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{file}: is damaged or no safetensors file ({error}); {remedy}") from None
+        raise UserError(f"{file}: is damaged or no safetensors file ({error}); {REMEDY}") from None
     if KEY not in metadata:
         return None
     try:
         facts = typed(NetworkFacts, parse_json(metadata[KEY].encode(), KEY), KEY)
         _check(facts)
     except Damaged as error:
-        raise UserError(f"{file}: its metadata are no network's ({error}); {remedy}") from None
+        raise UserError(f"{file}: its metadata are no network's ({error}); {REMEDY}") from None
     return facts
 
 

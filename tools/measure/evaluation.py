@@ -183,13 +183,13 @@ def check_same_task(facts: NetworkFacts, records: Records) -> None:
         )
     if list(records.classes) == facts.classes:
         return
-    unknown = [repr(name) for name in records.classes if name not in facts.classes]
+    more = [repr(name) for name in records.classes if name not in facts.classes]
     missing = [repr(name) for name in facts.classes if name not in records.classes]
-    what = f"{listed(unknown)}, not known to the network" if unknown else "fewer than the network"
-    lacks = f", and lack its {listed(missing)}" if missing else ""
+    parts = {"more": more, "missing": missing}
+    said = "; ".join(f"{what}: {listed(names)}" for what, names in parts.items() if names)
     raise UserError(
-        f"{records.path}: has other classes than the run: {what}{lacks}; name records with the "
-        f"same {len(facts.classes)} classes"
+        f"{records.path}: its classes are not the network's ({said}); name records of the same "
+        f"{len(facts.classes)} classes"
     )
 
 

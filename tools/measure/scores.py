@@ -243,7 +243,7 @@ def confusions(label_N: np.ndarray, answer_N: np.ndarray, classes: Sequence[str]
     num_T = count_TR.sum(1)
     np.fill_diagonal(count_TR, 0)
     order = np.argsort(-count_TR, axis=None, kind="stable")[:MOST_CONFUSIONS]
-    pairs = zip(*np.unravel_index(order, count_TR.shape), strict=True)
+    pairs = np.stack(np.unravel_index(order, count_TR.shape), axis=1).tolist()
     return [
         Confused(
             true=classes[t],

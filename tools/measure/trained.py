@@ -23,9 +23,7 @@ from engine.report import NetworkFacts, read_report
 from engine.train.checkpoint import MODEL, read_checkpoint
 from engine.train.folder import CHECKPOINTS, CONFIG, checkpoints
 from engine.train.state import Tensors
-from engine.train.weights import network_facts, read_facts
-
-REMEDY = "name the folder of a finished run, or train it again"
+from engine.train.weights import REMEDY, network_facts, read_facts
 
 
 @dataclass(frozen=True)
