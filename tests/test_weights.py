@@ -91,6 +91,7 @@ def test_no_place_of_the_users_is_in_it(small: Records) -> None:
         ({"pixel_mean": "0"}, "pixel_mean is '0', not a float"),
         ({"model": {"vit_patch_pixels": 0}}, "a patch has no pixels"),
         ({"model": {"vit_size": "huge"}}, "vit_size is 'huge', not one of"),
+        ({"model": {"name": "evil.py:Net", "file": "evil.py"}}, "only a command line may"),
         ({"dataset_fingerprint": "\ud800"}, "not text"),
         ("[", "is not JSON"),
         ('{"a": NaN}', "is not JSON"),

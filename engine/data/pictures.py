@@ -133,7 +133,8 @@ def decode(pictures: Sequence[Picture], side: int, first: str) -> np.ndarray:
     Raises:
         UserError: one cannot be read, or is refused.
     """
-    raw = [tried(each, partial(scanlines, side=side, first=first)) for each in pictures]
+    unpack = partial(scanlines, side=side, first=first)
+    raw = [tried(each, unpack) for each in pictures]
     image_RP, fault = unfiltered(raw, side)
     if fault >= 0:
         raise UserError(f"{pictures[fault][0]}: {BAD_FILTER}")

@@ -102,3 +102,5 @@ def _check(facts: NetworkFacts) -> None:
         raise Damaged(f"pixels cannot have a mean of {facts.pixel_mean}")
     if facts.model.vit_patch_pixels < 1:
         raise Damaged("a patch has no pixels")
+    if facts.model.file:
+        raise Damaged("they name a file of code, which only a command line may")
