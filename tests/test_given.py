@@ -138,7 +138,9 @@ def test_splits_that_are_given_stay_as_they_are(layout: str, tmp_path: Path) -> 
         "test": in_layout(test, layout, tmp_path / "test"),
         "train": in_layout(train, layout, tmp_path / "train"),
     }
-    manifest = pack(given, tmp_path / "out").manifest
+    report = pack(given, tmp_path / "out")
+    manifest = report.manifest
+    assert report.warnings == []
     records = open_records(tmp_path / "out")
     assert records.given == ("train", "test") == tuple(manifest["given_splits"])
     assert np.array_equal(records.split("test").image_NHW, test.by_class().image_NHW)
@@ -208,7 +210,9 @@ def test_options_say_how_val_is_drawn_and_leave_test_alone(tmp_path: Path) -> No
     given = {"train": [uneven.csv(tmp_path / "a.csv")], "test": [uneven.csv(tmp_path / "b.csv")]}
 
     def counts(out: str, **options: Any) -> dict[str, list[int]]:
-        manifest = pack(given, tmp_path / out, PackOptions(**options)).manifest
+        report = pack(given, tmp_path / out, PackOptions(**options))
+        assert report.warnings[-1] == "60 images of test are in train, too"
+        manifest = report.manifest
         return {name: split["rows_per_class"] for name, split in manifest["splits"].items()}
 
     test = [40, 10, 10]

@@ -94,6 +94,7 @@ def test_no_place_of_the_users_is_in_it(small: Records) -> None:
         ({"model": {"name": "evil.py:Net", "file": "evil.py"}}, "only a command line may"),
         ({"dataset_fingerprint": "\ud800"}, "not text"),
         ("[", "is not JSON"),
+        ("[" * 2**23, "larger than"),
         ('{"a": NaN}', "is not JSON"),
         ("[" * 10_000, "is not JSON"),
         ("[]", "not a table"),

@@ -136,7 +136,8 @@ def _publish(
     with publish_directory(out) as directory:
         manifest = write_records(directory, table, take, rows, facts)
         given.check_unchanged()  # pixels may have come from it only now
-    return PackReport(manifest, warnings_of(table, counts), given.found)
+    warnings = [*warnings_of(table, counts), *_seen_warnings(table, groups)]
+    return PackReport(manifest, warnings, given.found)
 
 
 def check_known_classes(given: CsvFiles | ImageFiles, collector: Collector, table: Table) -> None:
@@ -158,6 +159,19 @@ def check_known_classes(given: CsvFiles | ImageFiles, collector: Collector, tabl
             )
 
 
+def _seen_warnings(table: Table, groups: Mapping[str, range]) -> list[str]:
+    """How many images of the given splits are in train, too; pixels are compared by hashes."""
+    if "train" not in groups:
+        return []
+    found = []
+    train = table.hash_N[groups["train"].start : groups["train"].stop]
+    for split, rows in groups.items():
+        num = np.count_nonzero(np.isin(table.hash_N[rows.start : rows.stop], train))
+        if num and split != "train":
+            found.append(f"{num:,} images of {split} are in train, too")
+    return found
+
+
 def check(
     source: Given, options: SourceOptions = PackOptions()
 ) -> tuple[int, list[str], list[str]]:
@@ -176,7 +190,8 @@ def check(
         check_known_classes(given, collector, table)
     except UserError as error:
         return collector.row, [str(error)], []
-    return collector.row, [], warnings_of(table, odd_counts(table))
+    seen = _seen_warnings(table, given.rows(collector))
+    return collector.row, [], [*warnings_of(table, odd_counts(table)), *seen]
 
 
 def _check_name(out: Path) -> None:

@@ -26,6 +26,8 @@ from engine.typed import typed
 
 KEY = "network"
 """Of the metadata's entry."""
+LIMIT_BYTES = 4 * 2**20
+"""Of the entry: 256 names of classes of at most 4,096 bytes are a quarter of it."""
 REMEDY = "name the folder of a finished run, or train it again"
 
 
@@ -84,6 +86,8 @@ def read_facts(file: Path) -> NetworkFacts | None:
     if KEY not in metadata:
         return None
     try:
+        if len(metadata[KEY]) > LIMIT_BYTES:
+            raise Damaged(f"larger than {LIMIT_BYTES:,} bytes")
         facts = typed(NetworkFacts, parse_json(metadata[KEY].encode(), KEY), KEY)
         _check(facts)
     except Damaged as error:
