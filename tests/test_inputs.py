@@ -2,6 +2,7 @@
 
 import io
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ from engine.data.pack import PackOptions, pack
 from engine.errors import UserError
 from engine.host import ROOT
 from tests.glyph_files import Glyphs, glyphs
+from tests.reliability.mutants import mutated, row
 
 DRAWN = glyphs(30).by_class()
 PLAIN = SourceOptions()
@@ -145,6 +147,28 @@ def test_a_fault_among_pixels_alone_is_named_with_its_column(
     path.write_text(path.read_text() + line + "\n")
     with pytest.raises(UserError, match=wanted):
         read(path, options=UNLABELLED)
+
+
+def test_pixels_alone_are_accepted_if_and_as_they_are_behind_a_label(tmp_path: Path) -> None:
+    """On mutated tables: the verdicts are those on the same rows with a label in front."""
+    rng = random.Random(0)
+    header = b"pixel0,pixel1,pixel2,pixel3\n"
+    verdicts = {"accepted": 0, "refused": 0}
+    for _ in range(300):
+        rows = "".join(row(rng, 0, 4) + "\n" for _ in range(3)).encode()
+        table = mutated(rng, rows)
+        labelled = [b"0," + line if line.strip() else line for line in table.split(b"\n")]
+        (tmp_path / "a.csv").write_bytes(header + table)
+        (tmp_path / "b.csv").write_bytes(b"label," + header + b"\n".join(labelled))
+        found: list[bytes | None] = []
+        for name, options in (("a", UNLABELLED), ("b", PLAIN)):
+            try:
+                found.append(read(tmp_path / f"{name}.csv", options=options)[0].tobytes())
+            except UserError:
+                found.append(None)
+        assert found[0] == found[1], table
+        verdicts["refused" if found[0] is None else "accepted"] += 1
+    assert min(verdicts.values()) > 50
 
 
 def test_a_split_of_records_is_read(tmp_path: Path) -> None:

@@ -57,7 +57,8 @@ class Asked:
             "[1-9][0-9]{0,6}", number, re.ASCII
         ):
             raise UserError(
-                f"--label-column: got {number!r}, want first, last, a number from 1 on or none"
+                f"--label-column: got {number!r}, want first, last or a number from 1 on "
+                f"(or {NO_LABEL}, to tools/predict)"
             )
 
     @property

@@ -140,7 +140,7 @@ def _is_unlabelled(path: Path, options: SourceOptions) -> bool:
     """Whether a path is a picture, or a folder of pictures and not of class folders."""
     if options.layout not in ("auto", "png"):
         return False
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return path.suffix.lower() == ".png" or is_picture(first_bytes(path)[0])
     with reading(str(path)), os.scandir(path) as entries:
         names = [entry.name for entry in entries if not is_litter(entry.name)]
@@ -150,7 +150,7 @@ def _is_unlabelled(path: Path, options: SourceOptions) -> bool:
 
 
 def _is_published(path: Path) -> bool:
-    return path.is_dir() and (path / MANIFEST).exists()
+    return os.path.isdir(path) and os.path.exists(path / MANIFEST)
 
 
 def _of_records(paths: Sequence[Path], options: SourceOptions, name: str) -> Inputs:

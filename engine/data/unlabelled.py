@@ -88,7 +88,7 @@ def files_of(paths: Sequence[Path]) -> Unlabelled:
 
 def _files_of(path: Path) -> list[bytes]:
     place = os.fsencode(path)
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return [place]
     with reading(str(path)):
         return [os.path.join(place, name) for name in png_names(place, "folder of PNGs")]

@@ -3,6 +3,7 @@
 RUN is a run's folder, finished or not, or one of its checkpoints. Does not: train, or judge.
 """
 
+import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +62,7 @@ def find_weights(place: Path) -> Trained:
 
 def weights_at(place: Path) -> Trained:
     """The weights of a run, a checkpoint, or in a file alone; UserError as by those."""
-    return weights_alone(place) if place.is_file() else find_weights(place)
+    return weights_alone(place) if os.path.isfile(place) else find_weights(place)
 
 
 def weights_alone(file: Path) -> Trained:
