@@ -28,7 +28,7 @@ def test_digits_are_packed_trained_evaluated_and_read(command: Command, tmp_path
     assert command("tools/pack_tmnist", *words, records).returncode == 0
     assert open_records(records).given == ("train", "test")
 
-    train = ("--data", records, "--out", run, "--epochs", 12, "--batch-size", 32)
+    train = ("--data", records, "--out", run, "--epochs", 8, "--kernels", "off")
     done = command("python", "-m", "engine.run", "--device", "cpu", *train)
     assert done.returncode == 0, done.stderr
     accuracy = read_report(run).test_accuracy_fraction

@@ -154,7 +154,7 @@ def test_pixels_alone_are_accepted_if_and_as_they_are_behind_a_label(tmp_path: P
     rng = random.Random(0)
     header = b"pixel0,pixel1,pixel2,pixel3\n"
     verdicts = {"accepted": 0, "refused": 0}
-    for _ in range(300):
+    for _ in range(150):
         rows = "".join(row(rng, 0, 4) + "\n" for _ in range(3)).encode()
         table = mutated(rng, rows)
         labelled = [b"0," + line if line.strip() else line for line in table.split(b"\n")]
@@ -168,7 +168,7 @@ def test_pixels_alone_are_accepted_if_and_as_they_are_behind_a_label(tmp_path: P
                 found.append(None)
         assert found[0] == found[1], table
         verdicts["refused" if found[0] is None else "accepted"] += 1
-    assert min(verdicts.values()) > 50
+    assert min(verdicts.values()) > 25
 
 
 def test_a_split_of_records_is_read(tmp_path: Path) -> None:
