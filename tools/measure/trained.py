@@ -19,7 +19,7 @@ from engine.data.records import Records, open_records
 from engine.data.sample import ensure_sample
 from engine.durable import Damaged
 from engine.errors import UserError, printable
-from engine.models import make_model
+from engine.models import Network, make_model
 from engine.report import NetworkFacts, read_report
 from engine.train.checkpoint import MODEL, read_checkpoint
 from engine.train.folder import CHECKPOINTS, CONFIG, checkpoints
@@ -99,7 +99,7 @@ def _of_checkpoint(checkpoint: Path) -> Trained:
     return _trained(checkpoint.parent.parent, checkpoint / MODEL, manifest.dataset_fingerprint)
 
 
-def load_network(model: ModelConfig, facts: NetworkFacts, trained: Trained) -> torch.nn.Module:
+def load_network(model: ModelConfig, facts: NetworkFacts, trained: Trained) -> Network:
     """The run's network on the CPU with its weights, as it answers: nothing of it is in training.
 
     Args:
@@ -115,7 +115,8 @@ def load_network(model: ModelConfig, facts: NetworkFacts, trained: Trained) -> t
     network = make_model(model, *size, len(facts.classes), seed=0)
     _check_forms(network, found, trained.file)
     network.load_state_dict(found)
-    return network.train(False)
+    network.train(False)
+    return network
 
 
 def known_facts(trained: Trained, config: RunConfig, data: Path | None) -> NetworkFacts:
