@@ -18,7 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-from engine.config import RunConfig
+from engine.config import ModelConfig, RunConfig
 from engine.durable import Damaged, write_file
 from engine.errors import UserError
 from engine.host import ROOT, num_cpus
@@ -26,6 +26,7 @@ from engine.typed import read_as
 
 UNKNOWN = "unknown"
 FORMAT = 1
+INPUT = "uint8 [B, H, W], grey values row by row as in the records"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +106,30 @@ class RankBytes:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NetworkFacts:
+    """What a network takes and what its answers mean; its weights' file says it, too."""
+
+    model: ModelConfig
+    """Which network; without the place of a file of the user's own."""
+    classes: list[str]
+    """Logit number k is of classes[k]."""
+    height_pixels: int
+    width_pixels: int
+    input: str = INPUT
+    scaling: str
+    """How grey values become numbers; the network does it itself."""
+    pixel_mean: float
+    """Of the training images, 0..255: low where what is drawn is light on a dark ground."""
+    dataset_fingerprint: str
+    """Of the records it was trained on."""
+    version: str
+    """Of the engine that trained it."""
+    commit: str
+    dirty: bool | None
+    """Whether tracked files differed from the commit; None without git."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunReport:
     """What one training run did: its report.json."""
 
@@ -157,6 +182,8 @@ class RunReport:
     """On rank 0, which keeps as much as any other."""
     kept_under_ddp: RankBytes | None = None
     """What each rank would keep there."""
+    network: NetworkFacts | None = None
+    """None: an earlier version wrote this."""
 
     def __post_init__(self) -> None:
         if self.format != FORMAT:

@@ -24,6 +24,7 @@ from tests.bench import (
     noise,
     pack,
     precision,
+    predict,
     ranks,
     report,
     sources,
@@ -72,6 +73,15 @@ def test_sources(tmp_path: Path) -> None:
         "peak memory of any (MiB)",
     ]
     assert [path.name for path in tmp_path.iterdir()] == ["cpu_sources.json"]
+
+
+def test_predict(tmp_path: Path) -> None:
+    predict.bench(tmp_path, rounds=1, num=100)
+    assert checked(tmp_path / "cpu_predict.json") == [
+        "100 PNGs in a folder (s)",
+        "100 PNGs, each named (s)",
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["cpu_predict.json"]
 
 
 def test_feeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,6 +91,9 @@ def test_top_two_loss_and_classes() -> None:
     assert scores.accuracy_fraction == 0.25 and scores.top2_accuracy_fraction == 0.5
     wanted = -np.log([0.5, 0.3, 0.2, 0.1]).mean()
     assert scores.loss == pytest.approx(wanted, rel=1e-6)
+    found = [(each.true, each.read, each.num_samples) for each in scores.confusions]
+    assert found == [("a", "b", 1), ("b", "a", 1), ("d", "a", 1)]
+    assert [each.share_fraction for each in scores.confusions] == [0.5, 1.0, 1.0]
     table = {each.name: each for each in scores.classes}
     assert (table["a"].num_samples, table["a"].num_right) == (2, 1)
     assert (table["a"].mistaken_for, table["a"].num_mistaken) == ("b", 1)
@@ -203,8 +206,8 @@ def test_what_cannot_be_evaluated_is_refused(
     assert_refused(command("tools/evaluate", runs[0], "--max-train", 5), "--data-facts only")
     assert_refused(command("tools/evaluate", runs[0], "--ensemble"), "name another one")
     other = tmp_path / "other"
-    pack(small_csv, other, PackOptions(seed=1))
-    assert_refused(command("tools/evaluate", runs[0], "--data", other), "holds other records")
+    pack(small_csv, other, PackOptions(split="none"))
+    assert_refused(command("tools/evaluate", runs[0], "--data", other), "has no split test, but tr")
     for text in ("{}", "[", json.dumps({"format": 2})):
         (tmp_path / "evaluation.json").write_text(text, encoding="utf-8")
         with pytest.raises(UserError, match=r"is no evaluation .* make it with"):
@@ -225,3 +228,6 @@ def test_an_ensemble_is_of_the_same_records(
     assert_refused(command("tools/evaluate", *both, "--ensemble"), "leave out --ensemble to pool")
     done = command("tools/evaluate", *both)
     assert done.returncode == 0 and "pooled" in done.stdout
+    done = command("tools/evaluate", *both, "--ensemble", "--data", records)
+    assert done.returncode == 0 and "best ensemble found" in done.stdout
+    assert "other records than those trained on" in done.stdout

@@ -1,18 +1,23 @@
-"""Several sources of one layout in one pack, and the layout that their bytes say."""
+"""Several sources of one layout in one pack, splits that they give, and what their bytes say."""
 
 import gzip
+import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from engine.data.layouts import layout_of
 from engine.data.pack import PackOptions, check, pack
+from engine.data.records import open_records
+from engine.durable import write_manifest
 from engine.errors import UserError
 from engine.host import ROOT
-from tests.conftest import Command
-from tests.glyph_files import content, glyphs
+from tests.conftest import Command, assert_refused
+from tests.glyph_files import Glyphs, content, glyphs
 
 
 def test_bytes_say_the_layout_and_names_do_not(tmp_path: Path) -> None:
@@ -101,6 +106,144 @@ def test_the_command_takes_sources_then_out(tmp_path: Path, command: Command) ->
     assert done.stdout.splitlines()[:3] == [f"{said}{a}", f"{said}{b}", "120 rows read"]
     checked = command("tools/pack_tmnist", "--check", a, b).stdout
     assert checked == f"{a}, {b}: 120 rows, 0 faults\n"
+
+
+Sources = list[Path]
+
+
+def in_layout(drawn: Glyphs, layout: str, folder: Path) -> Sources:
+    """The same images in a layout, class by class."""
+    folder.mkdir()
+    drawn = drawn.by_class()
+    if layout == "csv":
+        return [drawn.csv(folder / "a.csv")]
+    if layout == "idx":
+        return list(drawn.idx(folder))
+    if layout == "npz":
+        return [drawn.npz(folder / "a.npz")]
+    if layout == "png":
+        return [drawn.png(folder / "tree")]
+    from pyarrow import feather, parquet
+
+    write = feather.write_feather if layout == "arrow" else parquet.write_table
+    write(drawn.table(), folder / "a")
+    return [folder / "a"]
+
+
+@pytest.mark.parametrize("layout", ["csv", "idx", "npz", "png", "parquet", "arrow"])
+def test_splits_that_are_given_stay_as_they_are(layout: str, tmp_path: Path) -> None:
+    """Every row of test is in test, in its order; val comes out of train; of any layout alike."""
+    train, test = glyphs(60), glyphs(30, seed=1)
+    given = {
+        "test": in_layout(test, layout, tmp_path / "test"),
+        "train": in_layout(train, layout, tmp_path / "train"),
+    }
+    report = pack(given, tmp_path / "out")
+    manifest = report.manifest
+    assert report.warnings == []
+    records = open_records(tmp_path / "out")
+    assert records.given == ("train", "test") == tuple(manifest["given_splits"])
+    assert np.array_equal(records.split("test").image_NHW, test.by_class().image_NHW)
+    assert {name: len(split) for name, split in records.splits.items()} == {
+        "train": 51, "val": 9, "test": 30
+    }  # fmt: skip
+    drawn = np.concatenate([records.split(name).image_NHW for name in ("train", "val")])
+    assert sorted(map(bytes, drawn)) == sorted(map(bytes, train.image_NHW))
+    csvs = {name: in_layout(drawn, "csv", tmp_path / f"{name} csv")
+            for name, drawn in {"train": train, "test": test}.items()}  # fmt: skip
+    pack(csvs, tmp_path / "wanted")
+    assert content(tmp_path / "out") == content(tmp_path / "wanted")
+
+
+def test_the_fingerprint_says_that_splits_were_given(tmp_path: Path) -> None:
+    """The same rows in the same splits, once drawn and once given."""
+    whole = glyphs(60).by_class()
+    pack(whole.csv(tmp_path / "all.csv"), tmp_path / "drawn")
+    drawn = open_records(tmp_path / "drawn")
+    given = {}
+    for name, split in drawn.splits.items():
+        part = Glyphs(split.image_NHW, split.label_N)
+        given[name] = [part.csv(tmp_path / f"{name}.csv")]
+    pack(given, tmp_path / "given")
+    records = open_records(tmp_path / "given")
+    for name, split in drawn.splits.items():
+        assert np.array_equal(records.split(name).image_NHW, split.image_NHW)
+    assert records.given == ("train", "val", "test") and drawn.given == ()
+    assert records.fingerprint != drawn.fingerprint
+    for change in (["train"], ["test"], ["train", "other"], "train", None):
+        forged = json.loads((tmp_path / "given" / "manifest.json").read_bytes())
+        write_manifest(tmp_path / "given", forged | {"given_splits": change})
+        with pytest.raises(UserError, match="given splits|fingerprint does not belong"):
+            open_records(tmp_path / "given")
+
+
+def test_what_does_not_fit_the_training_split_is_refused(tmp_path: Path) -> None:
+    train = glyphs(60)
+    known, strange = train.csv(tmp_path / "a.csv"), tmp_path / "b.csv"
+    Glyphs(train.image_NHW[:6], train.label_N[:6] + 1).csv(strange)
+    small = glyphs(30, side=4).npz(tmp_path / "small.npz")
+    header = tmp_path / "c.csv"
+    header.write_text(known.read_text().replace("pixel", "x", 1))
+    one = tmp_path / "one.csv"
+    one.write_text("".join(known.read_text().splitlines(keepends=True)[:3]))
+    for given, wanted in (
+        ({"train": [known], "test": [strange]}, "b.csv:4: has the class '3', which no row of"),
+        ({"train": [known], "val": [strange]}, "leave such rows out of val, or give train some"),
+        ({"train": [train.npz(tmp_path / "a.npz")], "test": [small]}, "small.npz: holds images of "
+            "4 x 4 pixels, but .*a.npz of 8 x 8"),
+        ({"train": [known], "test": [header]}, "c.csv:1: "),
+        ({"train": [known], "test": [small]}, "has the layout npz, but .*a.csv csv"),
+        ({"train": [one], "test": [one]}, "has 1 rows, want at least 2 to split; use --split none"),
+        ({"test": [known]}, "--train: is missing"),
+        ({"train": [known]}, "--train: is given alone"),
+        ({"train": train.idx(tmp_path)[:1], "test": train.idx(tmp_path)[:1]}, "give pairs"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=wanted):
+            pack(given, tmp_path / "out")  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
+    num_rows, faults, _ = check({"train": [known], "test": [strange]})
+    assert num_rows == 66 and len(faults) == 1 and "which no row of train has" in faults[0]
+
+
+def test_options_say_how_val_is_drawn_and_leave_test_alone(tmp_path: Path) -> None:
+    uneven = Glyphs(glyphs(60).image_NHW, np.repeat(np.arange(3, dtype=np.uint8), [40, 10, 10]))
+    given = {"train": [uneven.csv(tmp_path / "a.csv")], "test": [uneven.csv(tmp_path / "b.csv")]}
+
+    def counts(out: str, **options: Any) -> dict[str, list[int]]:
+        report = pack(given, tmp_path / out, PackOptions(**options))
+        assert report.warnings[-1] == "60 images of test are in train, too"
+        manifest = report.manifest
+        return {name: split["rows_per_class"] for name, split in manifest["splits"].items()}
+
+    test = [40, 10, 10]
+    assert counts("1") == {"train": [34, 8, 8], "val": [6, 2, 2], "test": test}
+    assert counts("2", balance=True) == {"train": [8] * 3, "val": [2] * 3, "test": test}
+    assert counts("3", split="none") == {"train": test, "test": test}
+    seeds = [open_records(tmp_path / "1").split("val").image_NHW]
+    counts("4", seed=1)
+    seeds.append(open_records(tmp_path / "4").split("val").image_NHW)
+    assert not np.array_equal(*seeds)
+
+
+def test_the_command_takes_splits_that_are_given(tmp_path: Path, command: Command) -> None:
+    a, b = glyphs(60).idx(tmp_path, "a"), glyphs(30, seed=1).idx(tmp_path, "b")
+    words = ["--train", a[0], "--train", a[1], "--test", b[0], "--test", b[1]]
+    done = command("tools/pack_tmnist", *words, tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "\nsplits as given: train, test; val drawn from train\n" in done.stdout
+    described = command("tools/pack_tmnist", "--describe", tmp_path / "out").stdout
+    assert "\nsplits as given: train, test; val drawn from train\n" in described
+    assert command("tools/pack_tmnist", "--check", *words).stdout.endswith(": 90 rows, 0 faults\n")
+    for bad, wanted in (
+        ([*words, a[0], tmp_path / "o"], "give OUT alone, not"),
+        (words, "give OUT alone, not nothing"),
+        (["--check", *words, a[0]], "give no SOURCE, not"),
+        (["--verify", *words, tmp_path / "out"], "--verify: takes a record directory"),
+        (["--test", b[0], tmp_path / "o"], "--train: is missing"),
+        ([], "there is no source; name one"),
+    ):
+        assert_refused(command("tools/pack_tmnist", *bad), wanted)
+    assert not (tmp_path / "o").exists()
 
 
 PEAK = """

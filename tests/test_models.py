@@ -344,6 +344,9 @@ def test_the_readmes_own_network_trains_and_goes_on_with_the_same_file_only(
     shown = ("tools/predict", out, "--out", tmp_path / "p.png")
     assert_refused(command(*shown), "add --model PATH/wide.py:Wide")
     assert command(*shown, *model).returncode == 0
+    answered = ("tools/predict", out / "model.safetensors", tiny_dir)
+    assert_refused(command(*answered), "add --model PATH/wide.py:Wide")
+    assert "labels right" in command(*answered, *model).stderr
     file.write_text(file.read_text() + "\n")
     assert_refused(command(*line, "--resume", out, "--epochs", 4, *model), "model.sha256 was")
     assert_refused(command(*shown, *model), "is not the network of the run")

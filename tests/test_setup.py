@@ -10,7 +10,9 @@ import pytest
 
 from engine.report import ROOT
 
-SCRIPTS = ("tmnist-pack", "tmnist-train", "tmnist-profile", "tmnist-verify", "tmnist-evaluate")
+SCRIPTS = tuple(
+    f"tmnist-{name}" for name in ("pack", "train", "profile", "verify", "evaluate", "predict")
+)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
-from engine.data.split import EVAL_FRACTION, SplitMode, SplitOptions, draw_splits, family
+from engine.data.split import (
+    EVAL_FRACTION,
+    SplitMode,
+    SplitOptions,
+    draw_given,
+    draw_splits,
+    family,
+)
+from engine.data.table import Table
 from engine.errors import UserError
 
 CLASSES = ("a", "b", "c")
@@ -125,6 +133,33 @@ def test_a_font_split_keeps_families_together(num_families: int, seed: int) -> N
 def test_many_families_fill_their_part() -> None:
     rows, _ = by_font(26, 5000)
     assert all(500 <= len(rows[name]) <= 750 for name in ("val", "test"))
+
+
+@properties
+@given(some.integers(8, 26), SEEDS, some.sampled_from(["random", "font", "none"]))
+def test_val_is_drawn_from_the_rows_given_for_training(
+    num_families: int, seed: int, split: SplitMode
+) -> None:
+    """Whole and disjoint, test untouched; by families only those of train count."""
+    rng = np.random.default_rng(1)
+    names = [f"Family{chr(ord('a') + k)}" for k in range(num_families)]
+    fonts = tuple(f"{name}-{style}" for name in names for style in STYLES)
+    font_N = rng.integers(0, len(fonts), 1000).astype(np.int32)
+    label_N = rng.integers(0, 3, 1000).astype(np.uint8)
+    zeros_N = np.zeros(1000, np.uint64)
+    table = Table(28, CLASSES, fonts, label_N, font_N, zeros_N, zeros_N, zeros_N)
+    given_rows = {"train": range(300, 1000), "test": range(300)}
+    rows = draw_given(table, given_rows, SplitOptions(split=split, seed=seed))
+    assert rows["test"].tolist() == list(range(300))
+    assert np.array_equal(all_rows(rows), np.arange(1000))
+    if split == "none":
+        assert list(rows) == ["train", "test"]
+        return
+    assert list(rows) == ["train", "val", "test"]
+    assert 0 < len(rows["val"]) <= EVAL_FRACTION * 700 + 2
+    if split == "font":
+        held, used = ({family(fonts[i]) for i in font_N[rows[name]]} for name in ("val", "train"))
+        assert not held & used
 
 
 def test_too_few_or_too_large_families_are_refused() -> None:

@@ -38,12 +38,22 @@ def describe(path: Path, sheet: Path) -> str:
         name: np.bincount(s.label_N, minlength=len(records.classes)) for name, s in splits.items()
     }
     lines += class_table(records.classes, counts)
+    lines += given_lines(records.given, splits)
     image_MHW, label_M = _examples(records)
     by_class = picture.class_captions(records.classes)
     captions = [by_class[label] for label in label_M]
     drawn = picture.draw_sheet(image_MHW, captions, [picture.BLACK] * len(captions))
     picture.save_picture(drawn, sheet)
     return "\n".join([*lines, f"sheet of glyphs: {printable(str(sheet))}"])
+
+
+def given_lines(given: Sequence[str], splits: Iterable[str]) -> list[str]:
+    """That splits were given; none where all were drawn."""
+    if not given:
+        return []
+    drawn = [split for split in splits if split not in given]
+    rest = f"; {' and '.join(drawn)} drawn from train" if drawn else ""
+    return [f"splits as given: {', '.join(given)}{rest}"]
 
 
 def class_table(classes: Sequence[str], counts: Mapping[str, Iterable[int]]) -> list[str]:

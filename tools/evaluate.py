@@ -30,7 +30,10 @@ from tools.report.evaluation import evaluation_text, facts_text
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("runs", metavar="[RUN|CHECKPOINT]...", nargs=-1, type=PATH)
 @click.option(
-    "--data", type=PATH, help="The records, if they are no longer where the runs found them."
+    "--data",
+    type=PATH,
+    help="The records to evaluate on: the runs' own, if they were moved, or others of the same "
+    "classes.  [default: those each run was trained on]",
 )
 @click.option("--split", default="test", show_default=True, type=click.Choice(SPLITS))
 @click.option(

@@ -9,58 +9,54 @@ from typing import Any
 import click
 
 from engine.data.foreign import listed
-from engine.data.layouts import LAYOUTS
 from engine.data.pack import PackOptions, check, pack
-from engine.data.records import verify_records
+from engine.data.records import GIVEN, verify_records
 from engine.errors import EXIT_USER_ERROR, UserError, exit_on_user_error, printable
 from engine.host import cache_notes, prepare_process
 from engine.paths import PATH
 from engine.ui import guard_outputs, progress_bar
-from tools.describe import class_table, describe
+from tools.describe import class_table, describe, given_lines
+from tools.source_options import source_options
 
+Sources = tuple[Path, ...] | dict[str, tuple[Path, ...]]
+"""Files, or files by the split that they are given for."""
 EPILOG = """\b
 tools/pack_tmnist 94_character_TMNIST.csv records  pack; .csv.gz, .zip and - (a pipe) work as well
 tools/pack_tmnist --check 94_character_TMNIST.csv  list what is wrong with it, pack nothing
 tools/pack_tmnist train-images-idx3-ubyte.gz train-labels-idx1-ubyte.gz records
+tools/pack_tmnist --train a.csv --test b.csv records   splits that are given
 tools/pack_tmnist --verify records                 compare every byte with the manifest
 tools/pack_tmnist --describe records               classes, typefaces, statistics, sheet of glyphs
 """
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]}, epilog=EPILOG)
-@click.argument("paths", type=PATH, nargs=-1, required=True, metavar="SOURCE... OUT")
+@click.argument("paths", type=PATH, nargs=-1, metavar="[SOURCE]... OUT")
+@source_options("first|last|N", "")
 @click.option(
-    "--layout",
-    type=click.Choice(LAYOUTS),
-    default="auto",
-    show_default=True,
-    help="What SOURCE is; auto: what its bytes say, and it is printed.",
+    "--train",
+    "train",
+    type=PATH,
+    multiple=True,
+    metavar="SOURCE",
+    help="Instead of SOURCE...: what to train on; with --test or --val. May be repeated.",
 )
+@click.option("--test", "test", type=PATH, multiple=True, metavar="SOURCE", help="The test split.")
 @click.option(
-    "--images",
-    default="",
-    metavar="NAME",
-    help="The array of an .npz or column of Parquet or Arrow that holds images.  "
-    "[default: the only one that may]",
-)
-@click.option("--labels", default="", metavar="NAME", help="Likewise of their labels.")
-@click.option(
-    "--label-column",
-    default="first",
-    show_default=True,
-    metavar="first|last|N",
-    help="Where a CSV's labels stand; the other columns are pixels.",
-)
-@click.option("--no-header", is_flag=True, help="A CSV's first line is a row.")
-@click.option(
-    "--index-column", is_flag=True, help="A CSV's first column is row numbers: leave it out."
+    "--val",
+    "val",
+    type=PATH,
+    multiple=True,
+    metavar="SOURCE",
+    help="The val split.  [default: 15 % of --train, drawn as --split says]",
 )
 @click.option(
     "--split",
     type=click.Choice(["random", "font", "none"]),
     default="random",
     show_default=True,
-    help="70/15/15 in each class, or by whole typeface families; none: all is train.",
+    help="70/15/15 in each class, or by whole typeface families; none: all is train. With --train "
+    "it says how val is drawn.",
 )
 @click.option("--balance", is_flag=True, help="Cut every class to the smallest one's size.")
 @click.option(
@@ -74,9 +70,6 @@ tools/pack_tmnist --describe records               classes, typefaces, statistic
     "--classes", type=click.IntRange(1, 256), help="Refuse another number of labels than this."
 )
 @click.option("--force", is_flag=True, help="Replace OUT if it is a record directory.")
-@click.option(
-    "--workers", type=click.IntRange(1, 64), help="Threads.  [default: the cores, at most 8]"
-)
 @click.option(
     "--check", "action", flag_value="check", help="Only read SOURCE; list up to 100 faults."
 )
@@ -102,6 +95,9 @@ def main(
     action: str | None,
     fingerprint: str,
     sheet: Path | None,
+    train: tuple[Path, ...],
+    test: tuple[Path, ...],
+    val: tuple[Path, ...],
     **options: Any,
 ) -> None:
     """Pack SOURCE (TMNIST's CSV, an MNIST-like one, IDX files, an .npz, a folder of PNGs per class,
@@ -110,6 +106,14 @@ def main(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with exit_on_user_error():
         prepare_process()
+        given = {"train": train, "val": val, "test": test}
+        if any(given.values()):
+            _given(given, paths, action, PackOptions(**options))
+            return
+        if not paths:
+            raise UserError(
+                "there is no source; name one, and the record directory to pack it into"
+            )
         source = paths[0]
         if action == "check":
             _check(paths, PackOptions(**options))
@@ -129,9 +133,29 @@ def main(
             _pack(paths[:-1], paths[-1], PackOptions(**options))
 
 
-def _pack(sources: tuple[Path, ...], out: Path, options: PackOptions) -> None:
+def _given(
+    given: dict[str, tuple[Path, ...]],
+    paths: tuple[Path, ...],
+    action: str | None,
+    options: PackOptions,
+) -> None:
+    """Pack or check splits that are given."""
+    if action not in (None, "check"):
+        raise UserError(f"--{action}: takes a record directory; leave --train, --test, --val out")
+    if len(paths) != (action is None):
+        want = "OUT alone" if action is None else "no SOURCE"
+        got = " ".join(map(str, paths)) or "nothing"
+        raise UserError(f"--train, --test and --val name the sources: give {want}, not {got}")
+    if action:
+        _check(given, options)
+    else:
+        _pack(given, paths[0], options)
+
+
+def _pack(sources: Sources, out: Path, options: PackOptions) -> None:
     start = time.perf_counter()
-    with progress_bar(f"packing {printable(sources[0].name)}", 1.0) as show:
+    name = _paths(sources)[0].name
+    with progress_bar(f"packing {printable(name)}", 1.0) as show:
         report = pack(sources, out, options, lambda rows, part: show(part, f"{rows:,} rows"))
     manifest = report.manifest
     pixels = manifest["train_pixels"]
@@ -142,6 +166,7 @@ def _pack(sources: tuple[Path, ...], out: Path, options: PackOptions) -> None:
         *class_table(
             manifest["classes"], {n: s["rows_per_class"] for n, s in manifest["splits"].items()}
         ),
+        *given_lines(manifest.get(GIVEN, ()), manifest["splits"]),
         f"train pixels: mean {pixels['mean']:.3f}, standard deviation {pixels['std']:.3f} (0..255)",
         *(f"note: {printable(note)}" for note in (*report.warnings, *cache_notes())),
         f"{printable(str(out))}: {took_s:.2f} s, fingerprint {manifest['fingerprint'][:16]}",
@@ -149,10 +174,17 @@ def _pack(sources: tuple[Path, ...], out: Path, options: PackOptions) -> None:
     click.echo("\n".join(lines))
 
 
-def _check(sources: tuple[Path, ...], options: PackOptions) -> None:
+def _paths(sources: Sources) -> list[Path]:
+    """All files, those by split one split after the other."""
+    if isinstance(sources, tuple):
+        return list(sources)
+    return [path for paths in sources.values() for path in paths]
+
+
+def _check(sources: Sources, options: PackOptions) -> None:
     num_rows, faults, warnings = check(sources, options)
     notes = [f"note: {warning}" for warning in warnings]
-    names = listed([str(source) for source in sources])
+    names = listed([str(source) for source in _paths(sources)])
     for line in [*faults, *notes, f"{names}: {num_rows:,} rows, {len(faults)} faults"]:
         click.echo(printable(line))
     if faults:

@@ -2,9 +2,9 @@
 the lexer's language, line by line, before the lexer sees them.
 
 Grammar: --index-column drops the first column, row numbers of digits; --label-column says which of
-the columns holds the label; all others are pixels, a square number of them. The header, unless
---no-header says that there is none, calls them pixel0.., pixel1.., 0.., 1.. or 1x1..; what the
-label is called does not matter. Everything else of a line is the lexer's language.
+the columns holds the label, if any; all others are pixels, a square number of them. The header,
+unless --no-header says that there is none, calls them pixel0.., pixel1.., 0.., 1.. or 1x1..; what
+the label is called does not matter. Everything else of a line is the lexer's language.
 
 A line that is no CSV goes on as it is: the lexer refuses it. One whose row number is none becomes a
 line that the lexer refuses, and why is kept for whoever collects the rows.
@@ -27,6 +27,10 @@ from engine.data.source import Source
 from engine.errors import UserError
 
 CHUNK_BYTES = 2**20
+NO_LABEL = "none"
+"""As a --label-column: all columns are pixels."""
+MADE_LABEL = b"0,"
+"""Put before the pixels of a row without a label: the lexer's rows have one."""
 ROW_NUMBER = -1
 """A Fault's column: the row number, which the lexer does not see."""
 REFUSED_LINE = b'"'
@@ -42,18 +46,19 @@ class Asked:
     """What the command's flags of the same names say of a CSV's columns."""
 
     label_column: str = "first"
-    """first, last, or a number from 1 on, as the columns stand in the file."""
+    """first, last, a number from 1 on, as the columns stand in the file, or none."""
     no_header: bool = False
     index_column: bool = False
     """Whether the first column holds row numbers, which are left out."""
 
     def __post_init__(self) -> None:
         number = self.label_column
-        if number not in ("first", "last") and not re.fullmatch(
+        if number not in ("first", "last", NO_LABEL) and not re.fullmatch(
             "[1-9][0-9]{0,6}", number, re.ASCII
         ):
             raise UserError(
-                f"--label-column: got {number!r}, want first, last or a number from 1 on"
+                f"--label-column: got {number!r}, want first, last or a number from 1 on "
+                f"(or {NO_LABEL}, to tools/predict)"
             )
 
     @property
@@ -68,15 +73,15 @@ class Arrangement:
 
     num_columns: int
     """Of the file."""
-    label: int
-    """The label's place, from 0 on, behind the index column."""
+    label: int | None
+    """The label's place, from 0 on, behind the index column; None: there is no label."""
     has_index: bool
     names: tuple[str, ...]
     """Of the columns as they stand; none without a header."""
 
     @property
     def num_pixels(self) -> int:
-        return self.num_columns - self.has_index - 1
+        return self.num_columns - self.has_index - (self.label is not None)
 
     def header(self) -> bytes:
         """The first line that the lexer sees."""
@@ -91,7 +96,9 @@ class Arrangement:
         """Where the lexer's column stands in the file, from 1 on, with its name."""
         if column == ROW_NUMBER:
             return "1"
-        place = self.label if column == 1 else column - 2 + (column - 2 >= self.label)
+        place = column - 2
+        if self.label is not None:
+            place = self.label if column == 1 else place + (place >= self.label)
         place += self.has_index
         return f"{place + 1} {self.names[place]!r}" if self.names else f"{place + 1}"
 
@@ -99,6 +106,8 @@ class Arrangement:
         side = isqrt(self.num_pixels)
         header = "a header" if self.names else "no header"
         index = ", the first column left out" if self.has_index else ""
+        if self.label is None:
+            return f"CSV with {header}{index}, without labels, images of {side} x {side}"
         return (
             f"CSV with {header}{index}, labels in column {self.column_of(1)}, "
             f"images of {side} x {side} in the others"
@@ -178,21 +187,37 @@ class ArrangedSource(Source):
         if where.has_index and line.strip():
             index = _INDEX.match(line)
             if not index:
-                self._note_index(line.partition(b",")[0])
-                return REFUSED_LINE
+                text = line.partition(b",")[0].removesuffix(b"\r")[:40].decode(errors="replace")
+                what = f"got {text!r}, want a row number; is there no index column?"
+                return self._refused(Fault(what, ROW_NUMBER))
             line = line[index.end() :]
+        if where.label is None:
+            return self._labelled(line)
         return moved_first(line, where.label, where.num_pixels) if where.label else line
 
-    def _note_index(self, found: bytes) -> None:
-        """Keep why this row is refused until its turn comes: lines are arranged ahead of it."""
+    def _labelled(self, line: bytes) -> bytes:
+        """A row of pixels alone, with a label in front."""
+        if not line.strip():
+            return line  # the lexer says that it is blank
+        num, want = line.count(b",") + 1, self.arrangement.num_pixels
+        if num != want and b'"' not in line:
+            return self._refused(Fault(f"got {num} fields, want {want} pixels"))
+        return MADE_LABEL + line
+
+    def _refused(self, fault: Fault) -> bytes:
+        """The line in a refused one's place.
+
+        Why is kept until its turn comes: lines are arranged ahead of it.
+        """
         if len(self.faults) < MAX_FAULTS:  # none behind these will be listed
-            text = found.removesuffix(b"\r")[:40].decode(errors="replace")
-            what = f"got {text!r}, want a row number; is there no index column?"
-            self.faults[self._row] = Fault(what, ROW_NUMBER)
+            self.faults[self._row] = fault
+        return REFUSED_LINE
 
 
 def arrange(fields: Sequence[str], asked: Asked) -> Arrangement:
     """Where the columns stand, by a CSV's first line; a Fault if it does not fit `asked`."""
+    if asked.label_column == NO_LABEL:
+        return _of_pixels(fields, asked)
     num = len(fields)
     behind_index = int(asked.index_column)
     places = {"first": behind_index, "last": num - 1}
@@ -214,12 +239,38 @@ def arrange(fields: Sequence[str], asked: Asked) -> Arrangement:
     return Arrangement(num, place - behind_index, asked.index_column, names)
 
 
-def _check_names(names: Sequence[str], place: int, has_index: bool) -> None:
-    """A Fault unless a header calls the columns what they are to be."""
+def _of_pixels(fields: Sequence[str], asked: Asked) -> Arrangement:
+    """Of a CSV without labels."""
+    pixels = list(fields[int(asked.index_column) :])
+    num = len(pixels)
+    if not num or isqrt(num) ** 2 != num:
+        raise Fault(
+            f"got {num} columns of pixels, want a square number of them; pad or cut the images, or "
+            f"leave --label-column {NO_LABEL} out if one holds labels"
+        )
+    if not asked.no_header:
+        _check_index(fields, asked.index_column)
+        if not are_pixels(pixels):
+            raise Fault(
+                f"the columns are called {pixels[0][:40]!r} to {pixels[-1][:40]!r}, want pixel0.., "
+                f"pixel1.., 0.., 1.. or 1x1.. in this order; rename them, or give --no-header if "
+                f"there is none"
+            )
+    names = () if asked.no_header else tuple(fields)
+    return Arrangement(len(fields), None, asked.index_column, names)
+
+
+def _check_index(names: Sequence[str], has_index: bool) -> None:
+    """A Fault unless a header calls the row numbers' column as it may be called."""
     if has_index and names[0].lower() not in INDEX_NAMES:
         raise Fault(
             f"the first column is called {names[0][:40]!r}, want row numbers without a name"
         )
+
+
+def _check_names(names: Sequence[str], place: int, has_index: bool) -> None:
+    """A Fault unless a header calls the columns what they are to be."""
+    _check_index(names, has_index)
     pixels = [*names[int(has_index) : place], *names[place + 1 :]]
     if not are_pixels(pixels):
         raise Fault(

@@ -77,9 +77,16 @@ class Spool(Stored):
         while len(view):
             view = view[self._file.write(view) :]
 
-    def check_space(self, num_pixels: int) -> None:
-        """Refuse what will not fit, by its first lines or its header, before a byte is written."""
-        check_space(self.folder, 2 * num_pixels, "the records and a copy")
+    def check_space(self, num_pixels: int, *, is_stored: bool = False) -> None:
+        """Refuse what will not fit, by its first lines or its header, before a byte is written.
+
+        Args:
+            is_stored: the source holds the pixels as they are: none will be spooled.
+        """
+        if is_stored:
+            check_space(self.folder, num_pixels, "the records")
+        else:
+            check_space(self.folder, 2 * num_pixels, "the records and a copy")
 
     def close(self) -> None:
         self._file.close()
@@ -107,6 +114,8 @@ class Collector:
         """Rows so far, with those that were refused."""
         self.first = 0
         """Of them, those of files before this one."""
+        self.starts: list[tuple[str, int]] = []
+        """Each file so far, and the rows before it."""
         self._spool = spool
         self._labels: dict[str, int] = {}
         self._fonts: dict[str, int] = {}
@@ -119,6 +128,15 @@ class Collector:
         """The rows that come next are those of this file."""
         self.source = source
         self.first = self.row
+        self.starts.append((source, self.row))
+
+    def stretches(self) -> list[tuple[str, range]]:
+        """Each file in turn, and which of all rows, from 0 on, are its own."""
+        stops = [first for _, first in self.starts[1:]]
+        return [
+            (source, range(first, stop))
+            for (source, first), stop in zip(self.starts, [*stops, self.row], strict=True)
+        ]
 
     def add(self, rows: Rows) -> None:
         """Take a block's rows; UserError if a label of theirs is refused."""

@@ -129,6 +129,10 @@ class ColumnFile:
                     yield partial(self._rows, part, first)
                     first += len(part)
 
+    def places(self) -> Iterator[str] | None:
+        """None: they have numbers."""
+        return None
+
     def check_unchanged(self) -> None:
         self._file.check_unchanged()
 

@@ -7,25 +7,26 @@ Shapes: R rows of a block, P pixels.
 
 import warnings
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from engine.data.arrange import ArrangedSource, Asked
-from engine.data.collect import Collector, CsvCollector, Spool, Stored, check_space, header_of
+from engine.data.collect import Collector, CsvCollector, Spool, Stored, header_of
 from engine.data.foreign import HEAD_BYTES, idx_contents
 from engine.data.idx import USAGE, open_idx
 from engine.data.images import Images, Progress, read_images
 from engine.data.layouts import Layouts, first_bytes, layout_of
 from engine.data.lexer import MAX_FAULTS, Layout, Lexer, Rows, lex_plainly
 from engine.data.npz import open_npz
-from engine.data.source import BLOCK_BYTES, Source, blocks, buffer_bytes, open_source
+from engine.data.source import BLOCK_BYTES, Make, Source, blocks, buffer_bytes, open_source
 from engine.errors import UserError
 from engine.host import num_cpus
 
@@ -68,10 +69,33 @@ class SourceOptions(Asked):
             )
 
 
-class CsvFiles:
+Groups = Mapping[str, Sequence[Path]]
+"""Files by the split that they are given for; those whose rows are yet to be split under ""."""
+
+
+class Grouped:
+    """Sources whose rows follow each other, and how many of them each group has."""
+
+    def __init__(self, num_sources: Mapping[str, int]) -> None:
+        self._num_sources = num_sources
+
+    def rows(self, collector: Collector) -> dict[str, range]:
+        """Which rows, from 0 on, are those of each group."""
+        stretches = iter(collector.stretches())
+        found = {}
+        for group, num in self._num_sources.items():
+            own = [rows for _, rows in islice(stretches, num)]
+            found[group] = range(own[0].start, own[-1].stop)
+        return found
+
+
+class CsvFiles(Grouped):
     """CSVs of one header."""
 
-    def __init__(self, sources: Sequence[Source], options: SourceOptions) -> None:
+    def __init__(
+        self, sources: Sequence[Source], options: SourceOptions, num_sources: Mapping[str, int]
+    ) -> None:
+        super().__init__(num_sources)
         self.name = sources[0].name
         self._sources = sources
         self._options = options
@@ -110,6 +134,12 @@ class CsvFiles:
         assert collector is not None, "no source was given"
         return collector
 
+    def places(self, collector: Collector) -> Iterator[str]:
+        """Where each row stands, `file:line`."""
+        first_line = 1 if self._options.no_header else 2
+        for source, rows in collector.stretches():
+            yield from (f"{source}:{first_line + number}" for number in range(len(rows)))
+
     def stored(self) -> Stored | None:
         """None: pixels are text here."""
         return None
@@ -126,11 +156,14 @@ def _said(layout: Layout) -> str:
     return f"CSV, columns {texts} and {pixels}, images of {layout.side} x {layout.side}"
 
 
-class ImageFiles:
+class ImageFiles(Grouped):
     """Sources of images of one size."""
 
-    def __init__(self, sources: Sequence[Images], options: SourceOptions) -> None:
+    def __init__(
+        self, sources: Sequence[Images], options: SourceOptions, num_sources: Mapping[str, int]
+    ) -> None:
         """UserError if their images are of several sizes."""
+        super().__init__(num_sources)
         self.name = sources[0].name
         self._sources = sources
         self._options = options
@@ -157,9 +190,7 @@ class ImageFiles:
         num_images = sum(filter(None, counts))
         is_stored = self.stored() is not None
         if spool is not None and None not in counts:
-            num_bytes = num_images * self._sources[0].side ** 2
-            what = "the records" if is_stored else "the records and a copy"
-            check_space(spool.folder, num_bytes if is_stored else 2 * num_bytes, what)
+            spool.check_space(num_images * self._sources[0].side ** 2, is_stored=is_stored)
         collector = Collector(self._sources[0].side, None if is_stored else spool)
 
         def show(rows: int) -> None:
@@ -175,6 +206,12 @@ class ImageFiles:
             faults.append(str(error))
         return collector
 
+    def places(self, collector: Collector) -> Iterator[str]:
+        """Where each image lies: its file, or the source and its number there from 1 on."""
+        for source, (name, rows) in zip(self._sources, collector.stretches(), strict=True):
+            numbered = (f"{name}: image {number}" for number in range(1, len(rows) + 1))
+            yield from source.places() or numbered
+
     def stored(self) -> Stored | None:
         """Where all pixels lie as they are, if they lie in one file."""
         return self._sources[0].stored() if len(self._sources) == 1 else None
@@ -185,23 +222,33 @@ class ImageFiles:
 
 
 @contextmanager
-def open_given(paths: Sequence[Path], options: SourceOptions) -> Iterator[CsvFiles | ImageFiles]:
+def open_given(groups: Groups, options: SourceOptions) -> Iterator[CsvFiles | ImageFiles]:
     """Open all files that are to be packed together, in this order.
 
     Raises:
         UserError: one cannot be read, they have several layouts, or a header is refused.
     """
-    layout = layout_of(paths, options.layout)
-    options.check(layout, str(paths[0]))
-    make = partial(ArrangedSource, asked=options)
+    all_paths = [path for paths in groups.values() for path in paths]
+    layout = layout_of(all_paths, options.layout)
+    options.check(layout, str(all_paths[0]))
     with ExitStack() as stack:
         if layout == "csv":
-            kind = make if options.changes_anything else Source
-            sources = [stack.enter_context(open_source(path, kind)) for path in paths]
-            yield CsvFiles(sources, options)
+            kind = csv_kind(options)
+            sources = [stack.enter_context(open_source(path, kind)) for path in all_paths]
+            num_sources = {group: len(paths) for group, paths in groups.items()}
+            yield CsvFiles(sources, options, num_sources)
         else:
-            images = [stack.enter_context(each) for each in _open_images(layout, paths, options)]
-            yield ImageFiles(images, options)
+            opening = {
+                group: _open_images(layout, paths, options) for group, paths in groups.items()
+            }
+            images = [stack.enter_context(each) for group in opening.values() for each in group]
+            num_sources = {group: len(each) for group, each in opening.items()}
+            yield ImageFiles(images, options, num_sources)
+
+
+def csv_kind(options: SourceOptions) -> Make:
+    """What makes a Source of an open CSV."""
+    return partial(ArrangedSource, asked=options) if options.changes_anything else Source
 
 
 def _open_images(

@@ -12,6 +12,7 @@ _MANGLED = re.compile(r"[0-9]+(?:\.0)?\.[1-9][0-9]*", re.ASCII)
 """What pandas makes of a number that occurs again among the names of columns."""
 _PIXEL_NAME = re.compile(r"[^0-9]*[0-9]+(?:[^0-9]+[0-9]+)?[^0-9]?", re.ASCII)
 """`1x1`, `pixel_0001`, `px(0, 1)`, `12`, and kin."""
+UNLABELLED = "--label-column none"
 _COLUMN = re.compile("--label-column ([0-9]+)")
 _SEPARATORS = (("semicolons", ";"), ("tabs", "\t"), ("vertical bars", "|"), ("spaces", " "))
 _IDS = ("", "id", "imageid", "image_id", "index", "unnamed: 0", "filename", "file", "image", "row")
@@ -78,7 +79,8 @@ def _numbers(columns: Sequence[str]) -> str:
         header = _header(num - 1)
         return f"pandas took a row for names; read it with header=None, and write {header}"
     if not _square(num - 1):
-        return f"there is no label column, only {num} numbers; is this a test set without labels?"
+        what = f"there is no label column, only {num} numbers; is this a test set?"
+        return f"{what} only tools/predict takes it: {UNLABELLED} --no-header"
     if list(columns) in ([str(i) for i in range(num)], [str(i) for i in range(1, num + 1)]):
         return f"the columns are numbers; rename {columns[0]}..{columns[-1]} to {_header(num - 1)}"
     return f"the first line is a row; put the line {_header(num - 1)} first, or give --no-header"
@@ -200,7 +202,10 @@ def _texts(columns: Sequence[str], texts: list[str], pixels: list[str]) -> str:
     lower = [text.strip().lower() for text in texts]
     if not texts or (len(texts) == 1 and lower[0] in _IDS):
         only = f" ({texts[0]!r} is none)" if texts else ""
-        return f"there is no label column{only}; is this a test set? name the file with labels"
+        what = f"there is no label column{only}; is this a test set?"
+        if texts:
+            return f"{what} name the file with labels"
+        return f"{what} only tools/predict takes it: {UNLABELLED}"
     if sorted(lower) in (["labels", "names"], ["label", "name"], ["label", "names"]):
         return _of_tmnist(columns, pixels)
     if len(texts) > 1:

@@ -143,6 +143,10 @@ class IdxPair:
         if not stored:
             self._images.check_end()
 
+    def places(self) -> Iterator[str] | None:
+        """None: they have numbers."""
+        return None
+
     def check_unchanged(self) -> None:
         self._images.source.check_unchanged()
         self._labels.source.check_unchanged()

@@ -56,6 +56,9 @@ class Images(Protocol):
     def tasks(self) -> Iterator[Task]:
         """Each returns a block of rows; UserError where the source is refused."""
 
+    def places(self) -> Iterator[str] | None:
+        """Where each image lies, in order; None: they have numbers only."""
+
     def check_unchanged(self) -> None:
         """UserError if it was written to while it was read."""
 

@@ -148,6 +148,10 @@ class Npz:
             with unzipping(self.name):  # its checksum is compared at its end
                 member.read(1)
 
+    def places(self) -> Iterator[str] | None:
+        """None: they have numbers."""
+        return None
+
     def check_unchanged(self) -> None:
         self._file.check_unchanged()
 

@@ -9,26 +9,31 @@ Shapes: N rows of the source, M of them.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from engine.data.collect import Spool
-from engine.data.given import CsvFiles, ImageFiles, SourceOptions, open_given, silent
+import numpy as np
+
+from engine.data.arrange import NO_LABEL
+from engine.data.collect import Collector, Spool
+from engine.data.given import CsvFiles, Groups, ImageFiles, SourceOptions, open_given, silent
 from engine.data.images import Progress
 from engine.data.lexer import MAX_FAULTS
-from engine.data.records import Take, write_records
-from engine.data.split import SplitOptions, draw_splits
+from engine.data.records import GIVEN, SPLITS, Take, write_records
+from engine.data.split import SplitOptions, draw_given, draw_splits
 from engine.data.table import Table, odd_counts, warnings_of
 from engine.durable import MANIFEST, locked, publish_directory, remove_leftovers, writing
 from engine.errors import UserError
 
 NAME_LIMIT_BYTES = 200
 """Of the target's name: temporary names are some 20 bytes longer, and file systems end at 255."""
-Given = Path | Sequence[Path]
-"""A source, or several of one layout whose rows follow each other."""
+Given = Path | Sequence[Path] | Groups
+"""A source, or several of one layout whose rows follow each other; or such by split: train, and
+test, val or both."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,14 @@ class PackOptions(SplitOptions, SourceOptions):
     force: bool = False
     classes: int | None = None
     """Refuse a source with another number of labels."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.label_column == NO_LABEL:
+            raise UserError(
+                f"--label-column {NO_LABEL}: leaves nothing to train on; name the labels' column "
+                f"(tools/predict reads CSVs without labels)"
+            )
 
     def for_manifest(self) -> dict[str, Any]:
         return {"split": self.split, "balance": self.balance, "seed": self.seed}
@@ -69,7 +82,8 @@ def pack(
     _check_name(out)
     out = Path(os.path.realpath(out))
     with writing(out), ExitStack() as stack:
-        given = stack.enter_context(open_given(_paths(source), options))
+        groups = _groups(source)
+        given = stack.enter_context(open_given(groups, options))
         stack.enter_context(locked(out, wait=False))
         try:
             _check_target(out, options.force)
@@ -79,35 +93,83 @@ def pack(
             raise
         remove_leftovers(out)
         with closing(Spool(out.parent)) as spool:
-            table = given.read(spool, progress).table()
+            collector = given.read(spool, progress)
             given.check_unchanged()
             pixels = given.stored() or spool
-            return _publish(given, out, options, table, pixels.take)
+            return _publish(given, out, options, collector, pixels.take)
 
 
-def _paths(source: Given) -> list[Path]:
-    paths = [source] if isinstance(source, Path) else list(source)
-    if not paths:
-        raise UserError("there is no source; name a file to pack")
-    return paths
+def _groups(source: Given) -> dict[str, list[Path]]:
+    """The files by the split that they are given for, in the order of SPLITS; else under ""."""
+    if not isinstance(source, Mapping):
+        paths = [source] if isinstance(source, Path) else list(source)
+        if not paths:
+            raise UserError("there is no source; name a file to pack")
+        return {"": paths}
+    groups = {split: list(source[split]) for split in SPLITS if source.get(split)}
+    if "train" not in groups:
+        raise UserError("--train: is missing; name the files to train on, too")
+    if len(groups) < 2:
+        raise UserError("--train: is given alone; give --test or --val, too, or name it as SOURCE")
+    return groups
 
 
 def _publish(
-    given: CsvFiles | ImageFiles, out: Path, options: PackOptions, table: Table, take: Take
+    given: CsvFiles | ImageFiles, out: Path, options: PackOptions, collector: Collector, take: Take
 ) -> PackReport:
     """Split the rows, and publish them as records."""
+    table = collector.table()
     num = len(table.classes)
     if options.classes not in (None, num):
         raise UserError(
             f"{given.name}: has {num} labels, want {options.classes}; give another --classes"
         )
-    rows = draw_splits(table.label_N, table.font_N, table.classes, table.fonts, options)
+    groups = given.rows(collector)
     counts = odd_counts(table)
-    facts = {"options": options.for_manifest(), "source_rows": counts}
+    facts: dict[str, Any] = {"options": options.for_manifest(), "source_rows": counts}
+    if "train" in groups:
+        check_known_classes(given, collector, table)
+        rows = draw_given(table, groups, options)
+        facts[GIVEN] = list(groups)
+    else:
+        rows = draw_splits(table.label_N, table.font_N, table.classes, table.fonts, options)
     with publish_directory(out) as directory:
         manifest = write_records(directory, table, take, rows, facts)
         given.check_unchanged()  # pixels may have come from it only now
-    return PackReport(manifest, warnings_of(table, counts), given.found)
+    warnings = [*warnings_of(table, counts), *_seen_warnings(table, groups)]
+    return PackReport(manifest, warnings, given.found)
+
+
+def check_known_classes(given: CsvFiles | ImageFiles, collector: Collector, table: Table) -> None:
+    """UserError if a split that is given has a class that train has not."""
+    groups = given.rows(collector)
+    if "train" not in groups:
+        return
+    start, stop = groups["train"].start, groups["train"].stop
+    is_known = np.bincount(table.label_N[start:stop], minlength=len(table.classes)) > 0
+    for split, rows in groups.items():
+        unknown_M = np.flatnonzero(~is_known[table.label_N[rows.start : rows.stop]])
+        if len(unknown_M):
+            row = rows.start + int(unknown_M[0])
+            place = next(islice(given.places(collector), row, None))
+            label = table.classes[table.label_N[row]]
+            raise UserError(
+                f"{place}: has the class {label!r}, which no row of train has; leave such rows "
+                f"out of {split}, or give train some"
+            )
+
+
+def _seen_warnings(table: Table, groups: Mapping[str, range]) -> list[str]:
+    """How many images of the given splits are in train, too; pixels are compared by hashes."""
+    if "train" not in groups:
+        return []
+    found = []
+    train = table.hash_N[groups["train"].start : groups["train"].stop]
+    for split, rows in groups.items():
+        num = np.count_nonzero(np.isin(table.hash_N[rows.start : rows.stop], train))
+        if num and split != "train":
+            found.append(f"{num:,} images of {split} are in train, too")
+    return found
 
 
 def check(
@@ -118,13 +180,18 @@ def check(
     Of images, the first fault ends it. UserError if it cannot be read, or its header is refused.
     """
     faults: list[str] = []
-    with open_given(_paths(source), options) as given:
+    with open_given(_groups(source), options) as given:
         collector = given.read(faults=faults)
     if faults:
         note = f"only the first {MAX_FAULTS} faults are listed"
         return collector.row, faults, [note] if len(faults) == MAX_FAULTS else []
     table = collector.table()
-    return collector.row, [], warnings_of(table, odd_counts(table))
+    try:
+        check_known_classes(given, collector, table)
+    except UserError as error:
+        return collector.row, [str(error)], []
+    seen = _seen_warnings(table, given.rows(collector))
+    return collector.row, [], [*warnings_of(table, odd_counts(table)), *seen]
 
 
 def _check_name(out: Path) -> None:

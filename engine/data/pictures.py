@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -48,6 +48,10 @@ AGAIN = "copy or write it again"
 BAD_FILTER = f"is damaged (a filter that PNG does not have); {AGAIN}"
 TO_GREY = "convert it to 8-bit grey (mogrify -alpha off -colorspace Gray -depth 8)"
 
+T = TypeVar("T")
+Picture = tuple[str, Callable[[], bytes]]
+"""Where one is, as sentences say it, and what gives its bytes."""
+
 
 class PngFault(Exception):
     """What is wrong with a file, and what to do."""
@@ -64,7 +68,7 @@ class PngFolders:
             self._classes = _class_folders(self._root)
         self.num_images = sum(len(files) for _, files in self._classes)
         _, self._first = next(self._paths())
-        height, width = self._try(self._first, size_of)
+        height, width = tried(picture_file(self._first), size_of)
         self.side = check_side(os.fsdecode(self._first), height, width)
         self.found = (
             f"PNG, {self.num_images:,} images of {height} x {width} in the {len(self._classes)} "
@@ -81,6 +85,9 @@ class PngFolders:
         while block := list(islice(paths, per_block)):
             yield partial(self._decode, block)
 
+    def places(self) -> Iterator[str]:
+        return (os.fsdecode(path) for _, path in self._paths())
+
     def check_unchanged(self) -> None:
         """Each file was read once, and whole."""
 
@@ -92,26 +99,46 @@ class PngFolders:
                 yield number, os.path.join(folder, name)
 
     def _decode(self, block: list[tuple[int, bytes]]) -> Rows:
-        first = os.fsdecode(self._first)
-        raw = [self._try(path, lambda data: scanlines(data, self.side, first)) for _, path in block]
-        image_RP, fault = unfiltered(raw, self.side)
-        if fault >= 0:
-            raise UserError(f"{os.fsdecode(block[fault][1])}: {BAD_FILTER}")
+        pictures = [picture_file(path) for _, path in block]
+        image_RP = decode(pictures, self.side, os.fsdecode(self._first))
         numbers, label_R = np.unique([number for number, _ in block], return_inverse=True)
         texts = [self._classes[number][0] for number in numbers]
         return rows_of(image_RP, texts, label_R)
 
-    def _try(self, path: bytes, read: Callable[[bytes], Any]) -> Any:
-        """What `read` makes of a file's bytes; UserError, with the path, of what it refuses."""
-        try:
-            return read(_file_bytes(path))
-        except PngFault as fault:
-            raise UserError(f"{os.fsdecode(path)}: {fault}") from None
-        except OSError as error:
-            reason = error.strerror or error
-            raise UserError(
-                f"{os.fsdecode(path)}: cannot be read ({reason}); look at its rights and its disk"
-            ) from None
+
+def picture_file(path: bytes) -> Picture:
+    """A file, read when its turn comes."""
+    return os.fsdecode(path), partial(_file_bytes, path)
+
+
+def tried(picture: Picture, use: Callable[[bytes], T]) -> T:
+    """What `use` makes of a picture's bytes; UserError, with the place, of what it refuses."""
+    place, read = picture
+    try:
+        return use(read())
+    except PngFault as fault:
+        raise UserError(f"{place}: {fault}") from None
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(
+            f"{place}: cannot be read ({reason}); look at its rights and its disk"
+        ) from None
+
+
+def decode(pictures: Sequence[Picture], side: int, first: str) -> np.ndarray:
+    """The pixels (R, P) of pictures of `side` x `side`.
+
+    Args:
+        first: what has that size, for the sentence.
+    Raises:
+        UserError: one cannot be read, or is refused.
+    """
+    unpack = partial(scanlines, side=side, first=first)
+    raw = [tried(each, unpack) for each in pictures]
+    image_RP, fault = unfiltered(raw, side)
+    if fault >= 0:
+        raise UserError(f"{pictures[fault][0]}: {BAD_FILTER}")
+    return image_RP
 
 
 def scanlines(data: bytes, side: int, first: str) -> bytes:
@@ -169,7 +196,7 @@ def _class_folders(root: bytes) -> list[tuple[str, list[bytes]]]:
             label = checked_label(entry.name.decode(), place)
         except UnicodeDecodeError:
             raise UserError(f"{place}: the name of this class is not UTF-8; rename it") from None
-        classes.append((label, _files(entry.path)))
+        classes.append((label, png_names(entry.path, "class folder")))
     if not classes:
         raise UserError(f"{os.fsdecode(root)}: holds no class folder; make one per class")
     if len(classes) > MAX_CLASSES:
@@ -180,8 +207,12 @@ def _class_folders(root: bytes) -> list[tuple[str, list[bytes]]]:
     return classes
 
 
-def _files(folder: bytes) -> list[bytes]:
-    """The names of a class folder's pictures; they need not be UTF-8."""
+def png_names(folder: bytes, kind: str) -> list[bytes]:
+    """The names of a folder's pictures, sorted by their bytes; they need not be UTF-8.
+
+    Args:
+        kind: of folder, for the sentence.
+    """
     place = os.fsdecode(folder)
     names = []
     with os.scandir(folder) as entries:
@@ -190,13 +221,13 @@ def _files(folder: bytes) -> list[bytes]:
                 names.append(entry.name)
             elif entry.is_dir():
                 raise UserError(
-                    f"{os.fsdecode(entry.path)}: is a folder in a class folder; name the folder "
+                    f"{os.fsdecode(entry.path)}: is a folder in a {kind}; name the folder "
                     f"that holds the class folders, or move it away"
                 )
             elif not is_litter(os.fsdecode(entry.name)):
                 raise UserError(f"{os.fsdecode(entry.path)}: is no .png; move it away")
     if not names:
-        raise UserError(f"{place}: is a class folder that holds no .png; fill or remove it")
+        raise UserError(f"{place}: is a {kind} that holds no .png; fill or remove it")
     return sorted(names)
 
 
@@ -224,7 +255,9 @@ def _file_bytes(path: bytes) -> bytes:
 def _picture(data: bytes) -> tuple[tuple[int, ...], bytes]:
     """(Fields of the header, packed scanlines) of a grey PNG; a PngFault if it is none."""
     if not data.startswith(SIGNATURE):
-        raise PngFault(f"is {foreign(data, '').partition(';')[0] or 'no PNG'}, want a PNG; move it")
+        raise PngFault(
+            f"is {foreign(data, '').partition(';')[0] or 'no PNG'}, want a PNG; leave it out"
+        )
     header: tuple[int, ...] = ()
     packed = []
     for kind, body in _chunks(data):

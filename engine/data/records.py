@@ -47,6 +47,8 @@ SPLITS = ("train", "val", "test")
 MAX_CLASSES = 256
 MAX_PIXELS = 2**24
 FILE_LIMIT_BYTES = 64 * 2**20
+GIVEN = "given_splits"
+"""The manifest's key of the splits that the source gave; it is there only where it did."""
 FONTS = "fonts.json"
 FONTS_LIMIT_BYTES = 16 * 2**20
 """Each Arrow file repeats the typefaces' names, so they must leave room for images."""
@@ -103,6 +105,8 @@ class Records:
     pixel_mean: float
     """Mean of the train split's pixels, 0..255."""
     pixel_std: float
+    given: tuple[str, ...] = ()
+    """The splits that their source gave; the others were drawn from it, as all are where none."""
     path: str = ""
 
     @property
@@ -113,6 +117,16 @@ class Records:
         """The split called `name`; UserError if the records were packed without it."""
         if name not in self.splits:
             raise UserError(f"{self.path}: has no {name} split; pack it again with --split random")
+        return self.splits[name]
+
+    def asked(self, name: str) -> Split:
+        """The split that a command's --split names; UserError if it is not there, or is empty."""
+        filled = [split for split, content in self.splits.items() if len(content)]
+        if name not in filled:
+            what = "has no image in" if name in self.splits else "has no split"
+            raise UserError(
+                f"{self.path}: {what} {name}, but {', '.join(filled)}; name another --split"
+            )
         return self.splits[name]
 
 
@@ -323,6 +337,7 @@ def _open(directory: Path, in_memory: bool) -> Records:
         fingerprint=manifest["fingerprint"],
         pixel_mean=mean,
         pixel_std=std,
+        given=tuple(manifest.get(GIVEN, ())),
         path=str(directory),
     )
 
@@ -338,6 +353,8 @@ def _checked_files(manifest: dict[str, Any]) -> dict[str, list[FileEntry]]:
         raise Damaged(f"the classes are not 1 to {MAX_CLASSES} different texts")
     if "train" not in splits or not set(splits) <= set(SPLITS):
         raise Damaged(f"the splits are {sorted(splits)}, want train, or {', '.join(SPLITS)}")
+    if GIVEN in manifest and not _are_given(manifest[GIVEN], splits):
+        raise Damaged(f"the given splits are {str(manifest[GIVEN])[:40]}, want some of the splits")
     files = {}
     for name in SPLITS:
         if name in splits:
@@ -349,6 +366,11 @@ def _checked_files(manifest: dict[str, Any]) -> dict[str, list[FileEntry]]:
     if manifest["fingerprint"] != _fingerprint(manifest):
         raise Damaged("the fingerprint does not belong to the files listed")
     return files
+
+
+def _are_given(names: Any, splits: dict[str, Any]) -> bool:
+    """Whether these may be the splits that a source gave: train and others of the splits."""
+    return _are_texts(names) and "train" in names and set(names) <= set(splits)
 
 
 def _checked_pixels(manifest: dict[str, Any]) -> tuple[float, float]:
@@ -401,10 +423,12 @@ def _are_texts(values: Any) -> bool:
 
 
 def _fingerprint(manifest: dict[str, Any]) -> str:
-    """SHA-256 over what decides what is trained on: size, classes, and each file's SHA-256."""
+    """SHA-256 over what decides what is trained on: size, classes, and each file's SHA-256; and
+    which splits the source gave, where it did."""
     files = {
         name: [file["sha256"] for file in split["files"]]
         for name, split in manifest["splits"].items()
     }
     content = [manifest["height"], manifest["width"], manifest["classes"], files]
+    content += [manifest[GIVEN]] if GIVEN in manifest else []
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -26,6 +26,7 @@ class GlyphNet(HeadNetwork):
     min_side = 4  # two 2x2 max-pools leave a quarter, and the linear layers need a pixel of it
     kernels = HeadNetwork.kernels | {"conv_pool_relu", "bias_pool_relu", "conv2_pool_relu"}
     last = "fc2"
+    scaling = "pixel / 255"
     head_masks_relu = True
     can_whiten = True
     relu_after_pool: ClassVar[bool] = False

@@ -37,6 +37,9 @@ class Network(nn.Module):
     """Parameters of two and more dimensions that weight decay leaves alone, by name; it leaves
     alone all of one dimension (biases, norms) anyway."""
 
+    scaling: ClassVar[str] = "the network's own"
+    """How grey values become numbers, for whoever uses the weights elsewhere."""
+
     can_whiten: ClassVar[bool] = False
     """Whether `model.first_layer = "whitened"` means anything to it."""
 

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 
+SCALING = "(pixel - pixels.mean) / pixels.std, two tensors of the file"
+"""Of a network whose `pixels` is such a layer."""
 LEAST_STD = 1.0
 """Grey levels: images of one colour have no deviation to divide by."""
 AT_ONCE = 1000

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from engine.models.columns import Columns
 from engine.models.network import HeadNetwork
-from engine.models.pixels import Pixels
+from engine.models.pixels import SCALING, Pixels
 
 CHANNELS = (32, 64, 128)
 HIDDEN = 256
@@ -44,6 +44,7 @@ class ResidualNet(HeadNetwork):
 
     min_side = 4
     last = "fc2"
+    scaling = SCALING
 
     def __init__(self, height: int, width: int, num_classes: int) -> None:
         super().__init__()

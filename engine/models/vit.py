@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from engine.config import ModelConfig
 from engine.models.network import HeadNetwork
-from engine.models.pixels import Pixels
+from engine.models.pixels import SCALING, Pixels
 
 MLP_FACTOR = 4
 INIT_STD = 0.02
@@ -62,6 +62,7 @@ class VitNet(HeadNetwork):
 
     undecayed = frozenset({"position_TD"})
     last = "head"
+    scaling = SCALING
 
     def __init__(
         self, height: int, width: int, num_classes: int, *, size: str = "tiny", patch: int = 4

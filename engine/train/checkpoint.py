@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load
 
 from engine.durable import (
     Damaged,
@@ -27,10 +27,10 @@ from engine.durable import (
     publish_directory,
     refuse_unknown_files,
     temporary_name,
-    write_file,
     write_manifest,
 )
 from engine.errors import UserError
+from engine.report import NetworkFacts
 from engine.train.folder import (
     CHECKPOINTS,
     Manifest,
@@ -40,6 +40,7 @@ from engine.train.folder import (
 )
 from engine.train.parallel import put, whole
 from engine.train.state import Tensors, TrainState
+from engine.train.weights import packed
 from engine.world import World
 
 NUM_KEPT = 2
@@ -65,26 +66,29 @@ def whole_tensors(state: TrainState) -> Iterator[tuple[str, str, torch.Tensor]]:
             yield file, name, whole(tensor)
 
 
-def write_checkpoint(run: Path, manifest: Manifest, files: dict[str, Tensors]) -> Path:
+def write_checkpoint(
+    run: Path, manifest: Manifest, files: dict[str, Tensors], facts: NetworkFacts | None = None
+) -> Path:
     """Publish a checkpoint; another of the same step is replaced.
 
     Args:
         manifest: all of it but the hashes.
         files: tensors on the CPU, by file.
+        facts: what the network's file says of it; None: nothing.
     Raises:
         UserError: a number is not finite; nothing is written.
         OSError: the disk refused; earlier checkpoints are untouched.
     """
     _refuse_nonfinite(files, f"after step {manifest.position.num_steps}")
-    data = {name: _packed(tensors) for name, tensors in files.items()}
-    hashes = {name: hashlib.sha256(packed).hexdigest() for name, packed in data.items()}
+    data = {name: packed(each, facts if name == MODEL else None) for name, each in files.items()}
+    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in data.items()}
     target = checkpoint_path(run, manifest.position.number)
     old = temporary_name(target)
     if target.exists():  # of an earlier try, perhaps damaged: not every disk can exchange two names
         os.rename(target, old)
     with publish_directory(target) as directory:
-        for name, packed in data.items():
-            (directory / name).write_bytes(packed)
+        for name, content in data.items():
+            (directory / name).write_bytes(content)
         write_manifest(directory, asdict(replace(manifest, sha256=hashes)))
     shutil.rmtree(old, ignore_errors=True)
     return target
@@ -200,11 +204,6 @@ def newest_sound_manifest(run: Path) -> Manifest | None:
     return None
 
 
-def save_model(path: Path, tensors: Tensors) -> None:
-    """Write a model's parameters and buffers as one safetensors file."""
-    write_file(path, _packed(tensors))
-
-
 def _verified(path: Path, sha256: str | None) -> Tensors:
     with open(open_regular(path), "rb") as file:
         data = file.read()
@@ -230,8 +229,3 @@ def _refuse_nonfinite(files: dict[str, Tensors], when: str) -> None:
         for name, tensor in tensors.items():
             if name != LOG and not np.isfinite(tensor.numpy()).all():  # fp16 skips overflowed steps
                 raise UserError(f"{name} is not finite {when}; lower optim.learning_rate")
-
-
-def _packed(tensors: Tensors) -> bytes:
-    """As safetensors, which keeps no strides: channels-last weights are written in plain order."""
-    return save({name: tensor.contiguous() for name, tensor in tensors.items()})

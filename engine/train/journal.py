@@ -17,9 +17,10 @@ from engine.durable import remove_leftovers, write_file, writing
 from engine.errors import UserError
 from engine.host import user_cache
 from engine.report import RunReport, write_json
-from engine.train.checkpoint import remove_unfinished, save_model
+from engine.train.checkpoint import remove_unfinished
 from engine.train.folder import CONFIG, PREEMPTED
 from engine.train.state import Tensors
+from engine.train.weights import save_model
 
 METRICS = "metrics.jsonl"
 REPORT = "report.json"
@@ -168,5 +169,5 @@ class Journal:
 
     def _write_end(self, folder: Path, report: RunReport, model: Tensors) -> None:
         self._write_lines(folder)
-        save_model(folder / WEIGHTS, model)
+        save_model(folder / WEIGHTS, model, report.network)
         write_json(report, folder / REPORT)

@@ -179,4 +179,5 @@ def run_report(
         batches=progress.batches,
         kept=session.kept,
         kept_under_ddp=session.kept_under_ddp,
+        network=session.network_facts,
     )

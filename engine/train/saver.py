@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from engine.errors import UserError
+from engine.report import NetworkFacts
 from engine.train.checkpoint import (
     LOG,
     OPTIM,
@@ -44,9 +45,10 @@ class Saver:
     missing, and the next is tried all the same. Numbers that are not finite do end it.
     """
 
-    def __init__(self, run: Path, state: TrainState) -> None:
+    def __init__(self, run: Path, state: TrainState, facts: NetworkFacts | None = None) -> None:
         self._run = run
         self._state = state
+        self._facts = facts
         self._buffers: dict[str, Tensors] | None = None
         self._sound: set[Path] = set()
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
@@ -135,7 +137,7 @@ class Saver:
         assert self._buffers is not None
         files = {name: self._state.in_files(tensors) for name, tensors in self._buffers.items()}
         files[OPTIM][LOG] = job.loss_S
-        self._sound.add(write_checkpoint(self._run, job.manifest, files))
+        self._sound.add(write_checkpoint(self._run, job.manifest, files, self._facts))
         prune(self._run, self._sound, job.manifest.position.best_number)
 
 

@@ -24,12 +24,13 @@ from engine.feeds.synthetic import random_batch
 from engine.models import make_model, network_class
 from engine.models.network import check_image_size
 from engine.order import Order, Strata, permute, round_keys
-from engine.report import Environment, RankBytes, environment
+from engine.report import Environment, NetworkFacts, RankBytes, environment
 from engine.train.available import effective_config
 from engine.train.backends import backends_kept
 from engine.train.canonical import check_shards, fixed_arithmetic
 from engine.train.schedule import planned_batches
 from engine.train.step import TrainStep
+from engine.train.weights import network_facts
 from engine.world import World
 
 MOST_SEEN = 16_384
@@ -63,6 +64,11 @@ class Session:
     @property
     def effective(self) -> dict[str, Any]:
         return switches(self.config)
+
+    @property
+    def network_facts(self) -> NetworkFacts:
+        """What the network takes and answers, for its weights' file and the report."""
+        return network_facts(self.config.model, self.records, self.environment)
 
     def close(self) -> None:
         self.cleanup.close()

@@ -187,7 +187,8 @@ class Trainer:
         self.cadence = Cadence.of(self.config.checkpoint_every)
         self.pulse = Pulse(self.world, self.cadence)
         self.journal = self.handed.journal if self.handed else Journal(self.out, self.say)
-        self.saver = Saver(self.out, self.step.state) if self.world.is_first else None
+        facts = session.network_facts
+        self.saver = Saver(self.out, self.step.state, facts) if self.world.is_first else None
         self.progress = Progress(session, self.config)
         self.said_notes = list(self.handed.notes) if self.handed else []
         self.said: OSError | None = None

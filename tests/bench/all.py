@@ -17,6 +17,7 @@ from tests.bench import (
     noise,
     pack,
     precision,
+    predict,
     ranks,
     report,
     sources,
@@ -34,6 +35,7 @@ def main(data: Path | None, out: Path) -> None:
     """Run the benchmarks and print the files they left."""
     pack.bench(out, csv=None, rounds=7)
     sources.bench(out, rounds=5)
+    predict.bench(out, rounds=5)
     feeds.bench(out, seconds=8.0)
     warp.bench(out, rounds=3, seconds=2.0)
     step.bench(out, rounds=7, num_steps=60)

@@ -1,8 +1,8 @@
 """Runs evaluated on a split: each alone, pooled, and as an ensemble; evaluation.json, typed.
 
 The networks are run in fp32, whatever precision they were trained in. Each run is answered on the
-split of its own records, so that runs on several draws of a split can be pooled; an ensemble is of
-runs on the same records.
+split of its own records, so that runs on several draws of a split can be pooled, or all on other
+records of the same classes; an ensemble is of runs on the same records.
 
 Does not: train; choose anything by the split that is reported, unless that is val itself.
 
@@ -18,14 +18,22 @@ import numpy as np
 import torch
 
 from engine.config import RunConfig
-from engine.data.records import Records
+from engine.data.foreign import listed
+from engine.data.records import Records, open_records
 from engine.errors import UserError
-from engine.report import Environment
+from engine.report import Environment, NetworkFacts
 from engine.train.backends import set_fp32_precision
 from engine.typed import read_result_as
 from tools.measure.answers import all_logits
 from tools.measure.scores import Answers, Scores, scores_of
-from tools.measure.trained import find_weights, load_network, open_run_records, run_config
+from tools.measure.trained import (
+    Trained,
+    find_weights,
+    known_facts,
+    load_network,
+    open_run_records,
+    run_config,
+)
 
 FORMAT = 1
 NAME = "evaluation.json"
@@ -53,7 +61,15 @@ class RunScores:
     network: str
     seed: int
     dataset_fingerprint: str
+    """Of the records it was trained on."""
     scores: Scores
+    evaluated_fingerprint: str = ""
+    """Of those it was evaluated on; "": the same."""
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether it was evaluated on other records than it was trained on."""
+        return self.evaluated_fingerprint not in ("", self.dataset_fingerprint)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,39 +138,75 @@ class Answered:
     name: str
     config: RunConfig
     fingerprint: str
+    """Of the records it was trained on."""
+    evaluated_fingerprint: str
     classes: tuple[str, ...]
     on_split: Answers
     on_val: Answers | None
 
 
 class Opened:
-    """The records of the runs, each read once."""
+    """The records that runs are evaluated on, each read once."""
 
     def __init__(self, data: Path | None) -> None:
-        self._data = data
+        """`data`: the records of all runs; None: each run's own."""
+        self.data = data
         self._by_fingerprint: dict[str, Records] = {}
 
-    def of(self, config: RunConfig, fingerprint: str) -> Records:
-        if fingerprint not in self._by_fingerprint:
-            records = open_run_records(config, self._data, fingerprint)
-            self._by_fingerprint = {fingerprint: records}  # one at a time: they may be large
-        return self._by_fingerprint[fingerprint]
+    def of(self, config: RunConfig, trained: Trained, facts: NetworkFacts) -> Records:
+        """The records that a run is to be evaluated on.
+
+        Raises:
+            UserError: they are not there, or the network does not answer with their classes.
+        """
+        if self.data is None:
+            key = trained.fingerprint
+            if key not in self._by_fingerprint:
+                opened = open_run_records(config, None, key)
+                self._by_fingerprint = {key: opened}  # one at a time: they may be large
+            return self._by_fingerprint[key]
+        if not self._by_fingerprint:
+            opened = open_records(self.data)
+            self._by_fingerprint = {opened.fingerprint: opened}
+        (records,) = self._by_fingerprint.values()
+        check_same_task(facts, records)
+        return records
+
+
+def check_same_task(facts: NetworkFacts, records: Records) -> None:
+    """UserError unless a network takes the images of the records, and has their classes."""
+    size, wanted = records.height_width, (facts.height_pixels, facts.width_pixels)
+    if size != wanted:
+        raise UserError(
+            f"{records.path}: holds images of {size[0]} x {size[1]} pixels, but the network takes "
+            f"{wanted[0]} x {wanted[1]}; name records of such images"
+        )
+    if list(records.classes) == facts.classes:
+        return
+    more = [repr(name) for name in records.classes if name not in facts.classes]
+    missing = [repr(name) for name in facts.classes if name not in records.classes]
+    parts = {"more": more, "missing": missing}
+    said = "; ".join(f"{what}: {listed(names)}" for what, names in parts.items() if names)
+    raise UserError(
+        f"{records.path}: its classes are not the network's ({said}); name records of the same "
+        f"{len(facts.classes)} classes"
+    )
 
 
 def answer(run: Path, opened: Opened, question: Question, device: torch.device) -> Answered:
     """What the run's network answers.
 
     Raises:
-        UserError: the run, its weights or its records are not there or not whole; or the split is
-            not, or has no image.
+        UserError: the run, its weights or the records are not there or not whole; the records have
+            other classes or images of another size; or the split is not there, or has no image.
     """
     set_fp32_precision("fp32")
     trained = find_weights(run)
     config = run_config(trained)
-    records = opened.of(config, trained.fingerprint)
-    if not len(records.split(question.split)):
-        raise UserError(f"{records.path}: has no image in {question.split}; name another --split")
-    network = load_network(config, records, trained).to(device)
+    facts = known_facts(trained, config, opened.data)
+    records = opened.of(config, trained, facts)
+    records.asked(question.split)
+    network = load_network(config.model, facts, trained).to(device)
 
     def on(name: str) -> Answers:
         split = records.split(name)
@@ -167,9 +219,18 @@ def answer(run: Path, opened: Opened, question: Question, device: torch.device) 
     on_val = None
     if len(records.splits.get(VAL, ())):
         on_val = on_split if question.split == VAL else on(VAL)
-    is_checkpoint = trained.file.parent != trained.run
-    name = f"{trained.run.name}/{trained.file.parent.name}" if is_checkpoint else trained.run.name
-    return Answered(name, config, trained.fingerprint, records.classes, on_split, on_val)
+    name, folder = run.name, trained.file.parent
+    if trained.run and folder != trained.run:
+        name = f"{trained.run.name}/{folder.name}"
+    return Answered(
+        name=name,
+        config=config,
+        fingerprint=trained.fingerprint,
+        evaluated_fingerprint=records.fingerprint,
+        classes=records.classes,
+        on_split=on_split,
+        on_val=on_val,
+    )
 
 
 def evaluate(
@@ -189,6 +250,7 @@ def evaluate(
             seed=each.config.seed,
             dataset_fingerprint=each.fingerprint,
             scores=_scores(each, question),
+            evaluated_fingerprint=each.evaluated_fingerprint,
         )
         for each in answered
     ]
@@ -211,11 +273,17 @@ def _scores(answered: Answered, question: Question) -> Scores:
 
 
 def _notes(answered: Sequence[Answered], question: Question) -> list[str]:
+    notes = []
+    if any(each.evaluated_fingerprint != each.fingerprint for each in answered):
+        notes.append(
+            f"these are other records than those trained on: nothing shows that training did not "
+            f"see images of this {question.split} split"
+        )
     if any(each.on_val is None for each in answered):
-        return ["without a val split there is no temperature and no measured look-alike"]
-    if question.split == VAL:
-        return ["temperature and measured look-alikes are fitted on val, and reported there"]
-    return []
+        notes.append("without a val split there is no temperature and no measured look-alike")
+    elif question.split == VAL:
+        notes.append("temperature and measured look-alikes are fitted on val, and reported there")
+    return notes
 
 
 FIGURES: dict[str, Callable[[Scores], float]] = {
@@ -256,12 +324,12 @@ def pool(runs: Sequence[Scores]) -> list[Pooled]:
 
 
 def check_ensemble(answered: Sequence[Answered]) -> None:
-    """UserError unless there are several runs, all on the same records."""
+    """UserError unless there are several runs, all evaluated on the same records."""
     if len(answered) < LEAST_RUNS:
         raise UserError("--ensemble: is of several runs; name another one, or leave it out")
     first = answered[0]
     for other in answered[1:]:
-        if other.fingerprint != first.fingerprint:
+        if other.evaluated_fingerprint != first.evaluated_fingerprint:
             raise UserError(
                 f"{other.name}: was trained on other records than {first.name} (fingerprint "
                 f"{other.fingerprint[:16]}, not {first.fingerprint[:16]}), and an ensemble answers "

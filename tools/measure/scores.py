@@ -5,11 +5,12 @@ look-alikes) is fitted on another split, the validation, and never on the one th
 
 Does not: run a network (answers.py), nor read runs (evaluation.py).
 
-Shapes: N samples, K classes; logits are of any network, or the logarithms of probabilities.
+Shapes: N samples, K classes, T x R true and read ones; logits are of any network, or the logarithms
+of probabilities.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ NUM_BINS = 15
 expected calibration error and temperature scaling common for networks."""
 TEMPERATURES = (0.05, 20.0)
 """The search ends there: the answers of a network that is never wrong want a temperature of 0."""
+MOST_CONFUSIONS = 20
 NUM_HALVINGS = 40
 """Of log(400), the range above: what is left is far below what a float holds."""
 
@@ -72,6 +74,17 @@ class ClassScore:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Confused:
+    """Samples of one class that were read as another."""
+
+    true: str
+    read: str
+    num_samples: int
+    share_fraction: float
+    """Of all samples of the true class."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Scores:
     """How right a network, or a mean of several, is on a split."""
 
@@ -86,6 +99,8 @@ class Scores:
     calibration: Calibration
     merges: list[MergeScore]
     classes: list[ClassScore]
+    confusions: list[Confused] = field(default_factory=list)
+    """The most frequent ones first, MOST_CONFUSIONS at most; earlier versions did not count."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.num_right <= self.num_samples or self.num_samples < 1:
@@ -142,6 +157,7 @@ def scores_of(
             for name, (group_K, why) in groups.items()
         ],
         classes=class_scores(answers.label_N.numpy(), answers.answer_N.numpy(), classes),
+        confusions=confusions(answers.label_N.numpy(), answers.answer_N.numpy(), classes),
     )
 
 
@@ -202,8 +218,7 @@ def class_scores(
     label_N: np.ndarray, answer_N: np.ndarray, classes: Sequence[str]
 ) -> list[ClassScore]:
     """A line a class that has samples, in the order of the classes."""
-    count_TR = np.zeros((len(classes), len(classes)), int)
-    np.add.at(count_TR, (label_N, answer_N), 1)
+    count_TR = _counted(label_N, answer_N, len(classes))
     found = []
     for k in np.flatnonzero(count_TR.sum(1)).tolist():
         wrong_R = count_TR[k].copy()
@@ -220,3 +235,29 @@ def class_scores(
             )
         )
     return found
+
+
+def confusions(label_N: np.ndarray, answer_N: np.ndarray, classes: Sequence[str]) -> list[Confused]:
+    """What is read as what most often; of equal counts the classes' order decides."""
+    count_TR = _counted(label_N, answer_N, len(classes))
+    num_T = count_TR.sum(1)
+    np.fill_diagonal(count_TR, 0)
+    order = np.argsort(-count_TR, axis=None, kind="stable")[:MOST_CONFUSIONS]
+    pairs = np.stack(np.unravel_index(order, count_TR.shape), axis=1).tolist()
+    return [
+        Confused(
+            true=classes[t],
+            read=classes[r],
+            num_samples=int(count_TR[t, r]),
+            share_fraction=float(count_TR[t, r] / num_T[t]),
+        )
+        for t, r in pairs
+        if count_TR[t, r]
+    ]
+
+
+def _counted(label_N: np.ndarray, answer_N: np.ndarray, num_classes: int) -> np.ndarray:
+    """count_TR: samples of true class T that are read as class R."""
+    count_TR = np.zeros((num_classes, num_classes), int)
+    np.add.at(count_TR, (label_N, answer_N), 1)
+    return count_TR

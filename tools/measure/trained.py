@@ -3,6 +3,7 @@
 RUN is a run's folder, finished or not, or one of its checkpoints. Does not: train, or judge.
 """
 
+import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,45 +13,81 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from engine.config import RunConfig, override
+from engine.config import ModelConfig, RunConfig, override
 from engine.config_text import load_toml, with_own_network
 from engine.data.records import Records, open_records
 from engine.data.sample import ensure_sample
 from engine.durable import Damaged
 from engine.errors import UserError, printable
-from engine.models import make_model
-from engine.report import read_report
+from engine.models import Network, make_model
+from engine.report import NetworkFacts, read_report
 from engine.train.checkpoint import MODEL, read_checkpoint
 from engine.train.folder import CHECKPOINTS, CONFIG, checkpoints
+from engine.train.state import Tensors
+from engine.train.weights import REMEDY, network_facts, read_facts
 
 
 @dataclass(frozen=True)
 class Trained:
-    """Where a network's weights are, and on which records they were trained."""
+    """Where a network's weights are, on which records they were trained, and what they say."""
 
-    run: Path
+    run: Path | None
+    """The run's folder; None: the file is alone."""
     file: Path
     fingerprint: str
+    facts: NetworkFacts | None
+    """What it takes and answers; None: an earlier version wrote it, and it does not say."""
 
 
 def find_weights(place: Path) -> Trained:
     """The weights of a finished run, of one that is not (its newest checkpoint), or a checkpoint.
 
     Raises:
-        UserError: there are none, or they do not verify.
+        UserError: there are none, or they do not verify, or say that they are another run's.
     """
     if place.parent.name == CHECKPOINTS:
         return _of_checkpoint(place)
     found, report = checkpoints(place), read_report(place)
     is_whole = report.status == "finished" and (place / MODEL).exists()
     if is_whole or not found:  # weights beside an unfinished report are an earlier end's
-        return Trained(place, place / MODEL, report.dataset_fingerprint)
+        return _trained(place, place / MODEL, report.dataset_fingerprint)
     for checkpoint in found:
         with suppress(UserError):
             trained = _of_checkpoint(checkpoint)
-            click.echo(printable(f"this run is not finished: {checkpoint.name} is shown"))
+            shown = printable(f"this run is not finished: {checkpoint.name} is shown")
+            click.echo(shown, err=True)
             return trained
     raise UserError(f"{place}: holds no checkpoint that verifies; go on with --resume {place}")
+
+
+def weights_at(place: Path) -> Trained:
+    """The weights of a run, a checkpoint, or in a file alone; UserError as by those."""
+    return weights_alone(place) if os.path.isfile(place) else find_weights(place)
+
+
+def weights_alone(file: Path) -> Trained:
+    """A file of weights that says what network it is of, wherever it lies.
+
+    Raises:
+        UserError: it does not say it.
+    """
+    facts = read_facts(file)
+    if facts is None:
+        raise UserError(
+            f"{file}: does not say its network (an earlier version wrote it, or another program); "
+            f"name its run's folder"
+        )
+    return Trained(None, file, facts.dataset_fingerprint, facts)
+
+
+def _trained(run: Path, file: Path, fingerprint: str) -> Trained:
+    facts = read_facts(file)
+    if facts and facts.dataset_fingerprint != fingerprint:
+        raise UserError(
+            f"{file}: says that it was trained on records {facts.dataset_fingerprint[:16]}, but "
+            f"the run was on {fingerprint[:16]}; put back the run's own weights"
+        )
+    return Trained(run, file, fingerprint, facts)
 
 
 def _of_checkpoint(checkpoint: Path) -> Trained:
@@ -59,27 +96,62 @@ def _of_checkpoint(checkpoint: Path) -> Trained:
     except (Damaged, OSError) as error:
         remedy = "name another checkpoint, or the folder of the run"
         raise UserError(f"{checkpoint}: is no whole checkpoint ({error}); {remedy}") from None
-    return Trained(checkpoint.parent.parent, checkpoint / MODEL, manifest.dataset_fingerprint)
+    return _trained(checkpoint.parent.parent, checkpoint / MODEL, manifest.dataset_fingerprint)
 
 
-def load_network(config: RunConfig, records: Records, trained: Trained) -> torch.nn.Module:
+def load_network(model: ModelConfig, facts: NetworkFacts, trained: Trained) -> Network:
     """The run's network on the CPU with its weights, as it answers: nothing of it is in training.
 
+    Args:
+        model: the run's, with the place of a file of the user's own.
     Raises:
         UserError: the weights are damaged, or another network's.
     """
-    model = make_model(config.model, *records.height_width, len(records.classes), seed=0)
-    load_weights(model, trained.file)
-    return model.train(False)
+    found = _read_weights(trained.file)
+    size = facts.height_pixels, facts.width_pixels
+    if not model.is_own:  # a file may speak of images so large that no memory holds such a network
+        with torch.device("meta"):
+            _check_forms(make_model(model, *size, len(facts.classes), seed=0), found, trained.file)
+    network = make_model(model, *size, len(facts.classes), seed=0)
+    _check_forms(network, found, trained.file)
+    network.load_state_dict(found)
+    network.train(False)
+    return network
+
+
+def known_facts(trained: Trained, config: RunConfig, data: Path | None) -> NetworkFacts:
+    """What the run's network takes and answers, by its file, or by the run's own records.
+
+    Args:
+        data: where these may be, if they were moved.
+    Raises:
+        UserError: neither says it.
+    """
+    if trained.facts:
+        return trained.facts
+    for place in [data, None] if data else [None]:
+        try:
+            records = open_run_records(config, place, trained.fingerprint)
+        except UserError as error:
+            last = error
+        else:
+            return network_facts(config.model, records)
+    raise UserError(
+        f"{trained.file}: does not say its classes (an earlier version wrote it), so the run's own "
+        f"records are needed: {last}"
+    )
 
 
 def run_config(trained: Trained, model: str = "") -> RunConfig:
-    """The config that the run was trained with.
+    """The config that the run was trained with; of a file alone, its network's settings.
 
     Args:
         model: FILE.py:NAME where its network is of the user's own.
     """
-    return with_code(load_toml(RunConfig(), trained.run / CONFIG), model)
+    if trained.run:
+        return with_code(load_toml(RunConfig(), trained.run / CONFIG), model)
+    assert trained.facts
+    return with_code(RunConfig(model=trained.facts.model), model)
 
 
 def with_code(config: RunConfig, model: str) -> RunConfig:
@@ -115,19 +187,21 @@ def open_run_records(config: RunConfig, data: Path | None, fingerprint: str) -> 
     return records
 
 
-def load_weights(model: torch.nn.Module, file: Path) -> None:
-    """Give the model the parameters in a safetensors file; UserError if they are another's."""
-    remedy = "name the folder of a finished run, or train it again"
+def _read_weights(file: Path) -> Tensors:
+    """The parameters in a safetensors file."""
     if not file.is_file():
-        raise UserError(f"{file.parent}: holds no {file.name}; {remedy}")
+        raise UserError(f"{file.parent}: holds no {file.name}; {REMEDY}")
     try:
-        found = load_file(file)
+        return load_file(file)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{file}: is damaged or no safetensors file ({error}); {remedy}") from None
-    if _forms(found) != _forms(model.state_dict()):
-        raise UserError(f"{file}: holds the weights of another network; {remedy}")
-    model.load_state_dict(found)
+        raise UserError(f"{file}: is damaged or no safetensors file ({error}); {REMEDY}") from None
 
 
-def _forms(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+def _check_forms(network: torch.nn.Module, found: Tensors, file: Path) -> None:
+    """UserError if the parameters are not those of such a network."""
+    if _forms(found) != _forms(network.state_dict()):
+        raise UserError(f"{file}: holds the weights of another network; {REMEDY}")
+
+
+def _forms(tensors: Tensors) -> dict[str, tuple[torch.Size, torch.dtype]]:
     return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}

@@ -22,7 +22,7 @@ def evaluation_text(found: Evaluation) -> str:
     shown = found.ensemble.scores if found.ensemble else found.runs[0].scores
     parts += ["", *_merges(shown)]
     if found.ensemble or len(found.runs) == 1:
-        parts += ["", *_classes(shown)]
+        parts += ["", *_classes(shown), "", *_confusions(shown)]
     return printable_lines(parts)
 
 
@@ -32,8 +32,9 @@ def printable_lines(lines: Sequence[str]) -> str:
 
 def _head(found: Evaluation) -> str:
     num = found.runs[0].scores.num_samples
+    elsewhere = ", not of the records trained on" if found.runs[0].is_elsewhere else ""
     shifts = ", the mean over each image and its four one-pixel shifts" if found.shifts else ""
-    return f"{found.split} split, {num:,} samples{shifts}; in fp32"
+    return f"{found.split} split, {num:,} samples{elsewhere}{shifts}; in fp32"
 
 
 def _figures(found: Evaluation) -> list[str]:
@@ -112,6 +113,16 @@ def _classes(scores: Scores) -> list[str]:
         for each in sorted(scores.classes, key=lambda each: each.accuracy_fraction)
     ]
     return table(["class", "samples", "right", "most read as", "times"], rows)
+
+
+def _confusions(scores: Scores) -> list[str]:
+    if not scores.confusions:
+        return ["no sample was read as another class"]
+    rows = [
+        [each.true, each.read, f"{each.num_samples:,}", percent(each.share_fraction)]
+        for each in scores.confusions
+    ]
+    return table(["class", "read as", "times", "of the class"], rows)
 
 
 def facts_text(facts: DataFacts) -> str:
