@@ -10,7 +10,14 @@ import pytest
 
 from engine.report import ROOT
 
-SCRIPTS = ("tmnist-pack", "tmnist-train", "tmnist-profile", "tmnist-verify", "tmnist-evaluate")
+SCRIPTS = (
+    "tmnist-pack",
+    "tmnist-train",
+    "tmnist-profile",
+    "tmnist-verify",
+    "tmnist-evaluate",
+    "tmnist-export",
+)
 
 
 @pytest.fixture(scope="module")
