@@ -306,7 +306,7 @@ def _config(batch: int, seed: int, feed: str, settings: Mapping[str, Any]) -> Ru
 
 def _with_feed(config: RunConfig, split: Split, device: torch.device) -> RunConfig:
     """The config with the feed that it names, or that auto means, where that can read the split."""
-    name = config.data.feed
+    name: str = config.data.feed
     if name == "auto":
         name = choose_feed(config.data, split, device)[0]
     if (name == "stream") != isinstance(split.image_NHW, StoredImages):
