@@ -21,7 +21,7 @@ from io import BytesIO
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import nn
 
 from engine.config import RunConfig
@@ -29,7 +29,6 @@ from engine.data.records import Records, Split
 from engine.errors import UserError, sentence
 from engine.report import without_folders
 from tools.measure.answers import Network, all_logits
-from tools.measure.trained import load_weights
 
 TOLERANCE = 1e-4
 """Of the largest logit, at least of 1: other libraries add in another order. Sums of 3,136 products
@@ -239,7 +238,7 @@ def _pack_weights(network: nn.Module, facts: Facts) -> bytes:
 
 
 def _open_weights(path: Path, like: nn.Module) -> Network:
-    load_weights(like, path)
+    like.load_state_dict(load_file(path))
     return like
 
 
