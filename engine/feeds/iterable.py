@@ -13,7 +13,7 @@ Shapes: B samples of one rank, H x W pixels, N samples of the split.
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, Literal, TypedDict, Unpack
 
 import torch
 import torch.distributed as dist
@@ -28,7 +28,6 @@ from engine.host import env_local_rank, env_rank, env_world_size
 from engine.order import Order
 from engine.typed import typed
 
-FORMAT = 1
 TAKEN = ("data.order", "data.block_samples", "data.window_blocks", "data.loader_workers")
 """Settings that `loader` takes beside those of `augment`."""
 Samples = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -57,7 +56,7 @@ class LoaderOptions(TypedDict, total=False):
 class LoaderState:
     """Where a loader stands."""
 
-    format: int = FORMAT
+    format: Literal[1] = 1
     dataset_fingerprint: str
     split: str
     seed: int = field(metadata={"high": 2**63 - 1})
@@ -65,12 +64,6 @@ class LoaderState:
     epoch: int
     num_samples: int
     """Samples of the epoch that all ranks together were given."""
-
-    def __post_init__(self) -> None:
-        if self.format != FORMAT:
-            raise ValueError(f"format {self.format}, this engine reads {FORMAT}")
-        if self.num_samples < 0:
-            raise ValueError(f"{self.num_samples} samples cannot have been given")
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -110,7 +103,6 @@ class Loader:
 
         Raises:
             UserError: from iteration, when a feed's disk or worker fails.
-            RuntimeError: from an old iteration, when another one was begun.
         """
         if self._is_begun:
             self._place(self.epoch + 1, 0)
@@ -149,10 +141,8 @@ class Loader:
 
     def _check_current(self, iteration: int) -> None:
         if iteration != self._num_iterations:
-            raise RuntimeError(
-                "this iteration of the loader is over: another one was begun, or it was placed "
-                "elsewhere; make a loader for each loop that runs beside another"
-            )
+            why = "another one was begun, or the loader was moved"
+            raise RuntimeError(f"this iteration is over: {why}; make a loader for each loop")
 
     def set_epoch(self, epoch: int) -> None:
         """Let the next iteration be of this epoch; after `load_state_dict` with that epoch it goes
@@ -194,7 +184,7 @@ class Loader:
                 text = f"{what} {str(theirs)[:24]}, not {str(ours)[:24]}"
                 remedy = "make the loader as that one was"
                 raise UserError(f"loader: the state is of {text}; {remedy}")
-        if found.num_samples > self.order.num_samples:
+        if not 0 <= found.num_samples <= self.order.num_samples:
             text = f"{found.num_samples} samples of an epoch of {self.order.num_samples}"
             raise UserError(f"loader: the state is after {text}; give one that is whole")
         self._place(found.epoch, found.num_samples)
@@ -286,11 +276,10 @@ def _ranks(rank: int | None, world_size: int | None) -> tuple[int, int]:
             return dist.get_rank(), dist.get_world_size()
         return env_rank(), env_world_size()
     if rank is None or world_size is None:
-        remedy = "give both, or neither"
-        raise UserError(f"loader: rank is {rank} and world_size is {world_size}; {remedy}")
+        given = f"rank is {rank} and world_size is {world_size}"
+        raise UserError(f"loader: {given}; give both, or neither")
     if not 0 <= rank < world_size:
-        remedy = "ranks count from 0 to world_size - 1"
-        raise UserError(f"loader: there is no rank {rank} of {world_size}; {remedy}")
+        raise UserError(f"loader: there is no rank {rank} of {world_size}; ranks count from 0")
     return rank, world_size
 
 

@@ -117,15 +117,10 @@ def write_form(name: str, folder: Path, network: nn.Module, facts: Facts) -> Pat
         UserError: a network of the user's own cannot be exported so.
     """
     form = FORMS[name]
-    try:
-        with _quiet():
-            data = form.pack(network, facts)
-    except Exception as error:  # a stranger's forward may raise anything
-        remedy = (
-            "write its forward without branches that depend on pixels, or give --to safetensors"
-        )
-        what = f"the network {facts.network} cannot be exported ({sentence(error)})"
-        raise UserError(f"--to {name}: {what}; {remedy}") from None
+    what = f"the network {facts.network} cannot be exported"
+    remedy = "write its forward without branches that depend on pixels, or give --to safetensors"
+    with _explained(f"--to {name}: {what}", remedy):
+        data = form.pack(network, facts)
     path = folder / form.file
     path.write_bytes(data)
     return path
@@ -143,16 +138,16 @@ def check_form(
         UserError: it answers otherwise.
     """
     form = FORMS[name]
-    with _quiet():
+    remedy = f"update {', '.join(form.packages) or 'torch'}, or give another --to"
+    with _explained(f"--to {name}: {form.runs_by} cannot run {form.file}", remedy):
         run = form.open(path, like)
         found_NK = all_logits(run, split.image_NHW, torch.device("cpu"))
         alone_1K = all_logits(run, split.image_NHW[:1], torch.device("cpu"))
     largest = wanted_NK.abs().max().item()
-    difference = (found_NK - wanted_NK).abs().max().item()
-    difference = max(difference, (alone_1K - wanted_NK[:1]).abs().max().item())
+    apart = torch.cat([found_NK - wanted_NK, alone_1K - wanted_NK[:1]])
+    difference = apart.abs().max().item()
     if not difference <= TOLERANCE * max(largest, 1.0):  # also of NaN
         what = f"{form.file} answers otherwise than the network, by {difference:.3g} in a logit"
-        remedy = f"update {' and '.join(form.packages) or 'torch'}, or give another form"
         raise UserError(f"--to {name}: {what}; {remedy}")
     answer_N = found_NK.argmax(1)
     return Check(
@@ -168,8 +163,11 @@ def check_form(
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the exporters' remarks about packages that nobody asked for."""
+def _explained(what: str, remedy: str) -> Iterator[None]:
+    """Whatever other libraries, and a stranger's `forward` in them, raise is a sentence.
+
+    What they say of packages that nobody asked for is not shown.
+    """
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -177,6 +175,8 @@ def _quiet() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
+    except Exception as error:
+        raise UserError(f"{what} ({sentence(error)}); {remedy}") from None
     finally:
         logger.setLevel(level)
 

@@ -131,18 +131,23 @@ def _circumstances(card: Card) -> str:
     ]
     if card.report:
         there = card.report.environment
-        where = there.gpu_name or there.cpu_name
         rows += [
             ("status of the run", card.report.status),
-            ("trained on", f"{where}, {card.report.num_ranks} rank(s)"),
-            ("by torch, commit", f"{there.torch}, `{there.commit}`"),
+            ("trained on", f"{_machine(there)}, {card.report.num_ranks} rank(s)"),
+            ("trained by", _versions(there)),
             ("command", f"`{printable(there.command)}`"),
         ]
-    rows += [
-        ("exported on", here.gpu_name or here.cpu_name),
-        ("by torch, commit", f"{here.torch}, `{here.commit}`"),
-    ]
+    rows += [("exported on", _machine(here)), ("exported by", _versions(here))]
     return "\n".join(["## Circumstances", "", *markdown_table("| what | |", "ll", rows)])
+
+
+def _machine(there: Environment) -> str:
+    return there.gpu_name or there.cpu_name
+
+
+def _versions(there: Environment) -> str:
+    changed = " with changes" if there.dirty else ""
+    return f"torch {there.torch}, commit `{there.commit}`{changed}"
 
 
 def _limits(card: Card) -> str:
