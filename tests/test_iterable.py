@@ -7,6 +7,7 @@ those of one process with both ranks' samples.
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 import engine
@@ -188,6 +190,19 @@ def test_a_batch_is_overwritten_unless_it_owns_its_tensors(small: Records) -> No
         assert all(same) and len(distinct) == (len(kept) if owns else 1)
 
 
+def test_the_loop_of_the_readme_runs(small: Records, small_dir: Path) -> None:
+    text = (ROOT / "engine" / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    for shown, small_one in (('"records"', repr(str(small_dir))), ("size=512", "size=32")):
+        code = code.replace(shown, small_one)
+    model = network(small)
+    names: dict[str, Any] = {"cross_entropy": cross_entropy}
+    names["network"] = lambda images: model(images.float())
+    exec(code, names)
+    assert names["state"]["epoch"] == 3 and names["state"]["num_samples"] == 7 * 32
+    assert names["loss"].requires_grad
+
+
 def test_settings_are_those_of_a_run(small: Records) -> None:
     (plain,), (turned,) = made(small, 32), made(small, 32, settings={"augment.rotate_degrees": 20})
     for (image_BHW, _, id_B), (other_BHW, _, other_B) in zip(plain, turned, strict=True):
@@ -329,7 +344,7 @@ def trained(
     model, optimizer = wrap(own, torch.optim.SGD(own.parameters(), lr=RATE))
     ids: list[int] = []
     for image_BHW, label_B, id_B in engine.loader(records, batch_size=batch_size, seed=SEED):
-        loss = nn.functional.cross_entropy(model(image_BHW.float() / 255), label_B)
+        loss = cross_entropy(model(image_BHW.float() / 255), label_B)
         optimizer.zero_grad()
         backward(loss)
         optimizer.step()
