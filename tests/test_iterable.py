@@ -352,11 +352,11 @@ def trained(
     return own[1].weight.detach().clone(), ids  # type: ignore[index]
 
 
-def with_ddp(records: Records) -> tuple[torch.Tensor, list[int]]:
+def with_ddp(records: Records, folder: str) -> tuple[torch.Tensor, list[int]]:
     return trained(records, PAIR_BATCH, lambda own, opt: (DistributedDataParallel(own), opt))
 
 
-def with_fabric(records: Records) -> tuple[torch.Tensor, list[int]]:
+def with_fabric(records: Records, folder: str) -> tuple[torch.Tensor, list[int]]:
     from lightning_fabric import Fabric
 
     fabric = Fabric(accelerator="cpu", devices=dist.get_world_size(), strategy="ddp")
@@ -364,13 +364,20 @@ def with_fabric(records: Records) -> tuple[torch.Tensor, list[int]]:
     return trained(records, PAIR_BATCH, fabric.setup, fabric.backward)
 
 
-def with_accelerate(records: Records) -> tuple[torch.Tensor, list[int]]:
+def with_accelerate(records: Records, folder: str) -> tuple[torch.Tensor, list[int]]:
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=True)
     assert accelerator.num_processes == dist.get_world_size()
     loader = engine.loader(records, batch_size=PAIR_BATCH, seed=SEED)
     assert accelerator.prepare(loader) is loader, "it would be divided once more"
+    accelerator.register_for_checkpointing(loader)
+    next(iter(loader))
+    state = loader.state_dict()
+    accelerator.save_state(f"{folder}/accelerate")
+    loader.set_epoch(5)
+    accelerator.load_state(f"{folder}/accelerate")
+    assert loader.state_dict() == state, "its own checkpoints keep where a loader stands"
     return trained(records, PAIR_BATCH, accelerator.prepare, accelerator.backward)
 
 
@@ -403,7 +410,7 @@ def main(records_dir: str, folder: str) -> None:
     records = engine.open_records(records_dir)
     for way, package in WAYS.items():
         if find_spec(package):
-            weight, ids = LOOPS[way](records)
+            weight, ids = LOOPS[way](records, folder)
             found = {"weight": weight.tolist(), "ids": ids}
             path = Path(folder) / f"{way}-{dist.get_rank()}.json"
             path.write_text(json.dumps(found), encoding="utf-8")

@@ -139,7 +139,7 @@ def export(
         raise UserError(f"{trained.run}: answers with numbers that are not finite; train it again")
     checks = []
     for name in forms:
-        like = make_model(config.model, facts.height, facts.width, len(facts.classes), seed=1)
+        like = make_model(config.model, *records.height_width, len(records.classes), seed=1)
         path = write_form(name, folder, network, facts)
         checks.append(check_form(name, path, split, wanted_NK, like))
     return checks

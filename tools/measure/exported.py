@@ -45,14 +45,14 @@ class Facts:
 
     network: str
     classes: tuple[str, ...]
-    height: int
-    width: int
+    height_pixels: int
+    width_pixels: int
     dataset_fingerprint: str
 
     def metadata(self) -> dict[str, str]:
         return {
             "model": self.network,
-            "input": f"uint8 [B, {self.height}, {self.width}]",
+            "input": f"uint8 [B, {self.height_pixels}, {self.width_pixels}]",
             "classes": json.dumps(self.classes, ensure_ascii=False),
             "dataset_fingerprint": self.dataset_fingerprint,
         }
@@ -64,8 +64,8 @@ def facts_of(config: RunConfig, records: Records) -> Facts:
     return Facts(
         network=without_folders(config.model.name),
         classes=records.classes,
-        height=height,
-        width=width,
+        height_pixels=height,
+        width_pixels=width,
         dataset_fingerprint=records.fingerprint,
     )
 
@@ -183,7 +183,7 @@ def _explained(what: str, remedy: str) -> Iterator[None]:
 
 def _program(network: nn.Module, facts: Facts) -> torch.export.ExportedProgram:
     """The network as torch.export sees it, for any number of images."""
-    image_BHW = torch.zeros(EXAMPLES, facts.height, facts.width, dtype=torch.uint8)
+    image_BHW = torch.zeros(EXAMPLES, facts.height_pixels, facts.width_pixels, dtype=torch.uint8)
     batch = torch.export.Dim("batch", min=1)
     with torch.no_grad():
         return torch.export.export(network, (image_BHW,), dynamic_shapes=({0: batch},))

@@ -61,9 +61,9 @@ def _head(card: Card) -> str:
         [
             f"# A network of {len(facts.classes)} classes: `{printable(facts.network)}`",
             "",
-            f"It reads grey images of {facts.height} x {facts.width} pixels (`uint8`, one value "
-            "per pixel, as in its training data) and gives a logit per class. The classes, in the "
-            "logits' order:",
+            f"It reads grey images of {facts.height_pixels} x {facts.width_pixels} pixels "
+            "(`uint8`, one value per pixel, as in its training data) and gives a logit per class. "
+            "The classes, in the logits' order:",
             "",
             f"{fence}json",
             printable(names),
