@@ -46,7 +46,7 @@ class LoaderOptions(TypedDict, total=False):
     device: torch.device | str
     """cpu or cuda. Default: the GPU of this rank where there is one."""
     own_tensors: bool
-    """Whether a batch keeps its pixels after the next was asked for, which costs a copy. Default:
+    """Whether a batch stays as it is when the next is asked for, which costs a copy. Default:
     False."""
     settings: Mapping[str, Any]
     """As --set of engine.run takes them: {"data.order": "stratified"}, those of `augment`."""
@@ -91,6 +91,7 @@ class Loader:
         self._is_begun = False
         """Whether the next iteration is of the next epoch."""
         self._num_iterations = 0
+        self._label_B = torch.empty(self.batch_size, dtype=torch.int64, device=self.device)
         self._feed: Feed | None = None
         self._feed_of(self.order)  # what cannot be made is said now
 
@@ -99,7 +100,7 @@ class Loader:
         return self.order.steps_per_epoch
 
     def __iter__(self) -> Iterator[Samples]:
-        """The batches of one epoch. Pixels and ids are overwritten when the next is asked for.
+        """The batches of one epoch. A batch is overwritten when the next is asked for.
 
         Raises:
             UserError: from iteration, when a feed's disk or worker fails.
@@ -115,12 +116,12 @@ class Loader:
         order, step = self._rest()
         num_left = order.steps_per_epoch - step
         batches = self._feed_of(order).batches(self.epoch, step) if num_left else iter(())
+        last = order.num_samples - order.rank * self.batch_size
         for batch in batches:
-            first = self._num_given + order.rank * self.batch_size
-            num = min(max(order.num_samples - first, 0), self.batch_size)
+            num = last - self._num_given
             self._num_given = min(self._num_given + order.global_batch, order.num_samples)
             num_left -= 1
-            yield self._samples(batch if num == self.batch_size else batch.rows(0, num))
+            yield self._samples(batch, num)
             self._check_current(iteration)
         if num_left:
             raise RuntimeError(f"the feed ended {num_left} batches before its epoch")
@@ -133,10 +134,15 @@ class Loader:
             return self.order, self._num_given // batch
         return replace(self.order, start=self._num_given), 0
 
-    def _samples(self, batch: Batch) -> Samples:
-        label_B = batch.label_B.long()
+    def _samples(self, batch: Batch, num: int) -> Samples:
+        """A batch, or its first `num` samples; labels as wide as losses want them."""
+        label_B = self._label_B
+        if num < self.batch_size:
+            batch = batch.rows(0, max(num, 0))
+            label_B = label_B[: max(num, 0)]
+        label_B.copy_(batch.label_B)
         if self.own_tensors:
-            return batch.image_BHW.clone(), label_B, batch.id_B.clone()
+            return batch.image_BHW.clone(), label_B.clone(), batch.id_B.clone()
         return batch.image_BHW, label_B, batch.id_B
 
     def _check_current(self, iteration: int) -> None:
