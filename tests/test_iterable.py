@@ -88,7 +88,7 @@ def test_batches_are_the_records_in_another_order_each_epoch(small: Records) -> 
         ("auto", {}, 32, 1),
         ("auto", {}, 16, 4),
         ("auto", {}, 200, 1),
-        ("loader", STRATIFIED, 5, 3),
+        ("loader", STRATIFIED, 15, 1),
         ("stream", BLOCKED, 32, 1),
         ("stream", BLOCKED, 5, 3),
         ("stream", BLOCKED, 200, 1),
