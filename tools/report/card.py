@@ -93,8 +93,8 @@ def _files(card: Card) -> str:
 
 
 def _use(card: Card) -> str:
-    lines = [line for check in card.checks for line in READING[check.form]]
-    return "\n".join(["## Use", "", "```python", *lines, "```"])
+    blocks = ["\n".join(["```python", *READING[check.form], "```"]) for check in card.checks]
+    return "\n\n".join(["## Use", *blocks])
 
 
 def _figures(card: Card) -> str:
