@@ -176,11 +176,11 @@ class Strata:
 class Order:
     """The sequence of ids one rank sees in any epoch.
 
-    Position p of an epoch belongs to step p // global_batch; rank r takes the r-th contiguous slice
-    of each step, so every world size that divides the global batch sees the same global order. A
-    shuffled order leaves out an epoch's last n mod global_batch positions (another set of samples
-    each epoch); a sequential one (evaluation) leaves out none and fills its last batch with
-    PADDING_ID.
+    Position p of an epoch belongs to step (p - start) // global_batch; rank r takes the r-th
+    contiguous slice of each step, so every world size that divides the global batch sees the same
+    global order. A shuffled order leaves out an epoch's last positions, fewer than global_batch
+    (another set of samples each epoch); a sequential one (evaluation) leaves out none and fills its
+    last batch with PADDING_ID.
     """
 
     num_samples: int
@@ -194,6 +194,8 @@ class Order:
     window_blocks: int = 0
     strata: Strata | None = field(default=None, compare=False)
     """Of the stratified order."""
+    start: int = 0
+    """The position of step 0: of an epoch that goes on with another global batch."""
 
     def __post_init__(self) -> None:
         if self.global_batch % self.world_size:
@@ -210,11 +212,10 @@ class Order:
     @property
     def steps_per_epoch(self) -> int:
         """Equal on every rank."""
-        return (
-            self.num_samples // self.global_batch
-            if self.shuffle
-            else -(-self.num_samples // self.global_batch)
-        )
+        num_samples = self.num_samples - self.start
+        if self.shuffle:
+            return num_samples // self.global_batch
+        return -(-num_samples // self.global_batch)
 
     @property
     def reach_fraction(self) -> float:
@@ -232,9 +233,8 @@ class Order:
     def positions(self, first_step: int, num_steps: int) -> np.ndarray:
         """positions_SB int64 of this rank's samples in `num_steps` steps of an epoch."""
         step_S1 = np.arange(first_step, first_step + num_steps).reshape(-1, 1)
-        return (
-            step_S1 * self.global_batch + self.rank * self.rank_batch + np.arange(self.rank_batch)
-        )
+        first = self.start + self.rank * self.rank_batch
+        return step_S1 * self.global_batch + np.arange(first, first + self.rank_batch)
 
     def ids(self, epoch: int, first_step: int, num_steps: int) -> np.ndarray:
         """ids_SB int64 of `num_steps` steps, PADDING_ID where a sequential order has run out."""

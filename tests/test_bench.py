@@ -20,6 +20,7 @@ from tests.bench import (
     fsdp,
     fullsize,
     layers,
+    loader,
     measuring,
     noise,
     pack,
@@ -91,6 +92,15 @@ def test_feeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert checked(tmp_path / "cpu_feeds.json") == [
         "stream (samples/s)",
         "training at batch 512 waits for stream (%)",
+    ]
+
+
+def test_loader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "OTHERS", (loader.PLAIN,))
+    loader.bench(tmp_path, rounds=1, seconds=0.1, num_rows=3000)
+    assert checked(tmp_path / "cpu_loader.json") == [
+        "engine.loader of the bare feed (%)",
+        "engine.loader over TensorDataset (x)",
     ]
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+import engine
 import kernels
 from engine.config import RunConfig, override
 from engine.data.records import Records
@@ -305,6 +306,16 @@ def test_the_kernels_agree_with_float64(batch: int, dtype: torch.dtype, gpu_worl
             if a.grad is not None and b.grad is not None:
                 apart = (a.grad.cpu().double() - b.grad).norm()
                 assert apart <= max(5 * close, 5e-3) * b.grad.norm()  # some winners change
+
+
+def test_a_loader_gives_the_cpus_batches(small: Records) -> None:
+    gpu, cpu = (engine.loader(small, batch_size=BATCH, device=name) for name in ("cuda", "cpu"))
+    assert engine.loader(small, batch_size=BATCH).device.type == "cuda", "the default"
+    for found, wanted in zip(gpu, cpu, strict=True):
+        assert all(tensor.is_cuda for tensor in found)
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(found, wanted, strict=True))
+    gpu.load_state_dict(cpu.state_dict() | {"num_samples": BATCH + 1})
+    assert len(list(gpu)) == len(cpu) - 2, "with another order's feed"
 
 
 def test_the_gather_kernel_is_index_select_on_the_gpu(gpu_world: World) -> None:

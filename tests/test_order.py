@@ -1,5 +1,6 @@
 """order.py, by properties: its formula is never typed again here."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -117,6 +118,27 @@ def test_the_global_order_is_the_same_on_any_number_of_ranks_and_from_any_step(
     alone = Order(**(facts | {"rank": 0, "world_size": 1}))
     first = data.draw(st.integers(0, alone.steps_per_epoch))
     assert np.array_equal(alone.ids(epoch, first, alone.steps_per_epoch - first), ids[first:])
+
+
+@settings(deadline=None)
+@given(
+    orders=st.one_of(ranks(shuffle=True), ranks(shuffle=False)),
+    batch=st.integers(1, 300),
+    epoch=EPOCHS,
+    data=st.data(),
+)
+def test_an_epoch_goes_on_from_any_position_with_any_batch(
+    orders: list[Order], batch: int, epoch: int, data: st.DataObject
+) -> None:
+    """It sees what the epoch has from there on, whatever the batches before it were."""
+    one_by_one = replace(orders[0], rank=0, world_size=1, global_batch=1)
+    whole = one_by_one.ids(epoch, 0, one_by_one.steps_per_epoch).ravel()
+    start = data.draw(st.integers(0, len(whole)))
+    rest = replace(one_by_one, global_batch=batch, start=start)
+    ids = rest.ids(epoch, 0, rest.steps_per_epoch).ravel()
+    ids = ids[ids != PADDING_ID]
+    assert np.array_equal(ids, whole[start : start + len(ids)])
+    assert 0 <= len(whole) - start - len(ids) < (batch if rest.shuffle else 1)
 
 
 @settings(deadline=None)

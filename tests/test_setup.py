@@ -11,7 +11,8 @@ import pytest
 from engine.report import ROOT
 
 SCRIPTS = tuple(
-    f"tmnist-{name}" for name in ("pack", "train", "profile", "verify", "evaluate", "predict")
+    f"tmnist-{name}"
+    for name in ("pack", "train", "profile", "verify", "evaluate", "predict", "export")
 )
 
 

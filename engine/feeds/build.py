@@ -1,4 +1,7 @@
-"""The feed of a run, chosen, opened and made. A new one: a Feed, and a line in `make_feed`."""
+"""The feed of a run and its order, chosen, opened and made.
+
+A new feed: a Feed, and a line in `make_feed`.
+"""
 
 from pathlib import Path
 
@@ -13,7 +16,7 @@ from engine.feeds.batch import Feed
 from engine.feeds.resident import ResidentFeed
 from engine.feeds.synthetic import SyntheticFeed, random_batch
 from engine.host import free_memory_bytes
-from engine.order import Order
+from engine.order import Order, Strata
 
 SOURCES = ("resident", "synthetic")
 """Those that are a Source: the step can gather their batches itself, inside a launch."""
@@ -54,6 +57,25 @@ def choose_feed(config: DataConfig, split: Split, device: torch.device) -> tuple
     if gib < MEMORY_SHARE * free_gib:
         return "resident", f"the images take {gib:.2f} of {free_gib:.1f} GiB free on the GPU"
     return "dali", f"the images take {gib:.2f} GiB, too much for {free_gib:.1f} GiB free on the GPU"
+
+
+def make_order(
+    config: RunConfig, split: Split, rank: int, world_size: int, shuffle: bool = True
+) -> Order:
+    """The order of a split's samples; sequential for evaluation."""
+    in_blocks = config.data.order == "blocked"
+    in_strata = config.data.order == "stratified" and shuffle
+    return Order(
+        num_samples=len(split),
+        global_batch=config.global_batch,
+        rank=rank,
+        world_size=world_size,
+        seed=config.seed,
+        shuffle=shuffle,
+        block_samples=config.data.block_samples if in_blocks else 0,
+        window_blocks=config.data.window_blocks if in_blocks else 0,
+        strata=Strata(split.label_N) if in_strata else None,
+    )
 
 
 def gathers(config: RunConfig) -> bool:

@@ -111,8 +111,8 @@ class StreamFeed:
         order = self.order
         windows = order.windows(epoch)
         for window, (start, stop) in enumerate(itertools.pairwise(windows.edges.tolist())):
-            first = max(start // order.global_batch, first_step)
-            last = min(-(-stop // order.global_batch), order.steps_per_epoch)
+            first = max((start - order.start) // order.global_batch, first_step)
+            last = min(-((order.start - stop) // order.global_batch), order.steps_per_epoch)
             position = order.positions(first, max(last - first, 0)).reshape(-1)
             position = position[(position >= start) & (position < stop)]
             if not len(position):

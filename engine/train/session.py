@@ -19,7 +19,7 @@ from engine.data.records import Records, Split
 from engine.data.sample import ensure_sample
 from engine.errors import UserError
 from engine.feeds.batch import Feed, Source
-from engine.feeds.build import gathers, make_feed, open_for
+from engine.feeds.build import gathers, make_feed, make_order, open_for
 from engine.feeds.synthetic import random_batch
 from engine.models import make_model, network_class
 from engine.models.network import check_image_size
@@ -85,25 +85,6 @@ class Session:
             feed = make_feed(plain, split, order, len(self.records.classes), world.device)
             self.evaluation_feeds[split_name] = feed
         return self.evaluation_feeds[split_name]
-
-
-def make_order(
-    config: RunConfig, split: Split, rank: int, world_size: int, shuffle: bool = True
-) -> Order:
-    """The order of a split's samples; sequential for evaluation."""
-    in_blocks = config.data.order == "blocked"
-    in_strata = config.data.order == "stratified" and shuffle
-    return Order(
-        num_samples=len(split),
-        global_batch=config.global_batch,
-        rank=rank,
-        world_size=world_size,
-        seed=config.seed,
-        shuffle=shuffle,
-        block_samples=config.data.block_samples if in_blocks else 0,
-        window_blocks=config.data.window_blocks if in_blocks else 0,
-        strata=Strata(split.label_N) if in_strata else None,
-    )
 
 
 def open_run_records(config: RunConfig, num_ranks: int) -> Records:

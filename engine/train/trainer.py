@@ -10,8 +10,14 @@ import math
 import shutil
 import signal
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, closing, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import (
+    AbstractContextManager,
+    ExitStack,
+    closing,
+    contextmanager,
+    nullcontext,
+)
 from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +28,7 @@ import torch
 from engine import meters
 from engine.config import RunConfig
 from engine.data.records import Records
+from engine.durable import take_folder
 from engine.errors import UserError
 from engine.feeds.batch import Batch
 from engine.report import RunReport
@@ -37,6 +44,7 @@ from engine.train.checkpoint import (
 from engine.train.folder import (
     Manifest,
     Position,
+    check_new,
     check_same_records,
     checkpoint_path,
     checkpoints,
@@ -59,7 +67,7 @@ from engine.train.session import Session, evaluate, open_session, switches
 from engine.train.step import TrainLog
 from engine.typed import typed
 from engine.ui import progress_bar
-from engine.world import World, check_ranks, fused_on_cpu
+from engine.world import World, check_ranks, fused_on_cpu, start_world
 
 NUM_CHECKPOINTS_AT_ONCE = 4
 """On the disk at the same moment: two kept, the best, and the one being written."""
@@ -192,6 +200,28 @@ class Trainer:
         self.progress = Progress(session, self.config)
         self.said_notes = list(self.handed.notes) if self.handed else []
         self.said: OSError | None = None
+
+    @classmethod
+    @contextmanager
+    def opened(cls, config: RunConfig, records: Records, out: Path) -> "Iterator[Trainer]":
+        """A trainer of a new run, alone or on torchrun's ranks, for `fit(resume=False)`.
+
+        Args:
+            config: with a global batch that stays; engine.run trains those that change it.
+            out: the run's folder: new, or empty.
+        Raises:
+            UserError: what the config needs is not here, or `out` may not be written.
+        """
+        if config.optim.batch_schedule != "fixed":
+            remedy = "train it with engine.run, or set optim.batch_schedule=fixed"
+            raise UserError(f"a Trainer alone has one global batch; {remedy}")
+        check_run(config, "")
+        with ExitStack() as stack:
+            world = stack.enter_context(start_world(timeout_s=config.timeout_s))
+            world.first(lambda: stack.enter_context(take_folder(out, check=check_new)))
+            stack.enter_context(world.on_stream())
+            session = stack.enter_context(closing(open_session(config, records, world)))
+            yield cls(session, out, print if world.is_first else lambda line: None)
 
     @property
     def position(self) -> Position:

@@ -13,6 +13,7 @@ from tests.bench import (
     fsdp,
     fullsize,
     layers,
+    loader,
     measuring,
     noise,
     pack,
@@ -37,6 +38,7 @@ def main(data: Path | None, out: Path) -> None:
     sources.bench(out, rounds=5)
     predict.bench(out, rounds=5)
     feeds.bench(out, seconds=8.0)
+    loader.bench(out, rounds=5, seconds=4.0)
     warp.bench(out, rounds=3, seconds=2.0)
     step.bench(out, rounds=7, num_steps=60)
     layers.bench(out, rounds=5, num_steps=60)

@@ -16,9 +16,9 @@ from engine.config_text import load_toml
 from engine.data.records import Split, open_records
 from engine.data.sample import sample_path
 from engine.errors import UserError
+from engine.feeds.build import make_order
 from engine.report import read_report
 from engine.train import idlog
-from engine.train.session import make_order
 
 ROWS_READ = 4096
 

@@ -22,11 +22,11 @@ from engine.config import AugmentConfig, RunConfig, override
 from engine.data.records import open_records
 from engine.data.sample import ensure_sample
 from engine.durable import write_file, writing
-from engine.feeds.build import make_feed, open_for
+from engine.feeds.build import make_feed, make_order, open_for
 from engine.host import keep_large_blocks
 from engine.meters import host_peak_rss_gib
 from engine.report import environment, write_json
-from engine.train.session import check_batch, make_order
+from engine.train.session import check_batch
 from engine.typed import typed
 from tools.report.rows import number
 

@@ -1,0 +1,268 @@
+"""A trained network as a file that others can run: ONNX, torch.export or safetensors; each checked.
+
+The first two take uint8 pixels, any number of images at once, and give logits; the third holds the
+weights alone. All say in their metadata which classes the logits are of. What was written is opened
+again by the library that will run it, and answers the whole split; where it answers otherwise than
+the network, that is an error, and the command leaves nothing.
+
+Does not: find or open the run (trained.py), or write for people (report/card.py).
+
+Shapes: B images of H x W pixels, N images of the split, K classes.
+"""
+
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from io import BytesIO
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save
+from torch import nn
+
+from engine.config import RunConfig
+from engine.data.records import Records, Split
+from engine.errors import UserError, sentence
+from engine.report import without_folders
+from tools.measure.answers import Network, all_logits
+
+TOLERANCE = 1e-4
+"""Of the largest logit, at least of 1: other libraries add in another order. Sums of 3,136 products
+in fp32 differ by some 1e-6."""
+FACTS = "facts.json"
+"""The metadata's name in the archive of torch.export."""
+EXAMPLES = 2
+"""Images that a network is traced with: not one, which torch.export would take for a constant."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What an exported network must say of itself."""
+
+    network: str
+    classes: tuple[str, ...]
+    height_pixels: int
+    width_pixels: int
+    dataset_fingerprint: str
+
+    def metadata(self) -> dict[str, str]:
+        return {
+            "model": self.network,
+            "input": f"uint8 [B, {self.height_pixels}, {self.width_pixels}]",
+            "classes": json.dumps(self.classes, ensure_ascii=False),
+            "dataset_fingerprint": self.dataset_fingerprint,
+        }
+
+
+def facts_of(config: RunConfig, records: Records) -> Facts:
+    """Those of a run: the one place that says where its classes come from."""
+    height, width = records.height_width
+    return Facts(
+        network=without_folders(config.model.name),
+        classes=records.classes,
+        height_pixels=height,
+        width_pixels=width,
+        dataset_fingerprint=records.fingerprint,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """A format of files."""
+
+    file: str
+    packages: tuple[str, ...]
+    """What it needs beside this project."""
+    runs_by: str
+    """Which library ran it in the check."""
+    pack: Callable[[nn.Module, Facts], bytes]
+    open: Callable[[Path, nn.Module], Network]
+    """From its file, and a network of the same kind with other weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """How an exported file answered a split, beside the network that it was made from."""
+
+    form: str
+    file: str
+    runs_by: str
+    num_samples: int
+    num_same: int
+    """Images whose class is the network's."""
+    largest_difference: float
+    """Between two logits; `largest_logit` is what it is to be compared with."""
+    largest_logit: float
+    accuracy_fraction: float
+
+
+def check_packages(forms: tuple[str, ...]) -> None:
+    """UserError if a package that a form needs is not installed."""
+    for name in forms:
+        missing = [package for package in FORMS[name].packages if find_spec(package) is None]
+        if missing:
+            are = "is" if len(missing) == 1 else "are"
+            remedy = f"pip install {' '.join(missing)}"
+            raise UserError(f"--to {name}: {', '.join(missing)} {are} not installed; {remedy}")
+
+
+def write_form(name: str, folder: Path, network: nn.Module, facts: Facts) -> Path:
+    """Write the network to its file in `folder`.
+
+    Raises:
+        UserError: a network of the user's own cannot be exported so.
+    """
+    form = FORMS[name]
+    what = f"the network {facts.network} cannot be exported"
+    remedy = "write its forward without branches that depend on pixels, or give --to safetensors"
+    with _explained(f"--to {name}: {what}", remedy):
+        data = form.pack(network, facts)
+    path = folder / form.file
+    path.write_bytes(data)
+    return path
+
+
+def check_form(
+    name: str, path: Path, split: Split, wanted_NK: torch.Tensor, like: nn.Module
+) -> Check:
+    """Open the file as its users will, and compare its answers with the network's.
+
+    Args:
+        wanted_NK: the network's logits of the whole split.
+        like: a network of the same kind with other weights.
+    Raises:
+        UserError: it answers otherwise.
+    """
+    form = FORMS[name]
+    remedy = f"update {', '.join(form.packages) or 'torch'}, or give another --to"
+    with _explained(f"--to {name}: {form.runs_by} cannot run {form.file}", remedy):
+        run = form.open(path, like)
+        found_NK = all_logits(run, split.image_NHW, torch.device("cpu"))
+        alone_1K = all_logits(run, split.image_NHW[:1], torch.device("cpu"))
+    largest = wanted_NK.abs().max().item()
+    apart = torch.cat([found_NK - wanted_NK, alone_1K - wanted_NK[:1]])
+    difference = apart.abs().max().item()
+    if not difference <= TOLERANCE * max(largest, 1.0):  # also of NaN
+        what = f"{form.file} answers otherwise than the network, by {difference:.3g} in a logit"
+        raise UserError(f"--to {name}: {what}; {remedy}")
+    answer_N = found_NK.argmax(1)
+    return Check(
+        form=name,
+        file=form.file,
+        runs_by=form.runs_by,
+        num_samples=len(split),
+        num_same=int((answer_N == wanted_NK.argmax(1)).sum()),
+        largest_difference=difference,
+        largest_logit=largest,
+        accuracy_fraction=float((answer_N == torch.from_numpy(split.label_N)).float().mean()),
+    )
+
+
+@contextmanager
+def _explained(what: str, remedy: str) -> Iterator[None]:
+    """Whatever other libraries, and a stranger's `forward` in them, raise is a sentence.
+
+    What they say of packages that nobody asked for is not shown.
+    """
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except Exception as error:
+        raise UserError(f"{what} ({sentence(error)}); {remedy}") from None
+    finally:
+        logger.setLevel(level)
+
+
+def _program(network: nn.Module, facts: Facts) -> torch.export.ExportedProgram:
+    """The network as torch.export sees it, for any number of images."""
+    image_BHW = torch.zeros(EXAMPLES, facts.height_pixels, facts.width_pixels, dtype=torch.uint8)
+    batch = torch.export.Dim("batch", min=1)
+    with torch.no_grad():
+        return torch.export.export(network, (image_BHW,), dynamic_shapes=({0: batch},))
+
+
+def _pack_onnx(network: nn.Module, facts: Facts) -> bytes:
+    program = torch.onnx.export(
+        _program(network, facts),
+        dynamo=True,
+        input_names=["image"],
+        output_names=["logits"],
+        dynamic_shapes=({0: "batch"},),
+        verbose=False,
+    )
+    assert program is not None
+    model = program.model_proto
+    for key, value in facts.metadata().items():
+        entry = model.metadata_props.add()
+        entry.key = key
+        entry.value = value
+    data: bytes = model.SerializeToString()
+    return data
+
+
+def _open_onnx(path: Path, like: nn.Module) -> Network:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+    def run(image_BHW: torch.Tensor) -> torch.Tensor:
+        (logits_BK,) = session.run(["logits"], {"image": image_BHW.numpy()})
+        return torch.from_numpy(logits_BK)
+
+    return run
+
+
+def _pack_program(network: nn.Module, facts: Facts) -> bytes:
+    program = _program(network, facts)
+    program.example_inputs = None  # they would be pickled
+    file = BytesIO()
+    torch.export.save(program, file, extra_files={FACTS: json.dumps(facts.metadata())})
+    return file.getvalue()
+
+
+def _open_program(path: Path, like: nn.Module) -> Network:
+    return torch.export.load(path).module()
+
+
+def _pack_weights(network: nn.Module, facts: Facts) -> bytes:
+    tensors = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+    return save(tensors, metadata={"format": "pt"} | facts.metadata())
+
+
+def _open_weights(path: Path, like: nn.Module) -> Network:
+    like.load_state_dict(load_file(path))
+    return like
+
+
+FORMS = {
+    "onnx": Form(
+        file="model.onnx",
+        packages=("onnx", "onnxruntime", "onnxscript"),
+        runs_by="onnxruntime",
+        pack=_pack_onnx,
+        open=_open_onnx,
+    ),
+    "torch": Form(
+        file="model.pt2",
+        packages=(),
+        runs_by="torch.export",
+        pack=_pack_program,
+        open=_open_program,
+    ),
+    "safetensors": Form(
+        file="model.safetensors",
+        packages=(),
+        runs_by="this project's network",
+        pack=_pack_weights,
+        open=_open_weights,
+    ),
+}
+"""By what --to calls them."""
