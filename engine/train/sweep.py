@@ -22,7 +22,7 @@ import tomli_w
 from engine.config import OWN, RunConfig, override, settings_of
 from engine.config_text import config_of, parse_value, to_toml
 from engine.durable import write_file
-from engine.errors import UserError
+from engine.errors import UserError, printable
 from engine.report import Environment
 from engine.train.folder import SWEEP, check_same_training, newest_manifest
 
@@ -46,8 +46,7 @@ class Setting:
     value: Any
 
     def __str__(self) -> str:
-        value = self.value if isinstance(self.value, str) else repr(self.value)
-        return f"{self.name.rpartition('.')[2]}={value}"
+        return f"{self.name.rpartition('.')[2]}={printable(str(self.value))}"
 
 
 @dataclass(frozen=True)
@@ -268,7 +267,7 @@ def check_goes_on(out: Path, members: Sequence[Member]) -> None:
 
 def result_text(result: SweepResult) -> str:
     """The members by validation accuracy, and their vote, as a table of text."""
-    names = [setting.name for setting in result.members[0].settings]
+    names = [printable(setting.name) for setting in result.members[0].settings]
     head = ["member", *names, "val", "test", "epochs", "train", ""]
     ranked = sorted(result.members, key=lambda m: -(m.val_accuracy_fraction or -1.0))
     rows = [head, *map(_cells, ranked)]
@@ -278,7 +277,7 @@ def result_text(result: SweepResult) -> str:
 
 
 def _cells(member: MemberResult) -> list[str]:
-    values = [str(setting.value) for setting in member.settings]
+    values = [printable(str(setting.value)) for setting in member.settings]
     accuracies = map(_percent, (member.val_accuracy_fraction, member.test_accuracy_fraction))
     end = {"finished": "", "stopped": "stopped", "failed": f"failed: {member.failure}"}
     done = [str(member.num_epochs), f"{member.train_s:.2f} s", end[member.status]]
