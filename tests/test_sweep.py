@@ -1,4 +1,4 @@
-"""What a sweep is: its axes and members, what is refused, its file, its table; nothing is trained."""
+"""What a sweep is: its axes, its members, its file, and what is refused; nothing is trained."""
 
 from pathlib import Path
 from typing import Any
@@ -8,15 +8,7 @@ import pytest
 from engine.config import RunConfig, override
 from engine.errors import UserError
 from engine.run import _axes
-from engine.train.sweep import (
-    Axis,
-    MemberResult,
-    Setting,
-    Sweep,
-    parse_sweeps,
-    read_sweep,
-    write_sweep,
-)
+from engine.train.sweep import Axis, Setting, Sweep, parse_sweeps, read_sweep, write_sweep
 from tests.conftest import Command, assert_refused
 
 
@@ -33,11 +25,14 @@ from tests.conftest import Command, assert_refused
 )
 def test_values_are_tomls_and_ranges(text: str, values: tuple[Any, ...]) -> None:
     (axis,) = parse_sweeps([text])
-    assert axis.values == values and "." in axis.name + "." and " " not in axis.name
+    assert axis == Axis(text.partition("=")[0].strip(), values)
+    assert list(map(type, axis.values)) == list(map(type, values))
 
 
 def test_members_are_every_combination() -> None:
-    sweep = Sweep.of(RunConfig(epochs=3), parse_sweeps(["optim.learning_rate=0.1,0.2", "seed=1..3"]))
+    sweep = Sweep.of(
+        RunConfig(epochs=3), parse_sweeps(["optim.learning_rate=0.1,0.2", "seed=1..3"])
+    )
     found = [(m.number, m.config.optim.learning_rate, m.config.seed) for m in sweep.members]
     assert found == [(1, 0.1, 1), (2, 0.1, 2), (3, 0.1, 3), (4, 0.2, 1), (5, 0.2, 2), (6, 0.2, 3)]
     assert all(member.config.epochs == 3 for member in sweep.members)
@@ -47,7 +42,7 @@ def test_members_are_every_combination() -> None:
 def test_folders_are_names_whatever_a_value_holds() -> None:
     axes = parse_sweeps(['optim.batch_ramp=["../../x", "é /\\u0007"]'])
     names = [member.folder for member in Sweep.of(RunConfig(), axes).members]
-    assert names == ["001_batch_ramp=.._.._x", "002_batch_ramp=____u0007"]
+    assert names == ["001_batch_ramp=.._.._x", "002_batch_ramp=____x07"]
     long = Axis("optim.batch_ramp", ("1x1," * 400,))
     assert len(Sweep.of(RunConfig(), (long,)).members[0].folder) == 100
 
@@ -107,7 +102,13 @@ def test_the_file_gives_the_sweep_back(tmp_path: Path) -> None:
     write_sweep(tmp_path, Sweep.of(config, axes))
     assert read_sweep(tmp_path) == (config, axes)
     file = tmp_path / "sweep.toml"
-    for damaged in ("", "sweep = 1\n", "epochs = 7\n[sweep]\nseed = 1\n", "[", file.read_text()[:-9]):
+    for damaged in (
+        "",
+        "sweep = 1\n",
+        "epochs = 7\n[sweep]\nseed = 1\n",
+        "[",
+        file.read_text()[:-9],
+    ):
         file.write_text(damaged)
         with pytest.raises(UserError, match=r"sweep\.toml: cannot be read"):
             read_sweep(tmp_path)
@@ -116,4 +117,3 @@ def test_the_file_gives_the_sweep_back(tmp_path: Path) -> None:
 def test_a_setting_says_no_control_character() -> None:
     setting = Setting(name="optim.name", value="\x1b[31m")
     assert str(setting) == "name=\\x1b[31m"
-    assert MemberResult.__dataclass_fields__["settings"], "what is printed goes by it"

@@ -242,14 +242,13 @@ class Crew:
 
     def _note(self, each: Running) -> None:
         """What its report says of the others."""
-        num_others = len(self.sweep.members) - 1
-        if not each.trainer or not num_others:
+        if not each.trainer:
             return
-        beside = f"a sweep: {num_others} others in this process"
-        clock = "the clock stands still in their turns"
+        clock = "the clock stands still in the others' turns"
         if self.world.device.type == "cuda":
             clock = "they train at the same time, and the clock is that of all"
-        each.trainer.session.notes.append(f"{beside}; {clock}")
+        what = f"a sweep of {len(self.sweep.members)} members in one process"
+        each.trainer.session.notes.append(f"{what}: {clock}")
 
     def _check_feed(self, each: Running) -> None:
         """UserError where a feed has threads, which the next member's capture would trip over."""
