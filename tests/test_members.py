@@ -170,7 +170,8 @@ def joined(monkeypatch: pytest.MonkeyPatch) -> list[Joint]:
         init(joint, *given)
 
     def pace(trainer: Any) -> Any:
-        return (trainer.position, trainer.config.epochs) if trainer.step.gathers else None
+        place = (trainer.position.epoch, trainer.position.step, trainer.config.epochs)
+        return place if trainer.step.gathers else None
 
     monkeypatch.setattr(Joint, "__init__", note)
     monkeypatch.setattr(members, "pace_of", pace)
