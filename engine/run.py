@@ -262,7 +262,7 @@ def _run_sweep(
     with take_folder(folder, check=check_resumable if resume else check_new) as out:
         if resume:
             check_goes_on(out, sweep.members)
-        from engine.train.members import train_sweep
+        from engine.train.outcome import train_sweep
 
         return train_sweep(sweep, out, device, ranks, _say)
 

@@ -1,7 +1,11 @@
 """Members of a sweep end with the bits of their runs alone, whatever they share, and go on."""
 
 import json
+import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -18,14 +22,16 @@ from engine.errors import UserError
 from engine.feeds.build import make_feed
 from engine.feeds.resident import Gather, Pixels
 from engine.feeds.shared import SharedFeed, SharedFeeds
+from engine.host import ROOT
 from engine.ranks import join_ranks
 from engine.report import read_report
 from engine.stop import STOP
 from engine.train import members
 from engine.train.joint import Joint
-from engine.train.members import Crew, train_sweep
+from engine.train.members import Crew
+from engine.train.outcome import FAILED, train_sweep
 from engine.train.session import make_order
-from engine.train.sweep import Sweep, SweepResult, parse_sweeps
+from engine.train.sweep import Sweep, SweepResult, parse_sweeps, read_sweep
 from engine.train.trainer import fit
 from engine.world import World
 from tests.conftest import FAST_PRECISION, Command, assert_refused
@@ -145,13 +151,52 @@ def test_a_sweep_that_is_stopped_goes_on_to_the_same_bits(
 
 
 @pytest.mark.slow
+def test_a_killed_sweep_goes_on_by_the_same_line(
+    small: Records, small_dir: Path, world: World, command: Command, tmp_path: Path, cache: Path
+) -> None:
+    out = tmp_path / "sweep"
+    words = ["--sweep", "seed=1,2", "--epochs", 3, "--batch-size", 16, "--device", "cpu"]
+    words += ["--data", small_dir, "--checkpoint-every", "2steps", "--out", out, "--resume", "auto"]
+    line = ["-m", "engine.run", "--kernels=off", *map(str, words)]
+    variables = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(cache)}
+    with subprocess.Popen([sys.executable, *line], cwd=ROOT, env=variables) as killed:
+        end_s = time.monotonic() + 100
+        while len(list(out.glob("*/checkpoints/step-*"))) < 3 and time.monotonic() < end_s:
+            time.sleep(0.02)
+        killed.kill()
+    assert not (out / "sweep.json").exists(), "it was not killed in time"
+    done = command("python", *line)
+    assert done.returncode == 0 and done.stdout.count("resumed after epoch") == 2, done.stderr
+    assert_alone(Sweep.of(*read_sweep(out)), out, small, world, tmp_path / "alone")
+
+
+@pytest.mark.slow
+def test_networks_whose_weights_are_gone_take_no_part_in_the_vote(
+    small_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the disk refused at the end, and they were written elsewhere."""
+    sweep, out = sweep_of(small_dir, ("seed=1..3",), {"epochs": 1}), tmp_path / "sweep"
+    train_all = Crew.train
+
+    def train_and_lose(crew: Crew) -> None:
+        train_all(crew)
+        (out / sweep.members[1].folder / "model.safetensors").unlink()
+
+    monkeypatch.setattr(Crew, "train", train_and_lose)
+    lines: list[str] = []
+    assert train(sweep, out, lines) == 0
+    assert [vote.num_members for vote in read_sweep_result(out).votes] == [2, 2]
+    assert any(line.startswith("2 seed=2: takes no part in the vote: ") for line in lines)
+
+
+@pytest.mark.slow
 def test_a_member_that_breaks_down_leaves_the_others_alone(
     small: Records, small_dir: Path, world: World, tmp_path: Path
 ) -> None:
     settings = {"optim.fused": False, "optim.schedule": "constant", "data.order": "stratified"}
     sweep = sweep_of(small_dir, ("optim.learning_rate=1000,0.002",), settings)
     out, lines = tmp_path / "sweep", list[str]()
-    assert train(sweep, out, lines) == members.FAILED
+    assert train(sweep, out, lines) == FAILED
     first, second = read_sweep_result(out).members
     assert (first.status, second.status) == ("failed", "finished")
     assert first.failure and "was not finite in step" in first.failure
@@ -212,7 +257,7 @@ def test_joint_launches_change_no_bit(
 
         patch.setattr(Crew, "_launch_together", count_from_here)
         crew.train()
-    assert len(made) == 2 and crew.launches == "one graph of 4 branches"
+    assert len(made) == 2 and crew.launches == "graphs of 4 and 4 branches"
     trained = [num for num in gathered if num in (1, 3)]
     launches = 3 * (1 + 2) * 2  # 3, 3 and 1 step an epoch; 1 and 2 epochs; of each of two seeds
     assert len(trained) == launches, "two learning rates share each batch"
@@ -231,7 +276,7 @@ def test_a_joint_launch_goes_on_without_a_member_that_broke_down(
     sweep = sweep_of(small_dir, ("optim.learning_rate=0.002,1000,0.004",), settings)
     with monkeypatch.context() as patch:
         made = joined(patch)
-        assert train(sweep, tmp_path / "sweep") == members.FAILED
+        assert train(sweep, tmp_path / "sweep") == FAILED
         assert len(made) == 1
     others = [sweep.members[0], sweep.members[2]]
     left = Sweep(sweep.config, sweep.axes, others)

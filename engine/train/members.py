@@ -10,9 +10,10 @@ graph with a branch each (train/joint.py); others replay graphs of their own, ea
 its own. Without graphs all are on one stream.
 
 A member whose training breaks down (a loss that is not finite) is left behind, and said so.
+
+It makes no folder, and judges no member (train/outcome.py).
 """
 
-import time
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -22,72 +23,20 @@ import torch
 
 from engine.config import RunConfig
 from engine.data.records import Records
-from engine.durable import take_folder, writing
 from engine.errors import UserError, first_cause, sentence
 from engine.feeds.build import SOURCES
 from engine.feeds.shared import SharedFeeds
-from engine.ranks import Ranks
-from engine.report import RunReport, read_report, write_json
 from engine.stop import STOP
 from engine.train.backends import backends_kept
-from engine.train.folder import check_records, finished_text, holds_run
+from engine.train.folder import finished_text, holds_run
 from engine.train.joint import Branch, Joint
-from engine.train.session import check_batches, open_run_records
 from engine.train.state import RandomState
-from engine.train.sweep import (
-    RESULT,
-    Member,
-    MemberResult,
-    Sweep,
-    SweepResult,
-    result_text,
-    write_sweep,
-)
-from engine.train.trainer import Done, Job, Say, Trainer, check_run, launches
-from engine.train.vote import Ballot
-from engine.world import World, start_world
+from engine.train.sweep import Member, Sweep
+from engine.train.trainer import Done, Job, Say, Trainer, launches
+from engine.world import World
 
-FAILED = 1
-"""Exit code where a member broke down."""
 RECOMPILATIONS = 8
 """Of a member, which torch allows a whole process."""
-
-
-def train_sweep(sweep: Sweep, out: Path, device: str, ranks: Ranks, say: Say) -> int:
-    """Train what is left of a sweep in OUT, which is this process's; the exit code.
-
-    Raises:
-        UserError: a member cannot be trained here; nothing is written.
-    """
-    records = _checked(sweep, out, device)
-    with ExitStack() as stack, start_world(device, ranks, sweep.config.timeout_s) as world:
-        for member in sweep.members:
-            stack.enter_context(take_folder(out / member.folder))
-        with writing(out):
-            write_sweep(out, sweep)
-        start_s = time.perf_counter()
-        crew = Crew(sweep, records, world, out, say)
-        crew.train()
-        result = crew.result(time.perf_counter() - start_s)
-        with writing(out):
-            write_json(result, out / RESULT)
-        say(result_text(result))
-        say(f"written: {out / RESULT}")
-        if crew.signal:
-            say(f"the sweep was stopped; go on with --resume {out}")
-            return 128 + crew.signal
-    return FAILED if any(member.failure for member in result.members) else 0
-
-
-def _checked(sweep: Sweep, out: Path, device: str) -> Records:
-    """The records, once every member is known to be possible with them."""
-    for member in sweep.members:
-        check_run(member.config, device)
-    records = open_run_records(sweep.members[0].config, 1)
-    for member in sweep.members:
-        check_batches(member.config, records, 1)
-        check_records(out / member.folder, records.fingerprint, resume=True)
-    return records
 
 
 class Running:
@@ -175,7 +124,8 @@ class Crew:
         self.signal = 0
         """That stopped the training; 0: it went to its end."""
         self.launches = "one after another"
-        self._running: list[Running] = []
+        self.running: list[Running] = []
+        """Those that had something left to train."""
         self._said: set[str] = set()
         self._is_opening = True
 
@@ -190,11 +140,11 @@ class Crew:
             self._open(stack)
             self._is_opening = False
             self._launch_together(stack)
-            while left := [each for each in self._running if not each.is_over]:
+            while left := [each for each in self.running if not each.is_over]:
                 for each in left:
                     each.advance()
                     self._say_failure(each)
-        signals = [each.done[1] for each in self._running if each.done]
+        signals = [each.done[1] for each in self.running if each.done]
         self.signal = max(signals, default=0)
 
     def _open(self, stack: ExitStack) -> None:
@@ -221,7 +171,7 @@ class Crew:
                 is_alone=False,
             )
             each = Running(member, job)
-            self._running.append(each)
+            self.running.append(each)
             stack.callback(each.close)
             each.advance()
             self._note(each)
@@ -242,12 +192,13 @@ class Crew:
 
     def _note(self, each: Running) -> None:
         """What its report says of the others."""
-        if not each.trainer:
+        num = len(self.sweep.members)
+        if not each.trainer or num == 1:
             return
         clock = "the clock stands still in the others' turns"
         if self.world.device.type == "cuda":
             clock = "they train at the same time, and the clock is that of all"
-        what = f"a sweep of {len(self.sweep.members)} members in one process"
+        what = f"a sweep of {num} members in one process"
         each.trainer.session.notes.append(f"{what}: {clock}")
 
     def _check_feed(self, each: Running) -> None:
@@ -260,16 +211,18 @@ class Crew:
     def _launch_together(self, stack: ExitStack) -> None:
         """One graph for the launches of members that go in step."""
         paces: dict[Hashable, list[Running]] = {}
-        for each in self._running:
+        for each in self.running:
             if each.trainer and (pace := pace_of(each.trainer)):
                 paces.setdefault(pace, []).append(each)
         if paces:
             self.launches = "a graph a member, on streams of their own"
-        for group in paces.values():
-            if len(group) > 1:
-                self._join(group, stack)
+        sizes = [str(len(g)) for g in paces.values() if len(g) > 1 and self._join(g, stack)]
+        if sizes:
+            graph = "one graph" if len(sizes) == 1 else "graphs"
+            self.launches = f"{graph} of {' and '.join(sizes)} branches"
 
-    def _join(self, group: list[Running], stack: ExitStack) -> None:
+    def _join(self, group: list[Running], stack: ExitStack) -> bool:
+        """Whether the group has joint launches now."""
         branches = [branch_of(each.trainer) for each in group if each.trainer]
         branches[0].step.use_backends()
         try:
@@ -277,68 +230,15 @@ class Crew:
         except Exception as error:  # any: each member has graphs of its own
             why = sentence(first_cause(error))
             self.say(f"note: members' launches are not one graph: {why}; each has its own")
-            return
+            return False
         stack.callback(joint.reset)
-        self.launches = f"one graph of {len(branches)} branches"
         for each in group:
             each.join(joint)
+        return True
 
     def _say_failure(self, each: Running) -> None:
         if each.failure:
             self.say(f"{each.member.name}: failed: {each.failure}")
-
-    def result(self, wall_s: float) -> SweepResult:
-        """What became of the members, and the vote of those that are finished."""
-        running = {each.member.number: each for each in self._running}
-        ballot = Ballot(self.records, self.world.device)
-        members = []
-        for member in self.sweep.members:
-            found = self._member_result(member, running.get(member.number))
-            if found.status == "finished" and not self.signal:
-                temperature = ballot.add(member.config, self.out / member.folder)
-                found = replace(found, temperature=temperature)
-            members.append(found)
-        report = self._report(self.sweep.members[0])
-        return SweepResult(
-            status="stopped" if self.signal else "finished",
-            environment=report.environment,
-            dataset_fingerprint=self.records.fingerprint,
-            launches=self.launches,
-            wall_s=wall_s,
-            members=members,
-            votes=ballot.votes(),
-        )
-
-    def _report(self, member: Member) -> RunReport:
-        return read_report(self.out / member.folder)
-
-    def _member_result(self, member: Member, each: Running | None) -> MemberResult:
-        """`each` is None for one that was finished before."""
-        report = each.done[0] if each and each.done else self._report(member)
-        is_finished = report.status == "finished"
-        result = MemberResult(
-            number=member.number,
-            folder=member.folder,
-            settings=list(member.settings),
-            status="finished" if is_finished else "stopped",
-            failure=None,
-            num_epochs=report.num_epochs,
-            train_s=report.train_s,
-            val_accuracy_fraction=report.val_accuracy_fraction,
-            test_accuracy_fraction=report.test_accuracy_fraction,
-            temperature=None,
-        )
-        if each is None or not each.failure or each.trainer is None:
-            return result
-        position = each.trainer.position  # its report is from its start
-        return replace(
-            result,
-            status="failed",
-            failure=each.failure,
-            num_epochs=position.epoch,
-            train_s=position.train_s,
-            val_accuracy_fraction=position.best_val_accuracy_fraction,
-        )
 
 
 def pace_of(trainer: Trainer) -> Hashable:

@@ -5,7 +5,7 @@
     OUT/sweep.json              what became of the members, and what their vote is worth
 
 Members differ in what is trained; where and how the work is done is the same for all. It trains
-nothing (train/members.py).
+nothing (train/members.py, train/outcome.py).
 """
 
 import math

@@ -13,10 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from engine.config import RunConfig
 from engine.data.records import Records, Split
+from engine.errors import UserError, sentence
 from engine.models import make_model
 from engine.train.backends import set_fp32_precision
 from engine.train.journal import WEIGHTS
@@ -42,11 +44,20 @@ class Ballot:
         """By split, and whether calibrated."""
 
     def add(self, config: RunConfig, run: Path) -> float | None:
-        """Count a finished run's network in; its temperature, None where there is no val split."""
+        """Count a finished run's network in; its temperature, None where there is no val split.
+
+        Raises:
+            UserError: its weights cannot be read.
+        """
         set_fp32_precision("fp32")
         records = self._records
         model = make_model(config.model, *records.height_width, len(records.classes), seed=0)
-        model.load_state_dict(load_file(run / WEIGHTS))
+        try:
+            model.load_state_dict(load_file(run / WEIGHTS))
+        except (OSError, SafetensorError, RuntimeError) as error:  # the last: other weights
+            raise UserError(
+                f"{run / WEIGHTS}: cannot be read ({sentence(error)}); train it anew"
+            ) from None
         model.train(False).to(self._device)
         splits = {name: records.split(name) for name in self._splits}
         logits_NK = {name: _logits(model, split, self._device) for name, split in splits.items()}
