@@ -75,10 +75,11 @@ class Joint:
         """All branches, device work only."""
         gathered: dict[Hashable, GatheredOnce] = {}
         for branch in self._branches:
-            batch = gathered.setdefault(branch.order, branch.step.gathered(num_steps))
+            if branch.order not in gathered:
+                gathered[branch.order] = branch.step.gathered(num_steps)
             self._fork(branch)
             with branch.world.on_stream():
-                branch.step.work(num_steps, batch)
+                branch.step.work(num_steps, gathered[branch.order])
         self._meet()
 
     def _fork(self, branch: Branch) -> None:

@@ -93,8 +93,8 @@ class Sweep:
         """Every combination of the values, the last axis varying fastest.
 
         Raises:
-            UserError: a setting is unknown, its value out of bounds, or it cannot be swept; two
-                members are the same.
+            UserError: there are too many; a setting is unknown, its value out of bounds, or it
+                cannot be swept; two members are the same.
         """
         return Sweep(config, axes, _members_of(config, axes))
 
@@ -158,7 +158,7 @@ def parse_sweeps(texts: Sequence[str]) -> tuple[Axis, ...]:
     Values are those of --set, with commas between; whole numbers A..B; or a list of TOML.
 
     Raises:
-        UserError: it is none of these, or makes too many members.
+        UserError: it is none of these, or a range makes too many members.
     """
     axes = []
     for text in texts:
@@ -169,7 +169,6 @@ def parse_sweeps(texts: Sequence[str]) -> tuple[Axis, ...]:
         if name in (axis.name for axis in axes):
             raise UserError(f"{where}: {name} is swept twice; give all its values in one --sweep")
         axes.append(Axis(name, _values(values, where)))
-    _check_number(math.prod(len(axis.values) for axis in axes), "--sweep")
     return tuple(axes)
 
 
@@ -194,6 +193,7 @@ def _check_number(num_members: int, where: str) -> None:
 
 
 def _members_of(config: RunConfig, axes: Sequence[Axis]) -> list[Member]:
+    _check_number(math.prod(len(axis.values) for axis in axes), "--sweep")
     if config.step.canonical:
         why = "fixes the arithmetic of a whole process, and is for one run"
         raise UserError(f"--sweep: step.canonical {why}; leave one of the two out")
