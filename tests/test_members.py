@@ -23,6 +23,7 @@ from engine.feeds.build import make_feed
 from engine.feeds.resident import Gather, Pixels
 from engine.feeds.shared import SharedFeed, SharedFeeds
 from engine.host import ROOT
+from engine.meters import Stopwatch
 from engine.ranks import join_ranks
 from engine.report import read_report
 from engine.stop import STOP
@@ -335,6 +336,28 @@ def test_what_breaks_a_feed_breaks_all_its_users(feeds: Any) -> None:
     for user in (one, other):
         with pytest.raises(UserError, match="the disk is gone"):
             next(user.batches(0))
+
+
+def test_a_members_clock_stands_still_in_the_others_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    moments = iter((100.0, 101.0, 111.0, 113.0, 114.0, 120.0, 121.0))
+    monkeypatch.setattr("engine.meters.time.perf_counter", lambda: next(moments))
+    watch = Stopwatch(torch.device("cpu"))
+    watch.start()
+    watch.pause()
+    watch.resume()
+    assert watch.stop() == 1 + 2 and watch.total_s == 3
+    watch.pause()  # between two epochs
+    watch.resume()
+    watch.start()
+    assert watch.total_s == 3
+
+
+def test_signals_are_waited_for_until_the_last_member_has_ended() -> None:
+    with STOP.polled():
+        with STOP.polled():
+            pass
+        assert STOP._is_polled
+    assert not STOP._is_polled
 
 
 def test_images_are_on_the_device_once(small: Records) -> None:
