@@ -43,7 +43,7 @@ class Joint:
         """Capture them where there is a GPU; from then on they stand for the steps' own launches.
 
         Args:
-            world: with the stream that captures and replays, none of the branches'.
+            world: with the stream that captures and replays.
         Raises:
             Exception: whatever a failed capture raises; the steps keep their own launches.
         """

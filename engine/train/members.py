@@ -158,7 +158,7 @@ class Crew:
                 self.say(f"{member.name}: {done}")
                 continue
             world = self.world
-            if is_captured:
+            if is_captured:  # torch has 32 streams: of more members, some share one
                 world = replace(world, stream=torch.cuda.Stream(world.device))
             job = Job(
                 config=member.config,
