@@ -79,7 +79,7 @@ def assert_alone(sweep: Sweep, out: Path, records: Records, world: World, alone:
 
 
 CASES: list[tuple[tuple[str, ...], dict[str, Any]]] = [
-    (("optim.learning_rate=0.002,0.004", "seed=1,2"), {"step.steps_per_launch": 3}),
+    (("optim.learning_rate=0.002,0.004",), {"step.steps_per_launch": 3}),
     (("epochs=1,2", "data.order=exact,stratified"), {"evaluate_every": 4}),
     (("model.name=fast,residual",), {"epochs": 1, "augment.shift_pixels": 1}),
     (("step.precision=fp32,bf16",), {"epochs": 1}),
@@ -201,7 +201,7 @@ def test_a_member_that_breaks_down_leaves_the_others_alone(
     first, second = read_sweep_result(out).members
     assert (first.status, second.status) == ("failed", "finished")
     assert first.failure and "was not finite in step" in first.failure
-    assert any(line.startswith("1 learning_rate=1000.0: failed: ") for line in lines), lines
+    assert any(line.startswith("1 learning_rate=1000: failed: ") for line in lines), lines
     assert not (out / first.folder / "model.safetensors").exists()
     assert_alone(Sweep(sweep.config, sweep.axes, sweep.members[1:]), out, small, world, tmp_path)
 
@@ -240,11 +240,8 @@ def test_joint_launches_change_no_bit(
         gathered.append(len(given[1]))
         steps(gather, *given)
 
-    sweep = sweep_of(
-        small_dir,
-        ("optim.learning_rate=0.002,0.004", "seed=1,2", "epochs=1,2"),
-        {"step.steps_per_launch": 3},
-    )
+    settings = {"step.steps_per_launch": 3, "epochs": 1}
+    sweep = sweep_of(small_dir, ("optim.learning_rate=0.002,0.004", "seed=1,2"), settings)
     with monkeypatch.context() as patch:
         made = joined(patch)
         crew = Crew(sweep, small, world, tmp_path / "sweep", quiet)
@@ -258,13 +255,12 @@ def test_joint_launches_change_no_bit(
 
         patch.setattr(Crew, "_launch_together", count_from_here)
         crew.train()
-    assert len(made) == 2 and crew.launches == "graphs of 4 and 4 branches"
-    trained = [num for num in gathered if num in (1, 3)]
-    launches = 3 * (1 + 2) * 2  # 3, 3 and 1 step an epoch; 1 and 2 epochs; of each of two seeds
-    assert len(trained) == launches, "two learning rates share each batch"
+    assert len(made) == 1 and crew.launches == "one graph of 4 branches"
+    assert gathered == [3, 3, 3, 3, 1, 1], "of each seed once: two learning rates share a batch"
     assert_alone(sweep, tmp_path / "sweep", small, world, tmp_path / "alone")
 
 
+@pytest.mark.slow
 def test_a_joint_launch_goes_on_without_a_member_that_broke_down(
     small: Records,
     small_dir: Path,

@@ -160,7 +160,7 @@ def parse_sweeps(texts: Sequence[str]) -> tuple[Axis, ...]:
     Raises:
         UserError: it is none of these, or a range makes too many members.
     """
-    axes = []
+    axes: list[Axis] = []
     for text in texts:
         where = f"--sweep {text}"
         name, equals, values = (part.strip() for part in text.partition("="))
