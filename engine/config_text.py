@@ -113,7 +113,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
 
 
 def parse_assignments(assignments: tuple[str, ...]) -> dict[str, Any]:
-    """["epochs=2"] -> {"epochs": 2}; values are TOML (and .5 is 0.5), else plain text."""
+    """["epochs=2"] -> {"epochs": 2}; values are those of `parse_value`."""
     dotted = {}
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
@@ -121,11 +121,16 @@ def parse_assignments(assignments: tuple[str, ...]) -> dict[str, Any]:
             raise UserError(
                 f"--set {assignment}: has no '='; write --set optim.learning_rate=0.002"
             )
-        try:
-            dotted[name] = tomllib.loads(f"value = {BARE_POINT.sub('0.', text)}")["value"]
-        except tomllib.TOMLDecodeError:
-            dotted[name] = text
+        dotted[name] = parse_value(text)
     return dotted
+
+
+def parse_value(text: str) -> Any:
+    """A value as a command line gives it: TOML's (and .5 is 0.5), else plain text."""
+    try:
+        return tomllib.loads(f"value = {BARE_POINT.sub('0.', text)}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
 
 
 def to_toml(config: RunConfig) -> str:

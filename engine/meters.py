@@ -23,6 +23,7 @@ class Stopwatch:
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
+        self._wall_s = self._paused_s = 0.0
         self.total_s = 0.0
 
     def start(self) -> None:
@@ -43,6 +44,16 @@ class Stopwatch:
             lap_s = time.perf_counter() - self._wall_s
         self.total_s += lap_s
         return lap_s
+
+    def pause(self) -> None:
+        """Let a wall clock stand still until `resume`: others have their turn.
+
+        A GPU's goes on: what others do there is done beside this, or before it.
+        """
+        self._paused_s = time.perf_counter()
+
+    def resume(self) -> None:
+        self._wall_s += time.perf_counter() - self._paused_s
 
     def lap(self) -> float:
         """Seconds since start() or the last lap; goes on."""

@@ -15,6 +15,7 @@ from engine.config_text import (
     config_of,
     load_toml,
     parse_assignments,
+    to_toml,
     with_own_network,
 )
 from engine.durable import take_folder
@@ -31,13 +32,17 @@ from engine.train.folder import (
     check_same_training,
     finished_text,
     holds_run,
+    holds_sweep,
     newest_manifest,
     read_config_text,
 )
+from engine.train.sweep import Axis, Sweep, check_goes_on, parse_sweeps, read_sweep
 from engine.ui import guard_outputs
 
 AUTO = "auto"
 DEFAULT = "fast"
+ALONE = "members train in one process; start it without torchrun, or with one rank"
+"""Of a sweep."""
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -59,6 +64,14 @@ DEFAULT = "fast"
     metavar="KEY=VALUE",
     help="Any setting, e.g. optim.weight_decay=0.1.",
 )
+@click.option(
+    "--sweep",
+    "sweeps",
+    multiple=True,
+    metavar="KEY=V1,V2|A..B",
+    help="Train a member for each value, all in this process, in folders of --out; give it again "
+    "for every combination. A sweep goes on with --resume.",
+)
 @click.option("--out", type=PATH, help="Folder for the results.  [default: runs/<time>]")
 @click.option(
     "--resume",
@@ -76,6 +89,7 @@ DEFAULT = "fast"
 def main(
     config_file: Path | None,
     assignments: tuple[str, ...],
+    sweeps: tuple[str, ...],
     recipe: str | None,
     out: Path | None,
     resume: str | None,
@@ -83,7 +97,7 @@ def main(
     device: str | None,
     **flags: Any,
 ) -> None:
-    """Train a character recogniser.
+    """Train a character recogniser, or with --sweep several.
 
     Runs alone or under torchrun. Flags override --set, which overrides --config.
     """
@@ -92,13 +106,17 @@ def main(
         end_with_launcher()
         ranks = join_ranks()
         ranks.agree(prepare_process)  # a rank's cache folder may be the one that cannot be made
-        stored = ranks.from_first(lambda: _stored_config(resume, out))
+        stored = ranks.from_first(lambda: _stored_config(resume, out, ranks.size))
         given = Given(recipe, config_file, assignments, flags, keep_schedule)
         config = ranks.agree(lambda: _read_config(given, stored, ranks.size))
         ranks.agree_on("configuration", config.digest())
         folder = out if resume == AUTO else _path(resume) or out
-        signal = _run(config, ranks, folder, bool(stored), device or "")
-    end_rank(128 + signal if signal else 0)
+        going_on = folder if stored else None
+        if axes := ranks.agree(lambda: _axes(sweeps, going_on, ranks.size)):
+            code = _run_sweep(config, axes, ranks, folder, bool(stored), device or "")
+        else:
+            code = _run(config, ranks, folder, bool(stored), device or "")
+    end_rank(code)
 
 
 @dataclass(frozen=True)
@@ -116,20 +134,51 @@ def _path(resume: str | None) -> Path | None:
     return None if resume is None else written_path(resume)
 
 
-def _stored_config(resume: str | None, out: Path | None) -> str:
-    """The config.toml of the run that goes on, or "" where one starts."""
+def _stored_config(resume: str | None, out: Path | None, num_ranks: int) -> str:
+    """The config of the run or sweep that goes on, as TOML, or "" where one starts."""
     if resume is None:
         return ""
     if resume == AUTO:
         if out is None:
             raise UserError("--resume auto: give --out too, the folder of the run")
-        return read_config_text(out) if holds_run(out) else ""
+        if not holds_run(out) and not holds_sweep(out):
+            return ""
+        return _config_text(out, num_ranks)
     run = written_path(resume)
     if out and out != run:
         remedy = "a resumed run goes on in its own, leave out --out"
         raise UserError(f"--out and --resume name two folders; {remedy}")
     check_resumable(run)
-    return read_config_text(run)
+    return _config_text(run, num_ranks)
+
+
+def _config_text(folder: Path, num_ranks: int) -> str:
+    if not holds_sweep(folder):
+        return read_config_text(folder)
+    if num_ranks > 1:
+        raise UserError(f"{folder}: holds a sweep; {ALONE}")
+    return to_toml(read_sweep(folder)[0])
+
+
+def _axes(given: tuple[str, ...], going_on: Path | None, num_ranks: int) -> tuple[Axis, ...]:
+    """What is swept: as the command line has it, or the sweep that goes on; nothing in a run.
+
+    Raises:
+        UserError: the two differ, or there are several ranks.
+    """
+    axes = parse_sweeps(given)
+    if axes and num_ranks > 1:
+        raise UserError(f"--sweep: {ALONE}")
+    if going_on is None:
+        return axes
+    if axes and not holds_sweep(going_on):
+        raise UserError(f"{going_on}: holds a run, no sweep; leave out --sweep, or change --out")
+    stored = read_sweep(going_on)[1] if holds_sweep(going_on) else ()
+    if axes and axes != stored:
+        names = ", ".join(axis.name for axis in stored)
+        what = f"holds another sweep, over other values or settings than these ({names})"
+        raise UserError(f"{going_on}: {what}; leave out --sweep, or name another --out")
+    return stored
 
 
 def _read_config(given: Given, stored: str, num_ranks: int) -> RunConfig:
@@ -157,7 +206,7 @@ def _read_config(given: Given, stored: str, num_ranks: int) -> RunConfig:
 
 
 def _run(config: RunConfig, ranks: Ranks, folder: Path | None, resume: bool, device: str) -> int:
-    """Train; the signal that stopped it, or 0."""
+    """Train; the exit code."""
     for note in cache_notes():
         _say(f"note: {note}")
     with ExitStack() as stack:
@@ -189,12 +238,33 @@ def _train(config: RunConfig, ranks: Ranks, out: Path, resume: bool, device: str
     ranks.agree(lambda: check_records(out, records.fingerprint, resume and ranks.rank == 0))
     with start_world(device, ranks, config.timeout_s) as world:
         report, signal = fit(config, records, world, out, resume=resume, say=_say)
-    if not signal:
-        accuracy = report.test_accuracy_fraction
-        test = "" if accuracy is None else f", test {accuracy:.2%}"
-        speed = f"{report.train_s:.2f} s of training, {report.samples_per_s:,.0f} samples/s"
-        _say(f"{speed}{test}: {out / 'report.json'}")
-    return signal
+    if signal:
+        return 128 + signal
+    accuracy = report.test_accuracy_fraction
+    test = "" if accuracy is None else f", test {accuracy:.2%}"
+    speed = f"{report.train_s:.2f} s of training, {report.samples_per_s:,.0f} samples/s"
+    _say(f"{speed}{test}: {out / 'report.json'}")
+    return 0
+
+
+def _run_sweep(
+    config: RunConfig,
+    axes: tuple[Axis, ...],
+    ranks: Ranks,
+    folder: Path | None,
+    resume: bool,
+    device: str,
+) -> int:
+    """Train the members of a sweep together; the exit code."""
+    for note in cache_notes():
+        _say(f"note: {note}")
+    sweep = Sweep.of(config, axes)
+    with take_folder(folder, check=check_resumable if resume else check_new) as out:
+        if resume:
+            check_goes_on(out, sweep.members)
+        from engine.train.outcome import train_sweep
+
+        return train_sweep(sweep, out, device, ranks, _say)
 
 
 def _say(line: str) -> None:

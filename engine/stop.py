@@ -64,11 +64,12 @@ class StopRequest:
     @contextmanager
     def polled(self) -> Iterator[None]:
         """While this is entered a signal only sets `number`, which the caller looks at."""
+        was_polled = self._is_polled
         self._is_polled = True
         try:
             yield
         finally:
-            self._is_polled = False
+            self._is_polled = was_polled
 
     def _handle(self, number: int, _: Any) -> None:
         now_s = time.monotonic()

@@ -30,6 +30,7 @@ from tests.bench import (
     report,
     sources,
     step,
+    sweep,
     warp,
 )
 from tests.conftest import FAST_PRECISION
@@ -161,6 +162,15 @@ def test_checkpoints(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatc
     checkpoints.bench(tmp_path, rounds=2)
     assert "resuming adds to start-up (s)" in checked(tmp_path / "cpu_checkpoints.json")
     assert [path.name for path in tmp_path.iterdir()] == ["cpu_checkpoints.json"]
+
+
+def test_sweep(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    monkeypatch.setattr(sweep, "NUM", 2)
+    sweep.bench(tmp_path, rounds=1, epochs=1)
+    assert checked(tmp_path / "cpu_sweep.json") == [
+        "2 processes one after another, time over members of one process (x)"
+    ]
 
 
 def test_measuring(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

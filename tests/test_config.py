@@ -178,7 +178,7 @@ def test_flags_are_made_from_the_fields() -> None:
     given = {"amp": "fp16", "batch_size": 8, "step__cuda_graphs": True, "epochs": None}
     wanted = {"step.precision": "fp16", "global_batch": 16, "step.cuda_graphs": True}
     assert flag_settings(given, num_ranks=2) == wanted
-    others = {"amp", "batch_size", "recipe", "config_file", "assignments", "out"}
+    others = {"amp", "batch_size", "recipe", "config_file", "assignments", "sweeps", "out"}
     assert set(options) == others | {"resume", "keep_schedule", "device"}
 
 

@@ -1,5 +1,6 @@
 """What only a GPU can show. Run offline by python3 -m tools.gpu; skipped elsewhere."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,14 @@ from engine.data.records import Records
 from engine.feeds.synthetic import random_batch
 from engine.train import available
 from engine.train import step as step_module
+from engine.train.joint import Joint
+from engine.train.members import Crew
 from engine.train.parallel import NEVER
 from engine.train.precision import fp8_linear
 from engine.train.session import Session, evaluate, open_session
 from engine.train.step import TrainLog
+from engine.train.sweep import Sweep, parse_sweeps
+from engine.train.trainer import fit
 from engine.world import World, cannot_fp8, start_world
 from kernels.bias_pool_relu import bias_pool_relu
 from kernels.conv2_pool_relu import conv2_pool_relu
@@ -112,6 +117,62 @@ def test_other_ways_of_stepping_are_captured_too(
     assert torch.backends.cudnn.benchmark == settings.get("step_cudnn_benchmark", False)
     assert losses(graph) == pytest.approx(wanted, rel=5e-3)
     graph.close()
+
+
+@pytest.mark.parametrize("num_steps", [1, 3])
+def test_members_of_one_graph_train_as_graphs_of_their_own(
+    num_steps: int, small: Records, gpu_world: World, tmp_path: Path
+) -> None:
+    """Branches of two orders, two each; the graph is one, and so is a batch of each order."""
+    settings = {
+        "optim.learning_rate": 2e-3,
+        "global_batch": BATCH,
+        "epochs": 2,
+        "step.cuda_graphs": True,
+        "step.steps_per_launch": num_steps,
+    }
+    config = override(RunConfig(), settings, "test")
+    axes = parse_sweeps(["seed=1,2", "optim.weight_decay=0.01,0.1"])
+    crew = Crew(Sweep.of(config, axes), small, gpu_world, tmp_path / "sweep", print)
+    for member in crew.sweep.members:
+        (crew.out / member.folder).mkdir(parents=True)
+    crew.train()
+    assert crew.launches == "one graph of 4 branches"
+    found = []
+    for member in crew.sweep.members:
+        alone = tmp_path / member.folder
+        alone.mkdir()
+        fit(member.config, small, gpu_world, alone, resume=False, say=print)
+        lines = [_epochs(run) for run in (crew.out / member.folder, alone)]
+        assert lines[0] == pytest.approx(lines[1], rel=1e-3)
+        found.append(lines[0])
+    assert found[0] != found[2], "two seeds"
+    assert found[0][-1] < 0.8 * found[0][0], "the loss must fall, or equality shows nothing"
+
+
+def _epochs(run: Path) -> list[float]:
+    """The training loss of each epoch."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["train_loss"] for line in lines]
+
+
+def test_members_go_on_with_graphs_of_their_own_where_one_cannot_be_captured(
+    small: Records, gpu_world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(joint: Joint, sizes: list[int]) -> None:
+        raise RuntimeError("this driver forks no graphs")
+
+    monkeypatch.setattr(Joint, "_capture", refuse)
+    settings = {"global_batch": BATCH, "epochs": 1, "step.cuda_graphs": True}
+    sweep = Sweep.of(override(RunConfig(), settings, "test"), parse_sweeps(["seed=1,2"]))
+    said: list[str] = []
+    crew = Crew(sweep, small, gpu_world, tmp_path, said.append)
+    for member in sweep.members:
+        (tmp_path / member.folder).mkdir()
+    crew.train()
+    assert crew.launches == "a graph a member, on streams of their own"
+    assert any("this driver forks no graphs; each has its own" in line for line in said)
+    assert all((tmp_path / m.folder / "model.safetensors").exists() for m in sweep.members)
 
 
 def test_augmented_images_are_handed_to_the_graph(small: Records, gpu_world: World) -> None:

@@ -284,8 +284,8 @@ def test_too_many_skipped_steps_in_a_row_end_the_run(
         effective, notes = keep(config, records, world)
         return override(effective, {"step.precision": "fp16"}, "test"), notes
 
-    def spoiled(config: RunConfig, records: Records, world: World) -> Session:
-        opened = open_session(config, records, world)
+    def spoiled(*given: Any) -> Session:
+        opened = open_session(*given)
         spoil(opened.step, bad)
         return opened
 

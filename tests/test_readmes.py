@@ -17,6 +17,7 @@ from engine.config import RunConfig, override
 from engine.config_text import parse_assignments
 from engine.flags import flag_settings
 from engine.host import ROOT
+from engine.train.sweep import Sweep, parse_sweeps
 from tests.test_house import FLOORS
 
 FOLDERS = ("engine", "kernels", "tools")
@@ -201,9 +202,11 @@ def check_options(module: str, words: list[str]) -> None:
     if module == "engine.run":
         options = dict(context.params)
         given = parse_assignments(options.pop("assignments"))
+        axes = parse_sweeps(options.pop("sweeps"))
         own = ("config_file", "recipe", "out", "resume", "keep_schedule", "device")
         flags = {name: value for name, value in options.items() if name not in own}
-        override(override(RunConfig(), given, "--set"), flag_settings(flags, 1), "flags")
+        config = override(override(RunConfig(), given, "--set"), flag_settings(flags, 1), "flags")
+        Sweep.of(config, axes)
 
 
 def test_every_command_in_a_block_is_one_that_its_command_takes() -> None:

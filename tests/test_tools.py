@@ -110,6 +110,16 @@ def test_the_gpu_round_runs_dry(command: Command, tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) <= 8
 
 
+@pytest.mark.slow
+def test_the_members_part_of_the_gpu_round_runs_dry(command: Command, tmp_path: Path) -> None:
+    words = ("python", "-m", "tools.gpu", "--device", "cpu", "--quick", "--out", tmp_path)
+    done = command(*words, "--part", "members")
+    assert done.returncode == 0, done.stderr + done.stdout
+    rows = read_result(tmp_path / "gpu_members.json").rows
+    assert [row.unit for row in rows] == ["samples/s", "samples/s", "x"]
+    assert rows[2].name == "2 together over one" and all(row.value > 0 for row in rows)
+
+
 def test_each_cell_of_the_ladder_is_in_one_part_and_the_wanted_ones_in_the_first() -> None:
     cells = read_cells([LADDER])[1]
     names = [part.name for part in parts.PARTS]

@@ -3,9 +3,9 @@
 Its parts (tools/measure/parts.py) run one after the other, what is wanted most first, each in a
 process of its own: one that crashes, hangs or breaks the GPU's context takes nothing with it. OUT
 gets the ladder of the step as profile.json (for `tools/profile report OUT`), gpu_training.json,
-gpu_kernels.json, gpu_feeds.json, tests.txt, verify.txt, what the parts printed (log.txt), and all
-tables with what became of each part (summary.md), all written as they come. What an earlier round
-left in OUT stays until it is measured again.
+gpu_kernels.json, gpu_members.json, gpu_feeds.json, tests.txt, verify.txt, what the parts printed
+(log.txt), and all tables with what became of each part (summary.md), all written as they come. What
+an earlier round left in OUT stays until it is measured again.
 
 Needs no DALI, no CSV and no git: --npz trains straight from an archive of names (F,) and images
 (F, K, H, W).
@@ -47,7 +47,7 @@ LEAST_S = 5.0
 OUT_OF_TIME = "not started: out of time"
 FIRST_CHARACTER = 33
 """images[:, 0] of the archive is '!'."""
-RESULTS = ("gpu_training.json", "gpu_kernels.json", "gpu_feeds.json")
+RESULTS = ("gpu_training.json", "gpu_kernels.json", "gpu_members.json", "gpu_feeds.json")
 COLUMNS = ("name", "num", RATE, f"{RATE}_low95", f"{RATE}_high95", "steps_per_launch", "power_w",
            "energy_j_per_ksample", "roofline_fraction")  # fmt: skip
 _PROCESSES = multiprocessing.get_context("fork")

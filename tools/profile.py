@@ -129,12 +129,19 @@ def compare(a: Path, b: Path, out: Path | None) -> None:
 @click.argument("folder", metavar="DIR", type=PATH)
 @click.option("--out", type=PATH, help="Folder for report.html, .md and figures.  [default: DIR]")
 def report(folder: Path, out: Path | None) -> None:
-    """Write what DIR's profile.json holds as a page with charts, as pictures, and as tables."""
-    with exit_on_user_error():
-        from tools.report.page import write_report
+    """Write what DIR's profile.json holds as a page with charts, as pictures, and as tables.
 
+    Of a sweep's folder: its members and their vote, as a picture and a table.
+    """
+    with exit_on_user_error():
+        from engine.train.sweep import RESULT
+        from tools.report.page import write_report
+        from tools.report.sweep import write_sweep_report
+
+        is_sweep = (folder / RESULT).exists() and not (folder / "profile.json").exists()
+        write = write_sweep_report if is_sweep else write_report
         with take_folder(out or folder) as place:
-            click.echo(f"report: {write_report(folder, place)}")
+            click.echo(f"report: {write(folder, place)}")
 
 
 @main.command()

@@ -79,6 +79,7 @@ class LoaderFeed:
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             pin_memory=device.type == "cuda",
+            generator=torch.Generator(),  # it draws one number, not one of the network's
         )
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:

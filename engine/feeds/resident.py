@@ -10,6 +10,7 @@ P = H W pixels.
 """
 
 from collections.abc import Iterator
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -22,6 +23,31 @@ from engine.order import Order
 
 IDS_PER_BLOCK = 65_536
 """Ids are drawn in blocks: each of the bijection's array operations costs microseconds to start."""
+
+
+class Pixels:
+    """A split's images and labels on a device: one copy for all that gather from it meanwhile."""
+
+    def __init__(self, split: Split, device: torch.device) -> None:
+        num, height, width = split.image_NHW.shape
+        self.split = split
+        """Kept as long as this, so that no other split gets its id."""
+        self.image_NP = torch.from_numpy(split.image_NHW).view(num, height * width).to(device)
+        self.label_N = torch.from_numpy(split.label_N).to(device)
+
+    @staticmethod
+    def of(split: Split, device: torch.device) -> "Pixels":
+        """Those in use, else new ones; nobody writes to them."""
+        key = (id(split), str(device))
+        found = _IN_USE.get(key)
+        if found is None:
+            found = Pixels(split, device)
+            _IN_USE[key] = found
+        return found
+
+
+_IN_USE: WeakValueDictionary[tuple[int, str], Pixels] = WeakValueDictionary()
+"""By split and device; a copy goes with the last feed that reads from it."""
 
 
 class Gather:
@@ -41,11 +67,11 @@ class Gather:
                 slows the other.
             fused: names of kernels; with gather_warp, it gathers and warps.
         """
-        num, height, width = split.image_NHW.shape
         self._fused = "gather_warp" in fused
         self._one_thread = one_thread
-        self._image_NP = torch.from_numpy(split.image_NHW).view(num, height * width).to(device)
-        self._label_N = torch.from_numpy(split.label_N).to(device)
+        self._pixels_in_use = Pixels.of(split, device)
+        self._image_NP = self._pixels_in_use.image_NP
+        self._label_N = self._pixels_in_use.label_N
         self._only_step = torch.zeros(1, dtype=torch.int64, device=device)
 
     def __call__(

@@ -12,10 +12,21 @@ The contract (PyTorch's CUDA notes, "CUDA Graphs"; NVIDIA's guide to CUDA graphs
 """
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 
 from engine.feeds.batch import Batch
+
+
+class Replay(Protocol):
+    """What stands for device work that was captured."""
+
+    def __call__(self) -> None:
+        """Let the device do it."""
+
+    def reset(self) -> None:
+        """Give its memory back; it cannot be called any more."""
 
 
 class Graph:

@@ -19,6 +19,8 @@ from engine.train.schedule import Timing
 from engine.typed import typed
 
 CONFIG = "config.toml"
+SWEEP = "sweep.toml"
+"""Of a folder whose folders are runs (train/sweep.py)."""
 CHECKPOINTS = "checkpoints"
 PREEMPTED = "preempted"
 """A file that says by which signal a run was stopped; the next start removes it."""
@@ -121,23 +123,30 @@ def holds_run(out: Path) -> bool:
     return (out / CONFIG).is_file()
 
 
+def holds_sweep(out: Path) -> bool:
+    """Whether a sweep was started in `out`."""
+    return (out / SWEEP).is_file()
+
+
 def check_new(out: Path) -> None:
-    """UserError if a new run may not write to `out`; the caller holds its lock."""
-    remove_leftovers(out / CONFIG)  # of a start that was killed before it was a run
+    """UserError if a new run or sweep may not write to `out`; the caller holds its lock."""
+    for name in (CONFIG, SWEEP):
+        remove_leftovers(out / name)  # of a start that was killed before it was one
     if is_empty(out):
         return
-    if holds_run(out):
-        remedy = f"name another --out, or go on with --resume {out}"
-        raise UserError(f"{out}: is not empty, it holds a run; {remedy}")
+    for kind, holds in (("run", holds_run), ("sweep", holds_sweep)):
+        if holds(out):
+            remedy = f"name another --out, or go on with --resume {out}"
+            raise UserError(f"{out}: is not empty, it holds a {kind}; {remedy}")
     raise UserError(f"{out}: is not empty, and holds no run to resume; name another --out")
 
 
 def check_resumable(run: Path) -> None:
-    """UserError if `run` is no folder of a run that can go on."""
+    """UserError if `run` is no folder of a run, or of a sweep, that can go on."""
     remedy = "give --resume the folder of an earlier run"
     if not run.is_dir():
         raise UserError(f"{run}: no such folder; {remedy}")
-    if not holds_run(run):
+    if not holds_run(run) and not holds_sweep(run):
         raise UserError(f"{run}: holds no {CONFIG}, so it is no run's folder; {remedy}")
 
 

@@ -20,10 +20,11 @@ from engine.data.sample import ensure_sample
 from engine.errors import UserError
 from engine.feeds.batch import Feed, Source
 from engine.feeds.build import gathers, make_feed, make_order, open_for
+from engine.feeds.shared import SharedFeeds
 from engine.feeds.synthetic import random_batch
 from engine.models import make_model, network_class
 from engine.models.network import check_image_size
-from engine.order import Order, Strata, permute, round_keys
+from engine.order import Order, permute, round_keys
 from engine.report import Environment, NetworkFacts, RankBytes, environment
 from engine.train.available import effective_config
 from engine.train.backends import backends_kept
@@ -94,9 +95,14 @@ def open_run_records(config: RunConfig, num_ranks: int) -> Records:
         UserError: they cannot be opened, or the batch does not fit them.
     """
     records = open_for(config.data, config.data.path or ensure_sample())
-    for batch in planned_batches(config):
-        check_batch(replace(config, global_batch=batch), records, num_ranks)
+    check_batches(config, records, num_ranks)
     return records
+
+
+def check_batches(config: RunConfig, records: Records, world_size: int) -> None:
+    """Refuse records too small to train on with any batch of the run, as `check_batch` does."""
+    for batch in planned_batches(config):
+        check_batch(replace(config, global_batch=batch), records, world_size)
 
 
 def check_batch(config: RunConfig, records: Records, world_size: int) -> None:
@@ -128,11 +134,15 @@ def check_batch(config: RunConfig, records: Records, world_size: int) -> None:
         )
 
 
-def open_session(config: RunConfig, records: Records, world: World) -> Session:
+def open_session(
+    config: RunConfig, records: Records, world: World, shared: SharedFeeds | None = None
+) -> Session:
     """Build model, step and feed, and warm up (and capture) before a feed starts threads.
 
     The caller runs inside world.on_stream() and closes the session.
 
+    Args:
+        shared: makes the feed that batches are handed over by, perhaps one for several sessions.
     Raises:
         UserError: the batch cannot be divided or is larger than the split.
     """
@@ -159,7 +169,8 @@ def open_session(config: RunConfig, records: Records, world: World) -> Session:
         if why := step.capture_failure:
             notes.append(f"CUDA graphs are not used: {why}; the same step runs eagerly")
             effective = replace(effective, step=replace(effective.step, cuda_graphs=False))
-        feed = source or make_feed(effective, train, order, len(records.classes), world.device)
+        make = shared.make if shared else make_feed
+        feed = source or make(effective, train, order, len(records.classes), world.device)
         world.ledger.mark("feed")
         cleanup = stack.pop_all()
     facts = environment(

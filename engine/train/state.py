@@ -20,6 +20,31 @@ from engine.train.parallel import own_part, whole
 Tensors = dict[str, torch.Tensor]
 
 
+@dataclass(frozen=True, eq=False)
+class RandomState:
+    """torch's random numbers of the whole process, at a moment."""
+
+    cpu: torch.Tensor
+    gpu: torch.Tensor | None
+    """Of the current device; None where none is in use."""
+
+    @staticmethod
+    def now() -> "RandomState":
+        gpu = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+        return RandomState(torch.get_rng_state(), gpu)
+
+    def put_back(self) -> None:
+        torch.set_rng_state(self.cpu)
+        if self.gpu is not None:
+            torch.cuda.set_rng_state(self.gpu)
+
+    def is_now(self) -> bool:
+        """Whether none were drawn since."""
+        now = RandomState.now()
+        pairs = ((self.cpu, now.cpu), (self.gpu, now.gpu))
+        return all(a is b or (a is not None and b is not None and a.equal(b)) for a, b in pairs)
+
+
 @dataclass(frozen=True)
 class TrainState:
     """What a training step changes and the next one needs."""
@@ -102,8 +127,7 @@ class TrainState:
         before |= self.optimizer_tensors() | self.counters
         saved = {name: own_part(tensor).detach().clone() for name, tensor in before.items()}
         scaler_state = self.scaler.state_dict()
-        cpu_rng = torch.get_rng_state()
-        cuda_rng = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+        random = RandomState.now()
         try:
             yield
         finally:
@@ -115,9 +139,7 @@ class TrainState:
                         own_part(tensor).zero_()
             self.written()
             self.scaler.load_state_dict(scaler_state)
-            torch.set_rng_state(cpu_rng)
-            if cuda_rng is not None:
-                torch.cuda.set_rng_state(cuda_rng)
+            random.put_back()
 
 
 def _num_bytes(tensors: Iterable[torch.Tensor]) -> int:

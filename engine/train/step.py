@@ -26,19 +26,20 @@ from torch.nn import functional
 from engine.config import RunConfig
 from engine.errors import UserError, first_cause, sentence
 from engine.feeds.batch import Batch, Feed, Source
+from engine.feeds.shared import GatheredOnce
 from engine.heart import EVALUATING, TRAINING, WAITING
 from engine.meters import span
 from engine.models import Network
 from engine.order import PADDING_ID, Order, round_keys
 from engine.train.backends import check_fp32_precision, compile_arguments, use_backends
 from engine.train.canonical import Shards
-from engine.train.capture import Graph, check_like
+from engine.train.capture import Graph, Replay, check_like
 from engine.train.flat import FlatAdamW, why_not_rounded
 from engine.train.objective import Objective
 from engine.train.optim import lr_table, make_optimizer
 from engine.train.parallel import apart, let_go, recover, replicated, shard, whole
 from engine.train.precision import use_fp8
-from engine.train.state import Tensors, TrainState
+from engine.train.state import RandomState, Tensors, TrainState
 from engine.train.statistics import Statistics
 from engine.world import World
 
@@ -162,7 +163,9 @@ class TrainStep:
         self._host_step = self._in_epoch = self._read_from = 0
         self.num_skipped_in_a_row = 0
         """The last steps before the last reading, if fp16 skipped them."""
-        self._graphs: dict[int | str, Graph] = {}
+        self.draws_random = False
+        """Whether warm-up drew from torch's random numbers, which a process has once."""
+        self._graphs: dict[int | str, Replay] = {}
         self._keep_on_device()
         self._make_optimizer()
         num_shards = config.step.canonical
@@ -264,12 +267,14 @@ class TrainStep:
         """
         if self._source:
             self._source.load_epoch(0)
+        random = RandomState.now()
         with self.state.kept():
             for _ in range(DDP_WARMUP_STEPS if self._net is not self.objective else WARMUP_STEPS):
                 self._run(self._slots(1), 1)
                 self._evaluate(self._slots(1))
             if self.steps_per_launch > 1:
                 self._run(self._static, self.steps_per_launch)
+            self.draws_random = not random.is_now()
             if self._config.step.cuda_graphs:
                 self._world.ledger.mark("model and optimiser")
                 self._capture()
@@ -287,13 +292,35 @@ class TrainStep:
         works["evaluation"] = partial(self._evaluate, self._slots(1))
         try:
             for name, work in works.items():
-                self._graphs[name] = Graph(work, pool)
-                pool = self._graphs[name].pool
+                graph = Graph(work, pool)
+                self._graphs[name] = graph
+                pool = graph.pool
         except Exception as error:  # any: the run can go on without graphs, then on all ranks
             failure = sentence(first_cause(error))
         self.capture_failure = self._world.first_reason(failure)
         if self.capture_failure and self._is_sharded:
             recover(self.objective)
+
+    @property
+    def gathers(self) -> bool:
+        """Whether launches gather their batches themselves."""
+        return self._source is not None
+
+    def gathered(self, num_steps: int) -> GatheredOnce:
+        """What a launch of this step gathers, for others of the same order, too."""
+        assert self._source is not None
+        return GatheredOnce(self._source, self._slots(num_steps))
+
+    def work(self, num_steps: int, gathered: GatheredOnce) -> None:
+        """A launch's device work, as a part of a larger one (train/joint.py)."""
+        self._run(gathered.batch, num_steps, gathered)
+
+    def join(self, launches: dict[int, Replay]) -> None:
+        """Let these, by their number of steps, stand for launches of its own."""
+        for num_steps, launch in launches.items():
+            if graph := self._graphs.get(num_steps):
+                graph.reset()
+            self._graphs[num_steps] = launch
 
     def train_epoch(self, feed: Feed, epoch: int, first_step: int = 0) -> Iterator[Launch]:
         """Train an epoch from `first_step` on, a launch at each iteration.
@@ -450,14 +477,19 @@ class TrainStep:
         self._host_step += num_steps
         self._in_epoch += num_steps
 
-    def _run(self, batch: Batch, num_steps: int) -> None:
-        """`num_steps` optimiser steps: device work only, so that it may be captured."""
+    def _run(
+        self, batch: Batch, num_steps: int, source: Source | GatheredOnce | None = None
+    ) -> None:
+        """`num_steps` optimiser steps: device work only, so that it may be captured.
+
+        `source`: fills `batch`; None: this step's own, if it has one.
+        """
         check_fp32_precision(self._config.step.precision)
         index_2K = torch.minimum(self.counter_21 + self._offset_K[:num_steps], self._last_21)
         torch.index_select(self._rate_table, 0, index_2K[0], out=self._rate_K[:num_steps])
-        if self._source:
+        if source := source or self._source:
             with span("copy"):
-                self._source.gather(index_2K[1], batch)
+                source.gather(index_2K[1], batch)
         self._log_5K.zero_()
         size = self._order.rank_batch
         for k in range(num_steps):

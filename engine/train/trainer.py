@@ -10,7 +10,7 @@ import math
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import (
     AbstractContextManager,
     ExitStack,
@@ -21,7 +21,7 @@ from contextlib import (
 from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -31,6 +31,7 @@ from engine.data.records import Records
 from engine.durable import take_folder
 from engine.errors import UserError
 from engine.feeds.batch import Batch
+from engine.feeds.shared import SharedFeeds
 from engine.report import RunReport
 from engine.stop import STOP
 from engine.train import idlog
@@ -74,6 +75,25 @@ NUM_CHECKPOINTS_AT_ONCE = 4
 CHANCE = 1.5
 """Times the share of one class, of equal ones: what accuracy is no better than guessing."""
 Say = Callable[[str], None]
+T = TypeVar("T")
+Done = tuple[RunReport, int]
+"""The report, and the signal that stopped the run, 0 if it is finished."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A training to be done."""
+
+    config: RunConfig
+    records: Records
+    world: World
+    out: Path
+    resume: bool
+    say: Say
+    shared: SharedFeeds | None = None
+    """Of the trainings that take turns in this process."""
+    is_alone: bool = True
+    """False: others train in this process, too, and no bar is shown."""
 
 
 def check_run(config: RunConfig, device_name: str) -> None:
@@ -88,7 +108,7 @@ def check_run(config: RunConfig, device_name: str) -> None:
 
 def fit(
     config: RunConfig, records: Records, world: World, out: Path, *, resume: bool, say: Say
-) -> tuple[RunReport, int]:
+) -> Done:
     """Open a session of `config`, train it as `Trainer.fit` does, and close it.
 
     Where a run goes on with another global batch in the middle of an epoch, that epoch is finished
@@ -97,60 +117,85 @@ def fit(
     Returns:
         The report, and the signal that stopped the run, 0 if it is finished.
     """
-    with _saying_what_is_compiled(config, world, say):
-        if config.optim.batch_schedule != "fixed":
-            return _fit_parts(config, records, world, out, resume, say)
-        return _fit_whole(config, records, world, out, resume, say)
+    job = Job(config=config, records=records, world=world, out=out, resume=resume, say=say)
+    return to_the_end(launches(job))
 
 
-def _saying_what_is_compiled(
-    config: RunConfig, world: World, say: Say
-) -> AbstractContextManager[None]:
-    is_used = config.kernels or config.augment.is_on
-    if not is_used or not fused_on_cpu(world.device):
+def to_the_end(work: Generator[Any, None, T]) -> T:
+    """What a generator returns in the end."""
+    with closing(work):
+        while True:
+            try:
+                next(work)
+            except StopIteration as end:
+                result: T = end.value
+                return result
+
+
+def launches(job: Job) -> Generator["Trainer", None, Done]:
+    """`fit`, a launch at a time, so that several trainings can take turns.
+
+    Yields the trainer in charge as `Trainer.launches` does. Whatever is the whole process's (random
+    numbers, switches of torch's libraries, the current stream) is the caller's to keep meanwhile.
+    """
+    with _saying_what_is_compiled(job):
+        if job.config.optim.batch_schedule != "fixed":
+            return (yield from _launch_parts(job))
+        return (yield from _launch_whole(job))
+
+
+def _saying_what_is_compiled(job: Job) -> AbstractContextManager[None]:
+    is_used = job.config.kernels or job.config.augment.is_on
+    if not is_used or not fused_on_cpu(job.world.device):
         return nullcontext()
     from kernels.cpu import before_compiling
 
     return before_compiling(
-        lambda: say("note: functions are compiled for this CPU, which is done once: some 10 s")
+        lambda: job.say("note: functions are compiled for this CPU, which is done once: some 10 s")
     )
 
 
-def _fit_whole(
-    config: RunConfig, records: Records, world: World, out: Path, resume: bool, say: Say
-) -> tuple[RunReport, int]:
+def _launch_whole(job: Job) -> Generator["Trainer", None, Done]:
     """Train in one session; after what was left of an epoch of another batch."""
+    world, say = job.world, job.say
 
-    def part(config: RunConfig, resume: bool, last_epoch: int) -> tuple[RunReport, int]:
-        with world.on_stream(), closing(open_session(config, records, world)) as session:
-            trainer = Trainer(session, out, say)
-            return trainer.fit(resume, last_epoch), trainer.stopped_by
+    def part(config: RunConfig, resume: bool, last_epoch: int) -> Generator["Trainer", None, Done]:
+        with (
+            world.on_stream(),
+            closing(open_session(config, job.records, world, job.shared)) as session,
+        ):
+            trainer = Trainer(session, job.out, say, is_alone=job.is_alone)
+            report = yield from trainer.launches(resume, last_epoch)
+            return report, trainer.stopped_by
 
-    batch, epoch = (int(n) for n in world.most(list(_unfinished(config, out, resume, world))))
+    unfinished = _unfinished(job.config, job.out, job.resume, world)
+    batch, epoch = (int(n) for n in world.most(list(unfinished)))
     if batch:
         say(f"note: epoch {epoch + 1} is finished with its global batch of {batch} first")
-        report, signal = part(replace(config, global_batch=batch), True, epoch + 1)
+        config = replace(job.config, global_batch=batch)
+        report, signal = yield from part(config, True, epoch + 1)
         if signal:
             return report, signal
-    return part(config, resume, config.epochs)
+    return (yield from part(job.config, job.resume, job.config.epochs))
 
 
-def _fit_parts(
-    config: RunConfig, records: Records, world: World, out: Path, resume: bool, say: Say
-) -> tuple[RunReport, int]:
+def _launch_parts(job: Job) -> Generator["Trainer", None, Done]:
     """Train part after part, each in a session of its own, as the batch's schedule has it."""
-    position = stored_position(out, resume, world)
+    config, world = job.config, job.world
+    position = stored_position(job.out, job.resume, world)
     handed: Handover | None = None
     while True:
         batch, timings = position.global_batch or planned_batches(config)[0], position.timings
         with world.on_stream():
             if config.optim.batch_schedule == "noise":
-                timings = with_timings(config, batch, timings, records, world)
-                say(f"steps timed: {timings_text(timings)}")
+                timings = with_timings(config, batch, timings, job.records, world)
+                job.say(f"steps timed: {timings_text(timings)}")
             part = part_config(config, batch)
-            with closing(open_session(part, records, world)) as session:
-                trainer = Trainer(session, out, say, config, timings, handed)
-                report = trainer.fit(resume and handed is None)
+            with closing(open_session(part, job.records, world, job.shared)) as session:
+                trainer = Trainer(
+                    session, job.out, job.say, config, timings, handed, is_alone=job.is_alone
+                )
+                report = yield from trainer.launches(job.resume and handed is None)
                 if not trainer.hands_over:
                     return report, trainer.stopped_by
                 handed = trainer.handover(report)
@@ -181,6 +226,8 @@ class Trainer:
     """Of the batches that may come next."""
     handed: Handover | None = None
     """What an earlier part of this run left; None: it starts, or goes on from a checkpoint."""
+    is_alone: bool = True
+    """False: others train in this process, too, and no bar is shown."""
     stopped_by: int = 0
     """The signal that all ranks stop by."""
 
@@ -238,6 +285,15 @@ class Trainer:
         Raises:
             UserError: no checkpoint can be read, a number is not finite, or the disk is full.
         """
+        return to_the_end(self.launches(resume, last_epoch))
+
+    def launches(
+        self, resume: bool, last_epoch: int | None = None
+    ) -> Generator["Trainer", None, RunReport]:
+        """As `fit`; yields before the first launch, and at each before anything reads its results.
+
+        A launch that several trainers have together is over when the last of them has come to it.
+        """
         self._say_notes()
         if self.handed:
             self._take_over(self.handed)
@@ -250,7 +306,8 @@ class Trainer:
         energy_j = self.nvml.energy_j()
         try:
             with STOP.polled():
-                self._train(min(last_epoch or self.config.epochs, self.config.epochs))
+                yield self
+                yield from self._train(min(last_epoch or self.config.epochs, self.config.epochs))
                 used_j = self._with_earlier(self.nvml.energy_since(energy_j))
                 self._wait_for_disk()
                 if self.hands_over:
@@ -314,9 +371,9 @@ class Trainer:
         """Where the training ends: the target may be reached before the last one."""
         return self.position.epoch if self.position.time_to_target_s else self.config.epochs
 
-    def _train(self, last_epoch: int) -> None:
+    def _train(self, last_epoch: int) -> Generator["Trainer", None, None]:
         while self.position.epoch < min(last_epoch, self._last_epoch()):
-            self._train_epoch()
+            yield from self._train_epoch()
             if self.position.step < self.steps_per_epoch:
                 return  # stopped, or at its target
             self._end_epoch()
@@ -324,16 +381,18 @@ class Trainer:
             if self.stopped_by or self.hands_over:
                 return
 
-    def _train_epoch(self) -> None:
+    def _train_epoch(self) -> Generator["Trainer", None, None]:
         """Train what is left of an epoch, on the clock."""
         epoch, first_step = self.position.epoch, self.position.step
         before = epoch * self.steps_per_epoch
         self.world.synchronize()
         self.watch.start()
         title = f"epoch {epoch + 1}"
-        with progress_bar(title, self.steps_per_epoch, enabled=self.world.is_first) as show:
+        is_shown = self.world.is_first and self.is_alone
+        with progress_bar(title, self.steps_per_epoch, enabled=is_shown) as show:
             done = first_step
             for launch in self.step.train_epoch(self.session.feed, epoch, first_step):
+                yield self
                 self.progress.wait_s += launch.wait_s
                 if self.log_ids:
                     path = idlog.path_of(self.out, self.world, epoch, first_step)

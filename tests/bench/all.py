@@ -23,6 +23,7 @@ from tests.bench import (
     report,
     sources,
     step,
+    sweep,
     warp,
 )
 
@@ -47,6 +48,7 @@ def main(data: Path | None, out: Path) -> None:
     fsdp.bench(out, rounds=3, num_steps=24)
     measuring.bench(out, rounds=9, num_steps=60)
     checkpoints.bench(out, rounds=15)
+    sweep.bench(out, rounds=3)
     report.bench(out, rounds=5)
     fp8.bench(out, None, pairs=5)
     if data:

@@ -22,8 +22,10 @@ from engine.data.records import Records
 from engine.errors import first_cause, sentence
 from engine.feeds.batch import Feed
 from engine.host import ROOT
-from engine.report import Environment, RunReport, environment
+from engine.report import Environment, RunReport, environment, read_report
+from engine.train.members import Crew
 from engine.train.session import open_session
+from engine.train.sweep import Axis, Sweep
 from engine.train.trainer import fit
 from engine.world import World, start_world
 from tools.measure.cell import timed
@@ -54,6 +56,9 @@ LARGE: Settings = {"global_batch": 8192, "optim.learning_rate": 0.04, "epochs": 
 Of the rates 0.02, 0.04 and 0.08 the best on two cores: 88.12 %, against 88.7 % at 512.
 """
 
+NUM_MEMBERS = 8
+MEMBERS: Settings = {"global_batch": 256, "epochs": 12}
+"""Small steps, which leave most of a GPU idle: eight shall be 4 times as fast as one."""
 RECORD: Settings = recipe_settings("fast", "tools.gpu") | {
     "global_batch": 512,
     "optim.learning_rate": 0.012,
@@ -222,6 +227,36 @@ def _fit(shared: Round, world: World, settings: Settings) -> RunReport:
         return fit(config, shared.records, world, Path(folder), resume=False, say=click.echo)[0]
 
 
+def train_members(shared: Round) -> list[str]:
+    """One network alone, then eight in one process: samples/s of all together."""
+    settings, most = FAST | MEMBERS, NUM_MEMBERS
+    if shared.quick:
+        settings, most = settings | {"epochs": 1, "global_batch": 512}, 2
+    config = override(RunConfig(), settings, "tools.gpu")
+    found = {}
+    with shared.world() as world:
+        size = f"{len(shared.records.split('train')):,} images"
+        title = f"Members of a sweep, batch {config.global_batch}, {size}"
+        sheet = Sheet(shared, "gpu_members", title, facts_of(world))
+        for num in (1, most):
+            sweep = Sweep.of(config, (Axis("seed", tuple(range(1, num + 1))),))
+            with tempfile.TemporaryDirectory() as folder:
+                found[num], launches = _train_sweep(sweep, shared.records, world, Path(folder))
+            sheet.add(row(f"{num} together, {launches}", [found[num]], "samples/s"))
+        sheet.add(row(f"{most} together over one", [found[most] / found[1]], "x"))
+    return []
+
+
+def _train_sweep(sweep: Sweep, records: Records, world: World, out: Path) -> tuple[float, str]:
+    """samples/s of all members, whose clocks run at the same time; how they were launched."""
+    crew = Crew(sweep, records, world, out, click.echo)
+    for member in sweep.members:
+        (out / member.folder).mkdir()
+    crew.train()
+    reports = [read_report(out / member.folder) for member in sweep.members]
+    return sum(report.samples_per_s for report in reports), crew.launches
+
+
 def bench_kernels(shared: Round) -> list[str]:
     """Each Triton kernel against PyTorch's operations; if one fails, the others still run."""
     failures = []
@@ -323,6 +358,7 @@ PARTS = (
     _cells("all_kernels", 120),
     _cells("conv2_pool_relu", 60),
     Part("kernels", bench_kernels, 120),
+    Part("members", train_members, 90),
     Part("feeds", measure_feeds, 60),
     Part("tests", run_tests, 170),
     Part("verify", verify, 170),

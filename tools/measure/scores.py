@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from engine.train.vote import best_temperature as temperature_of
 from tools.measure.merges import (
     MEASURED,
     confused_pairs,
@@ -27,11 +28,7 @@ from tools.measure.merges import (
 NUM_BINS = 15
 """Of equal width, as in Guo, Pleiss, Sun and Weinberger, 2017 (arXiv:1706.04599), who made the
 expected calibration error and temperature scaling common for networks."""
-TEMPERATURES = (0.05, 20.0)
-"""The search ends there: the answers of a network that is never wrong want a temperature of 0."""
 MOST_CONFUSIONS = 20
-NUM_HALVINGS = 40
-"""Of log(400), the range above: what is left is far below what a float holds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,22 +193,8 @@ def calibration_error(answers: Answers) -> float:
 
 
 def best_temperature(answers: Answers) -> float:
-    """The temperature of the least loss, within TEMPERATURES.
-
-    The loss is convex in 1 / temperature; its slope there, mean logit under the softmax less that
-    of the label, is halved in on.
-    """
-    low, high = (float(np.log(end)) for end in TEMPERATURES)
-    label_logit_N = answers.logits_NK.gather(1, answers.label_N[:, None])[:, 0]
-    for _ in range(NUM_HALVINGS):
-        middle = (low + high) / 2
-        probability_NK = (answers.logits_NK / np.exp(middle)).softmax(1)
-        expected_N = (probability_NK * answers.logits_NK).sum(1)
-        if float((expected_N - label_logit_N).mean()) > 0:  # less sure, so hotter, is better
-            low = middle
-        else:
-            high = middle
-    return float(np.exp((low + high) / 2))
+    """The temperature of the least loss, within limits."""
+    return temperature_of(answers.logits_NK, answers.label_N)
 
 
 def class_scores(
