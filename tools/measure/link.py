@@ -1,0 +1,142 @@
+"""What a link carries: collectives between all ranks, over their bytes.
+
+    torchrun --nnodes 2 ... -m tools.measure.link LINK.json
+
+On every node; the first writes LINK.json, which `tools/profile plan --fit` reads. `plan` starts it
+by itself for the ranks of one machine. Each time is the median of some, each of them that of the
+slowest rank. Larger tensors are left out once one takes long. What is made of the times: fit.py.
+
+    R ranks
+"""
+
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import median
+
+import click
+import torch
+import torch.distributed as dist
+
+from engine import meters
+from engine.durable import writing
+from engine.errors import UserError, exit_on_user_error
+from engine.host import end_rank, env_num_machines, prepare_process
+from engine.paths import PATH
+from engine.ranks import join_ranks
+from engine.report import environment, write_json
+from engine.world import World, start_world
+from tools.measure.fit import KINDS, Kind, Link, Point, fitted_link, read_link
+from tools.measure.runner import module_on_ranks, run_command
+from tools.report.outputs import check_file
+
+SIZES_BYTES = tuple(4**n * 2**10 for n in range(1, 9))
+"""4 KiB to 64 MiB."""
+NUM_TIMED = 9
+LONGEST_S = 0.5
+"""A size that takes longer is the last that is tried."""
+LIMIT_S = 300.0
+
+
+@click.command()
+@click.argument("out", metavar="LINK", type=PATH)
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default=None)
+@click.option("--bytes", "sizes_bytes", multiple=True, type=click.IntRange(4), help="Of a tensor.")
+def main(out: Path, device: str | None, sizes_bytes: tuple[int, ...]) -> None:
+    """Measure all-reduces, all-gathers and reduce-scatters of all ranks, and write LINK."""
+    with exit_on_user_error(end_rank):
+        prepare_process()
+        ranks = join_ranks()
+        if ranks.size == 1:
+            raise UserError("a link has two ends; start this by torchrun, with 2 ranks or more")
+        ranks.agree(lambda: check_file(out) if ranks.rank == 0 else None)
+        with start_world(device or "", ranks) as world, world.on_stream():
+            points = points_of(world, sizes_bytes or SIZES_BYTES)
+            with writing(out):
+                world.first(lambda: write_json(_link(points, world), out))
+    end_rank()
+
+
+def _link(points: list[Point], world: World) -> Link:
+    facts = environment(
+        num_threads=torch.get_num_threads(),
+        allocator=world.allocator,
+        gpu=meters.gpu_facts(world.device),
+    )
+    nodes = env_num_machines()
+    where = "one machine" if nodes == 1 else f"{nodes} machines"
+    source = f"measured, {world.size} ranks on {where}"
+    return fitted_link(points, source, "nccl" if world.device.type == "cuda" else "gloo", facts)
+
+
+def points_of(world: World, sizes_bytes: Iterable[int]) -> list[Point]:
+    """Every kind of collective over these sizes. Collective."""
+    points = []
+    for kind in KINDS:
+        for num_bytes in sizes_bytes:
+            part_bytes = -(-num_bytes // (4 * world.size)) * 4  # each rank's, whole numbers
+            whole_bytes = part_bytes * world.size
+            took_s = collective_s(kind, whole_bytes, world)
+            point = Point(kind=kind, num_ranks=world.size, num_bytes=whole_bytes, us=took_s * 1e6)
+            points.append(point)
+            if took_s > LONGEST_S:
+                break
+    return points
+
+
+def collective_s(kind: Kind, num_bytes: int, world: World) -> float:
+    """The median time of a collective of fp32, each time that of the slowest rank. Collective.
+
+    Args:
+        num_bytes: of the whole tensor; its fp32 numbers can be divided by the ranks.
+    """
+    whole = torch.zeros(num_bytes // 4, device=world.device)
+    part = whole[: len(whole) // world.size].clone()
+    times_s: list[float] = []
+    for number in range(NUM_TIMED + 1):
+        world.synchronize()
+        start_s = time.perf_counter()
+        if kind == "all-reduce":
+            dist.all_reduce(whole)
+        elif kind == "all-gather":
+            dist.all_gather_into_tensor(whole, part)
+        else:
+            dist.reduce_scatter_tensor(part, whole)
+        if world.device.type == "cuda":
+            torch.cuda.synchronize(world.device)
+        took_s = world.most([time.perf_counter() - start_s])[0]
+        if number:  # the first one connects
+            times_s.append(took_s)
+        if took_s > LONGEST_S and times_s:
+            break
+    return median(times_s)
+
+
+def link_here(num_ranks: Iterable[int], device: str) -> Link:
+    """The link between the ranks of this machine, by processes of their own.
+
+    Raises:
+        UserError: it could not be measured.
+    """
+    found = [_measured(number, device) for number in num_ranks]
+    points = [point for link in found for point in link.points]
+    facts = found[-1].environment
+    assert facts is not None
+    most = max(point.num_ranks for point in points)
+    source = f"measured, up to {most} ranks on one machine"
+    return fitted_link(points, source, found[-1].backend, facts)
+
+
+def _measured(num_ranks: int, device: str) -> Link:
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "link.json"
+        words = [str(out), *([f"--device={device}"] if device else [])]
+        command = module_on_ranks(num_ranks, "tools.measure.link", *words)
+        if failed := run_command(command, Path(folder) / "log.txt", LIMIT_S):
+            raise UserError(f"the link of {num_ranks} ranks could not be measured: {failed}")
+        return read_link(out)
+
+
+if __name__ == "__main__":
+    main()
