@@ -113,10 +113,10 @@ def interpolated(known: list[tuple[float, float]], x: float) -> float:
 
 
 def two_numbers(u_N: np.ndarray, v_N: np.ndarray, y_N: np.ndarray) -> tuple[float, float]:
-    """(a, b) of y = a u + b v, neither below 0, that miss all y by the least sum of fractions.
+    """(a, b) of y = a u + b v, neither below 0, that miss all y by the least factors together.
 
-    Such a line runs through two of the points, or through one and an axis, so that these are tried.
-    Unlike least squares it is not drawn to one odd point. All numbers are above 0.
+    Tried are the lines through two of the points, or through one and an axis. Unlike that of least
+    squares, the best of them is not drawn to one odd point. All numbers are above 0.
     """
     i_P, j_P = np.triu_indices(len(y_N), 1)
     area_P = u_N[i_P] * v_N[j_P] - u_N[j_P] * v_N[i_P]
@@ -128,13 +128,16 @@ def two_numbers(u_N: np.ndarray, v_N: np.ndarray, y_N: np.ndarray) -> tuple[floa
     b_P = np.concatenate([slope_P, y_N / v_N, zero_N])
     is_fit_P = (a_P >= 0) & (b_P >= 0)
     a_P, b_P = a_P[is_fit_P], b_P[is_fit_P]
-    missed_P = np.abs((np.outer(a_P, u_N) + np.outer(b_P, v_N)) / y_N - 1).sum(1)
+    missed_P = np.abs(np.log((np.outer(a_P, u_N) + np.outer(b_P, v_N)) / y_N)).sum(1)
     best = int(missed_P.argmin())
     return float(a_P[best]), float(b_P[best])
 
 
 def fitted_link(
-    points: list[Point], source: str, backend: Literal["gloo", "nccl"], facts: Environment
+    points: list[Point],
+    source: str,
+    backend: Literal["gloo", "nccl"],
+    facts: Environment | None = None,
 ) -> Link:
     """The link whose two numbers fit its all-reduces.
 

@@ -11,6 +11,7 @@ slowest rank. Larger tensors are left out once one takes long. What is made of t
 
 import tempfile
 import time
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import median
@@ -74,7 +75,7 @@ def points_of(world: World, sizes_bytes: Iterable[int]) -> list[Point]:
     """Every kind of collective over these sizes. Collective."""
     points = []
     for kind in KINDS:
-        for num_bytes in sizes_bytes:
+        for num_bytes in sorted(sizes_bytes):
             part_bytes = -(-num_bytes // (4 * world.size)) * 4  # each rank's, whole numbers
             whole_bytes = part_bytes * world.size
             took_s = collective_s(kind, whole_bytes, world)
@@ -97,12 +98,7 @@ def collective_s(kind: Kind, num_bytes: int, world: World) -> float:
     for number in range(NUM_TIMED + 1):
         world.synchronize()
         start_s = time.perf_counter()
-        if kind == "all-reduce":
-            dist.all_reduce(whole)
-        elif kind == "all-gather":
-            dist.all_gather_into_tensor(whole, part)
-        else:
-            dist.reduce_scatter_tensor(part, whole)
+        _do(kind, whole, part)
         if world.device.type == "cuda":
             torch.cuda.synchronize(world.device)
         took_s = world.most([time.perf_counter() - start_s])[0]
@@ -113,25 +109,37 @@ def collective_s(kind: Kind, num_bytes: int, world: World) -> float:
     return median(times_s)
 
 
-def link_here(num_ranks: Iterable[int], device: str) -> Link:
+def _do(kind: Kind, whole: torch.Tensor, part: torch.Tensor) -> None:
+    with warnings.catch_warnings():  # torch 2.13's other names for them are not in older ones
+        warnings.simplefilter("ignore", FutureWarning)
+        if kind == "all-reduce":
+            dist.all_reduce(whole)
+        elif kind == "all-gather":
+            dist.all_gather_into_tensor(whole, part)
+        else:
+            dist.reduce_scatter_tensor(part, whole)
+
+
+def link_here(
+    num_ranks: Iterable[int], device: str, sizes_bytes: Iterable[int] = SIZES_BYTES
+) -> Link:
     """The link between the ranks of this machine, by processes of their own.
 
     Raises:
         UserError: it could not be measured.
     """
-    found = [_measured(number, device) for number in num_ranks]
+    found = [_measured(number, device, sizes_bytes) for number in num_ranks]
     points = [point for link in found for point in link.points]
-    facts = found[-1].environment
-    assert facts is not None
     most = max(point.num_ranks for point in points)
     source = f"measured, up to {most} ranks on one machine"
-    return fitted_link(points, source, found[-1].backend, facts)
+    return fitted_link(points, source, found[-1].backend, found[-1].environment)
 
 
-def _measured(num_ranks: int, device: str) -> Link:
+def _measured(num_ranks: int, device: str, sizes_bytes: Iterable[int]) -> Link:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "link.json"
-        words = [str(out), *([f"--device={device}"] if device else [])]
+        words = [str(out), *(f"--bytes={size}" for size in sizes_bytes)]
+        words += [f"--device={device}"] * bool(device)
         command = module_on_ranks(num_ranks, "tools.measure.link", *words)
         if failed := run_command(command, Path(folder) / "log.txt", LIMIT_S):
             raise UserError(f"the link of {num_ranks} ranks could not be measured: {failed}")

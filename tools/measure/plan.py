@@ -198,7 +198,7 @@ def _check_link(link: Link | None, grid: Grid, asked: Asked, here: Here) -> None
     if link or most == 1:
         return
     if asked.gpu:
-        raise UserError(f"--gpu: how fast {most} ranks talk is not known; {REMEDY}")
+        raise UserError(f"--gpu: how fast its ranks talk is not known; {REMEDY}")
     if most > here.num_ranks:
         has = f"this machine has {here.num_ranks}, and how fast others talk is not known"
         raise UserError(f"--ranks {most}: {has}; {REMEDY}")
