@@ -55,10 +55,14 @@ MACHINE = Model(
     ),
     link=given_link(500.0, 8e-3, "gloo"),
     activation_bytes={"fp32": 100.0},
+    num_local=2,
     room_bytes=4 * GIB,
-    num_sharing=2,
+    shares_memory=True,
 )
 """A byte takes a microsecond."""
+RUN = Reached(
+    accuracy_fraction=0.9, num_epochs=4, num_samples=6400, global_batch=64, critical_batch=None
+)
 
 
 def test_a_step_is_computing_among_others_and_then_collectives() -> None:
@@ -96,10 +100,9 @@ def test_a_global_batch_beyond_the_split_has_no_epoch() -> None:
 
 
 def test_epochs_to_an_accuracy_go_by_the_critical_batch() -> None:
-    run = Reached(accuracy_fraction=0.9, num_epochs=4, global_batch=64, critical_batch=192.0)
+    run = replace(RUN, critical_batch=192.0)
     assert run.epochs_at(64) == 4 and run.epochs_at(320) == pytest.approx(4 * 512 / 256)
-    unknown = replace(run, critical_batch=None)
-    assert unknown.epochs_at(64) == 4 and unknown.epochs_at(320) is None
+    assert RUN.epochs_at(64) == 4 and RUN.epochs_at(320) is None
     found = replace(MACHINE, reached=run).predict(counted(2), 64)
     assert found.epoch_s and found.accuracy_s == pytest.approx(5 * found.epoch_s)
 
@@ -120,14 +123,13 @@ def test_the_soonest_of_the_same_batch_is_recommended_and_says_why() -> None:
 
 
 def test_a_known_accuracy_goes_before_the_batch_and_memory_before_all() -> None:
-    run = Reached(accuracy_fraction=0.9, num_epochs=4, global_batch=64, critical_batch=1e6)
     ways = [replace(way(1, 64, 16.0), accuracy_s=9.0), replace(way(2, 64, 16.5), accuracy_s=5.0)]
-    best, why = recommend(ways, 64, run)
+    best, why = recommend(ways, 64, RUN)
     assert best is ways[1] and why.startswith("soonest to 90.00% on val; 1.80 times as soon")
     full = [replace(each, fits=False) for each in ways]
-    assert recommend([ways[0], full[1]], 64, run)[0] is ways[0]
+    assert recommend([ways[0], full[1]], 64, RUN)[0] is ways[0]
     with pytest.raises(UserError, match=r"nothing of this fits into memory; give smaller"):
-        recommend(full, 64, run)
+        recommend(full, 64, RUN)
     best, why = recommend(ways, 96, None)
     assert best is ways[1] and why.startswith("most samples/s; nothing is known of its accuracy")
 
@@ -143,13 +145,35 @@ def test_a_gpu_that_is_not_here_and_1024_ranks(
     assert {(each.num_ranks, each.parallel) for each in plan.predictions} == {
         (1, "ddp"), (2, "ddp"), (2, "fsdp"), (1024, "ddp"), (1024, "fsdp"),
     }  # fmt: skip
-    assert plan.recommended in plan.predictions and plan.timings.device == H100
-    assert plan.link and (plan.link.alpha_us, plan.link.beta_gbps) == (10, 1000)
+    assert plan.recommended in plan.predictions and plan.model.timings.device == H100
+    assert plan.model.link and plan.model.link.alpha_us == 10
+    assert plan.model.link.beta_gbps == 1000
     text = (tmp_path / "plan.md").read_text()
     assert to_markdown(plan) == text and text in done.stdout
     assert f"### Ways of training ({MODEL})" in text
     write_json(plan, tmp_path / "again.json")
     assert read_plan(tmp_path / "again.json") == plan
+
+
+def test_time_to_the_accuracy_of_a_run(command: Command, small_dir: Path, tmp_path: Path) -> None:
+    """Its config, too; another batch has a time where the noise scale was known."""
+    run = ("--epochs", 2, "--batch-size", 32, "--noise-scale", "--model", "baseline")
+    done = command("python", "-m", "engine.run", *run, "--data", small_dir, "--out", tmp_path / "r")
+    assert done.returncode == 0, done.stderr
+    words = ("--batches", "16,32", "--ranks", "1,2", "--precisions", "bf16")
+    line = (*GPU, *GIVEN, *words, "--run", tmp_path / "r", "--out", tmp_path / "p")
+    done = command("tools/profile", "plan", *line)
+    assert done.returncode == 0, done.stderr
+    plan = read_plan(tmp_path / "p" / "plan.json")
+    reached = plan.model.reached
+    assert reached and (reached.num_epochs, reached.global_batch) == (2, 32)
+    assert plan.network == "baseline" and plan.model.num_samples == reached.num_samples
+    for each in plan.predictions:
+        is_known = reached.critical_batch is not None or each.global_batch == 32
+        assert (each.accuracy_s is not None) == is_known
+        if each.global_batch == 32 and each.epoch_s:
+            assert each.accuracy_s == pytest.approx(2 * each.epoch_s)
+    assert plan.reason.startswith(f"soonest to {reached.accuracy_fraction:.2%} on val")
 
 
 @pytest.mark.parametrize(
@@ -193,12 +217,13 @@ def test_this_machine_is_measured(command: Command, small_dir: Path, tmp_path: P
     done = command("tools/profile", "plan", *words, *fewer)
     assert done.returncode == 0, done.stderr
     plan: Plan = read_plan(tmp_path / "plan.json")
-    assert plan.link and plan.link.source == "measured, up to 2 ranks on one machine"
-    assert plan.timings.batches == [16, 32] and plan.timings.slowdown(2) >= 1
+    link = plan.model.link
+    assert link and link.source == "measured, up to 2 ranks on one machine"
+    assert plan.model.timings.batches == [16, 32] and plan.model.timings.slowdown(2) >= 1
     bases = {each.num_ranks: each.basis for each in plan.predictions}
     assert bases == {1: "measured", 2: MODEL}
-    assert {point.kind for point in plan.link.points} == {
+    assert {point.kind for point in link.points} == {
         "all-reduce", "all-gather", "reduce-scatter",
     }  # fmt: skip
-    assert len(plan.link.missed()) == len(plan.link.points) > 3
+    assert len(link.missed()) == len(link.points) > 3
     assert "| all-reduce | 2 | 4,096 |" in done.stdout and "2 at once" in done.stdout

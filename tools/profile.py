@@ -268,7 +268,8 @@ def advise(
 @main.command()
 @click.argument("config_file", required=False, type=PATH, metavar="[CONFIG]")
 @DATA
-@click.option("--run", "run_folder", type=PATH, help="A finished run: its config and accuracy.")
+@click.option("--run", type=PATH, help="A finished run: its config and accuracy.")
+@click.option("--model", help="Another network than CONFIG's: a name, or FILE.py:NAME.")
 @click.option("--batches", default="", help="Samples of a rank, with commas between.")
 @click.option("--ranks", default="", help="Numbers up to 1024, with commas between.")
 @click.option("--precisions", default="", help="fp32, bf16, ...  [default: fp32,bf16]")
@@ -286,7 +287,6 @@ def advise(
 def plan(
     config_file: Path | None,
     data: Path | None,
-    run_folder: Path | None,
     out: Path | None,
     device: str,
     **options: Any,
@@ -303,10 +303,13 @@ def plan(
 
         amounts = {"num_steps": options.pop("steps"), "repetitions": options.pop("repetitions")}
         num_gpus = _num_gpus(device)
-        config = _planned_config(config_file, run_folder, data)
+        config = _planned_config(config_file, options["run"])
+        given = {"model.name": options.pop("model"), "data.path": data and os.fspath(data)}
+        changed = {name: value for name, value in given.items() if value is not None}
+        config = override(config, with_own_network(changed, "--model"), "flags")
         with take_folder(out, "plan-") as folder:
             here = Here(out=folder, device=device, num_gpus=num_gpus, **amounts)
-            found = make_plan(config, Asked(run=run_folder, **options), here)
+            found = make_plan(config, Asked(**options), here)
             text = to_markdown(found)
             with writing(folder):
                 write_json(found, folder / "plan.json")
@@ -350,17 +353,12 @@ def ensemble(
             click.echo(profile_ensemble(config, networks, workers, folder))
 
 
-def _planned_config(
-    config_file: Path | None, run_folder: Path | None, data: Path | None
-) -> RunConfig:
-    """The configuration of a plan: a file's, a run's, or the default's."""
+def _planned_config(config_file: Path | None, run_folder: Path | None) -> RunConfig:
+    """The configuration of a plan: a file's, a run's, or that of engine.run."""
     if config_file and run_folder:
         raise UserError("CONFIG and --run: a run has its own config; give one of them")
     file = run_folder / "config.toml" if run_folder else config_file
-    config = load_toml(RunConfig(), file) if file else RECIPES["fast"]
-    if data:
-        config = override(config, {"data.path": os.fspath(data)}, "flags")
-    return config
+    return load_toml(RunConfig(), file) if file else RECIPES["fast"]
 
 
 def _num_gpus(device: str) -> int:

@@ -12,7 +12,7 @@ rates of links that are assumed: they say what a link alone would have cost.
 
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -42,6 +42,8 @@ BETWEEN = 384
 """The batch that is predicted, of a rank."""
 OTHER_BYTES = (160_000, 1_729_912, 3_000_000)
 """Of the all-reduces that are predicted; the second is a step's."""
+NUM_LOCAL = 2
+"""Ranks of this machine: both nodes are on it."""
 RATES = ("1gbit", "100mbit")
 BURST = "32kb"
 ENDS_S = 240.0
@@ -122,10 +124,10 @@ def a_round(num_steps: int) -> tuple[Found, Environment]:
     )
     found = Found(timings)
     here = "this machine"
-    found.links[here] = link_here([2], "cpu", (*SIZES_BYTES, *OTHER_BYTES)).points
     found.steps_ms[here, 1, "ddp"] = step_ms_of(alone[BETWEEN])
     for parallel in ("ddp", "fsdp"):
         found.steps_ms[here, 2, parallel] = step_ms_of(step(BETWEEN, 2, parallel))
+    found.links[here] = link_here([2], "cpu", (*SIZES_BYTES, *OTHER_BYTES)).points
     for rate in RATES:
         with two_nodes(rate) as nodes:
             if nodes:
@@ -186,25 +188,61 @@ def _run(nodes: Nodes, module: str, *words: str) -> None:
         raise RuntimeError("; ".join(map(str, done)))
 
 
+def model_of(timings: Timings, link: Link, num_local: int) -> Model:
+    """What predicts a step; epochs and memory are not asked for."""
+    return Model(
+        global_batch=1,
+        num_samples=0,
+        timings=timings,
+        link=link,
+        activation_bytes={"fp32": 0.0},
+        num_local=num_local,
+    )
+
+
+def fit_of(points: list[Point], where: str) -> tuple[Link, list[Point]]:
+    """The link by the sizes that a plan measures, and the all-reduces that it must predict."""
+    kept = [point for point in points if point.num_bytes in SIZES_BYTES]
+    others = [point for point in points if point.num_bytes not in SIZES_BYTES]
+    reduces = [point for point in others if point.kind == "all-reduce"]
+    return fitted_link(kept, where, "gloo"), reduces
+
+
+def reduce_name(where: str, point: Point) -> str:
+    return f"{where}: all-reduce of {point.num_bytes:,} bytes"
+
+
 def paired(found: Found, counts: dict[tuple[int, str], Counted]) -> dict[str, tuple[float, float]]:
     """Predicted and measured of a round, by name: ms of steps, us of all-reduces."""
     pairs = {}
     for where, points in found.links.items():
-        others = {point.num_bytes for point in points} - set(SIZES_BYTES)
-        kept = [point for point in points if point.num_bytes not in others]
-        link = fitted_link(kept, where, "gloo")
-        model = Model(global_batch=BETWEEN, num_samples=BETWEEN, timings=found.timings, link=link,
-                      activation_bytes={"fp32": 0.0}, room_bytes=None, num_sharing=1)  # fmt: skip
-        for point in points:
-            if point.kind == "all-reduce" and point.num_bytes in others:
-                us = link.us("all-reduce", point.num_bytes, point.num_ranks)
-                pairs[f"{where}: all-reduce of {point.num_bytes:,} bytes"] = (us, point.us)
+        link, reduces = fit_of(points, where)
+        model = model_of(found.timings, link, NUM_LOCAL)
+        for point in reduces:
+            us = link.us("all-reduce", point.num_bytes, point.num_ranks)
+            pairs[reduce_name(where, point)] = (us, point.us)
         for (place, num_ranks, parallel), ms in found.steps_ms.items():
             if place == where:
                 predicted = model.predict(counts[num_ranks, parallel], BETWEEN)
                 name = f"{where}: step, {num_ranks} x {BETWEEN}, {parallel}"
                 pairs[name] = (predicted.step_ms, ms)
     return pairs
+
+
+def fit_rows(all_found: Sequence[Found]) -> list[Row]:
+    """Alpha, beta, and how far they are off by themselves, where a plan has nothing else."""
+    rows = []
+    for where in all_found[-1].links:
+        fits = [fit_of(found.links[where], where) for found in all_found]
+        rows.append(row(f"{where}: alpha", [link.alpha_us for link, _ in fits], "us"))
+        rows.append(row(f"{where}: beta", [link.beta_gbps for link, _ in fits], "Gbit/s"))
+        for number, point in enumerate(fits[-1][1]):
+            off = [
+                100 * (link.fitted_us(point.kind, point.num_bytes, 2) / reduces[number].us - 1)
+                for link, reduces in fits
+            ]
+            rows.append(row(f"{reduce_name(where, point)}: alpha and beta alone off", off, "%"))
+    return rows
 
 
 def bench(out: Path, rounds: int, num_steps: int) -> None:
@@ -226,7 +264,7 @@ def bench(out: Path, rounds: int, num_steps: int) -> None:
         out / "cpu_plan.json",
         title="The plan: predicted against measured, ranks of one thread, fp32",
         environment=environments[-1],
-        rows=[*rows, *many_ranks(), *study_rows()],
+        rows=[*rows, *fit_rows(all_found), *many_ranks(), *study_rows()],
         claims=[each for name, pair in pairs.items() for each in pair.claims(name)],
     )
 
@@ -254,15 +292,8 @@ def study_rows() -> list[Row]:
     for gpu, (batch, one_per_s, num_ranks, speedup) in STUDY.items():
         ms = batch / one_per_s * 1000
         alone = StepTime(precision="fp32", batch=batch, step_ms=ms, low_ms=ms, high_ms=ms, n=0)
-        model = Model(
-            global_batch=batch * num_ranks,
-            num_samples=STUDY_SAMPLES,
-            timings=Timings(basis=MODEL, device=gpu, steps=[alone]),
-            link=given_link(ASSUMED_ALPHA_US, ASSUMED_GBPS[gpu], "nccl"),
-            activation_bytes={"fp32": 0.0},
-            room_bytes=None,
-            num_sharing=1,
-        )
+        timings = Timings(basis=MODEL, device=gpu, steps=[alone])
+        model = model_of(timings, given_link(ASSUMED_ALPHA_US, ASSUMED_GBPS[gpu], "nccl"), 1)
         found = model.predict(counted(num_ranks, "ddp"), batch)
         link = f"{ASSUMED_ALPHA_US:g} us and {ASSUMED_GBPS[gpu]:,.0f} Gbit/s assumed"
         name = f"the study, {num_ranks} {gpu}, batch {batch} a rank"

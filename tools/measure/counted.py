@@ -6,10 +6,8 @@ dispatch mode sees the collectives of a step, their bytes and their padding. Ran
 most.
 
 It trains a tiny batch, since gradients and parameters do not depend on it; what a step keeps for
-its backward is counted over two batches. It does not see: what a start sends once, what libraries
-take for themselves, time. What was sent and when that could hide behind computing is not counted.
-
-Shapes: B samples of a rank, H x W pixels, C classes.
+its backward is counted over two batches. It does not see what a start sends once, what libraries
+take for themselves, or what hides behind computing.
 """
 
 from collections import Counter
@@ -114,7 +112,6 @@ def count(config: RunConfig, num_ranks: int, shape: tuple[int, int, int]) -> Cou
         next(launches)  # DDP lays its buckets out anew after the first
         with mode:
             next(launches)
-        launches.close()
         is_sharded = config.step.parallel == "fsdp" and num_ranks > 1
         kept, under_ddp = (step.state.rank_bytes(is_whole=w) for w in (not is_sharded, True))
     times = Counter(mode.found)
@@ -201,7 +198,7 @@ def _step(
     return step, SyntheticFeed(static, order)
 
 
-def _reduced(_: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+def _reduced(_: object, bucket: Any) -> torch.futures.Future[torch.Tensor]:
     """DDP's all-reduce of a bucket."""
     dist.all_reduce(bucket.buffer())
     done = torch.futures.Future[torch.Tensor]()

@@ -16,6 +16,7 @@ What measures is link.py.
 Shapes: N points, P pairs of them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import ceil, log2
 from pathlib import Path
@@ -60,6 +61,8 @@ class Link:
     alpha_us: float
     beta_gbps: float
     """Gbit/s that a rank sends while it receives as many."""
+    num_local: int = 0
+    """Ranks of a machine; 0: as many as it has."""
     points: list[Point] = field(default_factory=list)
     environment: Environment | None = None
     """Where the points were measured."""
@@ -67,8 +70,8 @@ class Link:
     def __post_init__(self) -> None:
         if self.format != FORMAT:
             raise ValueError(f"format {self.format}, this engine reads {FORMAT}")
-        if self.alpha_us < 0 or not self.beta_gbps > 0:
-            raise ValueError("alpha_us is below 0, or beta_gbps not above it")
+        if self.alpha_us < 0 or not self.beta_gbps > 0 or self.num_local < 0:
+            raise ValueError("alpha_us or num_local is below 0, or beta_gbps not above it")
 
     def us(self, kind: Kind, num_bytes: float, num_ranks: int) -> float:
         """Microseconds of a collective; 0 for one rank."""
@@ -106,7 +109,7 @@ def ring_parts(kind: Kind, num_bytes: float, num_ranks: int) -> tuple[int, float
     return rounds, rounds / num_ranks * num_bytes
 
 
-def interpolated(known: list[tuple[float, float]], x: float) -> float:
+def interpolated(known: Sequence[tuple[float, float]], x: float) -> float:
     """y between the two neighbours of x; at the ends those of the first and the last."""
     xs, ys = zip(*sorted(known), strict=True)
     return float(np.interp(x, xs, ys))
@@ -137,6 +140,7 @@ def fitted_link(
     points: list[Point],
     source: str,
     backend: Literal["gloo", "nccl"],
+    num_local: int = 0,
     facts: Environment | None = None,
 ) -> Link:
     """The link whose two numbers fit its all-reduces.
@@ -155,6 +159,7 @@ def fitted_link(
         backend=backend,
         alpha_us=alpha_us,
         beta_gbps=8 / (us_per_byte * BITS_PER_US),
+        num_local=num_local,
         points=points,
         environment=facts,
     )

@@ -5,8 +5,6 @@
 On every node; the first writes LINK.json, which `tools/profile plan --fit` reads. `plan` starts it
 by itself for the ranks of one machine. Each time is the median of some, each of them that of the
 slowest rank. Larger tensors are left out once one takes long. What is made of the times: fit.py.
-
-    R ranks
 """
 
 import tempfile
@@ -15,6 +13,7 @@ import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import median
+from typing import Literal
 
 import click
 import torch
@@ -23,7 +22,7 @@ import torch.distributed as dist
 from engine import meters
 from engine.durable import writing
 from engine.errors import UserError, exit_on_user_error
-from engine.host import end_rank, env_num_machines, prepare_process
+from engine.host import end_rank, env_local_world_size, env_num_machines, prepare_process
 from engine.paths import PATH
 from engine.ranks import join_ranks
 from engine.report import environment, write_json
@@ -34,7 +33,10 @@ from tools.report.outputs import check_file
 
 SIZES_BYTES = tuple(4**n * 2**10 for n in range(1, 9))
 """4 KiB to 64 MiB."""
-NUM_TIMED = 9
+LEAST_TIMED = 9
+MOST_TIMED = 100
+ENOUGH_S = 0.2
+"""A size is timed for as long, within these numbers of times."""
 LONGEST_S = 0.5
 """A size that takes longer is the last that is tried."""
 LIMIT_S = 300.0
@@ -68,7 +70,8 @@ def _link(points: list[Point], world: World) -> Link:
     nodes = env_num_machines()
     where = "one machine" if nodes == 1 else f"{nodes} machines"
     source = f"measured, {world.size} ranks on {where}"
-    return fitted_link(points, source, "nccl" if world.device.type == "cuda" else "gloo", facts)
+    backend: Literal["gloo", "nccl"] = "nccl" if world.device.type == "cuda" else "gloo"
+    return fitted_link(points, source, backend, env_local_world_size(), facts)
 
 
 def points_of(world: World, sizes_bytes: Iterable[int]) -> list[Point]:
@@ -95,7 +98,7 @@ def collective_s(kind: Kind, num_bytes: int, world: World) -> float:
     whole = torch.zeros(num_bytes // 4, device=world.device)
     part = whole[: len(whole) // world.size].clone()
     times_s: list[float] = []
-    for number in range(NUM_TIMED + 1):
+    for number in range(MOST_TIMED + 1):
         world.synchronize()
         start_s = time.perf_counter()
         _do(kind, whole, part)
@@ -104,7 +107,8 @@ def collective_s(kind: Kind, num_bytes: int, world: World) -> float:
         took_s = world.most([time.perf_counter() - start_s])[0]
         if number:  # the first one connects
             times_s.append(took_s)
-        if took_s > LONGEST_S and times_s:
+        is_enough = len(times_s) >= LEAST_TIMED and sum(times_s) > ENOUGH_S
+        if is_enough or (took_s > LONGEST_S and times_s):
             break
     return median(times_s)
 
@@ -132,7 +136,7 @@ def link_here(
     points = [point for link in found for point in link.points]
     most = max(point.num_ranks for point in points)
     source = f"measured, up to {most} ranks on one machine"
-    return fitted_link(points, source, found[-1].backend, found[-1].environment)
+    return fitted_link(points, source, found[-1].backend, most, found[-1].environment)
 
 
 def _measured(num_ranks: int, device: str, sizes_bytes: Iterable[int]) -> Link:

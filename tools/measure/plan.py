@@ -14,7 +14,6 @@ from typing import Any, get_args, get_type_hints
 import torch
 
 from engine.config import RunConfig, StepConfig
-from engine.data.records import Records
 from engine.data.sample import ensure_sample
 from engine.errors import UserError
 from engine.feeds.build import open_for
@@ -26,7 +25,7 @@ from tools.measure.fit import Link, given_link, read_link
 from tools.measure.ledger import machine_of
 from tools.measure.link import link_here
 from tools.measure.predicted import Model, Prediction, Reached, recommend
-from tools.measure.timings import Here, Timings, measured_timings, modelled_timings
+from tools.measure.timings import Here, measured_timings, modelled_timings
 
 FORMAT = 1
 PARALLEL = ("ddp", "fsdp")
@@ -76,13 +75,8 @@ class Plan:
     format: int = FORMAT
     command: str
     network: str
-    global_batch: int
-    """Of the configuration."""
-    num_train_samples: int
-    timings: Timings
-    link: Link | None
-    """None: one rank."""
-    reached: Reached | None
+    model: Model
+    """All that was measured, or stated."""
     counted: list[Counted]
     predictions: list[Prediction]
     recommended: Prediction
@@ -103,39 +97,44 @@ def make_plan(config: RunConfig, asked: Asked, here: Here) -> Plan:
         raise UserError("what ranks send with --canonical is not counted; leave step.canonical 0")
     link = _asked_link(asked, here)
     records = open_for(config.data, config.data.path or ensure_sample())
-    grid = _grid(config, asked, here, records)
+    num_samples = len(records.split("train"))
+    grid = _grid(config, asked, here, num_samples)
     _check_link(link, grid, asked, here)
-    reached, num_samples = None, len(records.split("train"))
-    if asked.run:
-        reached, num_samples = _read_reached(asked.run)
-    timings = _timings(config, asked, here, grid, records)
+    reached = _read_reached(asked.run) if asked.run else None
+    shape = (*records.height_width, len(records.classes))
+    if asked.gpu:
+        timings = modelled_timings(config, grid.precisions, grid.batches, asked.gpu, shape)
+    else:
+        together = _side_by_side(grid, link, here)
+        timings = measured_timings(config, grid.precisions, grid.batches, together, here)
     if link is None and max(grid.ranks) > 1:
         link = link_here([number for number in grid.ranks if number > 1], here.device)
-    shape = _shape(records)
-    counts = [count(way, number, shape) for number, way in _ways(config, grid, timings.precisions)]
+    activations = {
+        precision: activation_bytes(_with(config, precision, "ddp"), shape)
+        for precision in timings.precisions
+    }
     model = Model(
         global_batch=config.global_batch,
-        num_samples=num_samples,
+        num_samples=reached.num_samples if reached else num_samples,
         timings=timings,
         link=link,
-        activation_bytes={
-            precision: activation_bytes(_with(config, precision, "ddp"), shape)
-            for precision in timings.precisions
-        },
+        activation_bytes=activations,
+        num_local=_num_local(link, here),
         room_bytes=_room_bytes(asked, here),
-        num_sharing=1 if asked.gpu or here.on_gpu else here.num_ranks,
+        shares_memory=not asked.gpu and not here.on_gpu,
         reached=reached,
     )
+    counts = [count(way, number, shape) for number, way in _ways(config, grid, timings.precisions)]
+    return _plan(config.model.name, model, counts)
+
+
+def _plan(network: str, model: Model, counts: list[Counted]) -> Plan:
     predictions = [each for counted in counts for each in model.of(counted)]
-    best, reason = recommend(predictions, config.global_batch, reached)
+    best, reason = recommend(predictions, model.global_batch, model.reached)
     return Plan(
         command=command_line(),
-        network=config.model.name,
-        global_batch=config.global_batch,
-        num_train_samples=num_samples,
-        timings=timings,
-        link=link,
-        reached=reached,
+        network=network,
+        model=model,
         counted=counts,
         predictions=predictions,
         recommended=best,
@@ -170,17 +169,15 @@ def _asked_link(asked: Asked, here: Here) -> Link | None:
     )
 
 
-def _grid(config: RunConfig, asked: Asked, here: Here, records: Records) -> Grid:
-    num_samples = len(records.split("train"))
+def _grid(config: RunConfig, asked: Asked, here: Here, num_samples: int) -> Grid:
     is_known = asked.gpu or asked.fit or asked.alpha_us is not None
     most = MOST_RANKS if is_known else here.num_ranks
     doubled = tuple(2**n for n in range(most.bit_length()))
     batch = config.global_batch
-    usual = {max(batch // 8, 1), max(batch // 2, 1), batch, 4 * batch}
+    usual = {min(max(each, 1), num_samples) for each in (batch // 8, batch // 2, batch, 4 * batch)}
     grid = Grid(
         ranks=_numbers(asked.ranks, "--ranks", MOST_RANKS) or doubled,
-        batches=_numbers(asked.batches, "--batches", MOST_BATCH)
-        or tuple(sorted(each for each in usual if each <= num_samples)),
+        batches=_numbers(asked.batches, "--batches", MOST_BATCH) or tuple(sorted(usual)),
         precisions=_names(asked.precisions, "--precisions", PRECISIONS) or ("fp32", "bf16"),
         parallel=_names(asked.parallel, "--parallel", PARALLEL) or PARALLEL,
     )
@@ -225,11 +222,15 @@ def _names(text: str, option: str, known: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def _timings(config: RunConfig, asked: Asked, here: Here, grid: Grid, records: Records) -> Timings:
-    if asked.gpu:
-        shape = _shape(records)
-        return modelled_timings(config, grid.precisions, grid.batches, asked.gpu, shape)
-    return measured_timings(config, grid.precisions, grid.batches, grid.ranks, here)
+def _side_by_side(grid: Grid, link: Link | None, here: Here) -> set[int]:
+    """Numbers of ranks that this machine has at once, from 2."""
+    most = min(_num_local(link, here), here.num_ranks)
+    return {min(number, most) for number in grid.ranks} - {1}
+
+
+def _num_local(link: Link | None, here: Here) -> int:
+    """Ranks of a machine: the link's, or as many as this one has."""
+    return (link.num_local if link else 0) or here.num_ranks
 
 
 def _ways(config: RunConfig, grid: Grid, precisions: list[str]) -> Iterator[tuple[int, RunConfig]]:
@@ -245,12 +246,6 @@ def _with(config: RunConfig, precision: str, parallel: str) -> RunConfig:
     return replace(config, step=replace(config.step, **changed))
 
 
-def _shape(records: Records) -> tuple[int, int, int]:
-    """Height and width of an image, and classes."""
-    height, width = records.height_width
-    return height, width, len(records.classes)
-
-
 def _room_bytes(asked: Asked, here: Here) -> float | None:
     """Memory of a GPU, or of this machine; None where it is not known."""
     if asked.gpu:
@@ -260,8 +255,8 @@ def _room_bytes(asked: Asked, here: Here) -> float | None:
     return float(free_memory_bytes())
 
 
-def _read_reached(folder: Path) -> tuple[Reached, int]:
-    """What a run reached, and the samples of its training split.
+def _read_reached(folder: Path) -> Reached:
+    """What a run reached.
 
     Raises:
         UserError: it is not finished, was not evaluated, or changed its batch.
@@ -274,10 +269,10 @@ def _read_reached(folder: Path) -> tuple[Reached, int]:
     batches = {each.global_batch for each in report.batches} | {report.config.global_batch}
     if len(batches) > 1:
         raise UserError(f"{folder}: this run changed its batch; name one of a fixed batch")
-    reached = Reached(
+    return Reached(
         accuracy_fraction=accuracy,
         num_epochs=report.num_epochs,
+        num_samples=report.num_train_samples,
         global_batch=report.config.global_batch,
         critical_batch=report.batches[-1].critical_batch if report.batches else None,
     )
-    return reached, report.num_train_samples

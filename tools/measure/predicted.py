@@ -6,7 +6,7 @@ The first two are timings.py's, what is sent is counted.py's, and fit.py's link 
 an accuracy are an earlier run's. At another global batch B they go by its noise scale, the critical
 batch C: samples to an accuracy are in proportion to B + C (McCandlish et al., "An Empirical Model
 of Large-Batch Training", arXiv 1812.06162, section 2), with a learning rate that fits B. Without a
-noise scale nothing is said of other batches.
+noise scale nothing is said of other batches. Precision and wrapper are taken to leave it as it is.
 
 Nothing is taken to overlap: what a GPU hides behind the backward makes a step shorter than this
 says. The wrapper's own work is not in it, nor what ranks share beside cores: disks, loaders.
@@ -32,6 +32,8 @@ class Reached:
     accuracy_fraction: float
     """On val."""
     num_epochs: int
+    num_samples: int
+    """Of its training split."""
     global_batch: int
     critical_batch: float | None
     """Samples, by its noise scale at the end; None: not measured."""
@@ -87,11 +89,13 @@ class Model:
     link: Link | None
     """None: one rank."""
     activation_bytes: dict[str, float]
-    """Of a sample, by precision."""
-    room_bytes: float | None
-    """Memory of a machine's ranks together, or of a GPU; None: not known."""
-    num_sharing: int
-    """Ranks that share it, at most."""
+    """Kept for the backward, of a sample; by precision."""
+    num_local: int
+    """Ranks of a machine, at most."""
+    room_bytes: float | None = None
+    """Memory of a machine, or of a GPU; None: not known."""
+    shares_memory: bool = False
+    """Whether a machine's ranks have it together."""
     reached: Reached | None = None
 
     def of(self, counted: Counted) -> Iterator[Prediction]:
@@ -107,12 +111,13 @@ class Model:
         """A rank's batch, with what was counted of its number of ranks, precision and wrapper."""
         num_ranks, precision = counted.num_ranks, counted.precision
         alone_ms = self.timings.step_ms(precision, batch)
-        compute_ms = self.timings.step_ms(precision, batch, num_ranks)
+        num_local = min(num_ranks, self.num_local)
+        compute_ms = self.timings.step_ms(precision, batch, num_local)
         collectives_ms = self.collectives_ms(counted)
         step_ms = compute_ms + collectives_ms
         is_measured = num_ranks == 1 and batch in self.timings.batches
         rank_gib = self._rank_gib(counted, batch)
-        used_bytes = rank_gib * GIB * min(num_ranks, self.num_sharing)
+        used_bytes = rank_gib * GIB * (num_local if self.shares_memory else 1)
         epoch_s = self._epoch_s(num_ranks * batch, step_ms)
         epochs = self.reached.epochs_at(num_ranks * batch) if self.reached else None
         return Prediction(

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
-from typing import Literal
+from typing import Any, Literal
 
 from engine.config import AUTO, RunConfig, settings_of
 from engine.errors import UserError
@@ -114,17 +114,18 @@ def measured_timings(
     config: RunConfig,
     precisions: tuple[str, ...],
     batches: tuple[int, ...],
-    ranks: tuple[int, ...],
+    side_by_side: set[int],
     here: Here,
 ) -> Timings:
     """Measure every precision and batch, one rank each, and ranks of this machine side by side.
 
     Args:
-        ranks: how many are planned for; where there is more than one, a CPU's rank has one thread.
+        side_by_side: how many, from 2. Where there are some, a CPU's rank has one thread, the one
+            alone, too: torchrun gives several of a machine one each.
     Raises:
         UserError: a cell failed.
     """
-    num_threads = 0 if here.on_gpu or max(ranks) == 1 else 1
+    num_threads = int(bool(side_by_side) and not here.on_gpu)
     grid = [(precision, batch) for precision in precisions for batch in batches]
     cells = [
         replace(_cell(config, *place, here, num_threads), id=f"c{number:03}")
@@ -137,8 +138,9 @@ def measured_timings(
     for each in map(_step_time, results):
         steps.setdefault((each.precision, each.batch), each)
     job = run.job(cells[len(batches) // 2], 0)
-    side_by_side = {min(number, here.num_ranks) for number in ranks} - {1}
     notes = [note for result in results for one in result.good for note in one.notes]
+    if num_threads:
+        notes.append("each rank has one thread, one alone, too: with more it may be faster")
     facts = results[0].good[0].facts
     return Timings(
         basis="measured",
@@ -243,8 +245,8 @@ def modelled_timings(
     for precision in precisions:
         if precision not in PEAK_FLOPS[gpu]:
             raise UserError(f"{gpu} has no {precision}; name other --precisions")
-        step = replace(config.step, precision=precision, cuda_graphs=True)  # type: ignore[arg-type]
-        asked = replace(config, step=step, kernels=kernels)
+        changed: dict[str, Any] = {"precision": precision, "parallel": "ddp", "cuda_graphs": True}
+        asked = replace(config, step=replace(config.step, **changed), kernels=kernels)
         for batch in batches:
             found = step_operations(asked, batch, machine.processors, shape)
             ms = sum(map(machine.us, found)) / 1000

@@ -16,34 +16,26 @@ SHOWN_EACH = 3
 def to_markdown(plan: Plan) -> str:
     """All of it; plan.json has what is left out here."""
     parts = [_advice(plan), _predictions(plan), _steps(plan)]
-    if plan.link:
-        parts += [_link(plan.link), _counted(plan)]
+    if plan.model.link:
+        parts += [_link(plan.model.link), _counted(plan)]
     return "\n".join(parts)
 
 
 def _advice(plan: Plan) -> str:
     best = plan.recommended
-    ranks = "1 rank" if best.num_ranks == 1 else f"{best.num_ranks} ranks"
-    way = f"{ranks} of batch {best.batch}, {best.precision}" + f", {best.parallel}" * (
-        best.num_ranks > 1
-    )
+    ranks = "1 rank" if best.num_ranks == 1 else f"{best.num_ranks} ranks, {best.parallel}"
+    way = f"{ranks}, batch {best.batch} a rank, {best.precision}"
+    rate = f"{number(best.samples_per_s)} samples/s, {number(best.step_ms)} ms a step"
+    share = f"{best.efficiency_fraction:.1%} of as many times one rank"
     lines = [
-        f"## {plan.network} on {plan.timings.device}: {way}",
+        f"## {plan.network} on {plan.model.timings.device}: {way}",
         "",
-        f"{plan.reason}.",
+        f"Why: {plan.reason}.",
         "",
-        f"{_basis(best)}: {number(best.samples_per_s)} samples/s, {_step(best)} a step, "
-        f"{best.efficiency_fraction:.1%} of as many times one rank.",
+        f"It is {rate}, {share} ({best.basis}).",
+        *(f"note: {note}" for note in plan.model.timings.notes),
     ]
-    return "\n".join([*lines, *(f"note: {note}" for note in plan.timings.notes)]) + "\n"
-
-
-def _basis(it: Prediction) -> str:
-    return it.basis[0].upper() + it.basis[1:]
-
-
-def _step(it: Prediction) -> str:
-    return f"{number(it.step_ms)} ms"
+    return "\n".join(lines) + "\n"
 
 
 def _predictions(plan: Plan) -> str:
@@ -64,12 +56,11 @@ def _predictions(plan: Plan) -> str:
         for each in rows
     ]  # fmt: skip
     shown = f"The {SHOWN_EACH} soonest of each number of ranks; plan.json has all."
-    if plan.reached:
-        accuracy = f"{plan.reached.accuracy_fraction:.2%}"
-        shown += f" The accuracy: {accuracy} on val, as {plan.reached.num_epochs} epochs of a "
-        shown += f"global batch of {plan.reached.global_batch} reached it."
+    if reached := plan.model.reached:
+        shown += f" The accuracy: {reached.accuracy_fraction:.2%} on val, as {reached.num_epochs} "
+        shown += f"epochs with a global batch of {reached.global_batch} reached it."
     title = f"### Ways of training ({MODEL}, but for steps of one rank)"
-    if plan.timings.basis == MODEL:
+    if plan.model.timings.basis == MODEL:
         title = f"### Ways of training ({MODEL})"
     return "\n".join([title, "", shown, "", *markdown_table(head, "rrlrrrrrrrl", cells), ""])
 
@@ -84,10 +75,10 @@ def _seconds(value: float | None) -> str:
 
 
 def _steps(plan: Plan) -> str:
-    timings = plan.timings
+    timings = plan.model.timings
     cells = [
         (each.precision, each.batch, number(each.step_ms), number(each.low_ms),
-         number(each.high_ms), each.n, number(each.batch / each.step_ms * 1000),
+         number(each.high_ms), each.n or "", number(each.batch / each.step_ms * 1000),
          "" if each.peak_gib is None else f"{each.peak_gib:.2f}")
         for each in timings.steps
     ]  # fmt: skip
@@ -98,8 +89,8 @@ def _steps(plan: Plan) -> str:
         *markdown_table(head, "lrrrrrrr", cells),
     ]
     for each in timings.slowdowns:
-        lines += ["", f"{each.num_ranks} at once, that share nothing but this machine: "
-                  f"{each.factor:.3f} of the time alone, measured."]  # fmt: skip
+        what = f"{each.num_ranks} at once, that share nothing but this machine"
+        lines += ["", f"{what}: {each.factor:.3f} of the time alone, measured."]
     return "\n".join([*lines, ""])
 
 
