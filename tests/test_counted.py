@@ -40,8 +40,8 @@ def test_frozen_layers_are_not_sent_and_statistics_are() -> None:
     """The whitened layer; the running means and variances of BatchNorm."""
     (whitened,) = of(2, model__name="fast", model__first_layer="whitened").collectives
     assert whitened.num_bytes == BASELINE_BYTES - 4 * (32 * 9 + 32)
-    model = make_model(RunConfig(model=override(RunConfig(), {"model.name": "residual"}, "").model)
-                       .model, *SHAPE, 0)  # fmt: skip
+    config = override(RunConfig(), {"model.name": "residual"}, "a test")
+    model = make_model(config.model, *SHAPE, config.seed)
     num = sum(p.numel() for p in model.parameters())
     running = [b for name, b in model.named_buffers() if "running" in name]
     of_residual = sent(of(2, model__name="residual"))

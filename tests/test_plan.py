@@ -180,7 +180,7 @@ def test_time_to_the_accuracy_of_a_run(command: Command, small_dir: Path, tmp_pa
     ("words", "text"),
     [
         (GPU, "--gpu: how fast its ranks talk is not known; give --fit LINK"),
-        (("--ranks", "64"), "--ranks 64: this machine has"),
+        (("--ranks", "1024"), "--ranks 1024: this machine has"),
         (("--gpu", "GeForce 256", *GIVEN), "--gpu GeForce 256: there is no model of it"),
         ((*GPU, *GIVEN, "--ranks", "0,2"), "--ranks 0,2: give whole numbers from 1 to 1024"),
         ((*GPU, *GIVEN, "--ranks", "1025"), "--ranks 1025: give whole numbers from 1 to 1024"),

@@ -11,7 +11,6 @@ rates of links that are assumed: they say what a link alone would have cost.
 """
 
 import tempfile
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -94,11 +93,22 @@ class Pair:
         return [claim(f"{name}: prediction off (%)", off, self.most_percent, at_most=True)]
 
 
+def pair_of(name: str) -> Pair:
+    """An empty one, with its unit and what is claimed."""
+    if "all-reduce of" in name:
+        return Pair("us", MOST_REDUCE_PERCENT)
+    if name.endswith("memory"):
+        return Pair("GiB", None)
+    return Pair("ms", None if name.endswith("fsdp") else MOST_STEP_PERCENT)
+
+
 @dataclass
 class Found:
     """What was measured in a round, before anything is predicted."""
 
     timings: Timings
+    peak_gib: float
+    """Of one rank at the batch between."""
     links: dict[str, list[Point]] = field(default_factory=dict)
     """By where the ranks are: all points, those to be predicted among them."""
     steps_ms: dict[tuple[str, int, str], float] = field(default_factory=dict)
@@ -122,7 +132,7 @@ def a_round(num_steps: int) -> tuple[Found, Environment]:
         steps=[_step_time(batch, alone[batch]) for batch in BATCHES],
         slowdowns=[slowdown_of(job, 2, 1)],
     )
-    found = Found(timings)
+    found = Found(timings, _peak_gib(alone[BETWEEN]))
     here = "this machine"
     found.steps_ms[here, 1, "ddp"] = step_ms_of(alone[BETWEEN])
     for parallel in ("ddp", "fsdp"):
@@ -139,7 +149,15 @@ def a_round(num_steps: int) -> tuple[Found, Environment]:
 
 def _step_time(batch: int, found: Repetition) -> StepTime:
     ms = step_ms_of(found)
-    return StepTime(precision="fp32", batch=batch, step_ms=ms, low_ms=ms, high_ms=ms, n=1)
+    peak_gib = _peak_gib(found)
+    return StepTime(
+        precision="fp32", batch=batch, step_ms=ms, low_ms=ms, high_ms=ms, n=1, peak_gib=peak_gib
+    )
+
+
+def _peak_gib(found: Repetition) -> float:
+    assert found.host_peak_rss_gib is not None
+    return found.host_peak_rss_gib
 
 
 @contextmanager
@@ -224,8 +242,10 @@ def paired(found: Found, counts: dict[tuple[int, str], Counted]) -> dict[str, tu
         for (place, num_ranks, parallel), ms in found.steps_ms.items():
             if place == where:
                 predicted = model.predict(counts[num_ranks, parallel], BETWEEN)
-                name = f"{where}: step, {num_ranks} x {BETWEEN}, {parallel}"
-                pairs[name] = (predicted.step_ms, ms)
+                what = f"{where}: step, {num_ranks} x {BETWEEN}"
+                pairs[f"{what}, {parallel}"] = (predicted.step_ms, ms)
+                if num_ranks == 1:
+                    pairs[f"{what}, memory"] = (predicted.rank_gib, found.peak_gib)
     return pairs
 
 
@@ -250,13 +270,12 @@ def bench(out: Path, rounds: int, num_steps: int) -> None:
     all_found, environments = zip(*(a_round(num_steps) for _ in range(rounds)), strict=True)
     ways = ((1, "ddp"), (2, "ddp"), (2, "fsdp"))
     counts = {way: counted(*way) for way in ways}  # torch at work: after what forks processes
-    pairs: dict[str, Pair] = defaultdict(lambda: Pair("us", MOST_REDUCE_PERCENT))
+    pairs: dict[str, Pair] = {}
     for found in all_found:
         for name, (predicted, took) in paired(found, counts).items():
-            if ": step," in name and name not in pairs:
-                pairs[name] = Pair("ms", None if "fsdp" in name else MOST_STEP_PERCENT)
-            pairs[name].predicted.append(predicted)
-            pairs[name].measured.append(took)
+            pair = pairs.setdefault(name, pair_of(name))
+            pair.predicted.append(predicted)
+            pair.measured.append(took)
     factors = [found.timings.slowdown(2) for found in all_found]
     rows = [row("two steps at once over one alone", factors, "x")]
     rows += [each for name, pair in pairs.items() for each in pair.rows(name)]
@@ -306,7 +325,7 @@ def study_rows() -> list[Row]:
 @click.command()
 @OUT
 @click.option("--rounds", default=3, show_default=True)
-@click.option("--steps", default=40, show_default=True)
+@click.option("--steps", default=24, show_default=True)
 def main(out: Path, rounds: int, steps: int) -> None:
     """Benchmark the plan's predictions."""
     bench(out, rounds, steps)
