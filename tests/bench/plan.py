@@ -202,7 +202,7 @@ def _run(nodes: Nodes, module: str, *words: str) -> None:
         RuntimeError: it failed.
     """
     done = [run.wait(ENDS_S) for run in nodes.start(*words, module=module)]
-    if any(each.code for each in done):
+    if [each.code for each in done] != [0, 0]:
         raise RuntimeError("; ".join(map(str, done)))
 
 
