@@ -198,8 +198,11 @@ def _step(
     return step, SyntheticFeed(static, order)
 
 
-def _reduced(_: object, bucket: Any) -> torch.futures.Future[torch.Tensor]:
-    """DDP's all-reduce of a bucket."""
+def _reduced(
+    _: object,
+    bucket: dist.GradBucket,  # type: ignore[name-defined]
+) -> torch.futures.Future[torch.Tensor]:
+    """DDP's all-reduce of a bucket; torch reads the types."""
     dist.all_reduce(bucket.buffer())
     done = torch.futures.Future[torch.Tensor]()
     done.set_result(bucket.buffer())

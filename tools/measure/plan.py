@@ -95,6 +95,7 @@ def make_plan(config: RunConfig, asked: Asked, here: Here) -> Plan:
     """
     if config.step.canonical:
         raise UserError("what ranks send with --canonical is not counted; leave step.canonical 0")
+    config = replace(config, step=replace(config.step, noise_scale=False))  # --run's: it is known
     link = _asked_link(asked, here)
     records = open_for(config.data, config.data.path or ensure_sample())
     num_samples = len(records.split("train"))
