@@ -122,7 +122,7 @@ def test_fsdp(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_plan(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With two nodes where this machine lets namespaces be made."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    monkeypatch.setattr(plan, "BATCHES", (16, 32))
+    monkeypatch.setattr(plan, "BATCHES", (24,))
     monkeypatch.setattr(plan, "BETWEEN", 24)
     monkeypatch.setattr(plan, "SIZES_BYTES", (2**12, 2**16))
     monkeypatch.setattr(plan, "OTHER_BYTES", (2**14,))
