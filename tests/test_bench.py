@@ -126,7 +126,7 @@ def test_plan(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(plan, "BETWEEN", 24)
     monkeypatch.setattr(plan, "SIZES_BYTES", (2**12, 2**16))
     monkeypatch.setattr(plan, "OTHER_BYTES", (2**14,))
-    monkeypatch.setattr(plan, "RATES", ("1gbit",))
+    monkeypatch.setattr(plan, "RATES", {"1gbit": "128kb"})
     plan.bench(tmp_path, rounds=1, num_steps=2)
     claims = checked(tmp_path / "cpu_plan.json")
     here = [claim for claim in claims if claim.startswith("this machine: ")]

@@ -43,8 +43,9 @@ OTHER_BYTES = (160_000, 1_729_912, 3_000_000)
 """Of the all-reduces that are predicted; the second is a step's."""
 NUM_LOCAL = 2
 """Ranks of this machine: both nodes are on it."""
-RATES = ("1gbit", "100mbit")
-BURST = "32kb"
+RATES = {"1gbit": "128kb", "100mbit": "32kb"}
+"""Of the link, and what it lets through at once: too little of it, and a timer that is late costs
+rate."""
 ENDS_S = 240.0
 MOST_STEP_PERCENT = 10.0
 MOST_REDUCE_PERCENT = 15.0
@@ -138,8 +139,8 @@ def a_round(num_steps: int) -> tuple[Found, Environment]:
     for parallel in ("ddp", "fsdp"):
         found.steps_ms[here, 2, parallel] = step_ms_of(step(BETWEEN, 2, parallel))
     found.links[here] = link_here([2], "cpu", (*SIZES_BYTES, *OTHER_BYTES)).points
-    for rate in RATES:
-        with two_nodes(rate) as nodes:
+    for rate, burst in RATES.items():
+        with two_nodes(rate, burst) as nodes:
             if nodes:
                 where = f"two nodes, {rate}"
                 found.links[where] = _link_of(nodes).points
@@ -161,10 +162,10 @@ def _peak_gib(found: Repetition) -> float:
 
 
 @contextmanager
-def two_nodes(rate: str) -> Iterator[Nodes | None]:
+def two_nodes(rate: str, burst: str) -> Iterator[Nodes | None]:
     """Two namespaces with a link of this rate; None, said so, where there can be none."""
     with tempfile.TemporaryDirectory() as folder:
-        nodes = Nodes(Path(folder), ("rate", rate, "burst", BURST, "latency", "50ms"))
+        nodes = Nodes(Path(folder), ("rate", rate, "burst", burst, "latency", "50ms"))
         try:
             nodes.make()
         except NoNodes as error:

@@ -31,8 +31,9 @@ from tools.measure.fit import KINDS, Kind, Link, Point, fitted_link, read_link
 from tools.measure.runner import module_on_ranks, run_command
 from tools.report.outputs import check_file
 
-SIZES_BYTES = tuple(4**n * 2**10 for n in range(1, 9))
-"""4 KiB to 64 MiB."""
+SIZES_BYTES = tuple(2**n * 2**10 for n in range(2, 17))
+"""4 KiB to 64 MiB. So close together, since a link may let some bytes through at once and only then
+keep to its rate."""
 LEAST_TIMED = 9
 MOST_TIMED = 100
 ENOUGH_S = 0.2
