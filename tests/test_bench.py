@@ -24,6 +24,7 @@ from tests.bench import (
     measuring,
     noise,
     pack,
+    plan,
     precision,
     predict,
     ranks,
@@ -153,6 +154,25 @@ def test_fsdp(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert kept["baseline, global batch 32: fsdp, optimiser a rank"] == pytest.approx(
         kept["baseline, global batch 32: ddp, optimiser a rank"] / 2, rel=1e-3
     )
+
+
+def test_plan(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With two nodes where this machine lets namespaces be made."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    monkeypatch.setattr(plan, "BATCHES", (24,))
+    monkeypatch.setattr(plan, "BETWEEN", 24)
+    monkeypatch.setattr(plan, "SIZES_BYTES", (2**12, 2**16))
+    monkeypatch.setattr(plan, "OTHER_BYTES", (2**14,))
+    monkeypatch.setattr(plan, "RATES", {"1gbit": "128kb"})
+    plan.bench(tmp_path, rounds=1, num_steps=2)
+    claims = checked(tmp_path / "cpu_plan.json")
+    here = [claim for claim in claims if claim.startswith("this machine: ")]
+    nodes = [claim for claim in claims if claim.startswith("two nodes, 1gbit: ")]
+    assert (len(here), len(nodes)) in ((3, 2), (3, 0)) and len(claims) == len(here + nodes)
+    rows = json.loads((tmp_path / "cpu_plan.json").read_text())["rows"]
+    values = {row["name"]: row["value"] for row in rows}
+    published = [name for name in values if name.endswith("as published")]
+    assert len(published) == 2 and values["1,024 ranks, ddp, counted: a step's collectives"] > 1.7
 
 
 def test_checkpoints(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

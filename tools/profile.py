@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,6 +19,7 @@ from engine.durable import is_empty, take_folder, writing
 from engine.errors import UserError, exit_on_user_error, printable
 from engine.host import cache_notes, end_rank, env_world_size, prepare_process
 from engine.paths import PATH, full_path
+from engine.report import write_json
 from engine.ui import guard_outputs
 from tools.report.outputs import check_file
 
@@ -272,6 +273,59 @@ def advise(
 
 
 @main.command()
+@click.argument("config_file", required=False, type=PATH, metavar="[CONFIG]")
+@DATA
+@click.option("--run", type=PATH, help="A finished run: its config and accuracy.")
+@click.option("--model", help="Another network than CONFIG's: a name, or FILE.py:NAME.")
+@click.option("--batches", default="", help="Samples of a rank, with commas between.")
+@click.option("--ranks", default="", help="Numbers up to 1024, with commas between.")
+@click.option("--precisions", default="", help="fp32, bf16, ...  [default: fp32,bf16]")
+@click.option("--parallel", default="", help="ddp, fsdp  [default: both]")
+@click.option("--gpu", default="", help="A GPU's whole name: its model instead of this machine.")
+@click.option("--fit", type=PATH, help="A link as `-m tools.measure.link` measured it.")
+@click.option("--alpha-us", type=click.FloatRange(0, 1e6), help="What a message costs.")
+@click.option(
+    "--beta-gbps", type=click.FloatRange(1e-3, 1e5), help="Gbit/s that a rank sends and receives."
+)
+@click.option("--steps", default=30, show_default=True, type=click.IntRange(2), help="Timed ones.")
+@click.option("--repetitions", default=3, show_default=True, type=click.IntRange(1))
+@click.option("--out", type=PATH, help="Folder for plan.json, .md.  [default: runs/plan-<time>]")
+@DEVICE
+def plan(
+    config_file: Path | None,
+    data: Path | None,
+    out: Path | None,
+    device: str,
+    **options: Any,
+) -> None:
+    """Recommend ranks, batch, precision, ddp or fsdp for CONFIG, on this machine or another.
+
+    Measures steps and collectives here, or takes --gpu and --fit, or --alpha-us and --beta-gbps.
+    Writes plan.json. What is predicted is a model's, not measured.
+    """
+    with exit_on_user_error():
+        from tools.measure.plan import Asked, make_plan
+        from tools.measure.timings import Here
+        from tools.report.plan import to_markdown
+
+        amounts = {"num_steps": options.pop("steps"), "repetitions": options.pop("repetitions")}
+        num_gpus = _num_gpus(device)
+        config = _planned_config(config_file, options["run"])
+        given = {"model.name": options.pop("model"), "data.path": data and os.fspath(data)}
+        changed = {name: value for name, value in given.items() if value is not None}
+        config = override(config, with_own_network(changed, "--model"), "flags")
+        with take_folder(out, "plan-") as folder:
+            here = Here(out=folder, device=device, num_gpus=num_gpus, **amounts)
+            found = make_plan(config, Asked(**options), here)
+            text = to_markdown(found)
+            with writing(folder):
+                write_json(found, folder / "plan.json")
+                (folder / "plan.md").write_text(text, encoding="utf-8")
+        click.echo(text, nl=False)
+        click.echo(f"written: {folder / 'plan.json'}, {folder / 'plan.md'}")
+
+
+@main.command()
 @DATA
 @click.option(
     "--config", "config_file", type=PATH, help="TOML file: a recipe other than the study's."
@@ -304,6 +358,14 @@ def ensemble(
             config = override(config, {"data.path": os.fspath(data)}, "flags")
         with take_folder(out, "ensemble-") as folder:
             click.echo(profile_ensemble(config, networks, workers, folder))
+
+
+def _planned_config(config_file: Path | None, run_folder: Path | None) -> RunConfig:
+    """The configuration of a plan: a file's, a run's, or that of engine.run."""
+    if config_file and run_folder:
+        raise UserError("CONFIG and --run: a run has its own config; give one of them")
+    file = run_folder / "config.toml" if run_folder else config_file
+    return load_toml(RunConfig(), file) if file else RECIPES["fast"]
 
 
 def _num_gpus(device: str) -> int:

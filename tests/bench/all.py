@@ -17,6 +17,7 @@ from tests.bench import (
     measuring,
     noise,
     pack,
+    plan,
     precision,
     predict,
     ranks,
@@ -46,6 +47,7 @@ def main(data: Path | None, out: Path) -> None:
     ranks.bench(out, pairs=5, num_steps=100)
     canonical.bench(out, rounds=5, num_steps=60)
     fsdp.bench(out, rounds=3, num_steps=24)
+    plan.bench(out, rounds=3, num_steps=24)
     measuring.bench(out, rounds=9, num_steps=60)
     checkpoints.bench(out, rounds=15)
     sweep.bench(out, rounds=3)

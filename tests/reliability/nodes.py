@@ -54,7 +54,9 @@ class NoNodes(Exception):
 class Nodes:
     """Two namespaces and the link between them; interfaces are called node0 and node1."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, shape: tuple[str, ...] = SHAPE) -> None:
+        """`shape`: options of tc's tbf."""
+        self.shape = shape
         self.names = [f"tmnist-{os.getpid()}-{number}" for number in (0, 1)]
         self.folders = [folder / f"node{number}" for number in (0, 1)]
 
@@ -70,7 +72,7 @@ class Nodes:
             _command("ip", "-n", name, "address", "add", address, "dev", interface)
             self.link(number, "up")
             _command("ip", "-n", name, "link", "set", "lo", "up")
-            _command("tc", "-n", name, "qdisc", "add", "dev", interface, "root", "tbf", *SHAPE)
+            _command("tc", "-n", name, "qdisc", "add", "dev", interface, "root", "tbf", *self.shape)
 
     def remove(self) -> None:
         for name in self.names:

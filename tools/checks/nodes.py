@@ -15,7 +15,6 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
-from statistics import median
 
 import torch
 import torch.distributed as dist
@@ -36,6 +35,7 @@ from engine.ranks import Ranks
 from engine.report import git_state
 from engine.world import World
 from tools.checks.doctor import LOWEST, Finding, graded
+from tools.measure.link import LONGEST_S, collective_s
 
 PORT = 29400
 """torchrun's default for the rendezvous backend c10d."""
@@ -46,9 +46,6 @@ NUM_PINGS = 20
 SKEW_S = 0.5
 """Beyond it the lines of two nodes' logs can no longer be laid side by side."""
 SIZES_BYTES = (4 * 2**10, 64 * 2**10, 2**20, 16 * 2**20, 64 * 2**20)
-NUM_REDUCED = 9
-LONGEST_S = 0.5
-"""A size that takes longer is the last that is tried."""
 
 
 def alone(
@@ -319,7 +316,7 @@ def _all_reduce(world: World) -> Finding:
     """The time of an all-reduce over its size, and what the largest comes to per second."""
     texts = []
     for num_bytes in SIZES_BYTES:
-        took_s = all_reduce_s(num_bytes, world)
+        took_s = collective_s("all-reduce", num_bytes, world)
         texts.append(f"{_size(num_bytes)} {took_s * 1e3:,.2f} ms")
         if took_s > LONGEST_S:
             break
@@ -327,24 +324,6 @@ def _all_reduce(world: World) -> Finding:
     mbit_per_s = 2 * (world.size - 1) / world.size * num_bytes * 8 / took_s / 1e6
     text = f"{', '.join(texts)}; {mbit_per_s:,.0f} Mbit/s each way at the last"
     return Finding("ok", "all-reduce", text)
-
-
-def all_reduce_s(num_bytes: int, world: World) -> float:
-    """The median time of an all-reduce of fp32, each time that of the slowest rank. Collective."""
-    values = torch.zeros(num_bytes // 4, device=world.device)
-    times_s: list[float] = []
-    for number in range(NUM_REDUCED + 1):
-        world.synchronize()
-        start_s = time.perf_counter()
-        dist.all_reduce(values)
-        if world.device.type == "cuda":
-            torch.cuda.synchronize(world.device)
-        took_s = world.most([time.perf_counter() - start_s])[0]
-        if number:  # the first one connects
-            times_s.append(took_s)
-        if took_s > LONGEST_S and times_s:
-            break
-    return median(times_s)
 
 
 def _size(num_bytes: int) -> str:

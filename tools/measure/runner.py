@@ -208,7 +208,17 @@ def _run_child(job: Job, files: list[str], log: Path, limit_s: float) -> str:
     command = [sys.executable, "-m", "tools.measure.cell", *files]
     if job.ranks > 1:
         command = module_on_ranks(job.ranks, "tools.measure.cell", *files)
-    threads = {"OMP_NUM_THREADS": str(job.num_threads)} if job.num_threads else {}
+    return run_command(command, log, limit_s, job.num_threads)
+
+
+def run_command(command: list[str], log: Path, limit_s: float, num_threads: int = 0) -> str:
+    """Run a command of ours; one line if that failed, else nothing.
+
+    Args:
+        log: the file that gets what it says.
+        num_threads: of each process; 0: as many as torch takes.
+    """
+    threads = {"OMP_NUM_THREADS": str(num_threads)} if num_threads else {}
     variables = os.environ | threads
     with open(log, "wb") as file:
         child = subprocess.Popen(command, env=variables, stdout=subprocess.DEVNULL, stderr=file)
