@@ -18,13 +18,14 @@ from torch import nn
 from engine.config import RunConfig
 from engine.data.records import Records
 from engine.errors import UserError
+from engine.train.weights import network_facts
 from tests.conftest import CLASSES
 from tests.test_predict import packed, refused, trained
 from tools import export
 from tools.measure import exported
 from tools.measure.answers import all_logits
 from tools.measure.exported import FORMS, check_form, facts_of, write_form
-from tools.measure.trained import find_weights, load_network, run_config
+from tools.measure.trained import find_weights, known_facts, load_network, run_config
 from tools.report.card import READING
 
 CPU = torch.device("cpu")
@@ -43,7 +44,8 @@ def call(*words: object) -> Result:
 def logits_of(run: Path, records: Records) -> torch.Tensor:
     """What the run's own network gives for the test split."""
     weights = find_weights(run)
-    network = load_network(run_config(weights), records, weights)
+    config = run_config(weights)
+    network = load_network(config.model, known_facts(weights, config, None), weights)
     return all_logits(network, records.split("test").image_NHW, CPU)
 
 
@@ -108,8 +110,9 @@ def test_a_file_that_answers_otherwise_is_refused(
     """By logits that are slightly off, or not finite; and then nothing is left."""
     weights = find_weights(run)
     config = run_config(weights)
-    network, like = (load_network(config, small, weights) for _ in range(2))
-    path = write_form("safetensors", tmp_path, network, facts_of(config, small))
+    facts = known_facts(weights, config, None)
+    network, like = (load_network(config.model, facts, weights) for _ in range(2))
+    path = write_form("safetensors", tmp_path, network, facts_of(facts))
     wanted_NK = logits_of(run, small)
     split = small.split("test")
     check = check_form("safetensors", path, split, wanted_NK, like)
@@ -160,7 +163,8 @@ def test_other_libraries_read_the_same(
         assert samples and not any(map(archive.read, samples)), "nothing in it is pickled"
         assert b'"use_pickle": true' not in b"".join(map(archive.read, archive.namelist()))
     with pytest.raises(UserError, match=r"--to torch: .* cannot be exported .* --to safetensors"):
-        write_form("torch", tmp_path, Branching(), facts_of(RunConfig(), small))
+        facts = network_facts(RunConfig().model, small)
+        write_form("torch", tmp_path, Branching(), facts_of(facts))
     if "onnx" not in forms:
         pytest.skip(f"without onnx, for want of {', '.join(NEEDED)}; the other files are right")
 

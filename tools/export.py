@@ -6,13 +6,13 @@ import click
 import torch
 
 from engine.config import RunConfig
-from engine.data.records import SPLITS, Records
+from engine.data.records import SPLITS, Split
 from engine.durable import publish_directory, writing
 from engine.errors import UserError, exit_on_user_error, printable
 from engine.host import prepare_process
 from engine.models import make_model
 from engine.paths import PATH
-from engine.report import RunReport, environment, read_report
+from engine.report import NetworkFacts, RunReport, environment, read_report
 from engine.train.backends import set_fp32_precision
 from engine.ui import guard_outputs
 from tools.measure.answers import all_logits
@@ -27,6 +27,7 @@ from tools.measure.exported import (
 from tools.measure.trained import (
     Trained,
     find_weights,
+    known_facts,
     load_network,
     open_run_records,
     run_config,
@@ -83,18 +84,20 @@ def main(
         forms = tuple(dict.fromkeys(forms))
         check_packages(forms)
         trained = find_weights(run)
+        assert trained.run
         target = out or trained.run / FOLDER
         check_target(target, force)
         config = run_config(trained, model)
+        facts = known_facts(trained, config, data)
         records = open_run_records(config, data, trained.fingerprint)
         with writing(target), publish_directory(target) as folder:
-            checks = export(forms, folder, trained, config, records, split)
+            checks = export(forms, folder, trained, config, facts, records.split(split))
             card = Card(
-                facts=facts_of(config, records),
+                facts=facts_of(facts),
                 config=config,
                 split=split,
                 checks=checks,
-                report=report_of(trained),
+                report=report_of(trained.run),
                 environment=environment(
                     num_threads=torch.get_num_threads(), allocator="default", gpu={}
                 ),
@@ -121,8 +124,8 @@ def export(
     folder: Path,
     trained: Trained,
     config: RunConfig,
-    records: Records,
-    split_name: str,
+    facts: NetworkFacts,
+    split: Split,
 ) -> list[Check]:
     """Write each form into `folder`, opened again and compared with the network.
 
@@ -130,25 +133,25 @@ def export(
         UserError: the weights or the split are not there, or a file answers otherwise.
     """
     set_fp32_precision("fp32")
-    split = records.split(split_name)
     if not len(split):
-        raise UserError(f"{records.path}: has no image in {split_name}; name another --split")
-    network, facts = load_network(config, records, trained), facts_of(config, records)
+        raise UserError("the run's records have no image in this split; name another --split")
+    network = load_network(config.model, facts, trained)
     wanted_NK = all_logits(network, split.image_NHW, torch.device("cpu"))
     if not wanted_NK.isfinite().all():
         raise UserError(f"{trained.run}: answers with numbers that are not finite; train it again")
     checks = []
     for name in forms:
-        like = make_model(config.model, *records.height_width, len(records.classes), seed=1)
-        path = write_form(name, folder, network, facts)
+        size = facts.height_pixels, facts.width_pixels
+        like = make_model(config.model, *size, len(facts.classes), seed=1)
+        path = write_form(name, folder, network, facts_of(facts))
         checks.append(check_form(name, path, split, wanted_NK, like))
     return checks
 
 
-def report_of(trained: Trained) -> RunReport | None:
+def report_of(run: Path) -> RunReport | None:
     """The run's report; None where a checkpoint is all that it left."""
     try:
-        return read_report(trained.run)
+        return read_report(run)
     except UserError:
         return None
 

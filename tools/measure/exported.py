@@ -24,10 +24,9 @@ import torch
 from safetensors.torch import load_file, save
 from torch import nn
 
-from engine.config import RunConfig
-from engine.data.records import Records, Split
+from engine.data.records import Split
 from engine.errors import UserError, sentence
-from engine.report import without_folders
+from engine.report import NetworkFacts, without_folders
 from tools.measure.answers import Network, all_logits
 
 TOLERANCE = 1e-4
@@ -58,15 +57,14 @@ class Facts:
         }
 
 
-def facts_of(config: RunConfig, records: Records) -> Facts:
-    """Those of a run: the one place that says where its classes come from."""
-    height, width = records.height_width
+def facts_of(network: NetworkFacts) -> Facts:
+    """Those that an exported network says, of all that its run knows of it."""
     return Facts(
-        network=without_folders(config.model.name),
-        classes=records.classes,
-        height_pixels=height,
-        width_pixels=width,
-        dataset_fingerprint=records.fingerprint,
+        network=without_folders(network.model.name),
+        classes=tuple(network.classes),
+        height_pixels=network.height_pixels,
+        width_pixels=network.width_pixels,
+        dataset_fingerprint=network.dataset_fingerprint,
     )
 
 
