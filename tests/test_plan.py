@@ -117,6 +117,7 @@ def test_the_soonest_of_the_same_batch_is_recommended_and_says_why() -> None:
     best, why = recommend(ways, 64, None)
     assert best is ways[1], "fsdp is sooner, by too little"
     assert why.startswith("soonest with the configuration's global batch of 64; 1.60 times as soon")
+    assert "of its step are collectives, computing side by side takes 1.25 of the time" in why
     assert "; fsdp takes 0.99 of its time and saves" in why
     best, why = recommend([ways[0], way(2, 32, 15.9)], 64, None)
     assert best.num_ranks == 1 and "the best of several, 2 ranks, takes 0.99 of its time" in why

@@ -59,7 +59,10 @@ class Prediction:
     precision: str
     parallel: str
     basis: Basis
+    alone_ms: float
+    """A step of one rank alone, at the same batch a rank."""
     compute_ms: float
+    """The same beside those of its machine."""
     collectives_ms: float
     sent_bytes: int
     """The whole tensors of a step's collectives."""
@@ -127,6 +130,7 @@ class Model:
             precision=precision,
             parallel=counted.parallel,
             basis=self.timings.basis if is_measured else MODEL,
+            alone_ms=alone_ms,
             compute_ms=compute_ms,
             collectives_ms=collectives_ms,
             sent_bytes=counted.sent_bytes,
@@ -203,18 +207,21 @@ def _least(
     if best.num_ranks > 1:
         if alone := [other for other, each in costs if each.num_ranks == 1]:
             reasons.append(f"{min(alone) / cost:.2f} times as soon as the best of one rank")
-        reasons.append(f"{_share(best)} of its step are collectives")
+        reasons.append(_parts(best))
     elif several := [(other, each) for other, each in costs if each.num_ranks > 1]:
         other, each = min(several, key=lambda it: it[0])
         what = f"the best of several, {each.num_ranks} ranks, takes {other / cost:.2f} of its time"
-        reasons.append(f"{what}: {_share(each)} of a step are collectives")
+        reasons.append(f"{what}: {_parts(each)}")
     twins = (each for each in all_ if _place(each) == _place(best))
     reasons += [_beside(each, best) for each in twins if each.parallel != best.parallel]
     return best, "; ".join(reasons)
 
 
-def _share(it: Prediction) -> str:
-    return f"{it.collectives_ms / it.step_ms:.0%}"
+def _parts(it: Prediction) -> str:
+    """What a step of several ranks has beside that of one alone."""
+    text = f"{it.collectives_ms / it.step_ms:.0%} of its step are collectives"
+    beside = it.compute_ms / it.alone_ms
+    return text if beside == 1 else f"{text}, computing side by side takes {beside:.2f} of the time"
 
 
 def _beside(twin: Prediction, best: Prediction) -> str:
