@@ -588,6 +588,7 @@ def test_a_signal_is_known_of_before_python_hears_it() -> None:
 import hashlib, os, signal, threading, time
 from engine.stop import STOP
 def ask():
+    time.sleep(0.5)  # the main thread is in its call
     print(STOP.was_sent())
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(0.2)
@@ -596,7 +597,7 @@ STOP.install()
 with STOP.polled():
     asking = threading.Thread(target=ask)
     asking.start()
-    hashlib.pbkdf2_hmac("sha256", b"", b"", 5_000_000)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 8_000_000)
     asking.join()
 print(STOP.number)
 """
