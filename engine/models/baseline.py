@@ -26,7 +26,7 @@ class GlyphNet(HeadNetwork):
     min_side = 4  # two 2x2 max-pools leave a quarter, and the linear layers need a pixel of it
     kernels = HeadNetwork.kernels | {"conv_pool_relu", "bias_pool_relu", "conv2_pool_relu"}
     last = "fc2"
-    head_masks_relu = True
+    relu_bias = "fc1.bias"
     can_whiten = True
     relu_after_pool: ClassVar[bool] = False
 
@@ -71,7 +71,7 @@ class GlyphNet(HeadNetwork):
         from kernels.linear_relu import linear_relu
 
         sides = self.fc1.sides(x_BCHW)
-        return linear_relu(*sides, self.fc1.bias, masked=self.head_masks_relu)
+        return linear_relu(*sides, self.fc1.bias, masked=bool(self.relu_bias))
 
     def _first(self, image_BHW: torch.Tensor) -> torch.Tensor:
         if "conv_pool_relu" not in self.fused:
