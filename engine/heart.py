@@ -8,6 +8,9 @@ on the process group, whose collectives are what hangs.
 The store is on the machine of rank 0. Where that one is cut off, the thread waits for an answer
 that never comes, for the quarter of an hour that TCP takes to give up; a second thread looks at the
 clock alone, and ends the rank after the same time-out.
+
+A rank that was killed ends the others' collectives, but not always: torch may wait on. Its launcher
+then asks the others to stop, which they do not hear in there; the second thread ends them.
 """
 
 import json
@@ -22,11 +25,20 @@ from typing import Any
 
 from engine.errors import printable
 from engine.host import env_machine, is_last_try
+from engine.stop import STOP
 
 PERIOD_S = 1.0
 JOIN_S = 5.0
 SPEAK_S = 1.5
 """For the rank of a machine that speaks to have spoken and ended their launcher; else others do."""
+DEAF_S = 5.0
+"""How long a rank that was asked to stop waits for one that beats no more."""
+DIED = (
+    "ended without a word, perhaps killed; "
+    "start the run again with --resume, and look at the memory of its machine"
+)
+LEFT = "leaving"
+"""What a rank did last that beats no more because its run has ended."""
 WAITING = "waiting for its feed"
 TRAINING = "training"
 EVALUATING = "evaluating"
@@ -81,8 +93,9 @@ def hung_ranks(
     seen: dict[int, Seen], now_s: float, timeout_s: float
 ) -> tuple[list[int], str] | None:
     """(ranks, sentence) of those that hold the others up; None while all is well."""
-    silent_s = {rank: now_s - each.silent_since_s for rank, each in seen.items()}
-    if max(silent_s.values()) >= timeout_s:
+    here = {rank: each for rank, each in seen.items() if each.beat.doing != LEFT}
+    silent_s = {rank: now_s - each.silent_since_s for rank, each in here.items()}
+    if max(silent_s.values(), default=0.0) >= timeout_s:
         # a machine's ranks do not beat at one moment: those that went with it are named with it
         silent = [rank for rank, each_s in silent_s.items() if each_s >= timeout_s - 2 * PERIOD_S]
         each = seen[silent[0]]
@@ -137,7 +150,7 @@ class Watch:
         self._count = 0
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._work, name="heart", daemon=True)
-        self._guard = threading.Thread(target=self._guard_store, name="guard", daemon=True)
+        self._guard = threading.Thread(target=self._look_at_clock, name="guard", daemon=True)
         self.beats: dict[int, Beat] = {}
         """What the ranks wrote last."""
         self._write()
@@ -183,23 +196,44 @@ class Watch:
                 seen[rank].update(beat, now_s)
             if (found := hung_ranks(seen, now_s, self._timeout_s)) and not self._over.is_set():
                 _end_hung(*found, self.beats, self._rank)
+        self._heart.doing = LEFT
+        with suppress(RuntimeError):
+            self._write()
 
-    def _guard_store(self) -> None:
-        """End this rank where the store has not answered for the time-out.
+    def _look_at_clock(self) -> None:
+        """End this rank where the store has not answered for the time-out; and where it was asked
+        to stop, but waits for a rank that has died.
 
         It counts its own waits: a process that was stopped for a while has missed nothing.
         """
-        before = self.beats
-        silent_s = 0.0
+        answered = asked = self.beats
+        silent_s = deaf_s = 0.0
         while not self._over.wait(PERIOD_S):
-            silent_s = silent_s + PERIOD_S if self.beats is before else 0.0
-            before = self.beats
+            silent_s = silent_s + PERIOD_S if self.beats is answered else 0.0
+            answered = self.beats
             if silent_s >= self._timeout_s:
-                text = lost_store(self.beats, self._heart, silent_s)
-                speaks = _say(text, self.beats, self._rank, [])
-                if self._thread.is_alive():  # else the store has ended, and its kernel said so
-                    _end_launcher(self._launcher, 0.0 if speaks else SPEAK_S)
+                self._end_cut_off(silent_s)
+            if not STOP.was_sent():
+                asked = answered
+                continue
+            deaf_s += PERIOD_S
+            dead = died_since(asked, answered, self._rank)
+            if dead and deaf_s >= DEAF_S and not self._over.is_set():
+                verb = "has" if len(dead) == 1 else "have"
+                _say(f"{named(dead)}: {verb} {DIED}", answered, self._rank, dead)
                 os._exit(EXIT_HUNG)
+
+    def _end_cut_off(self, silent_s: float) -> None:
+        speaks = _say(lost_store(self.beats, self._heart, silent_s), self.beats, self._rank, [])
+        if self._thread.is_alive():  # else the store has ended, and its kernel said so
+            _end_launcher(self._launcher, 0.0 if speaks else SPEAK_S)
+        os._exit(EXIT_HUNG)
+
+
+def died_since(before: dict[int, Beat], now: dict[int, Beat], rank: int) -> list[int]:
+    """Which ranks have beaten no more since then and did not leave; none if `rank` is one."""
+    still = [r for r, beat in now.items() if beat.count == before[r].count and beat.doing != LEFT]
+    return [] if rank in still else still
 
 
 def lost_store(beats: dict[int, Beat], heart: Heart, silent_s: float) -> str:

@@ -17,7 +17,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 from engine.errors import UserError, printable, sentence
-from engine.heart import EXIT_HUNG, Beat, Heart, Watch, named, read_beats
+from engine.heart import DIED, EXIT_HUNG, LEFT, Beat, Heart, Watch, named, read_beats
 from engine.host import (
     env_local_rank,
     env_machine,
@@ -28,7 +28,7 @@ from engine.host import (
     prefer_interface,
     quiet_native_log,
 )
-from engine.meeting import GIVE_ADDRESS, common_try, did_not_come
+from engine.meeting import GIVE_ADDRESS, MOST_PAUSE_S, common_try, did_not_come
 from engine.network import means_only_here, own_address, way_to
 from engine.stop import Stopped
 
@@ -38,12 +38,10 @@ ALONE_TIMEOUT = timedelta(seconds=20)
 """For a store that another machine can hardly have: torchrun opens it before it starts ranks."""
 LEAVE_TIMEOUT = timedelta(seconds=5)
 """For all ranks to have read why they end."""
+SHORTEST_PAUSE_S = 0.001
+"""Between two looks into the store, at first."""
 REASON_S = 3.0
 """How long a rank whose collective broke looks for another rank's reason."""
-DIED = (
-    "ended without a word, perhaps killed; "
-    "start the run again with --resume, and look at the memory of its machine"
-)
 T = TypeVar("T")
 
 
@@ -99,6 +97,7 @@ class Ranks:
         def compare() -> None:
             if self.rank == 0:
                 self.store.set(f"value of {what}", value)
+            self._wait_for(f"value of {what}", JOIN_TIMEOUT)
             first = self.store.get(f"value of {what}").decode()
             if first != value:
                 raise UserError(
@@ -242,7 +241,8 @@ class Ranks:
             dead = [
                 rank
                 for rank, beat in now.items()
-                if beat.count == before[rank].count and not self.store.check([f"{rank} lives"])
+                if (beat.count == before[rank].count or beat.doing == LEFT)
+                and not self.store.check([f"{rank} lives"])
             ]
         except RuntimeError:
             dead = []
@@ -268,10 +268,25 @@ class Ranks:
         if self.store.add(f"{place}: came", 1) == self.size:
             self.store.set(f"{place}: all", b"")
         try:
-            self.store.wait([f"{place}: all"], timeout)
+            self._wait_for(f"{place}: all", timeout)
         except RuntimeError:
             raise UserError(self._absent(place, timeout)) from None
         return int(self.store.add(f"{place}: failed", 0))
+
+    def _wait_for(self, key: str, timeout: timedelta) -> None:
+        """Wait until a rank has set `key`: by looks, since in the store's own wait Python hears no
+        signal.
+
+        Raises:
+            RuntimeError: none has within the time-out, or the store has gone.
+        """
+        end_s = time.monotonic() + timeout.total_seconds()
+        pause_s = SHORTEST_PAUSE_S
+        while not self.store.check([key]):
+            if time.monotonic() > end_s:
+                raise RuntimeError(f"nobody has set {key!r}")
+            time.sleep(pause_s)
+            pause_s = min(1.5 * pause_s, MOST_PAUSE_S)
 
     def _absent(self, place: str, timeout: timedelta) -> str:
         """The sentence of those that came to `place`, about those that did not."""

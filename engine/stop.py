@@ -3,15 +3,19 @@
 SIGTERM (schedulers, torchrun), SIGUSR1 (SLURM's warning), SIGHUP (a terminal that closes) and
 SIGINT (Ctrl-C) all mean this. The same again, a second later or more, means at once. Before
 training and after it there is nothing to save, so the process ends where it stands.
+
+Python hears a signal between two of its own instructions: not while the main thread is in a
+collective that waits for a rank which has died. `was_sent` knows of it all the same.
 """
 
 import ctypes
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
@@ -37,13 +41,25 @@ class StopRequest:
         """The first signal that came; 0: none."""
         self._since_s = 0.0
         self._is_polled = False
+        self._was_sent = False
+        self._sent, self._woken = socket.socketpair()
+        self._sent.setblocking(False)
+        self._woken.setblocking(False)
 
     def install(self) -> None:
         """Handle the signals from now on; only the main thread may call this."""
         sys.unraisablehook = _report_unraisable
+        signal.set_wakeup_fd(self._woken.fileno(), warn_on_full_buffer=False)
+        os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
         for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
                 signal.signal(number, self._handle)
+
+    def was_sent(self) -> bool:
+        """Whether a signal has come, even if Python has not heard it yet; for another thread."""
+        with suppress(BlockingIOError):
+            self._was_sent = bool(set(self._sent.recv(64)) & set(SIGNALS)) or self._was_sent
+        return self._was_sent
 
     @contextmanager
     def polled(self) -> Iterator[None]:

@@ -73,6 +73,29 @@ def small(small_dir: Path) -> Records:
     return open_records(small_dir)
 
 
+TINY_SIDE = 12
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As many images of 12 x 12: a bright bar whose row and place tell the class."""
+    rng, rows = np.random.default_rng(0), []
+    for font in range(NUM_FONTS):
+        for label, name in enumerate(CLASSES):
+            image = rng.integers(0, 60, (TINY_SIDE, TINY_SIDE))
+            image[label + font % 3 : label + font % 3 + 2, label % 2 * 6 :][:, :6] = 200
+            rows.append([f"Font{font:02}", name, *map(str, image.ravel())])
+    folder = tmp_path_factory.mktemp("tiny")
+    shuffled = [rows[i] for i in rng.permutation(len(rows))]
+    pack(write_csv(folder / "tiny.csv", shuffled, TINY_SIDE), folder / "records")
+    return folder / "records"
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_dir: Path) -> Records:
+    return open_records(tiny_dir)
+
+
 @pytest.fixture
 def world() -> World:
     return World(rank=0, size=1, device=torch.device("cpu"), stream=None)

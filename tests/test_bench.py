@@ -1,16 +1,20 @@
 """Every benchmark runs, tiny: figures are made by make bench, never here."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from engine.data.records import Records
 from engine.errors import UserError
+from engine.world import World
 from tests.bench import (
     canonical,
     checkpoints,
+    child,
     feeds,
     fp8,
     fsdp,
@@ -27,8 +31,20 @@ from tests.bench import (
     warp,
 )
 from tests.conftest import FAST_PRECISION
+from tools.measure.in_process import InProcess
 
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def in_process(
+    small: Records, world: World, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[InProcess]:
+    """One start-up for all measurements of a benchmark; those of ranks keep their processes."""
+    measure = InProcess(small, world, seconds=0.1)
+    monkeypatch.setattr(child, "in_child", measure)
+    yield measure
+    measure.close()
 
 
 def checked(file: Path) -> list[str]:
@@ -46,7 +62,6 @@ def test_pack(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["cpu_pack.json"]
 
 
-@pytest.mark.slow
 def test_sources(tmp_path: Path) -> None:
     sources.bench(tmp_path, rounds=1, num=3000, num_pictures=300)
     assert checked(tmp_path / "cpu_sources.json") == [
@@ -77,15 +92,16 @@ def test_warp(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.usefixtures("in_process")
 def test_step(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))  # of the bare loop's process
     monkeypatch.setattr(step, "BATCH", 32)
     step.bench(tmp_path, rounds=1, num_steps=2)
     assert "fast step over eager fp32 NCHW (x)" in checked(tmp_path / "cpu_step.json")
 
 
-def test_layers(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+@pytest.mark.usefixtures("in_process")
+def test_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layers, "CASES", (("bf16", 32, "trained"),))
     layers.bench(tmp_path, rounds=1, num_steps=2)
     assert "bf16, batch 32, first layer trained: ratio (x)" in checked(tmp_path / "cpu_layers.json")
@@ -98,8 +114,8 @@ def test_ranks(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert checked(tmp_path / "cpu_ranks.json") == ["efficiency of 2 ranks (%)"]
 
 
-def test_canonical(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+@pytest.mark.usefixtures("in_process")
+def test_canonical(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(canonical, "GLOBAL_BATCH", 32)
     monkeypatch.setattr(canonical, "RANKS", (1,))  # test_ranks starts several
     canonical.bench(tmp_path, rounds=1, num_steps=2)
@@ -141,7 +157,7 @@ def test_report(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(FAST_PRECISION == "fp32", reason="this CPU has no bf16 instructions")
 def test_precision(tmp_path: Path, small_dir: Path) -> None:
-    precision.bench(tmp_path, small_dir, pairs=2, extra=("--epochs=2", "--batch-size=32"))
+    precision.bench(tmp_path, small_dir, pairs=2, extra=("--epochs=1", "--batch-size=32"))
     assert checked(tmp_path / "cpu_precision.json") == [
         "the interval's end that is farther from 0 (points)"
     ]
@@ -187,7 +203,7 @@ def test_the_permutation_test_counts_the_ways_to_deal() -> None:
 
 def test_noise(tmp_path: Path, small_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(noise, "START", 32)
-    noise.bench(tmp_path, noise.Sweep(small_dir, 0.3, 1, batches=(16, 64), epochs=6))
+    noise.bench(tmp_path, noise.Sweep(small_dir, 0.3, 1, batches=(16, 64), epochs=12))
     claims = checked(tmp_path / "cpu_noise.json")
     assert claims[0].startswith("time of noise over the best fixed batch's")
 

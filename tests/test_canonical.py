@@ -1,7 +1,7 @@
 """--canonical: one hash of weights and optimiser, one log, on every number of ranks.
 
 By the real command, alone and under torchrun. One rank alone is let take two threads, which it must
-not use. Other switches, and runs that are stopped and resumed: tests/reliability.
+not use. Four ranks, other switches, and runs that are stopped and resumed: tests/reliability.
 """
 
 import hashlib
@@ -22,12 +22,11 @@ from tests.conftest import child
 
 SHARDS = 4
 BATCH = 32
-EPOCHS = 4
-RANKS = (1, 2, 4)
+EPOCHS = 2
 
 
 def line(records: Path, out: Path, num_ranks: int) -> list[str]:
-    """A run of 28 steps; alone, or under torchrun with several ranks."""
+    """A run of 14 steps; alone, or under torchrun with several ranks."""
     alone = ["python", "-m", "engine.run"]
     ranks = ["torchrun", "--standalone", f"--nproc-per-node={num_ranks}", "-m", "engine.run"]
     words = ["--data", records, "--batch-size", BATCH // num_ranks, "--epochs", EPOCHS]
@@ -57,23 +56,14 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     return [{key: line[key] for key in line.keys() - times} for line in lines]
 
 
-@pytest.fixture(scope="module")
-def undisturbed(small_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One rank, from its beginning to its end."""
-    out = tmp_path_factory.mktemp("canonical") / "run"
-    assert "note: --canonical computes with one thread per rank" in train(small_dir, out, 1)
-    return out
-
-
-@pytest.mark.parametrize("num_ranks", RANKS[1:])
-def test_every_number_of_ranks_trains_the_same_bits(
-    num_ranks: int, undisturbed: Path, small_dir: Path, tmp_path: Path
-) -> None:
-    train(small_dir, tmp_path / "run", num_ranks)
-    found, wanted = metrics(tmp_path / "run"), metrics(undisturbed)
+def test_two_ranks_train_the_same_bits(tmp_path: Path, small_dir: Path) -> None:
+    alone, run = tmp_path / "alone", tmp_path / "run"
+    assert "note: --canonical computes with one thread per rank" in train(small_dir, alone, 1)
+    train(small_dir, run, 2)
+    found, wanted = metrics(run), metrics(alone)
     assert found == wanted and len(found) == EPOCHS
     assert found[-1]["train_loss"] < found[0]["train_loss"]
-    assert state_hash(tmp_path / "run") == state_hash(undisturbed)
+    assert state_hash(run) == state_hash(alone)
 
 
 def opened(records: Records, world: World, shards: int) -> Session:

@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine.config import NETWORK_NAMES, ModelConfig, OptimConfig, RunConfig, override
-from engine.data.pack import pack
 from engine.data.records import Records, open_records
 from engine.errors import UserError
 from engine.feeds.synthetic import random_batch
@@ -33,37 +32,16 @@ from engine.train.objective import Objective
 from engine.train.optim import make_optimizer
 from engine.train.session import Session, evaluate, open_session
 from engine.world import World, start_world
-from tests.conftest import CLASSES, Command, assert_refused, child, write_csv
+from tests.conftest import CLASSES, Command, assert_refused, child
 from tests.test_resume import assert_same, stop_after, trained
 from tools.checks.doctor import host_reads
 from tools.measure.products import products
 from tools.measure.roofline import Shapes, floor
 
-SIDE = 12
 EPOCHS = 5
 NEW = ("residual", "vit")
 BN_COUNT = "norm1.num_batches_tracked"
 __all__ = ["stop_after"]  # a fixture
-
-
-@pytest.fixture(scope="module")
-def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Images of 12 x 12: a bright bar whose row and place tell the class."""
-    rng, rows = np.random.default_rng(0), []
-    for font in range(40):
-        for label, name in enumerate(CLASSES):
-            image = rng.integers(0, 60, (SIDE, SIDE))
-            image[label + font % 3 : label + font % 3 + 2, label % 2 * 6 :][:, :6] = 200
-            rows.append([f"Font{font:02}", name, *map(str, image.ravel())])
-    folder = tmp_path_factory.mktemp("tiny")
-    csv = write_csv(folder / "tiny.csv", [rows[i] for i in rng.permutation(len(rows))], SIDE)
-    pack(csv, folder / "records")
-    return folder / "records"
-
-
-@pytest.fixture(scope="module")
-def tiny(tiny_dir: Path) -> Records:
-    return open_records(tiny_dir)
 
 
 def config_of(name: str, **settings: Any) -> RunConfig:

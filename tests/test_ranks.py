@@ -4,6 +4,7 @@ Here by a real store in threads, in tests/reliability/ranks.py by torchrun.
 """
 
 import json
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -18,9 +19,10 @@ from torch import distributed
 from engine import heart as heart_module
 from engine import ranks as ranks_module
 from engine.errors import UserError
-from engine.heart import TRAINING, Beat, Heart, Watch
+from engine.heart import LEFT, TRAINING, Beat, Heart, Watch, read_beats
 from engine.meeting import common_try
 from engine.ranks import OtherRankFailed, Ranks, join_ranks
+from engine.stop import StopRequest
 
 
 def on_all(num: int, work: Callable[[Ranks], Any]) -> list[Any]:
@@ -218,6 +220,34 @@ def test_a_rank_cut_off_from_the_store_ends_in_a_sentence(
         assert len(killed) == wanted
         ended.clear()
         killed.clear()
+
+
+def test_asked_to_stop_a_rank_waits_for_none_that_died(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its main thread may hear nothing, in a collective with the one that died."""
+    monkeypatch.setattr(heart_module, "PERIOD_S", 0.02)
+    monkeypatch.setattr(heart_module, "DEAF_S", 0.3)
+    for last, asked, ends in (
+        (TRAINING, True, True),
+        (LEFT, True, False),
+        (TRAINING, False, False),
+    ):
+        request, ended = StopRequest(), threading.Event()
+        monkeypatch.setattr(heart_module, "STOP", request)
+        monkeypatch.setattr(heart_module.os, "_exit", lambda code, ended=ended: ended.set())
+        if asked:
+            request._woken.send(bytes([signal.SIGTERM]))
+        store = distributed.HashStore()
+        beat = Beat(count=5, step=9, doing=last, num_signs=0, pid=1, parent=1, machine=0)
+        store.set("beat 1", json.dumps(asdict(beat)))
+        watch = Watch(store, 0, 2, Heart(doing=TRAINING), 60.0)
+        watch.start()
+        assert ended.wait(1.0) == ends
+        watch.stop()
+        said = capsys.readouterr().err
+        assert said.startswith("error: rank 1: has ended without a word, perhaps" if ends else "")
+        assert bool(said) == ends and read_beats(store, 2)[0].doing == LEFT
 
 
 def test_a_rank_that_failed_does_not_wait_for_a_store_that_is_deaf(

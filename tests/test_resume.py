@@ -1,5 +1,6 @@
 """A run goes on where it was stopped, to the bit; what may change on the way, and what may not."""
 
+import errno
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 from engine.config import RunConfig, override
 from engine.config_text import config_of, to_toml
 from engine.data.records import Records
-from engine.durable import Damaged
+from engine.durable import Damaged, write_file
 from engine.errors import UserError
 from engine.heart import TRAINING, WAITING, Beat, Seen, hung_ranks
 from engine.host import ROOT
@@ -42,6 +43,7 @@ from engine.train.folder import (
     finished_text,
     manifest_of,
 )
+from engine.train.journal import CHECKPOINTS, Journal
 from engine.train.pulse import Cadence, Pulse
 from engine.train.saver import Saver
 from engine.train.session import Session, evaluate
@@ -130,6 +132,7 @@ def test_evaluating_within_epochs_changes_no_bit_and_keeps_the_best(
     assert report.num_steps == 42
 
 
+@pytest.mark.slow
 def test_ranks_killed_before_their_first_checkpoint_start_anew(
     small_dir: Path, tmp_path: Path
 ) -> None:
@@ -310,6 +313,19 @@ def test_a_disk_that_refuses_the_log_of_ids_ends_nothing_else(
     assert len(said) == 1 and "the log of ids ends here, training goes on" in said[0]
     names = sorted(path.name for path in (run / "ids").iterdir())
     assert names == ["epoch0-step0-rank0of1.bin", "epoch1-step0-rank0of1.bin"]
+
+
+def test_a_full_disk_is_said_once_though_small_files_still_fit(tmp_path: Path) -> None:
+    lines: list[str] = []
+    journal = Journal(tmp_path, lines.append)
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    for number in range(3):
+        journal.refused(full, CHECKPOINTS)
+        journal.attempt(lambda number=number: write_file(tmp_path / "small", bytes(number)))
+    assert len(lines) == 1 and "No space left on device); training goes on" in lines[0]
+    journal.accepted(CHECKPOINTS)
+    journal.refused(full, CHECKPOINTS)
+    assert len(lines) == 2
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -564,6 +580,28 @@ with STOP.polled():
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=60)
     assert (done.returncode, done.stdout) == (128 + signal.SIGTERM, b"goes on 15\n"), done.stderr
+
+
+def test_a_signal_is_known_of_before_python_hears_it() -> None:
+    """The main thread is in one long call of native code, as in a collective."""
+    code = """
+import hashlib, os, signal, threading, time
+from engine.stop import STOP
+def ask():
+    print(STOP.was_sent())
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.2)
+    print(STOP.was_sent(), STOP.number)
+STOP.install()
+with STOP.polled():
+    asking = threading.Thread(target=ask)
+    asking.start()
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 5_000_000)
+    asking.join()
+print(STOP.number)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, b"False\nTrue 0\n15\n"), done.stderr
 
 
 def test_a_signal_in_a_destructor_is_kept_and_prints_nothing() -> None:

@@ -255,6 +255,7 @@ def test_a_run_is_resumed_only_as_what_it_was(
     assert_refused(train(command, *run, *more), "was trained on records")
 
 
+@pytest.mark.slow
 def test_under_torchrun_one_rank_speaks_and_all_exit_2(command: Command, tmp_path: Path) -> None:
     torchrun = ("torchrun", "--standalone", "--nproc-per-node=2", "-m", "engine.run")
     done = command(*torchrun, "--data", "nowhere", "--out", tmp_path / "o")

@@ -25,6 +25,7 @@ METRICS = "metrics.jsonl"
 REPORT = "report.json"
 WEIGHTS = "model.safetensors"
 EVENTS = "tensorboard"
+FILES, CHECKPOINTS = "files", "checkpoints"
 Say = Callable[[str], None]
 
 
@@ -34,8 +35,8 @@ class Journal:
 
     out: Path
     say: Say
-    is_broken: bool = False
-    """Whether the disk refused, and that was said."""
+    refusing: set[str] = field(default_factory=set)
+    """Which of FILES and CHECKPOINTS the disk refused last; said when the first did."""
     lines: list[bytes] = field(default_factory=list)
     """All of metrics.jsonl."""
     is_behind: bool = False
@@ -111,16 +112,23 @@ class Journal:
         except OSError as error:
             self.refused(error)
         else:
-            self.is_broken = False
+            self.accepted()
 
-    def refused(self, error: OSError) -> None:
-        """The disk refused: say so, once until it takes something again."""
-        if not self.is_broken:
+    def accepted(self, what: str = FILES) -> None:
+        """The disk takes this: where it refuses again, that is said again."""
+        self.refusing.discard(what)
+
+    def refused(self, error: OSError, what: str = FILES) -> None:
+        """The disk refused: say so, once until it takes all again.
+
+        A full disk has room for a line of metrics.jsonl and none for a checkpoint.
+        """
+        if not self.refusing:
             why = f"cannot be written ({error.strerror or error})"
             self.say(
                 f"note: {self.out}: {why}; training goes on, nothing new is saved until it can"
             )
-        self.is_broken = True
+        self.refusing.add(what)
 
     def ids_end(self, error: OSError) -> None:
         """The disk refused the log of ids, which ends with that."""

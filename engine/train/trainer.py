@@ -41,7 +41,7 @@ from engine.train.folder import (
     checkpoint_path,
     checkpoints,
 )
-from engine.train.journal import Journal
+from engine.train.journal import CHECKPOINTS, Journal
 from engine.train.parts import Handover, copies_of, put_back, stored_position, with_timings
 from engine.train.progress import Progress, run_report
 from engine.train.pulse import Cadence, Pulse
@@ -430,9 +430,14 @@ class Trainer:
 
     def _say_failure(self, saver: Saver) -> None:
         """Say why a checkpoint was not written; it may be asked for again before the next is."""
-        if saver.failure and saver.failure is not self.said:
-            self.said = saver.failure
-            self.journal.refused(saver.failure)
+        failure = saver.failure
+        if failure is self.said:
+            return
+        self.said = failure
+        if failure:
+            self.journal.refused(failure, CHECKPOINTS)
+        else:
+            self.journal.accepted(CHECKPOINTS)
 
     def _wait_for_disk(self) -> None:
         if self.saver:

@@ -1,9 +1,10 @@
 """python -m tests.kernels [--write]: the proofs with every triton that an allowed torch asks for.
 
 The versions stand in pyproject.toml, [tool.engine]. All are compiled with; the oldest and the
-newest interpret, too, side by side, the oldest whole training steps. One that is not installed is
-put into a folder of its own in .venv, which the proofs' processes see first. --write measures the
-registers and the memory that each version needs anew and writes them into resources.json.
+newest interpret, too, the oldest also whole training steps; two processes work side by side. A
+version that is not installed is put into a folder of its own in .venv, which the proofs' processes
+see first. --write measures the registers and the memory that each version needs anew and writes
+them into resources.json.
 """
 
 import os
@@ -20,7 +21,8 @@ from engine.report import ROOT
 PYTEST = ("-m", "pytest", "-q", "-p", "no:randomly", "-p", "no:cacheprovider")
 INTERPRETED = (*PYTEST, "tests/kernels/interpreted.py")
 ALONE = (*INTERPRETED, "-k", "not training_step")
-"""Kernel by kernel: the steps take half the time, and one interpreter is enough for them."""
+STEPS = (*INTERPRETED, "-k", "training_step")
+"""One interpreter is enough for them."""
 COMPILED = (*PYTEST, "tests/kernels/compiled.py")
 WRITTEN = ("-m", "tests.kernels.compiled")
 
@@ -70,7 +72,7 @@ def main() -> None:
     if "--write" in sys.argv[1:]:
         results = [run(WRITTEN, wanted) for wanted in versions]
     else:
-        proofs = [(INTERPRETED, versions[0]), (ALONE, versions[-1])]
+        proofs = [(ALONE, versions[-1]), (STEPS, versions[0]), (ALONE, versions[0])]
         proofs += [(COMPILED, version) for version in versions]
         with ThreadPoolExecutor(2) as threads:
             results = list(threads.map(lambda proof: run(*proof), proofs))

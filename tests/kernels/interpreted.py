@@ -526,7 +526,7 @@ NEW = "gather_warp,conv_pool_relu,conv2_pool_relu,linear_cross_entropy"
 def test_a_training_step_with_kernels_is_the_plain_step(
     precision: str, names: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """20 steps of 6 samples, fp16 by autocast on the CPU; 2 a launch: gather_warp gathers.
+    """12 steps of 6 samples, fp16 by autocast on the CPU; 2 a launch: gather_warp gathers.
 
     conv2_pool_relu and adamw take all at once, for speed; the former takes a minute all the same,
     so its steps are in fp32 alone.
@@ -541,7 +541,7 @@ def test_a_training_step_with_kernels_is_the_plain_step(
     fused = train(precision, names)
     tight = precision == "fp32"
     assert fused.loss_S == pytest.approx(plain.loss_S, rel=1e-5 if tight else 2e-2)
-    falls = plain.loss_S[-5:].mean() < 0.7 * plain.loss_S[:5].mean()
+    falls = plain.loss_S[-3:].mean() < 0.7 * plain.loss_S[:3].mean()
     assert falls, "the loss must fall, or equality shows nothing"
     for name, wanted in plain.parameters.items():
         distance = (fused.parameters[name] - wanted).norm() / (wanted - plain.start[name]).norm()

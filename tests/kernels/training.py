@@ -14,7 +14,7 @@ from engine.order import Order
 from engine.train.step import TrainStep
 from engine.world import World
 
-BATCH, STEPS, CLASSES = 6, 20, 5
+BATCH, STEPS, CLASSES = 6, 12, 5
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,13 @@ class Trained:
 
 
 def train(precision: str, names: str | tuple[str, ...]) -> Trained:
-    """The same 20 steps, two in a launch, on drawn bars, from the same weights."""
+    """The same 12 steps, two in a launch, on drawn bars, from the same weights."""
     settings = {
         "step.precision": precision,
         "step.steps_per_launch": 2,
         "kernels": names,
         "global_batch": BATCH,
-        "optim.learning_rate": 2e-3,
+        "optim.learning_rate": 4e-3,
         "optim.schedule": "constant",
         "epochs": 1,
     }

@@ -74,7 +74,7 @@ def kills(tally: Tally) -> None:
     """SIGKILL at random instants, and at each system call that changes the disk."""
     packing = Packing(tally.fast)
     usual = median(run(*packing.reset(False)).seconds for _ in range(5))
-    num = tally.count(6, 40, 100)
+    num = tally.count(6, 24, 100)
     for number in range(num):
         force = bool(number % 2)
         child = Child(*packing.reset(force))

@@ -25,11 +25,11 @@ def flips(tally: Tally) -> None:
     pack(glyph_csv(tally.folder / "small.csv", 300, 28), small)
     pack(glyph_csv(tally.folder / "large.csv", 3500, 28), large, PackOptions(split="none"))
     for file in sorted(tiny.iterdir()):
-        for bit in range(0, 8 * file.stat().st_size, tally.count(97, 3, 1)):
+        for bit in range(0, 8 * file.stat().st_size, tally.count(97, 5, 1)):
             _flip(tally, tiny, [(file, bit)], in_memory=bit % 2 == 0)
     arrows = sorted(small.glob("*.arrow"))
     bits = [(file, 8 * file.stat().st_size) for file in arrows]
-    for number in range(tally.count(50, 5000, 10_000)):
+    for number in range(tally.count(50, 3000, 10_000)):
         file, size = tally.rng.choices(bits, [size for _, size in bits])[0]
         _flip(tally, small, [(file, tally.rng.randrange(size))], in_memory=number % 2 == 0)
     for number in range(tally.count(20, 500, 1000)):

@@ -53,9 +53,9 @@ def deaths(tally: Tally) -> None:
     training = Training(tally.fast, num_ranks=2)
     before = memory_files()
     taken_s = []
-    for turn in range(tally.count(2, 18, 20)):
+    for turn in range(tally.count(2, 6, 20)):
         taken_s += _kill_rank(tally, training, MOMENTS[turn % len(MOMENTS)], literal=False)
-    for turn in range(tally.count(0, 2, 4)):
+    for turn in range(tally.count(0, 1, 4)):
         _kill_rank(tally, training, MOMENTS[1 + turn % 4], literal=True)
     for turn in range(tally.count(1, 2, 6)):
         _kill_torchrun(tally, training, literal=turn % 2 == 1)
@@ -136,9 +136,9 @@ def launcher_stops(tally: Tally) -> None:
 def hangs(tally: Tally) -> None:
     """A rank that stands still for good or for a moment; a feed that does."""
     training = Training(tally.fast / "2", num_ranks=2)
-    for turn in range(tally.count(1, 3, 10)):
-        _stop_for_good(tally, training, turn % 2)
     for turn in range(tally.count(1, 2, 10)):
+        _stop_for_good(tally, training, turn % 2)
+    for turn in range(tally.count(1, 1, 10)):
         _stop_for_a_moment(tally, training, turn % 2)
     loader = Training(
         tally.fast / "loader", ("--feed=loader_batched", "--set=data.loader_workers=1")

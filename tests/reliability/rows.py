@@ -37,6 +37,8 @@ ROWS = (
 )
 JOBS = 3
 """Of two cores: rows wait for half of their time."""
+LONGEST = ("R10", "R11", "R8", "R9", "R7", "R13", "R12")
+"""Started first, so that no long row is left alone at the end."""
 MEMORY = Path("/dev/shm")
 
 
@@ -68,12 +70,18 @@ def run_rows(level: str, only: set[str]) -> list[dict[str, Any]]:
     spawn = multiprocessing.get_context("spawn")
     results: dict[int, dict[str, Any]] = {}
     with ProcessPoolExecutor(JOBS, spawn, max_tasks_per_child=1) as pool:
-        longest_first = reversed(chosen)  # those with runs; the others only compute
+        longest_first = sorted(chosen, key=_turn)
         jobs = {pool.submit(run_row, number, level): number for number in longest_first}
         for job in as_completed(jobs):
             results[jobs[job]] = result = job.result()
             print(line(result), flush=True)
     return [results[number] for number in chosen]
+
+
+def _turn(number: int) -> int:
+    """How late a row starts."""
+    name = ROWS[number][0]
+    return LONGEST.index(name) if name in LONGEST else len(LONGEST)
 
 
 def line(result: dict[str, Any]) -> str:

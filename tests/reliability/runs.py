@@ -92,7 +92,7 @@ def resumes(tally: Tally) -> None:
     plans = ((), 1, 1), (("--steps-per-launch=4",), 1, 3), ((), 2, 2)
     for number, (flags, num_ranks, part) in enumerate(plans):
         training = Training(tally.fast / str(number), flags, num_ranks)
-        num = tally.count(2, 16, 40) // part
+        num = tally.count(2, 10, 40) // part
         for turn in range(num):
             num_kills = (1, 1, 2, 5)[turn % 4]
             _kill_and_go_on(tally, training, num_kills, turn)
@@ -122,7 +122,7 @@ def crashes(tally: Tally) -> None:
     """SIGKILL while a checkpoint is written or an old one pruned, and at the calls that do it."""
     training = Training(tally.folder)
     weights = weights_by_step(training)
-    for _ in range(tally.count(2, 14, 100)):
+    for _ in range(tally.count(2, 8, 100)):
         training.reset()
         runs = training.start()
         hit = in_save(training, runs, tally)
@@ -134,7 +134,7 @@ def crashes(tally: Tally) -> None:
         return tally.skip("kills at system calls", why_no_strace())
     hits = 0
     for name in CALLS if tally.level != "tiny" else ("fsync",):
-        for k in range(1, 33, tally.count(15, 6, 1)):
+        for k in range(1, 33, tally.count(15, 8, 1)):
             hits += _kill_at_call(tally, training, weights, name, k)
     tally.check(hits > 0, "no kill at a system call")
     tally.note(f"{hits} kills at system calls")
@@ -183,7 +183,7 @@ def stops(tally: Tally) -> None:
     """Signals to a lone run at any moment, and a second one."""
     lone = Training(tally.fast / "1")
     moments: tuple[Moment, ...] = (at_random, in_evaluation, in_save, at_random, _in_start)
-    for turn in range(tally.count(4, 20, 60)):
+    for turn in range(tally.count(4, 10, 60)):
         _stop(tally, lone, STOPS[turn % len(STOPS)], moments[turn % len(moments)])
     if why_no_strace():
         return tally.skip("a second signal", why_no_strace())
