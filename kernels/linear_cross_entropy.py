@@ -9,8 +9,9 @@ hidden (unit weight), a sample's own, so that fp16 loses nothing; and of weight 
 a program's samples that a small second launch adds up in a fixed order. The backward multiplies all
 three by the incoming gradient (GradScaler's scale) over B, read on the device.
 
-Where hidden is the result of a ReLU, its gradient may be masked by that ReLU in the same launch:
-0 where hidden is not above 0.
+Where hidden is the result of a linear layer and its ReLU, the same launch may mask hidden's
+gradient by that ReLU, 0 where hidden is not above 0, and sum it over the samples: the gradient of
+that layer's bias, for which PyTorch starts a launch of its own.
 
 Rounding: the weight is rounded to hidden's type, as autocast does; products are summed in fp32, and
 bias, logits, loss and bias gradient stay fp32, where autocast rounds the logits. unit is rounded to
@@ -53,8 +54,8 @@ SUM_BLOCK, SUM_WIDTH = 64, 32
 """Partial sums that a program of the sums takes at once, and numbers of each."""
 PRECISION = tl.constexpr("tf32x3")
 """Of products of fp32 values: three products in TF32, which together are as good as one in fp32."""
-Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-Found = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+Found = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def linear_cross_entropy_reference(
@@ -65,15 +66,20 @@ def linear_cross_entropy_reference(
     smoothing: float,
     after_relu: bool = False,
 ) -> Found:
-    """(mean loss, right answers, and for a gradient of B of that mean, those of the three)."""
+    """(mean loss, right answers, and what is differentiated for a gradient of B of that mean).
+
+    That is hidden [B, D], weight [K, D], bias [K], and hidden's summed over the samples [D].
+    """
     exact = torch.promote_types(hidden_BD.dtype, torch.float32)
     rounded_KD = weight_KD.to(hidden_BD.dtype).to(exact)
     logits_BK = functional.linear(hidden_BD.to(exact), rounded_KD, bias_K.to(exact))
     loss, correct, unit_BK = softmax_cross_entropy_reference(logits_BK, label_B, smoothing)
-    unit_hidden_BD = (unit_BK @ rounded_KD).to(hidden_BD.dtype)
+    unit_hidden_BD = unit_BK @ rounded_KD
     if after_relu:
         unit_hidden_BD = unit_hidden_BD.masked_fill(hidden_BD <= 0, 0)
-    return loss, correct, unit_hidden_BD, unit_BK.T @ hidden_BD.to(exact), unit_BK.sum(0)
+    unit_weight_KD = unit_BK.T @ hidden_BD.to(exact)
+    units = (unit_hidden_BD.to(hidden_BD.dtype), unit_weight_KD, unit_BK.sum(0))
+    return loss, correct, *units, unit_hidden_BD.sum(0)
 
 
 @triton.jit
@@ -145,11 +151,12 @@ def linear_cross_entropy_forward(
     DEPTH: tl.constexpr,
     TURNS: tl.constexpr,
 ):
-    """partial [P, D, K] fp32 of the weight; rest [P, K + 2] fp32: bias, loss, right answers."""
+    """partial [P, D, K + 1] fp32: weight, and hidden; rest [P, K + 2] fp32: bias, loss, right."""
     column = tl.arange(0, COLUMNS)
     place = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
     bias = tl.load(bias_ptr + column, mask=column < CLASSES, other=0.0).to(tl.float32)
     weight_sum = tl.zeros([CHUNK, COLUMNS], tl.float32)
+    hidden_sum = tl.zeros([CHUNK], tl.float32)
     bias_sum = tl.zeros([COLUMNS], tl.float32)
     loss_sum = tl.zeros([ROWS], tl.float32)
     correct_sum = tl.zeros([ROWS], tl.float32)
@@ -171,12 +178,14 @@ def linear_cross_entropy_forward(
         unit_hidden = tl.dot(unit, weight, input_precision=PRECISION)
         if AFTER_RELU:
             unit_hidden = tl.where(hidden.to(tl.float32) <= 0, 0.0, unit_hidden)
+        hidden_sum += tl.sum(unit_hidden, 0)
         at = unit_hidden_ptr + sample[:, None] * WIDTH + place[None, :]
         tl.store(at, unit_hidden, mask=real[:, None] & (place < WIDTH)[None, :])
         weight_sum = tl.dot(tl.trans(hidden), unit, weight_sum, input_precision=PRECISION)
-    row = tl.program_id(0) * WIDTH + place
+    mine = partial_ptr + (tl.program_id(0) * WIDTH + place) * (CLASSES + 1)
     mask = (place < WIDTH)[:, None] & (column < CLASSES)[None, :]
-    tl.store(partial_ptr + row[:, None] * CLASSES + column[None, :], weight_sum, mask=mask)
+    tl.store(mine[:, None] + column[None, :], weight_sum, mask=mask)
+    tl.store(mine + CLASSES, hidden_sum, mask=place < WIDTH)
     if tl.program_id(1) == 0:
         rest_ptr += tl.program_id(0) * (CLASSES + 2)
         tl.store(rest_ptr + column, bias_sum, mask=column < CLASSES)
@@ -204,6 +213,7 @@ def linear_cross_entropy_forward_sum(
     correct_ptr,
     unit_weight_ptr,
     unit_bias_ptr,
+    unit_sum_ptr,
     WIDTH: tl.constexpr,
     CLASSES: tl.constexpr,
     SUM_WIDTH: tl.constexpr,
@@ -214,9 +224,11 @@ def linear_cross_entropy_forward_sum(
     row = tl.program_id(0)
     place = tl.program_id(1) * SUM_WIDTH + tl.arange(0, SUM_WIDTH)
     if row < WIDTH:
-        stride: tl.constexpr = WIDTH * CLASSES
-        total = _added(partial_ptr + row * CLASSES, stride, place, CLASSES, BLOCK, PARTIALS)
+        length: tl.constexpr = CLASSES + 1
+        mine = partial_ptr + row * length
+        total = _added(mine, WIDTH * length, place, length, BLOCK, PARTIALS)
         tl.store(unit_weight_ptr + place * WIDTH + row, total, mask=place < CLASSES)
+        tl.store(unit_sum_ptr + place * 0 + row, total, mask=place == CLASSES)
     else:
         total = _added(rest_ptr, CLASSES + 2, place, CLASSES + 2, BLOCK, PARTIALS)
         tl.store(unit_bias_ptr + place, total, mask=place < CLASSES)
@@ -236,14 +248,17 @@ def linear_cross_entropy_backward(
     unit_hidden_ptr,
     unit_weight_ptr,
     unit_bias_ptr,
+    unit_sum_ptr,
     grad_loss_ptr,
     grad_hidden_ptr,
     grad_weight_ptr,
     grad_bias_ptr,
+    grad_sum_ptr,
     num_samples,
     num_hidden,
     num_weights,
     num_classes,
+    width,
     BLOCK: tl.constexpr,
 ):
     """A block of each gradient, where it has so many."""
@@ -252,10 +267,15 @@ def linear_cross_entropy_backward(
     _scale(unit_hidden_ptr, grad_hidden_ptr, factor, place, num_hidden)
     _scale(unit_weight_ptr, grad_weight_ptr, factor, place, num_weights)
     _scale(unit_bias_ptr, grad_bias_ptr, factor, place, num_classes)
+    _scale(unit_sum_ptr, grad_sum_ptr, factor, place, width)
 
 
 def _check(
-    hidden_BD: torch.Tensor, weight_KD: torch.Tensor, bias_K: torch.Tensor, label_B: torch.Tensor
+    hidden_BD: torch.Tensor,
+    weight_KD: torch.Tensor,
+    bias_K: torch.Tensor,
+    label_B: torch.Tensor,
+    relu_bias_D: torch.Tensor | None,
 ) -> None:
     types = (*FLOATS, torch.float64)
     check("hidden", hidden_BD, types, (None, None), hidden_BD)
@@ -263,6 +283,8 @@ def _check(
     check("weight", weight_KD, types, (None, width), hidden_BD)
     check("bias", bias_K, (weight_KD.dtype,), (len(weight_KD),), hidden_BD)
     check("label", label_B, (torch.uint8,), (num_samples,), hidden_BD)
+    if relu_bias_D is not None:
+        check("relu_bias", relu_bias_D, types, (width,), hidden_BD)
     if width > MOST_HIDDEN or len(weight_KD) > MOST_CLASSES:
         raise ValueError(
             f"a layer of {width} numbers and {len(weight_KD)} classes is too large; give at most "
@@ -277,9 +299,10 @@ def _op(
     bias_K: torch.Tensor,
     label_B: torch.Tensor,
     smoothing: float,
-    after_relu: bool = False,
+    relu_bias_D: torch.Tensor | None = None,
 ) -> Found:
-    _check(hidden_BD, weight_KD, bias_K, label_B)
+    _check(hidden_BD, weight_KD, bias_K, label_B, relu_bias_D)
+    after_relu = relu_bias_D is not None
     if not on_triton(hidden_BD):
         return linear_cross_entropy_reference(
             hidden_BD, weight_KD, bias_K, label_B, smoothing, after_relu
@@ -288,22 +311,22 @@ def _op(
     check("weight", weight_KD, FLOATS, (None, None), hidden_BD)
     num_samples, width = hidden_BD.shape
     num_classes = len(weight_KD)
-    found: Found = _fake(hidden_BD, weight_KD, bias_K, label_B, smoothing, after_relu)
-    loss, correct, unit_hidden_BD, unit_weight_KD, unit_bias_K = found
+    found: Found = _fake(hidden_BD, weight_KD, bias_K, label_B, smoothing)
+    loss, correct, unit_hidden_BD, *units = found
     columns = max(16, triton.next_power_of_2(num_classes))
     chunk = max(16, min(triton.next_power_of_2(width), SUMS // columns))
     programs, turns = share(hidden_BD, num_samples, ROWS, 1)
-    partial_PDK = unit_weight_KD.new_empty((programs, width, num_classes))
-    rest_PK2 = unit_weight_KD.new_empty((programs, num_classes + 2))
+    partial_PDK1 = loss.new_empty((programs, width, num_classes + 1))
+    rest_PK2 = loss.new_empty((programs, num_classes + 2))
     given = (hidden_BD.contiguous(), weight_KD.contiguous(), bias_K, label_B.contiguous())
-    made = (unit_hidden_BD, partial_PDK, rest_PK2)
+    made = (unit_hidden_BD, partial_PDK1, rest_PK2)
     layer = {"WIDTH": width, "CLASSES": num_classes}
     blocks = {"COLUMNS": columns, "ROWS": ROWS, "CHUNK": chunk, "DEPTH": DEPTH, "TURNS": turns}
     asked = {"SMOOTHING": smoothing, "AFTER_RELU": after_relu}
     constants = {**asked, **layer, **blocks, "num_warps": WARPS}
     grid = (programs, triton.cdiv(width, chunk))
     start(linear_cross_entropy_forward, grid, *given, *made, num_samples, **constants)
-    sums = (partial_PDK, rest_PK2, loss, correct, unit_weight_KD, unit_bias_K)
+    sums = (partial_PDK1, rest_PK2, loss, correct, *units)
     blocks = {"SUM_WIDTH": SUM_WIDTH, "BLOCK": SUM_BLOCK, "PARTIALS": programs}
     grid = (width + 1, triton.cdiv(num_classes + 2, SUM_WIDTH))
     start(linear_cross_entropy_forward_sum, grid, *sums, **layer, **blocks)
@@ -317,14 +340,14 @@ def _fake(
     bias_K: torch.Tensor,
     label_B: torch.Tensor,
     smoothing: float,
-    after_relu: bool = False,
+    relu_bias_D: torch.Tensor | None = None,
 ) -> Found:
-    exact = torch.promote_types(hidden_BD.dtype, torch.float32)
-    loss = hidden_BD.new_empty((), dtype=exact)
-    correct = hidden_BD.new_empty((), dtype=exact)
-    unit_weight_KD = hidden_BD.new_empty(weight_KD.shape, dtype=exact)
-    unit_bias_K = hidden_BD.new_empty(bias_K.shape, dtype=exact)
-    return loss, correct, hidden_BD.new_empty(hidden_BD.shape), unit_weight_KD, unit_bias_K
+    loss, correct, unit_weight_KD, unit_bias_K, unit_sum_D = (
+        hidden_BD.new_empty(shape, dtype=torch.promote_types(hidden_BD.dtype, torch.float32))
+        for shape in ((), (), weight_KD.shape, bias_K.shape, hidden_BD.shape[1:])
+    )
+    unit_hidden_BD = hidden_BD.new_empty(hidden_BD.shape)
+    return loss, correct, unit_hidden_BD, unit_weight_KD, unit_bias_K, unit_sum_D
 
 
 @torch.library.custom_op("tmnist::linear_cross_entropy_backward", mutates_args=())
@@ -332,17 +355,19 @@ def _backward_op(
     unit_hidden_BD: torch.Tensor,
     unit_weight_KD: torch.Tensor,
     unit_bias_K: torch.Tensor,
+    unit_sum_D: torch.Tensor,
     grad_loss: torch.Tensor,
     dtype: torch.dtype,
+    relu_dtype: torch.dtype,
 ) -> Gradients:
-    """Gradients of hidden, and of weight and bias in `dtype`."""
-    units = (unit_hidden_BD, unit_weight_KD, unit_bias_K)
+    """Gradients of hidden, of weight and bias in `dtype`, and of relu_bias in `relu_dtype`."""
+    units = (unit_hidden_BD, unit_weight_KD, unit_bias_K, unit_sum_D)
+    grads: Gradients = _backward_fake(*units, grad_loss, dtype, relu_dtype)
     if not on_triton(unit_hidden_BD):
         factor = grad_loss / len(unit_hidden_BD)
-        grad_hidden_BD = (unit_hidden_BD * factor).to(unit_hidden_BD.dtype)
-        grad_weight_KD = (unit_weight_KD * factor).to(dtype)
-        return grad_hidden_BD, grad_weight_KD, (unit_bias_K * factor).to(dtype)
-    grads: Gradients = _backward_fake(*units, grad_loss, dtype)
+        for unit, grad in zip(units, grads, strict=True):
+            grad.copy_(unit * factor)
+        return grads
     lengths = [unit.numel() for unit in units]
     grid = (triton.cdiv(max(lengths), BLOCK),)
     numbers = (len(unit_hidden_BD), *lengths)
@@ -355,22 +380,28 @@ def _backward_fake(
     unit_hidden_BD: torch.Tensor,
     unit_weight_KD: torch.Tensor,
     unit_bias_K: torch.Tensor,
+    unit_sum_D: torch.Tensor,
     grad_loss: torch.Tensor,
     dtype: torch.dtype,
+    relu_dtype: torch.dtype,
 ) -> Gradients:
     grad_weight_KD = torch.empty_like(unit_weight_KD, dtype=dtype)
     grad_bias_K = torch.empty_like(unit_bias_K, dtype=dtype)
-    return torch.empty_like(unit_hidden_BD), grad_weight_KD, grad_bias_K
+    grad_sum_D = torch.empty_like(unit_sum_D, dtype=relu_dtype)
+    return torch.empty_like(unit_hidden_BD), grad_weight_KD, grad_bias_K, grad_sum_D
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     ctx.save_for_backward(*output[2:])
     ctx.set_materialize_grads(False)
-    ctx.dtype = inputs[1].dtype
+    weight_KD, relu_bias_D = inputs[1], inputs[5]
+    ctx.dtypes = weight_KD.dtype, (weight_KD if relu_bias_D is None else relu_bias_D).dtype
+    ctx.has_relu = relu_bias_D is not None
 
 
 def _differentiate(ctx: Any, grad_loss: torch.Tensor, *_: None) -> tuple[object, ...]:
-    return *_backward_op(*ctx.saved_tensors, grad_loss, ctx.dtype), None, None, None
+    *grads, grad_sum_D = _backward_op(*ctx.saved_tensors, grad_loss, *ctx.dtypes)
+    return *grads, None, None, grad_sum_D if ctx.has_relu else None
 
 
 _op.register_autograd(_differentiate, setup_context=_save)
@@ -382,11 +413,11 @@ def linear_cross_entropy(
     bias_K: torch.Tensor,
     label_B: torch.Tensor,
     smoothing: float,
-    after_relu: bool = False,
+    relu_bias_D: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(mean loss, right answers) of the logits hidden weight' + bias, fp32 scalars.
 
-    The loss is differentiable in hidden, weight and bias.
+    The loss is differentiable in hidden, weight, bias and relu_bias.
 
     Args:
         hidden_BD: fp32, bf16 or fp16, that of the products. (On a CPU, by the reference, also
@@ -394,10 +425,11 @@ def linear_cross_entropy(
         weight_KD, bias_K: of one of these types, both of the same. K is at most 256.
         label_B: uint8.
         smoothing: share of the target spread over all classes, 0..1; compiled into the kernel.
-        after_relu: hidden is the result of a ReLU. Its gradient is then the one before that ReLU,
-            which must not be masked again; see linear_relu.
+        relu_bias_D: the bias of the linear layer whose ReLU made hidden. It is not added here: it
+            gets its gradient here, and hidden's is the one before that ReLU. That layer must then
+            neither mask it again nor differentiate its bias; see linear_relu.
     Raises:
         ValueError: a shape, type or device does not fit.
     """
-    loss, correct, *_ = _op(hidden_BD, weight_KD, bias_K, label_B, smoothing, after_relu)
+    loss, correct, *_ = _op(hidden_BD, weight_KD, bias_K, label_B, smoothing, relu_bias_D)
     return loss, correct.detach()

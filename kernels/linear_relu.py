@@ -2,7 +2,8 @@
 
 On a GPU `torch._addmm_activation` is cuBLASLt's product with that epilogue; it has no derivative of
 its own. Backward passes the gradient where the result is above 0, then makes the products of any
-linear layer. The first is left out where linear_cross_entropy, told `after_relu`, did so already.
+linear layer and sums up the bias's gradient. The first and the last are left out where
+linear_cross_entropy, given this layer's bias, does so.
 
 It needs no Triton and is no kernel of this project; it comes with linear_cross_entropy.
 
@@ -51,8 +52,11 @@ def linear_relu(
     Equal to PyTorch's linear and relu to the bit on a CPU, forward and gradients.
 
     Args:
-        masked: the gradient will be 0 wherever the result is not above 0; it is taken as it comes.
+        masked: linear_cross_entropy has the bias as its `relu_bias`. The gradient is then 0
+            wherever the result is not above 0, and is taken as it comes; the bias gets none here.
     """
+    if masked:
+        bias_E = bias_E.detach()
     device = x_BD.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)

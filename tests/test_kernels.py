@@ -104,7 +104,10 @@ def test_the_reference_of_the_head_is_pytorchs(smoothing: float) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_the_head_masks_the_relu_before_it_to_the_bit(dtype: torch.dtype) -> None:
-    """The gradients of a layer, its ReLU and the head, whichever of the two masks."""
+    """The gradients of a layer, its ReLU and the head, whichever of the two masks.
+
+    That of the layer's bias is summed before or after its terms are scaled and rounded.
+    """
     x, layer, last = float64(37, 12), (float64(20, 12), float64(20)), (float64(94, 20), float64(94))
     leaves = [t.detach().to(dtype).requires_grad_() for t in (x, *layer, *last)]
     label = torch.randint(94, (37,), dtype=torch.uint8)
@@ -112,12 +115,17 @@ def test_the_head_masks_the_relu_before_it_to_the_bit(dtype: torch.dtype) -> Non
     for head_masks in (True, False):
         hidden = linear_relu(*leaves[:3], masked=head_masks)
         assert (hidden == 0).any()
-        loss, _ = head_file.linear_cross_entropy(hidden, *leaves[3:], label, 0.1, head_masks)
+        bias = leaves[2] if head_masks else None
+        loss, _ = head_file.linear_cross_entropy(hidden, *leaves[3:], label, 0.1, bias)
         found.append(gradients(loss, leaves))
+    ours, plain = (each.pop(3) for each in found)
+    assert ours.dtype == dtype and ours.any()
+    torch.testing.assert_close(ours, plain, rtol=0.05, atol=2e-4)
     assert all(map(torch.equal, *found))
     hidden = linear_relu(*leaves[:3], masked=True)
     unmasked, _ = head_file.linear_cross_entropy(hidden, *leaves[3:], label, 0.1)
-    assert not all(map(torch.equal, found[0], gradients(unmasked, leaves))), "nobody masks"
+    others = [*leaves[:2], *leaves[3:]]
+    assert not all(map(torch.equal, found[0], gradients(unmasked, others))), "nobody masks"
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -172,6 +180,8 @@ def operators() -> list[tuple[Any, tuple[Any, ...]]]:
     bias = torch.randn(32).requires_grad_()
     x = torch.randn(4, 32, 6, 5).requires_grad_()
     last = torch.randn(9, 8).requires_grad_(), torch.randn(9).requires_grad_()
+    hidden = torch.randn(4, 8).requires_grad_()
+    relu_bias = torch.randn(8).requires_grad_()
     weight_2 = torch.randn(64, 32, 3, 3).requires_grad_()
     table = torch.randint(4, (3, 2))
     step = torch.tensor([2, 0])
@@ -183,12 +193,13 @@ def operators() -> list[tuple[Any, tuple[Any, ...]]]:
         (loss_file._op, (torch.randn(4, 9).requires_grad_(), label, 0.05)),
         (gather.gather_warp, (image, label, table, step, None, *out)),
         (gather.gather_warp, (image, label, table, step, torch.randn(4, 2, 3), *out)),
-        (head_file._op, (x.detach()[:, :8, 0, 0].requires_grad_(), *last, label, 0.05, True)),
+        (head_file._op, (hidden, *last, label, 0.05)),
+        (head_file._op, (hidden, *last, label, 0.05, relu_bias)),
         (whole._op, (x, weight_2, torch.randn(64).requires_grad_(), weight_2.detach())),
     ]
 
 
-@pytest.mark.parametrize("number", range(8))
+@pytest.mark.parametrize("number", range(9))
 def test_operators_keep_torchs_contract(number: int) -> None:
     """Schema, fake implementation, autograd registration: what torch.compile and export rest on."""
     torch.library.opcheck(*operators()[number])

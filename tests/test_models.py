@@ -241,7 +241,7 @@ def test_the_head_masks_no_relu_of_a_hidden_layer_of_ones_own() -> None:
         model.fused = frozenset(config.kernels)
         loss, _ = Objective(model, config, torch.device("cpu"))(batch.image_BHW, batch.label_B)
         found.append(torch.autograd.grad(loss, list(model.parameters())))
-    assert FastGlyphNet.head_masks_relu
+    assert FastGlyphNet.relu_bias == "fc1.bias" and not Shifted.relu_bias
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
 
 

@@ -27,7 +27,7 @@ class GlyphNet(HeadNetwork):
     kernels = HeadNetwork.kernels | {"conv_pool_relu", "bias_pool_relu", "conv2_pool_relu"}
     last = "fc2"
     scaling = "pixel / 255"
-    head_masks_relu = True
+    relu_bias = "fc1.bias"
     can_whiten = True
     relu_after_pool: ClassVar[bool] = False
 
@@ -72,7 +72,7 @@ class GlyphNet(HeadNetwork):
         from kernels.linear_relu import linear_relu
 
         sides = self.fc1.sides(x_BCHW)
-        return linear_relu(*sides, self.fc1.bias, masked=self.head_masks_relu)
+        return linear_relu(*sides, self.fc1.bias, masked=bool(self.relu_bias))
 
     def _first(self, image_BHW: torch.Tensor) -> torch.Tensor:
         if "conv_pool_relu" not in self.fused:

@@ -94,15 +94,15 @@ class HeadNetwork(Network):
     kernels = FIT_ALL | {"linear_cross_entropy"}
     last: ClassVar[str]
     """The name of the last layer, an nn.Linear with a bias."""
-    head_masks_relu: ClassVar[bool] = False
-    """Whether, where linear_cross_entropy is in `fused`, `hidden` ends in a ReLU that leaves the
-    masking of its gradient to that kernel."""
+    relu_bias: ClassVar[str] = ""
+    """The bias of the linear layer in whose ReLU `hidden` ends, if that layer, where
+    linear_cross_entropy is in `fused`, leaves its mask and its bias's gradient to that kernel."""
 
     def __init_subclass__(cls) -> None:
         """What a class computes in its own way has not what is promised of its parent's."""
         super().__init_subclass__()
-        if "hidden" in vars(cls) and "head_masks_relu" not in vars(cls):
-            cls.head_masks_relu = False
+        if "hidden" in vars(cls) and "relu_bias" not in vars(cls):
+            cls.relu_bias = ""
         if "forward" in vars(cls):
             cls.kernels = cls.kernels - {"linear_cross_entropy"}
 

@@ -3,6 +3,8 @@
 Shapes: B samples, H x W pixels, C classes.
 """
 
+from operator import attrgetter
+
 import torch
 from torch.func import functional_call
 from torch.nn import functional
@@ -52,10 +54,19 @@ class Objective(torch.nn.Module):
         with self._autocast():
             hidden_BD = functional_call(_Hidden(self.model), rounded, (image_BHW,))
         hidden_BD = hidden_BD.to(self._dtype or hidden_BD.dtype)
-        last, masks_relu = self.model.last_layer, self.model.head_masks_relu
+        last = self.model.last_layer
         return linear_cross_entropy(
-            hidden_BD, last.weight, last.bias, label_B, self._smoothing, masks_relu
+            hidden_BD, last.weight, last.bias, label_B, self._smoothing, self._relu_bias()
         )
+
+    def _relu_bias(self) -> torch.Tensor | None:
+        """The bias whose gradient the head makes, as the network computes with it; None: none."""
+        assert isinstance(self.model, HeadNetwork)
+        name = self.model.relu_bias
+        if not name:
+            return None
+        given: torch.Tensor = self.rounded.get(name, attrgetter(name)(self.model))
+        return given
 
     def logits(self, image_BHW: torch.Tensor) -> torch.Tensor:
         """fp32 logits_BC of evaluation: BatchNorm goes by its running statistics."""

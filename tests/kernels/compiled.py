@@ -86,8 +86,8 @@ def _train(dtype: torch.dtype) -> None:
     loss_file.softmax_cross_entropy(logits, label, 0.05)[0].backward()
     hidden = torch.zeros(BATCH, 128, dtype=dtype).requires_grad_()
     last = torch.zeros(94, 128).requires_grad_()
-    for after_relu in (False, True):
-        given = (hidden, last, torch.zeros(94), label, 0.05, after_relu)
+    for relu_bias in (None, torch.zeros(128, dtype=dtype)):
+        given = (hidden, last, torch.zeros(94), label, 0.05, relu_bias)
         head_file.linear_cross_entropy(*given)[0].backward()
 
 

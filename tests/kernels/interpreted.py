@@ -295,10 +295,10 @@ HEADS = [(1, 128, 94), (37, 128, 94), (5, 20, 8), (19, 96, 128), (3, 300, 200)]
 def test_linear_cross_entropy(
     dtype: torch.dtype, batch_size: int, width: int, num_classes: int, smoothing: float
 ) -> None:
-    """With smoothing also as after a ReLU."""
+    """With smoothing also as after a linear layer and its ReLU."""
     wide = torch.randn(batch_size, width + 3).to(dtype)
-    after_relu = smoothing > 0
-    if after_relu:
+    relu_bias = torch.zeros(width, dtype=dtype).requires_grad_() if smoothing > 0 else None
+    if relu_bias is not None:
         wide.relu_()
     hidden = wide[:, :width].detach().requires_grad_()  # rows lie further apart than they are long
     weight = (3 * torch.randn(num_classes, width) / width**0.5).requires_grad_()
@@ -310,24 +310,29 @@ def test_linear_cross_entropy(
     wanted = functional.cross_entropy(logits, label.long(), label_smoothing=smoothing)
     scale = 1024.0 if dtype == torch.float16 else 3.0
     loss, correct = head_file.linear_cross_entropy(
-        hidden, weight, bias, label, smoothing, after_relu
+        hidden, weight, bias, label, smoothing, relu_bias
     )
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
     assert correct.item() == (logits.argmax(1) == label).sum()
     (scale * loss).backward()
     (scale * wanted).backward()
-    if after_relu:
+    ours = [hidden, weight, bias]
+    if relu_bias is not None:
         assert (hidden == 0).any() and twins[0].grad is not None
         twins[0].grad *= hidden > 0
+        ours.append(relu_bias)
+        twins.append(torch.empty(width, dtype=torch.float64))
+        twins[3].grad = twins[0].grad.sum(0)
     chosen = functional.one_hot(label.long(), num_classes) * (1 - smoothing)
     unit = (logits.detach().softmax(1) - chosen - smoothing / num_classes).abs()
-    sizes = (unit @ rounded.double().abs(), unit.T @ hidden.detach().double().abs(), unit.sum(0))
-    for ours, twin, size in zip((hidden, weight, bias), twins, sizes, strict=True):
-        assert ours.grad is not None and twin.grad is not None and ours.grad.dtype == ours.dtype
+    hidden_size = unit @ rounded.double().abs()
+    sizes = [hidden_size, unit.T @ hidden.detach().double().abs(), unit.sum(0), hidden_size.sum(0)]
+    for our, twin, size in zip(ours, twins, sizes[: len(ours)], strict=True):
+        assert our.grad is not None and twin.grad is not None and our.grad.dtype == our.dtype
         largest = float(size.max()) * scale / batch_size
-        rounded_unit = UNIT[dtype] / 4e-6 if dtype == torch.float16 and ours is not bias else 1.0
-        close(ours.grad, twin.grad, ours.dtype, scale=largest * rounded_unit, units=2)
+        rounded_unit = UNIT[dtype] / 4e-6 if dtype == torch.float16 and our is not bias else 1.0
+        close(our.grad, twin.grad, our.dtype, scale=largest * rounded_unit, units=2)
 
 
 def test_many_samples_of_few_programs_are_all_counted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,8 +340,8 @@ def test_many_samples_of_few_programs_are_all_counted(monkeypatch: pytest.Monkey
     monkeypatch.setattr(launch, "num_processors", lambda tensor: 3)
     hidden, label = torch.randn(16 * 7 + 5, 20), torch.zeros(16 * 7 + 5, dtype=torch.uint8)
     weight, bias = torch.randn(9, 20), torch.randn(9)
-    found = head_file._op(hidden, weight, bias, label, 0.1, False)
-    wanted = head_file.linear_cross_entropy_reference(hidden, weight, bias, label, 0.1)
+    found = head_file._op(hidden, weight, bias, label, 0.1, bias.new_zeros(20))
+    wanted = head_file.linear_cross_entropy_reference(hidden, weight, bias, label, 0.1, True)
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-5)
 
@@ -553,7 +558,7 @@ def test_every_branch_ran() -> None:
         "conv_pool_relu_backward_sum float32 float32 float32",
         "conv2_pool_relu_weight_backward_sum float32 float32 float32",
         "softmax_cross_entropy_forward_sum float32 float32 float32",
-        "linear_cross_entropy_forward_sum " + " ".join(6 * ["float32"]),
+        "linear_cross_entropy_forward_sum " + " ".join(7 * ["float32"]),
         f"adamw_check bfloat16{' float32' * 5}",
         f"adamw_update bfloat16{' float32' * 7} bfloat16",
         "gather_warp_forward uint8 uint8 int64 int64 uint8 uint8 uint8 int64 WARPED=False",
@@ -565,10 +570,12 @@ def test_every_branch_ran() -> None:
             wanted |= {f"{coded}=True", f"{coded}=False"}
             wanted.add(f"conv_pool_relu_backward {t} int32 uint8 float32")
             three = "float32 float32"
+            four = f"{three} float32"
             for masks in ("AFTER_RELU=True", "AFTER_RELU=False"):
                 head = f"linear_cross_entropy_forward {t} {three} uint8 {t} {three} {masks}"
                 wanted.add(head)
-            wanted.add(f"linear_cross_entropy_backward {t} {three} float32 {t} {three}")
+            head = f"linear_cross_entropy_backward {t} {four} float32 {t} {three}"
+            wanted |= {f"{head} {t}", f"{head} float32"}
             wanted.add(f"conv2_pool_relu_forward {t} {t} float32 {t} int32")
             wanted.add(f"conv2_pool_relu_input_backward {t} int32 {t} {t}")
             wanted.add(f"conv2_pool_relu_weight_backward {t} int32 {t} float32")
