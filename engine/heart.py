@@ -39,6 +39,7 @@ DIED = (
 )
 LEFT = "leaving"
 """What a rank did last that beats no more because its run has ended."""
+SAVING = "saving"
 WAITING = "waiting for its feed"
 TRAINING = "training"
 EVALUATING = "evaluating"
@@ -102,10 +103,10 @@ def hung_ranks(
         verb = "has" if len(silent) == 1 else "have"
         what = f"{verb} been silent for {max(silent_s.values()):.0f} s (stopped, or gone)"
         return silent, _sentence(silent, each.beat, what)
-    still = [each for each in seen.values() if now_s - each.still_since_s >= timeout_s]
-    if len(still) < len(seen) or any(each.beat.doing not in GUARDED for each in still):
+    still = [each for each in here.values() if now_s - each.still_since_s >= timeout_s]
+    if len(still) < len(here) or any(each.beat.doing not in GUARDED for each in still):
         return None
-    behind = min(seen, key=lambda rank: (seen[rank].beat.step, seen[rank].beat.doing != WAITING))
+    behind = min(here, key=lambda rank: (seen[rank].beat.step, seen[rank].beat.doing != WAITING))
     each = seen[behind]
     what = f"hangs for {now_s - each.still_since_s:.0f} s"
     return [behind], _sentence([behind], each.beat, what)
@@ -149,6 +150,7 @@ class Watch:
         self._launcher = os.getppid()
         self._count = 0
         self._over = threading.Event()
+        self._has_failed = False
         self._thread = threading.Thread(target=self._work, name="heart", daemon=True)
         self._guard = threading.Thread(target=self._look_at_clock, name="guard", daemon=True)
         self.beats: dict[int, Beat] = {}
@@ -161,12 +163,15 @@ class Watch:
         self._thread.start()
         self._guard.start()
 
-    def stop(self) -> None:
+    def stop(self, failed: bool = False) -> None:
         """The run has ended; nobody is waited for any more.
+
+        A rank that failed is missed by the others; one that is done is not.
 
         The thread is: in the middle of asking the store while the interpreter ends, it would abort
         the process.
         """
+        self._has_failed = failed
         self._over.set()
         self._guard.join(JOIN_S)
         self._thread.join(JOIN_S)
@@ -196,9 +201,10 @@ class Watch:
                 seen[rank].update(beat, now_s)
             if (found := hung_ranks(seen, now_s, self._timeout_s)) and not self._over.is_set():
                 _end_hung(*found, self.beats, self._rank)
-        self._heart.doing = LEFT
-        with suppress(RuntimeError):
-            self._write()
+        if not self._has_failed:
+            self._heart.doing = LEFT
+            with suppress(RuntimeError):
+                self._write()
 
     def _look_at_clock(self) -> None:
         """End this rank where the store has not answered for the time-out; and where it was asked
@@ -218,7 +224,8 @@ class Watch:
                 continue
             deaf_s += PERIOD_S
             dead = died_since(asked, answered, self._rank)
-            if dead and deaf_s >= DEAF_S and not self._over.is_set():
+            is_saving = self._heart.doing == SAVING  # it waits for a disk, not for a rank
+            if dead and deaf_s >= DEAF_S and not is_saving and not self._over.is_set():
                 verb = "has" if len(dead) == 1 else "have"
                 _say(f"{named(dead)}: {verb} {DIED}", answered, self._rank, dead)
                 os._exit(EXIT_HUNG)

@@ -17,7 +17,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 from engine.errors import UserError, printable, sentence
-from engine.heart import DIED, EXIT_HUNG, LEFT, Beat, Heart, Watch, named, read_beats
+from engine.heart import DIED, EXIT_HUNG, LEFT, PERIOD_S, Beat, Heart, Watch, named, read_beats
 from engine.host import (
     env_local_rank,
     env_machine,
@@ -97,8 +97,11 @@ class Ranks:
         def compare() -> None:
             if self.rank == 0:
                 self.store.set(f"value of {what}", value)
-            self._wait_for(f"value of {what}", JOIN_TIMEOUT)
-            first = self.store.get(f"value of {what}").decode()
+            try:
+                self._wait_for(f"value of {what}", JOIN_TIMEOUT)
+                first = self.store.get(f"value of {what}").decode()
+            except RuntimeError:
+                raise UserError(did_not_come([0], JOIN_TIMEOUT)) from None
             if first != value:
                 raise UserError(
                     f"its {what} is {value}, that of rank 0 is {first}; give all ranks the same"
@@ -166,10 +169,12 @@ class Ranks:
         watch = Watch(self.store.clone(), self.rank, self.size, heart, timeout_s)
         self.agree(lambda: None)  # all have beaten once
         watch.start()
+        has_failed = True
         try:
             yield
+            has_failed = False
         finally:
-            watch.stop()
+            watch.stop(has_failed)
             self._last_beats = watch.beats
 
     def from_first(self, work: Callable[[], str]) -> str:
@@ -222,6 +227,7 @@ class Ranks:
         try:
             return self._reason(REASON_S)
         except Stopped:  # torchrun ends the others as soon as one has ended
+            time.sleep(2 * PERIOD_S)  # who lives beats meanwhile
             return self._reason()
 
     def _beats_of_the_living(self) -> dict[int, Beat]:

@@ -15,8 +15,8 @@ that layer's bias, for which PyTorch starts a launch of its own.
 
 Rounding: the weight is rounded to hidden's type, as autocast does; products are summed in fp32, and
 bias, logits, loss and bias gradient stay fp32, where autocast rounds the logits. unit is rounded to
-hidden's type for its two products. A label that is no class makes the loss NaN. Of equal logits
-the first is the answer.
+hidden's type for its two products, and so is, as by autocast, the gradient of the bias before. A
+label that is no class makes the loss NaN. Of equal logits the first is the answer.
 
 A program has a chunk of hidden's width: it makes that chunk's gradients, from logits that it
 computes in full. For up to 128 classes a chunk is 64 numbers, so at D = 128 logits are computed
@@ -267,7 +267,10 @@ def linear_cross_entropy_backward(
     _scale(unit_hidden_ptr, grad_hidden_ptr, factor, place, num_hidden)
     _scale(unit_weight_ptr, grad_weight_ptr, factor, place, num_weights)
     _scale(unit_bias_ptr, grad_bias_ptr, factor, place, num_classes)
-    _scale(unit_sum_ptr, grad_sum_ptr, factor, place, width)
+    mask = place < width
+    grad_sum = tl.load(unit_sum_ptr + place, mask=mask, other=0.0) * factor
+    grad_sum = grad_sum.to(grad_hidden_ptr.dtype.element_ty)
+    tl.store(grad_sum_ptr + place, grad_sum, mask=mask)
 
 
 def _check(
@@ -367,6 +370,7 @@ def _backward_op(
         factor = grad_loss / len(unit_hidden_BD)
         for unit, grad in zip(units, grads, strict=True):
             grad.copy_(unit * factor)
+        grads[3].copy_((unit_sum_D * factor).to(unit_hidden_BD.dtype))
         return grads
     lengths = [unit.numel() for unit in units]
     grid = (triton.cdiv(max(lengths), BLOCK),)

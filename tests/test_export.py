@@ -18,13 +18,13 @@ from torch import nn
 from engine.config import RunConfig
 from engine.data.records import Records
 from engine.errors import UserError
-from engine.train.weights import network_facts
+from engine.train.weights import network_facts, read_facts
 from tests.conftest import CLASSES
 from tests.test_predict import packed, refused, trained
 from tools import export
 from tools.measure import exported
 from tools.measure.answers import all_logits
-from tools.measure.exported import FORMS, check_form, facts_of, write_form
+from tools.measure.exported import FORMS, check_form, write_form
 from tools.measure.trained import find_weights, known_facts, load_network, run_config
 from tools.report.card import READING
 
@@ -82,7 +82,9 @@ def test_a_checkpoint_goes_out_beside_it_not_into_it(run: Path, tmp_path: Path) 
     before = {path.name for path in checkpoint.iterdir()}
     done = call(checkpoint, "--to", "safetensors")
     assert done.exit_code == 0, done.output
-    assert (run / "export" / "README.md").is_file()
+    card = (run / "export" / "README.md").read_text(encoding="utf-8")
+    assert f"`{checkpoint.name}`" in card and "by the run's report" not in card
+    assert read_facts(run / "export" / "model.safetensors") == read_facts(run / "model.safetensors")
     assert {path.name for path in checkpoint.iterdir()} == before
 
 
@@ -94,7 +96,7 @@ def test_what_is_missing_is_one_line(
     out = tmp_path / "out"
     other = packed(tmp_path, 28, split="none")
     done = call(trained(tmp_path / "other", other), "--to", "safetensors", "--out", out)
-    refused(done, "has no test split")
+    refused(done, "has no split test, but train")
     refused(call(run, "--to", "safetensors", "--data", other, "--out", out), "holds other records")
     monkeypatch.setattr(exported, "find_spec", lambda name: None if "script" in name else name)
     done = call(run, "--to", "torch", "--to", "onnx", "--out", out)
@@ -112,7 +114,7 @@ def test_a_file_that_answers_otherwise_is_refused(
     config = run_config(weights)
     facts = known_facts(weights, config, None)
     network, like = (load_network(config.model, facts, weights) for _ in range(2))
-    path = write_form("safetensors", tmp_path, network, facts_of(facts))
+    path = write_form("safetensors", tmp_path, network, facts)
     wanted_NK = logits_of(run, small)
     split = small.split("test")
     check = check_form("safetensors", path, split, wanted_NK, like)
@@ -164,7 +166,7 @@ def test_other_libraries_read_the_same(
         assert b'"use_pickle": true' not in b"".join(map(archive.read, archive.namelist()))
     with pytest.raises(UserError, match=r"--to torch: .* cannot be exported .* --to safetensors"):
         facts = network_facts(RunConfig().model, small)
-        write_form("torch", tmp_path, Branching(), facts_of(facts))
+        write_form("torch", tmp_path, Branching(), facts)
     if "onnx" not in forms:
         pytest.skip(f"without onnx, for want of {', '.join(NEEDED)}; the other files are right")
 

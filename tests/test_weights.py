@@ -11,7 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import save, save_file
 
 from engine import __version__
-from engine.config import DataConfig, ModelConfig, RunConfig
+from engine.config import DataConfig, ModelConfig, RunConfig, override
+from engine.config_text import with_own_network
 from engine.data.records import Records
 from engine.errors import UserError
 from engine.models import NETWORKS
@@ -19,9 +20,17 @@ from engine.report import git_state, read_report
 from engine.train.checkpoint import MODEL
 from engine.train.folder import checkpoints
 from engine.train.trainer import fit
-from engine.train.weights import KEY, metadata_of, network_facts, packed, read_facts
+from engine.train.weights import (
+    KEY,
+    metadata_of,
+    network_facts,
+    packed,
+    plain_metadata,
+    read_facts,
+)
 from engine.world import World
 from tests.conftest import CLASSES
+from tests.test_models import readme_example
 from tools.measure.trained import find_weights, load_network, run_config, weights_alone
 
 WEIGHTS = {"a": torch.arange(6.0).reshape(2, 3)}
@@ -70,12 +79,13 @@ def test_each_network_says_how_it_scales(small: Records) -> None:
     assert said["baseline"] == said["fast"] == "pixel / 255"
 
 
-def test_no_place_of_the_users_is_in_it(small: Records) -> None:
-    own = ModelConfig(name="wide.py:Wide", sha256="0" * 64, file="/home/me/wide.py")
-    with pytest.raises(UserError):
-        network_facts(own, small)  # the file is run, and is not there
-    facts = replace(network_facts(ModelConfig(), small), model=replace(own, file=""))
-    assert "/home" not in metadata_of(facts)[KEY]
+def test_no_place_of_the_users_is_in_it(small: Records, tmp_path: Path) -> None:
+    file = readme_example(tmp_path)
+    own = override(RunConfig(), with_own_network({"model.name": f"{file}:Wide"}, "test"), "test")
+    assert str(tmp_path) in own.model.file
+    facts = network_facts(own.model, small)
+    for said in (metadata_of(facts)[KEY], str(plain_metadata(facts))):
+        assert "wide.py:Wide" in said and str(tmp_path) not in said
 
 
 @pytest.mark.parametrize(

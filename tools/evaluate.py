@@ -61,6 +61,9 @@ from tools.report.evaluation import evaluation_text, facts_text
     type=click.IntRange(1),
     help="With --data-facts: training images to look among for near ones.  [default: all]",
 )
+@click.option(
+    "--model", default="", help="FILE.py:NAME again, where the runs' network is of your own."
+)
 @click.option("--out", type=PATH, help="Folder for the figures as JSON and text.")
 @click.option(
     "--device",
@@ -93,7 +96,7 @@ def main(runs: tuple[Path, ...], data: Path | None, out: Path | None, **asked: A
             opened, answered = Opened(data), []
             with progress_bar("evaluating", len(runs)) as bar:
                 for number, run in enumerate(runs, 1):
-                    answered.append(answer(run, opened, question, device))
+                    answered.append(answer(run, opened, question, device, asked["model"]))
                     bar(number)
             evaluated = evaluate(answered, question, facts, ensemble=asked["ensemble"])
             show(evaluation_text(evaluated), evaluated, out, evaluation.NAME)

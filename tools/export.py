@@ -21,11 +21,11 @@ from tools.measure.exported import (
     Check,
     check_form,
     check_packages,
-    facts_of,
     write_form,
 )
 from tools.measure.trained import (
     Trained,
+    check_same_task,
     find_weights,
     known_facts,
     load_network,
@@ -90,14 +90,18 @@ def main(
         config = run_config(trained, model)
         facts = known_facts(trained, config, data)
         records = open_run_records(config, data, trained.fingerprint)
+        check_same_task(facts, records)
+        of_run = trained.file.parent == trained.run
+        checkpoint = "" if of_run else trained.file.parent.name
         with writing(target), publish_directory(target) as folder:
-            checks = export(forms, folder, trained, config, facts, records.split(split))
+            checks = export(forms, folder, trained, config, facts, records.asked(split))
             card = Card(
-                facts=facts_of(facts),
+                facts=facts,
                 config=config,
                 split=split,
                 checks=checks,
-                report=report_of(trained.run),
+                report=None if checkpoint else report_of(trained.run),
+                checkpoint=checkpoint,
                 environment=environment(
                     num_threads=torch.get_num_threads(), allocator="default", gpu={}
                 ),
@@ -133,8 +137,6 @@ def export(
         UserError: the weights or the split are not there, or a file answers otherwise.
     """
     set_fp32_precision("fp32")
-    if not len(split):
-        raise UserError("the run's records have no image in this split; name another --split")
     network = load_network(config.model, facts, trained)
     wanted_NK = all_logits(network, split.image_NHW, torch.device("cpu"))
     if not wanted_NK.isfinite().all():
@@ -143,7 +145,7 @@ def export(
     for name in forms:
         size = facts.height_pixels, facts.width_pixels
         like = make_model(config.model, *size, len(facts.classes), seed=1)
-        path = write_form(name, folder, network, facts_of(facts))
+        path = write_form(name, folder, network, facts)
         checks.append(check_form(name, path, split, wanted_NK, like))
     return checks
 

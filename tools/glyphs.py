@@ -1,21 +1,25 @@
 """tools/predict RUN without images: test glyphs with a network's answers, and its weights."""
 
-import json
 from pathlib import Path
 
 import click
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import save
 
 from engine.data.records import Records, Split
 from engine.durable import write_file, writing
 from engine.errors import printable
 from engine.report import NetworkFacts
-from engine.train.weights import metadata_of, network_facts
+from engine.train.weights import network_facts, packed_for_others
 from tools.measure.answers import answers
-from tools.measure.trained import load_network, open_run_records, run_config, weights_at
+from tools.measure.trained import (
+    check_same_task,
+    load_network,
+    open_run_records,
+    run_config,
+    weights_at,
+)
 from tools.report.sheet import (
     BLACK,
     COLUMNS,
@@ -45,6 +49,7 @@ def draw_glyphs(run: Path, data: Path | None, model: str, out: Path, export: Pat
     config = run_config(trained, model)
     records = open_run_records(config, data, trained.fingerprint)
     facts = trained.facts or network_facts(config.model, records)
+    check_same_task(facts, records)
     name, split = shown_split(records)
     num = min(COLUMNS * ROWS, len(split))
     shown = split.take(np.linspace(0, len(split) - 1, num).astype(int))
@@ -60,16 +65,8 @@ def draw_glyphs(run: Path, data: Path | None, model: str, out: Path, export: Pat
 
 def export_weights(file: Path, network: torch.nn.Module, facts: NetworkFacts) -> None:
     """Write the weights as one safetensors file, whose metadata say what its answers mean."""
-    said = {
-        "format": "pt",
-        "model": facts.model.name,
-        "input": f"uint8 [B, {facts.height_pixels}, {facts.width_pixels}]",
-        "classes": json.dumps(facts.classes, ensure_ascii=False),
-        "dataset_fingerprint": facts.dataset_fingerprint,
-    }
-    tensors = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
     with writing(file):
-        write_file(file, save(tensors, metadata=said | metadata_of(facts)))
+        write_file(file, packed_for_others(network.state_dict(), facts))
 
 
 def shown_split(records: Records) -> tuple[str, Split]:

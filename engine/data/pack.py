@@ -102,16 +102,23 @@ def pack(
 def _groups(source: Given) -> dict[str, list[Path]]:
     """The files by the split that they are given for, in the order of SPLITS; else under ""."""
     if not isinstance(source, Mapping):
-        paths = [source] if isinstance(source, Path) else list(source)
+        paths = _listed(source)
         if not paths:
             raise UserError("there is no source; name a file to pack")
         return {"": paths}
-    groups = {split: list(source[split]) for split in SPLITS if source.get(split)}
+    if unknown := sorted(source.keys() - set(SPLITS)):
+        raise UserError(f"{unknown[0]!r} is no split; name {', '.join(SPLITS)}")
+    given = {split: source[split] for split in SPLITS if source.get(split)}
+    groups = {split: _listed(paths) for split, paths in given.items()}
     if "train" not in groups:
         raise UserError("--train: is missing; name the files to train on, too")
     if len(groups) < 2:
         raise UserError("--train: is given alone; give --test or --val, too, or name it as SOURCE")
     return groups
+
+
+def _listed(paths: Path | Sequence[Path]) -> list[Path]:
+    return [paths] if isinstance(paths, Path) else list(paths)
 
 
 def _publish(

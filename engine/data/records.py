@@ -370,7 +370,9 @@ def _checked_files(manifest: dict[str, Any]) -> dict[str, list[FileEntry]]:
 
 def _are_given(names: Any, splits: dict[str, Any]) -> bool:
     """Whether these may be the splits that a source gave: train and others of the splits."""
-    return _are_texts(names) and "train" in names and set(names) <= set(splits)
+    if not _are_texts(names) or len(names) < 2:
+        return False
+    return "train" in names and set(names) <= set(splits)
 
 
 def _checked_pixels(manifest: dict[str, Any]) -> tuple[float, float]:

@@ -70,6 +70,7 @@ class LoaderFeed:
         self.name = "loader_batched" if batched else "loader"
         self.order = order
         self._steps = _Steps(order)
+        self._workers: list[BaseProcess] = []
         self._out = Batch.empty(order.rank_batch, split.height_width, device)
         gc.collect()  # a pipeline of DALI that a forked worker collects waits there for its threads
         self._loader: DataLoader[tuple[torch.Tensor, torch.Tensor, int]] | None = DataLoader(
@@ -85,8 +86,10 @@ class LoaderFeed:
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         assert self._loader is not None, "the feed is closed"
         self._steps.start = (epoch, first_step)
+        others = multiprocessing.active_children()
         batches = iter(self._loader)
-        deadline = _Deadline(multiprocessing.active_children())
+        self._workers += [each for each in multiprocessing.active_children() if each not in others]
+        deadline = _Deadline(self._workers)
         _translate_deaths(self.name, deadline)
         try:
             while batch := self._next(batches, deadline):

@@ -49,7 +49,7 @@ class Joint:
         """
         self._branches = branches
         self._world = world
-        self._num_left = len(branches)
+        self._gone: set[TrainStep] = set()
         self._num_here = 0
         self._num_steps = 0
         """Of the launch that they come to."""
@@ -100,15 +100,25 @@ class Joint:
         self._num_steps = num_steps
         self._start_if_all_came()
 
-    def leave(self) -> None:
-        """One of the steps comes no more: its branch goes on, and nobody reads what it leaves."""
-        self._num_left -= 1
+    def leave(self, step: TrainStep) -> None:
+        """A step comes no more: its branch goes on, and others of its order may live on what it
+        gathers."""
+        self._gone.add(step)
         self._start_if_all_came()
 
+    def _follow(self) -> None:
+        """Let each branch that has left stand where one of its order stands that has not."""
+        left = {b.order: b.step for b in self._branches if b.step not in self._gone}
+        for branch in self._branches:
+            if branch.step in self._gone and branch.order in left:
+                branch.step.follow(left[branch.order])
+
     def _start_if_all_came(self) -> None:
-        if not self._num_here or self._num_here < self._num_left:
+        if not self._num_here or self._num_here < len(self._branches) - len(self._gone):
             return
         self._num_here = 0
+        with self._world.on_stream():
+            self._follow()
         if not self._graphs:
             self._work(self._num_steps)
             return

@@ -26,7 +26,7 @@ from engine.data.records import Records
 from engine.errors import UserError, first_cause, sentence
 from engine.feeds.build import SOURCES
 from engine.feeds.shared import SharedFeeds
-from engine.stop import STOP
+from engine.stop import STOP, Stopped
 from engine.train.backends import backends_kept
 from engine.train.folder import finished_text, holds_run
 from engine.train.joint import Branch, Joint
@@ -74,7 +74,8 @@ class Running:
                     raise
                 self.failure = str(error)
         if self._joint and (self.is_over or self.trainer is not self._joined):
-            self._joint.leave()
+            assert self._joined
+            self._joint.leave(self._joined.step)
             self._joint = None
 
     @contextmanager
@@ -153,6 +154,8 @@ class Crew:
         is_shared = not is_captured and not self.sweep.config.log_ids  # which are read a turn later
         shared = SharedFeeds() if is_shared else None
         for member in self.sweep.members:
+            if STOP.number:  # nothing is trained yet
+                raise Stopped(STOP.number)
             run = self.out / member.folder
             if done := finished_text(run, member.config):
                 self.say(f"{member.name}: {done}")

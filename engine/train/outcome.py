@@ -37,14 +37,15 @@ def train_sweep(sweep: Sweep, out: Path, device: str, ranks: Ranks, say: Say) ->
     """Train what is left of a sweep in OUT, which is this process's; the exit code.
 
     Raises:
-        UserError: a member cannot be trained here; nothing is written.
+        UserError: a member cannot be trained here. Where that shows before any is opened, nothing
+            is written.
     """
     records = _checked(sweep, out, device)
     with ExitStack() as stack, start_world(device, ranks, sweep.config.timeout_s) as world:
+        with writing(out):
+            write_sweep(out, sweep)  # first: from now on it is a sweep
         for member in sweep.members:
             stack.enter_context(take_folder(out / member.folder))
-        with writing(out):
-            write_sweep(out, sweep)
         start_s = time.perf_counter()
         crew = Crew(sweep, records, world, out, say)
         crew.train()

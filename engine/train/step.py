@@ -166,6 +166,7 @@ class TrainStep:
         self.draws_random = False
         """Whether warm-up drew from torch's random numbers, which a process has once."""
         self._graphs: dict[int | str, Replay] = {}
+        self._epoch = 0
         self._keep_on_device()
         self._make_optimizer()
         num_shards = config.step.canonical
@@ -322,6 +323,14 @@ class TrainStep:
                 graph.reset()
             self._graphs[num_steps] = launch
 
+    def follow(self, other: "TrainStep") -> None:
+        """Gather where `other` of the same order does, though this step's training has ended."""
+        assert self._source
+        if self._epoch != other._epoch:
+            self._epoch = other._epoch
+            self._source.load_epoch(self._epoch)
+        self.counter_21.copy_(other.counter_21)
+
     def train_epoch(self, feed: Feed, epoch: int, first_step: int = 0) -> Iterator[Launch]:
         """Train an epoch from `first_step` on, a launch at each iteration.
 
@@ -331,6 +340,7 @@ class TrainStep:
             RuntimeError: the feed hands out fewer or more batches than its order has.
         """
         torch.manual_seed(round_keys(self._config.seed, epoch, "random", self._world.rank)[0])
+        self._epoch = epoch
         self.counter_21[1] = first_step
         self._in_epoch = self._read_from = first_step
         start = time.perf_counter()

@@ -32,6 +32,7 @@ from engine.durable import take_folder
 from engine.errors import UserError
 from engine.feeds.batch import Batch
 from engine.feeds.shared import SharedFeeds
+from engine.heart import SAVING
 from engine.report import RunReport
 from engine.stop import STOP
 from engine.train import idlog
@@ -477,6 +478,7 @@ class Trainer:
             metrics |= {"val_loss": val_loss, "val_accuracy_fraction": val}
             line += f"  val {val:7.2%}"
         if self.world.is_first:
+            self.world.at(self.position.num_steps, SAVING)
             self.journal.epoch(metrics)
         if self._saves_epoch():
             self._save(wait=True)
@@ -531,7 +533,7 @@ class Trainer:
 
     def _wait_for_disk(self) -> None:
         if self.saver:
-            self.world.at(self.position.num_steps, "saving")
+            self.world.at(self.position.num_steps, SAVING)
             self.saver.wait()
             self._say_failure(self.saver)
 
@@ -612,6 +614,7 @@ class Trainer:
         self._warn_of_chance()
         report = run_report(self.progress, "finished", self.nvml, test, energy_j)
         model = self.step.state.whole_model()
+        self.world.at(self.position.num_steps, SAVING)
         self.world.first(lambda: self.journal.end(report, model))
         return report
 

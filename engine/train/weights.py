@@ -20,7 +20,7 @@ from engine.data.records import MAX_CLASSES, MAX_PIXELS, Records
 from engine.durable import Damaged, parse_json, write_file
 from engine.errors import UserError
 from engine.models import network_class
-from engine.report import UNKNOWN, Environment, NetworkFacts
+from engine.report import UNKNOWN, Environment, NetworkFacts, without_folders
 from engine.train.state import Tensors
 from engine.typed import typed
 
@@ -63,6 +63,22 @@ def packed(tensors: Tensors, facts: NetworkFacts | None = None) -> bytes:
 def metadata_of(facts: NetworkFacts) -> dict[str, str]:
     """The metadata that say these facts."""
     return {KEY: json.dumps(asdict(facts), ensure_ascii=False, allow_nan=False)}
+
+
+def plain_metadata(facts: NetworkFacts) -> dict[str, str]:
+    """What other programs need of these facts, an entry each."""
+    return {
+        "model": without_folders(facts.model.name),
+        "input": f"uint8 [B, {facts.height_pixels}, {facts.width_pixels}]",
+        "classes": json.dumps(facts.classes, ensure_ascii=False),
+        "dataset_fingerprint": facts.dataset_fingerprint,
+    }
+
+
+def packed_for_others(tensors: Tensors, facts: NetworkFacts) -> bytes:
+    """As safetensors that this project and other programs can read."""
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    return save(whole, metadata={"format": "pt"} | plain_metadata(facts) | metadata_of(facts))
 
 
 def save_model(path: Path, tensors: Tensors, facts: NetworkFacts | None) -> None:

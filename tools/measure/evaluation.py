@@ -18,7 +18,6 @@ import numpy as np
 import torch
 
 from engine.config import RunConfig
-from engine.data.foreign import listed
 from engine.data.records import Records, open_records
 from engine.errors import UserError
 from engine.report import Environment, NetworkFacts
@@ -28,6 +27,7 @@ from tools.measure.answers import all_logits
 from tools.measure.scores import Answers, Scores, scores_of
 from tools.measure.trained import (
     Trained,
+    check_same_task,
     find_weights,
     known_facts,
     load_network,
@@ -163,6 +163,7 @@ class Opened:
             key = trained.fingerprint
             if key not in self._by_fingerprint:
                 opened = open_run_records(config, None, key)
+                check_same_task(facts, opened)
                 self._by_fingerprint = {key: opened}  # one at a time: they may be large
             return self._by_fingerprint[key]
         if not self._by_fingerprint:
@@ -173,36 +174,20 @@ class Opened:
         return records
 
 
-def check_same_task(facts: NetworkFacts, records: Records) -> None:
-    """UserError unless a network takes the images of the records, and has their classes."""
-    size, wanted = records.height_width, (facts.height_pixels, facts.width_pixels)
-    if size != wanted:
-        raise UserError(
-            f"{records.path}: holds images of {size[0]} x {size[1]} pixels, but the network takes "
-            f"{wanted[0]} x {wanted[1]}; name records of such images"
-        )
-    if list(records.classes) == facts.classes:
-        return
-    more = [repr(name) for name in records.classes if name not in facts.classes]
-    missing = [repr(name) for name in facts.classes if name not in records.classes]
-    parts = {"more": more, "missing": missing}
-    said = "; ".join(f"{what}: {listed(names)}" for what, names in parts.items() if names)
-    raise UserError(
-        f"{records.path}: its classes are not the network's ({said}); name records of the same "
-        f"{len(facts.classes)} classes"
-    )
-
-
-def answer(run: Path, opened: Opened, question: Question, device: torch.device) -> Answered:
+def answer(
+    run: Path, opened: Opened, question: Question, device: torch.device, model: str = ""
+) -> Answered:
     """What the run's network answers.
 
+    Args:
+        model: FILE.py:NAME where it is of the user's own.
     Raises:
         UserError: the run, its weights or the records are not there or not whole; the records have
             other classes or images of another size; or the split is not there, or has no image.
     """
     set_fp32_precision("fp32")
     trained = find_weights(run)
-    config = run_config(trained)
+    config = run_config(trained, model)
     facts = known_facts(trained, config, opened.data)
     records = opened.of(config, trained, facts)
     records.asked(question.split)

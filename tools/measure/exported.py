@@ -21,12 +21,13 @@ from io import BytesIO
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import nn
 
 from engine.data.records import Split
 from engine.errors import UserError, sentence
 from engine.report import NetworkFacts, without_folders
+from engine.train.weights import packed_for_others, plain_metadata
 from tools.measure.answers import Network, all_logits
 
 TOLERANCE = 1e-4
@@ -39,36 +40,6 @@ EXAMPLES = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Facts:
-    """What an exported network must say of itself."""
-
-    network: str
-    classes: tuple[str, ...]
-    height_pixels: int
-    width_pixels: int
-    dataset_fingerprint: str
-
-    def metadata(self) -> dict[str, str]:
-        return {
-            "model": self.network,
-            "input": f"uint8 [B, {self.height_pixels}, {self.width_pixels}]",
-            "classes": json.dumps(self.classes, ensure_ascii=False),
-            "dataset_fingerprint": self.dataset_fingerprint,
-        }
-
-
-def facts_of(network: NetworkFacts) -> Facts:
-    """Those that an exported network says, of all that its run knows of it."""
-    return Facts(
-        network=without_folders(network.model.name),
-        classes=tuple(network.classes),
-        height_pixels=network.height_pixels,
-        width_pixels=network.width_pixels,
-        dataset_fingerprint=network.dataset_fingerprint,
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
 class Form:
     """A format of files."""
 
@@ -77,7 +48,7 @@ class Form:
     """What it needs beside this project."""
     runs_by: str
     """Which library ran it in the check."""
-    pack: Callable[[nn.Module, Facts], bytes]
+    pack: Callable[[nn.Module, NetworkFacts], bytes]
     open: Callable[[Path, nn.Module], Network]
     """From its file, and a network of the same kind with other weights."""
 
@@ -108,14 +79,14 @@ def check_packages(forms: tuple[str, ...]) -> None:
             raise UserError(f"--to {name}: {', '.join(missing)} {are} not installed; {remedy}")
 
 
-def write_form(name: str, folder: Path, network: nn.Module, facts: Facts) -> Path:
+def write_form(name: str, folder: Path, network: nn.Module, facts: NetworkFacts) -> Path:
     """Write the network to its file in `folder`.
 
     Raises:
         UserError: a network of the user's own cannot be exported so.
     """
     form = FORMS[name]
-    what = f"the network {facts.network} cannot be exported"
+    what = f"the network {without_folders(facts.model.name)} cannot be exported"
     remedy = "write its forward without branches that depend on pixels, or give --to safetensors"
     with _explained(f"--to {name}: {what}", remedy):
         data = form.pack(network, facts)
@@ -179,7 +150,7 @@ def _explained(what: str, remedy: str) -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _program(network: nn.Module, facts: Facts) -> torch.export.ExportedProgram:
+def _program(network: nn.Module, facts: NetworkFacts) -> torch.export.ExportedProgram:
     """The network as torch.export sees it, for any number of images."""
     image_BHW = torch.zeros(EXAMPLES, facts.height_pixels, facts.width_pixels, dtype=torch.uint8)
     batch = torch.export.Dim("batch", min=1)
@@ -187,7 +158,7 @@ def _program(network: nn.Module, facts: Facts) -> torch.export.ExportedProgram:
         return torch.export.export(network, (image_BHW,), dynamic_shapes=({0: batch},))
 
 
-def _pack_onnx(network: nn.Module, facts: Facts) -> bytes:
+def _pack_onnx(network: nn.Module, facts: NetworkFacts) -> bytes:
     program = torch.onnx.export(
         _program(network, facts),
         dynamo=True,
@@ -198,7 +169,7 @@ def _pack_onnx(network: nn.Module, facts: Facts) -> bytes:
     )
     assert program is not None
     model = program.model_proto
-    for key, value in facts.metadata().items():
+    for key, value in plain_metadata(facts).items():
         entry = model.metadata_props.add()
         entry.key = key
         entry.value = value
@@ -218,11 +189,11 @@ def _open_onnx(path: Path, like: nn.Module) -> Network:
     return run
 
 
-def _pack_program(network: nn.Module, facts: Facts) -> bytes:
+def _pack_program(network: nn.Module, facts: NetworkFacts) -> bytes:
     program = _program(network, facts)
     program.example_inputs = None  # they would be pickled
     file = BytesIO()
-    torch.export.save(program, file, extra_files={FACTS: json.dumps(facts.metadata())})
+    torch.export.save(program, file, extra_files={FACTS: json.dumps(plain_metadata(facts))})
     return file.getvalue()
 
 
@@ -230,9 +201,8 @@ def _open_program(path: Path, like: nn.Module) -> Network:
     return torch.export.load(path).module()
 
 
-def _pack_weights(network: nn.Module, facts: Facts) -> bytes:
-    tensors = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
-    return save(tensors, metadata={"format": "pt"} | facts.metadata())
+def _pack_weights(network: nn.Module, facts: NetworkFacts) -> bytes:
+    return packed_for_others(network.state_dict(), facts)
 
 
 def _open_weights(path: Path, like: nn.Module) -> Network:

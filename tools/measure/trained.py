@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from engine.config import ModelConfig, RunConfig, override
 from engine.config_text import load_toml, with_own_network
+from engine.data.foreign import listed
 from engine.data.records import Records, open_records
 from engine.data.sample import ensure_sample
 from engine.durable import Damaged
@@ -205,3 +206,23 @@ def _check_forms(network: torch.nn.Module, found: Tensors, file: Path) -> None:
 
 def _forms(tensors: Tensors) -> dict[str, tuple[torch.Size, torch.dtype]]:
     return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+
+
+def check_same_task(facts: NetworkFacts, records: Records) -> None:
+    """UserError unless a network takes the images of the records, and has their classes."""
+    size, wanted = records.height_width, (facts.height_pixels, facts.width_pixels)
+    if size != wanted:
+        raise UserError(
+            f"{records.path}: holds images of {size[0]} x {size[1]} pixels, but the network takes "
+            f"{wanted[0]} x {wanted[1]}; name records of such images"
+        )
+    if list(records.classes) == facts.classes:
+        return
+    more = [repr(name) for name in records.classes if name not in facts.classes]
+    missing = [repr(name) for name in facts.classes if name not in records.classes]
+    parts = {"more": more, "missing": missing}
+    said = "; ".join(f"{what}: {listed(names)}" for what, names in parts.items() if names)
+    raise UserError(
+        f"{records.path}: its classes are not the network's ({said}); name records of the same "
+        f"{len(facts.classes)} classes"
+    )

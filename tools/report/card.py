@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from engine.config import RunConfig
 from engine.errors import printable
-from engine.report import Environment, RunReport
-from tools.measure.exported import FACTS, Check, Facts
+from engine.report import Environment, NetworkFacts, RunReport, without_folders
+from tools.measure.exported import FACTS, Check
 from tools.report.rows import markdown_table, number
 
 NAME = "README.md"
@@ -37,12 +37,14 @@ READING = {
 class Card:
     """What a model card says."""
 
-    facts: Facts
+    facts: NetworkFacts
     config: RunConfig
     split: str
     checks: Sequence[Check]
     report: RunReport | None
-    """None: of a checkpoint whose run left none."""
+    """None: of a checkpoint."""
+    checkpoint: str
+    """Whose weights these are; empty: the run's last."""
     environment: Environment
     """Where it was exported."""
 
@@ -55,11 +57,12 @@ def card_text(card: Card) -> str:
 
 def _head(card: Card) -> str:
     facts = card.facts
+    network = printable(without_folders(facts.model.name))
     names = json.dumps(facts.classes, ensure_ascii=False)
     fence = "`" * (3 + names.count("`"))  # longer than any run of them in a name
     return "\n".join(
         [
-            f"# A network of {len(facts.classes)} classes: `{printable(facts.network)}`",
+            f"# A network of {len(facts.classes)} classes: `{network}`",
             "",
             f"It reads grey images of {facts.height_pixels} x {facts.width_pixels} pixels "
             "(`uint8`, one value per pixel, as in its training data) and gives a logit per class. "
@@ -129,6 +132,8 @@ def _circumstances(card: Card) -> str:
         ("seed, global batch", f"{config.seed}, {config.global_batch}"),
         ("precision of training", config.step.precision),
     ]
+    if card.checkpoint:
+        rows.append(("weights of the checkpoint", f"`{card.checkpoint}`"))
     if card.report:
         there = card.report.environment
         rows += [
