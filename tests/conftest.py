@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +99,15 @@ def tiny(tiny_dir: Path) -> Records:
 @pytest.fixture
 def world() -> World:
     return World(rank=0, size=1, device=torch.device("cpu"), stream=None)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Sums do not depend on the number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

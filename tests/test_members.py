@@ -152,6 +152,7 @@ def test_a_sweep_that_is_stopped_goes_on_to_the_same_bits(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
 def test_a_killed_sweep_goes_on_by_the_same_line(
     small: Records, small_dir: Path, world: World, command: Command, tmp_path: Path, cache: Path
 ) -> None:
@@ -159,8 +160,7 @@ def test_a_killed_sweep_goes_on_by_the_same_line(
     words = ["--sweep", "seed=1,2", "--epochs", 3, "--batch-size", 16, "--device", "cpu"]
     words += ["--data", small_dir, "--checkpoint-every", "2steps", "--out", out, "--resume", "auto"]
     line = ["-m", "engine.run", "--kernels=off", *map(str, words)]
-    threads = str(torch.get_num_threads())  # as those here, which sum alike
-    variables = os.environ | {"OMP_NUM_THREADS": threads, "XDG_CACHE_HOME": str(cache)}
+    variables = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(cache)}
     with subprocess.Popen([sys.executable, *line], cwd=ROOT, env=variables) as killed:
         end_s = time.monotonic() + 100
         while len(list(out.glob("*/checkpoints/step-*"))) < 3 and time.monotonic() < end_s:

@@ -64,14 +64,6 @@ def losses(step: TrainStep, records: Records, num_steps: int = 20) -> list[float
     raise AssertionError("too few batches")
 
 
-@pytest.fixture
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def test_the_baseline_is_the_studys_network() -> None:
     model = make_model(ModelConfig(name="baseline"), 28, 28, 94, seed=0)
     assert sum(p.numel() for p in model.parameters()) == 432_478
