@@ -29,6 +29,7 @@ from engine.stop import STOP
 
 PERIOD_S = 1.0
 JOIN_S = 5.0
+POLL_S = 0.05
 SPEAK_S = 1.5
 """For the rank of a machine that speaks to have spoken and ended their launcher; else others do."""
 DEAF_S = 5.0
@@ -272,7 +273,9 @@ def _end_launcher(launcher: int, wait_s: float) -> None:
     """
     if not is_last_try():
         return
-    time.sleep(wait_s)
+    end_s = time.monotonic() + wait_s
+    while os.getppid() == launcher and time.monotonic() < end_s:
+        time.sleep(POLL_S)
     if os.getppid() == launcher:  # else it has died, and this process has another parent
         with suppress(OSError):
             os.kill(launcher, signal.SIGKILL)
