@@ -158,7 +158,8 @@ def resources(architecture: int) -> dict[str, dict[str, int]]:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_nothing_spills_and_products_use_tensor_cores(architecture: int) -> None:
     found = resources(architecture)
-    assert len(found) == 3 * 13 + 4 + 2 + 2, "every kernel in every type"
+    twice = 2  # the head's backward, whose relu_bias may be of hidden's 16 bits or not
+    assert len(found) == 3 * 13 + 4 + 2 + 2 + twice, "every kernel in every type"
     for name, usage in found.items():
         assert usage["STACK"] == usage["LOCAL"] == 0, f"{name} spills: {usage}"
         assert usage["mma"] == has_products(name), name
