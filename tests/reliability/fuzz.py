@@ -49,7 +49,7 @@ def manifests(tally: Tally) -> None:
     train = (place / "train-00000.arrow").read_bytes()
     start = _peak_bytes()
     opened = 0
-    for _ in range(tally.count(200, 8_000, 100_000)):
+    for _ in range(tally.count(200, 5_000, 100_000)):
         mutant, table, file = copy.deepcopy(manifest), fonts, train
         kind = tally.rng.random()
         if kind < 0.1:
@@ -187,7 +187,7 @@ def tables(tally: Tally) -> None:
     path, spool_folder = tally.fast / "mutant.csv", tally.fast
     start = _peak_bytes()
     accepted = 0
-    for number in range(tally.count(300, 8_000, 100_000)):
+    for number in range(tally.count(300, 5_000, 100_000)):
         data = _table(tally.rng)
         path.write_bytes(data)
         began = time.perf_counter()

@@ -66,7 +66,7 @@ def _check_small_disks(tally: Tally, packing: Packing) -> None:
     place = packing.target.parent
     packing.reset(False)
     outcomes = set()
-    for kib in np.linspace(4, 600, tally.count(4, 20, 40)).astype(int):
+    for kib in np.linspace(4, 600, tally.count(4, 10, 40)).astype(int):
         for piped in (False, True):
             taken = sum(-(-file.stat().st_size // 4096) * 4 for file in packing.old.iterdir())
             with mounted(b"tmpfs", place, f"size={taken + kib}k".encode()):
