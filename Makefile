@@ -26,13 +26,14 @@ test: check
 proofs: .venv/.installed-test
 	@python -m tests.reliability $(RELIABILITY_ARGS)
 	@python -m tests.kernels
-	@pytest -q -n 2 --dist load -m slow --ignore tests/test_reliability.py
+	@pytest -q -n 2 --dist load -m "slow and not long" --ignore tests/test_reliability.py
 
 resolve: .venv/.installed-test
 	@python -m tests.resolve
 
 reliability: .venv/.installed-test
 	@python -m tests.reliability --full --json runs/reliability.json $(RELIABILITY_ARGS)
+	@pytest -q -n 2 --dist load -m long
 
 bench: .venv/.installed-test
 	@python -m tests.bench.all $(BENCH_ARGS)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from engine.data.records import Records
+from engine.data.sample import ensure_sample
 from engine.errors import UserError
 from engine.world import World
 from tests.bench import (
@@ -87,6 +88,7 @@ def test_predict(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["cpu_predict.json"]
 
 
+@pytest.mark.long
 def test_feeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feeds, "FEEDS", ("stream", "dali augmented"))
     monkeypatch.setattr(feeds, "WANTED", {"stream": 1.0})
@@ -117,12 +119,14 @@ def test_warp(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("in_process")
 def test_step(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))  # of the bare loop's process
+    ensure_sample()  # which says so
     monkeypatch.setattr(step, "BATCH", 32)
     step.bench(tmp_path, rounds=1, num_steps=2)
     assert "fast step over eager fp32 NCHW (x)" in checked(tmp_path / "cpu_step.json")
 
 
 @pytest.mark.usefixtures("in_process")
+@pytest.mark.long
 def test_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layers, "CASES", (("bf16", 32, "trained"),))
     layers.bench(tmp_path, rounds=1, num_steps=2)
@@ -144,6 +148,7 @@ def test_canonical(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert checked(tmp_path / "cpu_canonical.json") == []
 
 
+@pytest.mark.long
 def test_fsdp(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     monkeypatch.setattr(fsdp, "NETWORKS", {"baseline": (32, 1, {"model.name": "baseline"})})
@@ -156,6 +161,7 @@ def test_fsdp(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> N
     )
 
 
+@pytest.mark.long
 def test_plan(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With two nodes where this machine lets namespaces be made."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
@@ -184,6 +190,7 @@ def test_checkpoints(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatc
     assert [path.name for path in tmp_path.iterdir()] == ["cpu_checkpoints.json"]
 
 
+@pytest.mark.long
 def test_sweep(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     monkeypatch.setattr(sweep, "NUM", 2)
@@ -206,6 +213,7 @@ def test_report(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(FAST_PRECISION == "fp32", reason="this CPU has no bf16 instructions")
+@pytest.mark.long
 def test_precision(tmp_path: Path, small_dir: Path) -> None:
     precision.bench(tmp_path, small_dir, pairs=2, extra=("--epochs=1", "--batch-size=32"))
     assert checked(tmp_path / "cpu_precision.json") == [
@@ -214,6 +222,7 @@ def test_precision(tmp_path: Path, small_dir: Path) -> None:
 
 
 @pytest.mark.skipif(FAST_PRECISION == "fp32", reason="this CPU has no bf16 instructions")
+@pytest.mark.long
 def test_fp8(tmp_path: Path, small_dir: Path) -> None:
     fp8.bench(tmp_path, small_dir, pairs=2, extra=("--epochs=1", "--batch-size=32"))
     result = json.loads((tmp_path / "cpu_fp8.json").read_text())
@@ -223,6 +232,7 @@ def test_fp8(tmp_path: Path, small_dir: Path) -> None:
     ]
 
 
+@pytest.mark.long
 def test_fullsize(tmp_path: Path, small_dir: Path) -> None:
     """With one seed, then with one more: what is trained already stays as it is."""
     plan = fullsize.Plan(small_dir, "networks", 1, ("--epochs=1", "--batch-size=32"))
@@ -251,6 +261,7 @@ def test_the_permutation_test_counts_the_ways_to_deal() -> None:
     assert fullsize.permutation_p([1, 4], [2, 3]) == 1
 
 
+@pytest.mark.long
 def test_noise(tmp_path: Path, small_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(noise, "START", 32)
     noise.bench(tmp_path, noise.Sweep(small_dir, 0.3, 1, batches=(16, 64), epochs=12))

@@ -405,6 +405,7 @@ def test_the_products_of_a_step_are_all_seen() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NEW)
+@pytest.mark.long
 def test_a_compiled_step_is_the_same_training(name: str, tiny: Records, world: World) -> None:
     plain, compiled = (
         state_after(opened(tiny, world, name, step__compile=mode)) for mode in ("off", "default")

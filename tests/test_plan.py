@@ -212,6 +212,7 @@ def test_a_damaged_fit_is_one_line(command: Command, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_this_machine_is_measured(command: Command, small_dir: Path, tmp_path: Path) -> None:
     words = ("--batches", "32", "--precisions", "fp32", "--ranks", "1,2", "--device", "cpu")
     fewer = ("--steps", 2, "--repetitions", 1, "--data", small_dir, "--out", tmp_path)
