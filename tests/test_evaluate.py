@@ -13,11 +13,11 @@ from engine.data.pack import PackOptions, pack
 from engine.data.records import open_records
 from engine.errors import UserError
 from engine.report import read_report
+from engine.train.answers import all_logits, shifted
 from engine.train.trainer import fit
 from engine.world import World
 from tests.conftest import Command, assert_refused
 from tests.profiles import make_profile
-from tools.measure.answers import all_logits, shifted
 from tools.measure.evaluation import averaged, best_members, pool, read_evaluation
 from tools.measure.merges import ALL, MEASURED, confused_pairs, group_names, merged, named_merges
 from tools.measure.scores import (

@@ -18,12 +18,12 @@ from torch import nn
 from engine.config import RunConfig
 from engine.data.records import Records
 from engine.errors import UserError
+from engine.train.answers import all_logits
 from engine.train.weights import network_facts, read_facts
 from tests.conftest import CLASSES
 from tests.test_predict import packed, refused, trained
 from tools import export
 from tools.measure import exported
-from tools.measure.answers import all_logits
 from tools.measure.exported import FORMS, check_form, write_form
 from tools.measure.trained import find_weights, known_facts, load_network, run_config
 from tools.report.card import READING

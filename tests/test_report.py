@@ -22,13 +22,13 @@ from engine.config import RunConfig
 from engine.data.records import Records
 from engine.errors import UserError, printable
 from engine.host import ROOT
+from engine.train.answers import answers
 from engine.train.session import evaluate, open_session
 from engine.typed import typed
 from engine.world import World
 from tests.browser import CHROMIUM, Browser
 from tests.conftest import Command
 from tests.profiles import LABELS, make_profile
-from tools.measure.answers import answers
 from tools.measure.results import Profile
 from tools.report.charts import bars, draw
 from tools.report.confusion import confusion_of

@@ -13,9 +13,9 @@ from engine.host import prepare_process
 from engine.models import make_model
 from engine.paths import PATH
 from engine.report import NetworkFacts, RunReport, environment, read_report
+from engine.train.answers import all_logits
 from engine.train.backends import set_fp32_precision
 from engine.ui import guard_outputs
-from tools.measure.answers import all_logits
 from tools.measure.exported import (
     FORMS,
     Check,

@@ -11,8 +11,8 @@ from engine.data.records import Records, Split
 from engine.durable import write_file, writing
 from engine.errors import printable
 from engine.report import NetworkFacts
+from engine.train.answers import answers
 from engine.train.weights import network_facts, packed_for_others
-from tools.measure.answers import answers
 from tools.measure.trained import (
     check_same_task,
     load_network,

@@ -29,7 +29,7 @@ from tools.report.outputs import check_file
 from tools.source_options import source_options
 
 if TYPE_CHECKING:
-    from tools.measure.answers import Network
+    from engine.train.answers import Network
 
     Load = Callable[[], tuple[Network, NetworkFacts]]
 

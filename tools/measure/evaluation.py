@@ -21,9 +21,9 @@ from engine.config import RunConfig
 from engine.data.records import Records, open_records
 from engine.errors import UserError
 from engine.report import Environment, NetworkFacts
+from engine.train.answers import all_logits
 from engine.train.backends import set_fp32_precision
 from engine.typed import read_result_as
-from tools.measure.answers import all_logits
 from tools.measure.scores import Answers, Scores, scores_of
 from tools.measure.trained import (
     Trained,

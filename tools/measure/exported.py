@@ -27,8 +27,8 @@ from torch import nn
 from engine.data.records import Split
 from engine.errors import UserError, sentence
 from engine.report import NetworkFacts, without_folders
+from engine.train.answers import Network, all_logits
 from engine.train.weights import packed_for_others, plain_metadata
-from tools.measure.answers import Network, all_logits
 
 TOLERANCE = 1e-4
 """Of the largest logit, at least of 1: other libraries add in another order. Sums of 3,136 products

@@ -13,8 +13,8 @@ import torch
 from engine.data.inputs import Inputs
 from engine.errors import UserError
 from engine.report import NetworkFacts
+from engine.train.answers import Network, all_logits
 from engine.train.backends import set_fp32_precision
-from tools.measure.answers import Network, all_logits
 
 BATCH = 256
 """Activations of more leave a CPU's caches."""

@@ -27,7 +27,7 @@ def confusion_of(session: "Session") -> Confusion:
 
     By the step's own logits, in the order of the split, on one rank, which reads all of it.
     """
-    from tools.measure.answers import answers
+    from engine.train.answers import answers
 
     split, classes = session.records.split("test"), session.records.classes
     answer_N = answers(session.step.objective.logits, split.image_NHW, session.world.device)
