@@ -113,6 +113,13 @@ def hung_ranks(
     return [behind], _sentence([behind], each.beat, what)
 
 
+def died(ranks: list[int]) -> str:
+    """The sentence of those that are left, about ranks that beat no more; of one that nobody can
+    name where the list is empty."""
+    who = f"{named(ranks)}:" if ranks else "another rank"
+    return f"{who} {'have' if len(ranks) > 1 else 'has'} {DIED}"
+
+
 def named(ranks: list[int]) -> str:
     """Ranks as a sentence names them: rank 3; ranks 0, 1 and 2."""
     if len(ranks) == 1:
@@ -227,8 +234,7 @@ class Watch:
             dead = died_since(asked, answered, self._rank)
             is_saving = self._heart.doing == SAVING  # it waits for a disk, not for a rank
             if dead and deaf_s >= DEAF_S and not is_saving and not self._over.is_set():
-                verb = "has" if len(dead) == 1 else "have"
-                _say(f"{named(dead)}: {verb} {DIED}", answered, self._rank, dead)
+                _say(died(dead), answered, self._rank, dead)
                 os._exit(EXIT_HUNG)
 
     def _end_cut_off(self, silent_s: float) -> None:

@@ -17,7 +17,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 from engine.errors import UserError, printable, sentence
-from engine.heart import DIED, EXIT_HUNG, LEFT, PERIOD_S, Beat, Heart, Watch, named, read_beats
+from engine.heart import EXIT_HUNG, LEFT, PERIOD_S, Beat, Heart, Watch, died, read_beats
 from engine.host import (
     env_local_rank,
     env_machine,
@@ -140,7 +140,7 @@ class Ranks:
             raise _spoken(text, self.local_rank == 0 and elsewhere) from None
         if _is_broken_collective(error):
             speaks = self._is_first_to_speak()
-            raise _spoken(f"{self._dead(before)} {DIED}", speaks) from None
+            raise _spoken(died(self._dead(before)), speaks) from None
 
     @contextmanager
     def _answered(self, error: BaseException) -> Iterator[None]:
@@ -237,8 +237,8 @@ class Ranks:
             return read_beats(self.store, self.size) if self._last_beats else {}
         return {}
 
-    def _dead(self, before: dict[int, Beat]) -> str:
-        """Who has gone since, as a sentence begins: they neither beat nor say that they live.
+    def _dead(self, before: dict[int, Beat]) -> list[int]:
+        """Who has gone since: they neither beat nor say that they live. Empty: nobody can say.
 
         Where the store is gone, too, it is whoever was on its machine, that of rank 0.
         """
@@ -254,9 +254,7 @@ class Ranks:
             dead = []
         if not before and self._last_beats:
             dead = [rank for rank, beat in self._last_beats.items() if beat.machine == 0]
-        if not dead or self.rank in dead:
-            return "another rank has"
-        return f"{named(dead)}: {'has' if len(dead) == 1 else 'have'}"
+        return [] if self.rank in dead else dead
 
     def _is_first_to_speak(self) -> bool:
         """Whether no other rank of this machine has asked before."""

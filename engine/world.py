@@ -24,8 +24,9 @@ from engine.host import (
     keep_large_blocks,
     limit_threads,
 )
-from engine.meters import Ledger
+from engine.meters import Ledger, gpu_facts
 from engine.ranks import OtherRankFailed, Ranks, join_ranks
+from engine.report import Environment, environment
 
 TIMEOUT_S = 60.0
 BEYOND_WATCH = timedelta(seconds=300)
@@ -60,6 +61,11 @@ class World:
     @property
     def is_first(self) -> bool:
         return self.rank == 0
+
+    def environment(self) -> Environment:
+        """The circumstances of what this process trains or measures."""
+        gpu, num_threads = gpu_facts(self.device), torch.get_num_threads()
+        return environment(num_threads=num_threads, allocator=self.allocator, gpu=gpu)
 
     def on_stream(self) -> AbstractContextManager[object]:
         return torch.cuda.stream(self.stream) if self.stream else nullcontext()

@@ -142,6 +142,7 @@ def test_a_sweep_that_is_stopped_goes_on_to_the_same_bits(
     lines: list[str] = []
     assert train(sweep, out, lines) == 0
     assert sum("resumed after epoch 0 of 2, step" in line for line in lines) == 2
+    assert sum(line.startswith("note: a sweep of 2 members in one process") for line in lines) == 1
     assert_alone(sweep, out, small, world, tmp_path / "alone")
     runs = {name: files_of(out / name) for name in (m.folder for m in sweep.members)}
     again = read_sweep_result(out)
@@ -149,6 +150,22 @@ def test_a_sweep_that_is_stopped_goes_on_to_the_same_bits(
     assert sum("is left as it is" in line for line in lines) == 2
     assert runs == {name: files_of(out / name) for name in runs}
     assert read_sweep_result(out).votes == again.votes
+    (out / sweep.members[1].folder / "report.json").unlink()
+    with pytest.raises(UserError, match=r"holds no report\.json"):
+        train(sweep, out)  # before anything is trained, not after
+
+
+def test_notes_of_one_member_have_its_name(
+    small: Records, small_dir: Path, world: World, tmp_path: Path
+) -> None:
+    sweep, lines = sweep_of(small_dir, ("seed=1..3",), {}), list[str]()
+    crew = Crew(sweep, small, world, tmp_path, lines.append)
+    crew.running = [None] * 3  # type: ignore[list-item]
+    for member in sweep.members:
+        crew._voice(member)("note: of all")
+    crew._voice(sweep.members[1])("note: of one")
+    crew._say_notes()
+    assert lines == ["note: of all", "2 seed=2: note: of one"]
 
 
 @pytest.mark.slow

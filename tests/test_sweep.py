@@ -7,8 +7,19 @@ import pytest
 
 from engine.config import RunConfig, override
 from engine.errors import UserError
+from engine.report import environment
 from engine.run import _axes
-from engine.train.sweep import Axis, Setting, Sweep, parse_sweeps, read_sweep, write_sweep
+from engine.train.sweep import (
+    Axis,
+    MemberResult,
+    Setting,
+    Sweep,
+    SweepResult,
+    parse_sweeps,
+    ranked,
+    read_sweep,
+    write_sweep,
+)
 from tests.conftest import Command, assert_refused
 
 
@@ -112,6 +123,33 @@ def test_the_file_gives_the_sweep_back(tmp_path: Path) -> None:
         file.write_text(damaged)
         with pytest.raises(UserError, match=r"sweep\.toml: cannot be read"):
             read_sweep(tmp_path)
+
+
+def test_members_are_ranked_by_validation_those_without_last() -> None:
+    accuracies = (0.0, None, 0.5, 0.25)
+    members = [
+        MemberResult(
+            number=number,
+            folder="",
+            settings=[],
+            status="finished",
+            num_epochs=1,
+            train_s=1.0,
+            val_accuracy_fraction=accuracy,
+        )
+        for number, accuracy in enumerate(accuracies)
+    ]
+    facts = environment(num_threads=1, allocator="", gpu={})
+    result = SweepResult(
+        status="finished",
+        environment=facts,
+        dataset_fingerprint="",
+        launches="",
+        wall_s=1.0,
+        members=members,
+        votes=[],
+    )
+    assert [member.number for member in ranked(result)] == [2, 3, 0, 1]
 
 
 def test_a_setting_says_no_control_character() -> None:

@@ -16,9 +16,8 @@ from engine.data.sample import ensure_sample
 from engine.durable import take_folder, write_file, writing
 from engine.errors import UserError, exit_on_user_error
 from engine.host import prepare_process
-from engine.meters import gpu_facts
 from engine.paths import PATH
-from engine.report import Environment, environment, write_json
+from engine.report import Environment, write_json
 from engine.ui import guard_outputs, progress_bar
 from engine.world import start_world
 from tools.measure import evaluation, neighbours
@@ -116,9 +115,7 @@ def check(runs: tuple[Path, ...], asked: dict[str, Any]) -> None:
 def machine(device_name: str) -> Iterator[tuple[torch.device, Environment]]:
     """The device, and the circumstances of what is found on it."""
     with start_world(device_name) as world, world.on_stream():
-        gpu, num_threads = gpu_facts(world.device), torch.get_num_threads()
-        facts = environment(num_threads=num_threads, allocator=world.allocator, gpu=gpu)
-        yield world.device, facts
+        yield world.device, world.environment()
 
 
 def show(text: str, found: Evaluation | DataFacts, out: Path | None, name: str) -> None:

@@ -59,10 +59,8 @@ tools/predict runs/x --out predictions.png         a picture of test glyphs with
 )
 @click.option(
     "--split",
-    default="test",
-    show_default=True,
     type=click.Choice(SPLITS),
-    help="Where IMAGES is a record directory.",
+    help="Where IMAGES is a record directory.  [default: test]",
 )
 @source_options("first|last|N|none", "; none: all are")
 @click.option(
@@ -107,7 +105,7 @@ class Form:
     out: Path | None
     as_csv: bool = False
     invert: bool = False
-    split: str = "test"
+    split: str | None = None
 
     def check(self, export: Path | None) -> None:
         """UserError where options do not go together, or the file cannot be written; before any

@@ -59,18 +59,22 @@ class _Pixels(Spool):
 
 
 @contextmanager
-def open_inputs(paths: Sequence[Path], options: SourceOptions, split: str) -> Iterator[Inputs]:
+def open_inputs(
+    paths: Sequence[Path], options: SourceOptions, split: str | None = None
+) -> Iterator[Inputs]:
     """Read images from sources of one layout.
 
     Args:
-        split: the one of record directories.
+        split: the one of record directories; None: test.
     Raises:
         UserError: a source is refused.
     """
     with ExitStack() as stack:
         if any(_is_published(path) for path in paths):
-            yield _of_records(paths, options, split)
+            yield _of_records(paths, options, split or "test")
             return
+        if split:
+            raise UserError(f"--split: is of record directories, {paths[0]} is none; leave it out")
         given, has_labels = _open(paths, options, stack)
         spool = stack.enter_context(closing(_Pixels(Path(tempfile.gettempdir()))))
         with writing(spool.folder):

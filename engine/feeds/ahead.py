@@ -82,5 +82,5 @@ class Ahead(Iterator[T]):
 def late(deadline_s: float) -> UserError:
     """The error of a feed that makes nothing."""
     what = f"the feed has made no batch for {deadline_s:.0f} s"
-    remedy = "look at the disk and the memory of this machine, then go on with --resume"
+    remedy = "look at the disk and the memory of this machine, then go on from the last checkpoint"
     return UserError(f"{what}; {remedy}")

@@ -47,8 +47,8 @@ def choose_feed(config: DataConfig, split: Split, device: torch.device) -> tuple
         if config.order != "blocked":
             share = f"{MEMORY_SHARE:.0%} of the host's free memory"
             raise UserError(
-                f"the images take {gib:.2f} GiB, more than {share}; "
-                f"set data.order=blocked to stream them from disk"
+                f"the images, {gib:.2f} GiB, are read from the disk (they take more than {share}, "
+                f"or were opened so); set data.order=blocked to stream them"
             )
         return "stream", f"the images take {gib:.2f} GiB and stay on disk"
     if device.type == "cpu":

@@ -319,7 +319,10 @@ def _device(given: torch.device | str | None) -> torch.device:
         device = torch.device(given)
     except RuntimeError:
         raise UserError(f"loader: there is no device {given!r}; give cpu or cuda") from None
-    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not on_gpu):
+    num_gpus = torch.cuda.device_count()  # 0 where CUDA does not work
+    if device.type not in ("cpu", "cuda") or (
+        device.type == "cuda" and (device.index or 0) >= num_gpus
+    ):
         raise UserError(f"loader: device {device}: torch has none here; give cpu, or leave it out")
     return device
 

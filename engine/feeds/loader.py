@@ -158,7 +158,9 @@ def _ended(name: str, error: Exception, deadline: _Deadline) -> UserError:
     if deadline.has_passed:
         return late(DEADLINE_S)
     what = f"the {name} feed cannot go on ({sentence(error)})"
-    return UserError(f"{what}; look at the memory of this machine, then go on with --resume")
+    return UserError(
+        f"{what}; look at the memory of this machine, then go on from the last checkpoint"
+    )
 
 
 def _translate_deaths(name: str, deadline: _Deadline) -> None:

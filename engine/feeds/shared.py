@@ -5,7 +5,8 @@ make its batch; the others get the same one. Who is at another place of the orde
 as a member that goes on from another checkpoint, gets a feed of its own.
 
 A batch is valid until its session asks for the next: all of them must have used it by then, so
-device work of all must be on one stream. Launches that gather by themselves are not served here,
+device work of all must be on one stream. A launch of several steps takes their batches in one turn,
+so sessions that launch so have a feed each. Launches that gather by themselves are not served here,
 but by `GatheredOnce`, inside a graph of several branches.
 
 Shapes: K steps of a launch, B samples in a step.
@@ -37,8 +38,9 @@ class SharedFeeds:
         Raises:
             UserError: as `make_feed`.
         """
-        kept = (config.data, config.augment, config.kernels, config.step.steps_per_launch)
-        key = (*kept, order, id(split))
+        if config.step.steps_per_launch > 1:
+            return make_feed(config, split, order, num_classes, device)
+        key = (config.data, config.augment, config.kernels, order, id(split))
         if key not in self._commons:
             make = partial(make_feed, config, split, order, num_classes, device)
             self._commons[key] = Common(make, partial(self._commons.pop, key))

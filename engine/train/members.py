@@ -26,6 +26,7 @@ from engine.data.records import Records
 from engine.errors import UserError, first_cause, sentence
 from engine.feeds.build import SOURCES
 from engine.feeds.shared import SharedFeeds
+from engine.report import RunReport, read_report
 from engine.stop import STOP, Stopped
 from engine.train.backends import backends_kept
 from engine.train.folder import finished_text, holds_run
@@ -127,19 +128,23 @@ class Crew:
         self.launches = "one after another"
         self.running: list[Running] = []
         """Those that had something left to train."""
-        self._said: set[str] = set()
+        self.finished: dict[int, RunReport] = {}
+        """By their numbers, the reports of those that had nothing left to train."""
+        self._noted: dict[str, list[Member]] = {}
+        """The notes of the members' opening, and whose they are."""
         self._is_opening = True
 
     def train(self) -> None:
         """Train all members that are not finished; returns when the last one has ended.
 
         Raises:
-            UserError: a member cannot begin.
+            UserError: a member cannot begin, or the report of one that is finished cannot be read.
         """
         with STOP.polled(), backends_kept(), ExitStack() as stack:
             stack.enter_context(_room_to_compile(self.sweep.config, len(self.sweep.members)))
             self._open(stack)
             self._is_opening = False
+            self._say_notes()
             self._launch_together(stack)
             while left := [each for each in self.running if not each.is_over]:
                 for each in left:
@@ -159,6 +164,7 @@ class Crew:
             run = self.out / member.folder
             if done := finished_text(run, member.config):
                 self.say(f"{member.name}: {done}")
+                self.finished[member.number] = read_report(run)
                 continue
             world = self.world
             if is_captured:  # torch has 32 streams: of more members, some share one
@@ -172,44 +178,52 @@ class Crew:
                 say=self._voice(member),
                 shared=shared,
                 is_alone=False,
+                note=self._note(),
             )
             each = Running(member, job)
             self.running.append(each)
             stack.callback(each.close)
             each.advance()
-            self._note(each)
             if is_captured:
                 self._check_feed(each)
 
     def _voice(self, member: Member) -> Say:
-        """Says a member's lines with its name; a note about all of them once, without."""
+        """Says a member's lines with its name; the notes of its opening later."""
 
         def speak(line: str) -> None:
-            if not (self._is_opening and line.startswith("note: ")):
+            if self._is_opening and line.startswith("note: "):
+                self._noted.setdefault(line, []).append(member)
+            else:
                 self.say(f"{member.name}: {line}")
-            elif line not in self._said:
-                self._said.add(line)
-                self.say(line)
 
         return speak
 
-    def _note(self, each: Running) -> None:
-        """What its report says of the others."""
+    def _say_notes(self) -> None:
+        """Those of all members once, others with the names of those that they are about."""
+        for line, members in self._noted.items():
+            if len(members) == len(self.running):
+                self.say(line)
+                continue
+            for member in members:
+                self.say(f"{member.name}: {line}")
+
+    def _note(self) -> str:
+        """What the members' reports say of each other."""
         num = len(self.sweep.members)
-        if not each.trainer or num == 1:
-            return
+        if num == 1:
+            return ""
         clock = "the clock stands still in the others' turns"
         if self.world.device.type == "cuda":
             clock = "they train at the same time, and the clock is that of all"
-        what = f"a sweep of {num} members in one process"
-        each.trainer.session.notes.append(f"{what}: {clock}")
+        return f"a sweep of {num} members in one process: {clock}"
 
     def _check_feed(self, each: Running) -> None:
         """UserError where a feed has threads, which the next member's capture would trip over."""
         if each.trainer and each.trainer.session.feed.name not in SOURCES:
             name = each.trainer.session.feed.name
             why = f"the {name} feed's threads disturb the capture of the next member"
-            raise UserError(f"--sweep with CUDA graphs: {why}; add --no-cuda-graphs")
+            remedy = f"go on with --resume {self.out} and --no-cuda-graphs"
+            raise UserError(f"--sweep with CUDA graphs: {why}; {remedy}")
 
     def _launch_together(self, stack: ExitStack) -> None:
         """One graph for the launches of members that go in step."""

@@ -12,7 +12,7 @@ from engine.data.records import Records
 from engine.durable import take_folder, writing
 from engine.errors import UserError
 from engine.ranks import Ranks
-from engine.report import RunReport, read_report, write_json
+from engine.report import write_json
 from engine.train.folder import check_records
 from engine.train.members import Crew, Running
 from engine.train.session import check_batches, open_run_records
@@ -75,19 +75,15 @@ def result_of(crew: Crew, wall_s: float) -> SweepResult:
     """What became of the members, and the vote of those that are finished."""
     running = {each.member.number: each for each in crew.running}
     ballot = Ballot(crew.records, crew.world.device)
-    reports, members = [], []
+    members = []
     for member in crew.sweep.members:
-        each = running.get(member.number)
-        reports.append(
-            each.done[0] if each and each.done else read_report(crew.out / member.folder)
-        )
-        found = _member_result(member, reports[-1], each)
+        found = _member_result(crew, member, running.get(member.number))
         if found.status == "finished" and not crew.signal:
             found = replace(found, temperature=_voted(crew, ballot, member))
         members.append(found)
     return SweepResult(
         status="stopped" if crew.signal else "finished",
-        environment=reports[0].environment,
+        environment=crew.world.environment(),
         dataset_fingerprint=crew.records.fingerprint,
         launches=crew.launches,
         wall_s=wall_s,
@@ -105,28 +101,28 @@ def _voted(crew: Crew, ballot: Ballot, member: Member) -> float | None:
         return None
 
 
-def _member_result(member: Member, report: RunReport, each: Running | None) -> MemberResult:
+def _member_result(crew: Crew, member: Member, each: Running | None) -> MemberResult:
     """`each` is None for one that was finished before."""
-    result = MemberResult(
+    if each and each.failure and each.trainer:  # its report is that of its start
+        position = each.trainer.position
+        return MemberResult(
+            number=member.number,
+            folder=member.folder,
+            settings=list(member.settings),
+            status="failed",
+            failure=each.failure,
+            num_epochs=position.epoch,
+            train_s=position.train_s,
+            val_accuracy_fraction=position.best_val_accuracy_fraction,
+        )
+    report = each.done[0] if each and each.done else crew.finished[member.number]
+    return MemberResult(
         number=member.number,
         folder=member.folder,
         settings=list(member.settings),
         status="finished" if report.status == "finished" else "stopped",
-        failure=None,
         num_epochs=report.num_epochs,
         train_s=report.train_s,
         val_accuracy_fraction=report.val_accuracy_fraction,
         test_accuracy_fraction=report.test_accuracy_fraction,
-        temperature=None,
-    )
-    if each is None or not each.failure or each.trainer is None:
-        return result
-    position = each.trainer.position  # its report is that of its start
-    return replace(
-        result,
-        status="failed",
-        failure=each.failure,
-        num_epochs=position.epoch,
-        train_s=position.train_s,
-        val_accuracy_fraction=position.best_val_accuracy_fraction,
     )

@@ -11,11 +11,9 @@ from statistics import median
 
 import torch
 
-from engine import meters
 from engine.config import RunConfig
 from engine.data.records import Records
 from engine.errors import UserError
-from engine.report import environment
 from engine.train.checkpoint import checkpoint_tensors, newest_sound_manifest
 from engine.train.folder import Manifest, Position
 from engine.train.journal import Journal
@@ -67,9 +65,7 @@ def stored_position(out: Path, resume: bool, world: World) -> Position:
     position = manifest.position if manifest else Position()
     if manifest and manifest.segments:
         last = manifest.segments[-1]
-        facts = meters.gpu_facts(world.device)
-        here = environment(num_threads=torch.get_num_threads(), allocator="", gpu=facts)
-        there = last.environment
+        here, there = world.environment(), last.environment
         machines = [(each.cpu_name, each.gpu_name, each.num_threads) for each in (here, there)]
         if machines[0] != machines[1] or last.num_ranks != world.size:
             position = replace(position, timings=[])

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import numpy as np
-import torch
 
 from engine import meters
 from engine.config import DataConfig, RunConfig
@@ -25,7 +24,7 @@ from engine.feeds.synthetic import random_batch
 from engine.models import make_model, network_class
 from engine.models.network import check_image_size
 from engine.order import Order, permute, round_keys
-from engine.report import Environment, NetworkFacts, RankBytes, environment
+from engine.report import Environment, NetworkFacts, RankBytes
 from engine.train.available import effective_config
 from engine.train.backends import backends_kept
 from engine.train.canonical import check_shards, fixed_arithmetic
@@ -173,11 +172,6 @@ def open_session(
         feed = source or make(effective, train, order, len(records.classes), world.device)
         world.ledger.mark("feed")
         cleanup = stack.pop_all()
-    facts = environment(
-        num_threads=torch.get_num_threads(),
-        allocator=world.allocator,
-        gpu=meters.gpu_facts(world.device),
-    )
     return Session(
         world=world,
         records=records,
@@ -186,7 +180,7 @@ def open_session(
         notes=notes,
         step=step,
         feed=feed,
-        environment=facts,
+        environment=world.environment(),
         warmup_s=warmup_s,
         kept=kept,
         kept_under_ddp=under_ddp,

@@ -107,15 +107,15 @@ class MemberResult:
     folder: str
     settings: list[Setting]
     status: Literal["finished", "stopped", "failed"]
-    failure: str | None
+    failure: str | None = None
     """Why it failed."""
     num_epochs: int
     train_s: float
     """On a CPU its own; on a GPU members train at the same time, and this is the time of all."""
-    val_accuracy_fraction: float | None
+    val_accuracy_fraction: float | None = None
     """The best that its training saw."""
-    test_accuracy_fraction: float | None
-    temperature: float | None
+    test_accuracy_fraction: float | None = None
+    temperature: float | None = None
     """What its logits are to be divided by for the least loss on val; None: not asked."""
 
 
@@ -265,12 +265,21 @@ def check_goes_on(out: Path, members: Sequence[Member]) -> None:
             check_same_training(run, manifest, member.config)
 
 
+def ranked(result: SweepResult) -> list[MemberResult]:
+    """The members by validation accuracy, those without one last."""
+
+    def place(member: MemberResult) -> tuple[bool, float]:
+        accuracy = member.val_accuracy_fraction
+        return accuracy is None, -(accuracy or 0.0)
+
+    return sorted(result.members, key=place)
+
+
 def result_text(result: SweepResult) -> str:
     """The members by validation accuracy, and their vote, as a table of text."""
     names = [printable(setting.name) for setting in result.members[0].settings]
     head = ["member", *names, "val", "test", "epochs", "train", ""]
-    ranked = sorted(result.members, key=lambda m: -(m.val_accuracy_fraction or -1.0))
-    rows = [head, *map(_cells, ranked)]
+    rows = [head, *map(_cells, ranked(result))]
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
     lines = ["  ".join(map(str.rjust, row, widths)).rstrip() for row in rows]
     return "\n".join([*lines, *map(_vote_text, result.votes)])

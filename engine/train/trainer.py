@@ -95,6 +95,15 @@ class Job:
     """Of the trainings that take turns in this process."""
     is_alone: bool = True
     """False: others train in this process, too, and no bar is shown."""
+    note: str = ""
+    """What the reports of all its sessions say."""
+
+    def open_session(self, config: RunConfig) -> Session:
+        """A session of `config`, which is the job's own or of a part of it."""
+        session = open_session(config, self.records, self.world, self.shared)
+        if self.note:
+            session.notes.append(self.note)
+        return session
 
 
 def check_run(config: RunConfig, device_name: str) -> None:
@@ -161,10 +170,7 @@ def _launch_whole(job: Job) -> Generator["Trainer", None, Done]:
     world, say = job.world, job.say
 
     def part(config: RunConfig, resume: bool, last_epoch: int) -> Generator["Trainer", None, Done]:
-        with (
-            world.on_stream(),
-            closing(open_session(config, job.records, world, job.shared)) as session,
-        ):
+        with world.on_stream(), closing(job.open_session(config)) as session:
             trainer = Trainer(session, job.out, say, is_alone=job.is_alone)
             report = yield from trainer.launches(resume, last_epoch)
             return report, trainer.stopped_by
@@ -192,7 +198,7 @@ def _launch_parts(job: Job) -> Generator["Trainer", None, Done]:
                 timings = with_timings(config, batch, timings, job.records, world)
                 job.say(f"steps timed: {timings_text(timings)}")
             part = part_config(config, batch)
-            with closing(open_session(part, job.records, world, job.shared)) as session:
+            with closing(job.open_session(part)) as session:
                 trainer = Trainer(
                     session, job.out, job.say, config, timings, handed, is_alone=job.is_alone
                 )

@@ -20,11 +20,11 @@ from engine.config import RunConfig
 from engine.data.records import Records, Split
 from engine.errors import UserError, sentence
 from engine.models import make_model
+from engine.train.answers import all_logits
 from engine.train.backends import set_fp32_precision
 from engine.train.journal import WEIGHTS
 from engine.train.sweep import Vote
 
-BATCH = 1024
 TEMPERATURES = (0.05, 20.0)
 """The search ends there: the answers of a network that is never wrong want a temperature of 0."""
 NUM_HALVINGS = 40
@@ -60,7 +60,10 @@ class Ballot:
             ) from None
         model.train(False).to(self._device)
         splits = {name: records.split(name) for name in self._splits}
-        logits_NK = {name: _logits(model, split, self._device) for name, split in splits.items()}
+        logits_NK = {
+            name: all_logits(model, split.image_NHW, self._device).double()
+            for name, split in splits.items()
+        }
         temperature = None
         if "val" in logits_NK:
             temperature = best_temperature(logits_NK["val"], _labels(records.split("val")))
@@ -97,16 +100,6 @@ class Ballot:
             return None
         right_N = sum_NK.argmax(1) == _labels(self._records.split(split))
         return float(right_N.double().mean())
-
-
-@torch.no_grad()
-def _logits(model: torch.nn.Module, split: Split, device: torch.device) -> torch.Tensor:
-    """float64 logits_NK on the CPU."""
-    parts = []
-    for start in range(0, len(split), BATCH):
-        image_BHW = torch.from_numpy(split.image_NHW[start : start + BATCH]).to(device)
-        parts.append(model(image_BHW).double().cpu())
-    return torch.cat(parts)
 
 
 def _labels(split: Split) -> torch.Tensor:

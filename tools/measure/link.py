@@ -19,13 +19,12 @@ import click
 import torch
 import torch.distributed as dist
 
-from engine import meters
 from engine.durable import writing
 from engine.errors import UserError, exit_on_user_error
 from engine.host import end_rank, env_local_world_size, env_num_machines, prepare_process
 from engine.paths import PATH
 from engine.ranks import join_ranks
-from engine.report import environment, write_json
+from engine.report import write_json
 from engine.world import World, start_world
 from tools.measure.fit import KINDS, Kind, Link, Point, fitted_link, read_link
 from tools.measure.runner import module_on_ranks, run_command
@@ -63,16 +62,11 @@ def main(out: Path, device: str | None, sizes_bytes: tuple[int, ...]) -> None:
 
 
 def _link(points: list[Point], world: World) -> Link:
-    facts = environment(
-        num_threads=torch.get_num_threads(),
-        allocator=world.allocator,
-        gpu=meters.gpu_facts(world.device),
-    )
     nodes = env_num_machines()
     where = "one machine" if nodes == 1 else f"{nodes} machines"
     source = f"measured, {world.size} ranks on {where}"
     backend: Literal["gloo", "nccl"] = "nccl" if world.device.type == "cuda" else "gloo"
-    return fitted_link(points, source, backend, env_local_world_size(), facts)
+    return fitted_link(points, source, backend, env_local_world_size(), world.environment())
 
 
 def points_of(world: World, sizes_bytes: Iterable[int]) -> list[Point]:

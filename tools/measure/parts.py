@@ -22,7 +22,7 @@ from engine.data.records import Records
 from engine.errors import first_cause, sentence
 from engine.feeds.batch import Feed
 from engine.host import ROOT
-from engine.report import Environment, RunReport, environment, read_report
+from engine.report import Environment, RunReport, read_report
 from engine.train.members import Crew
 from engine.train.session import open_session
 from engine.train.sweep import Axis, Sweep
@@ -143,12 +143,6 @@ class Sheet:
                      claims=[])  # fmt: skip
 
 
-def facts_of(world: World) -> Environment:
-    """The circumstances of what is measured in this process."""
-    gpu = meters.gpu_facts(world.device)
-    return environment(num_threads=torch.get_num_threads(), allocator=world.allocator, gpu=gpu)
-
-
 def part_of(cell: Cell) -> str:
     """The name of the part that measures a cell."""
     config = override(RunConfig(), cell.settings, cell.name)
@@ -194,7 +188,7 @@ def train(shared: Round) -> list[str]:
     accuracy = {}
     with shared.world() as world:
         size = f"{len(shared.records.split('train')):,} images"
-        sheet = Sheet(shared, "gpu_training", f"Training on {size}", facts_of(world))
+        sheet = Sheet(shared, "gpu_training", f"Training on {size}", world.environment())
         goal = {"target_accuracy": STUDY_ACCURACY}
         sheet.add(_goal("defaults", _fit(shared, world, goal)))
         sheet.add(_goal("fast at batch 512", _fit(shared, world, RECORD | goal)))
@@ -237,7 +231,7 @@ def train_members(shared: Round) -> list[str]:
     with shared.world() as world:
         size = f"{len(shared.records.split('train')):,} images"
         title = f"Members of a sweep, batch {config.global_batch}, {size}"
-        sheet = Sheet(shared, "gpu_members", title, facts_of(world))
+        sheet = Sheet(shared, "gpu_members", title, world.environment())
         for num in (1, most):
             sweep = Sweep.of(config, (Axis("seed", tuple(range(1, num + 1))),))
             with tempfile.TemporaryDirectory() as folder:
@@ -262,7 +256,7 @@ def bench_kernels(shared: Round) -> list[str]:
     failures = []
     batch, repetitions = (QUICK_BATCH, 1) if shared.quick else (8192, 20)
     with shared.world() as world:
-        sheet = Sheet(shared, "gpu_kernels", f"Kernels at batch {batch}", facts_of(world))
+        sheet = Sheet(shared, "gpu_kernels", f"Kernels at batch {batch}", world.environment())
         flush, bandwidth = setting(world.device)
         if bandwidth:
             sheet.add(row("copy within the memory", [bandwidth / 1e9], "GB/s"))
@@ -277,7 +271,7 @@ def measure_feeds(shared: Round) -> list[str]:
     """The feeds without a step; last the step fed by DALI, whose threads disturb a capture."""
     failures = []
     with shared.world() as world:
-        facts = facts_of(world)
+        facts = world.environment()
         sheet = Sheet(shared, "gpu_feeds", "Feeds", facts)
         ways = [
             ("resident", "resident alone", _carried),

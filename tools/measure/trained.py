@@ -130,16 +130,17 @@ def known_facts(trained: Trained, config: RunConfig, data: Path | None) -> Netwo
     """
     if trained.facts:
         return trained.facts
+    reasons = []
     for place in [data, None] if data else [None]:
         try:
             records = open_run_records(config, place, trained.fingerprint)
         except UserError as error:
-            last = error
+            reasons.append(error)
         else:
             return network_facts(config.model, records)
     raise UserError(
         f"{trained.file}: does not say its classes (an earlier version wrote it), so the run's own "
-        f"records are needed: {last}"
+        f"records are needed: {reasons[0]}"
     )
 
 

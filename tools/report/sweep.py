@@ -11,7 +11,7 @@ import pandas as pd
 
 from engine.durable import write_file, writing
 from engine.errors import printable
-from engine.train.sweep import RESULT, MemberResult, SweepResult, Vote
+from engine.train.sweep import RESULT, MemberResult, SweepResult, Vote, ranked
 from engine.typed import read_result_as
 from tools.report import charts
 from tools.report.figures import percent
@@ -48,14 +48,10 @@ def write_sweep_report(folder: Path, out: Path) -> Path:
     return out / NAME
 
 
-def _ranked(result: SweepResult) -> list[MemberResult]:
-    return sorted(result.members, key=lambda member: -(member.val_accuracy_fraction or 0.0))
-
-
 def _picture(result: SweepResult) -> charts.Picture | None:
     """Bars of validation accuracy: the votes', then the members'."""
     named = [(_vote_name(vote), vote.val_accuracy_fraction) for vote in result.votes]
-    named += [(_name(member), member.val_accuracy_fraction) for member in _ranked(result)]
+    named += [(_name(member), member.val_accuracy_fraction) for member in ranked(result)]
     known = [(name, value) for name, value in named if value is not None]
     if not known:
         return None
@@ -76,7 +72,7 @@ def _vote_name(vote: Vote) -> str:
 
 def _page(result: SweepResult, has_picture: bool) -> str:
     head = "| member | val | test | epochs | training | |"
-    rows = [[_name(m), *_figures(m), m.failure or m.status] for m in _ranked(result)]
+    rows = [[_name(m), *_figures(m), m.failure or m.status] for m in ranked(result)]
     rows += [
         [_vote_name(vote), *map(_accuracy, _accuracies(vote)), "", "", ""] for vote in result.votes
     ]
