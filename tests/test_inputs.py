@@ -27,7 +27,7 @@ UNLABELLED = SourceOptions(label_column="none")
 
 
 def read(
-    *paths: Path, options: SourceOptions = PLAIN, split: str = "test"
+    *paths: Path, options: SourceOptions = PLAIN, split: str | None = None
 ) -> tuple[np.ndarray, list[str], list[str]]:
     """(Pixels, labels or nothing, places) of sources."""
     with open_inputs(paths, options, split) as inputs:
@@ -184,6 +184,8 @@ def test_a_split_of_records_is_read(tmp_path: Path) -> None:
         read(records, options=UNLABELLED)
     with pytest.raises(UserError, match="name one record directory alone"):
         read(records, csv)
+    with pytest.raises(UserError, match="--split: is of record directories, .*a.csv is none"):
+        read(csv, split="test")
 
 
 def bad_paths(folder: Path) -> dict[str, tuple[Sequence[Path], str]]:
