@@ -33,6 +33,7 @@ KernelName = Literal[
 AUTO: tuple[KernelName, ...] = ("auto",)
 NOT_IN_ALL: tuple[KernelName, ...] = ("auto", "conv2_pool_relu", "linear_cross_entropy")
 """What `--kernels all` leaves out: a kernel joins it once a result file shows what it is worth."""
+TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
 
 def setting(
@@ -309,10 +310,11 @@ class RunConfig:
         "for tools/verify order; slow.",
         environment=True,
     )
-    tensorboard: bool = setting(
-        False,
-        "Write each epoch's figures as TensorBoard events, too, to OUT/tensorboard.",
-        flag="--tensorboard",
+    track: tuple[TrackerName, ...] = setting(
+        (),
+        "Trackers that get settings and figures, too: tensorboard, wandb, mlflow, trackio; several "
+        "with commas between.",
+        flag="--track",
         environment=True,
     )
     evaluate_every: int = setting(

@@ -84,6 +84,8 @@ def config_of(text: str, source: str) -> RunConfig:
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{source}: is not TOML ({error}); start anew with another --out") from None
     dotted = flatten(tree)
+    if dotted.pop("tensorboard", False):  # a setting of earlier versions
+        dotted["track"] = ["tensorboard"]
     _refuse_code(dotted, source)
     return override(RunConfig(), dotted, source)
 

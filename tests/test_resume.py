@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -326,25 +325,6 @@ def test_a_full_disk_is_said_once_though_small_files_still_fit(tmp_path: Path) -
     journal.accepted(CHECKPOINTS)
     journal.refused(full, CHECKPOINTS)
     assert len(lines) == 2
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_disk_that_refuses_events_does_not_cost_the_weights(
-    small: Records, world: World, whole: Path, tmp_path: Path
-) -> None:
-    """TensorBoard's thread dies by it, and its writer raises from then on, at the end too."""
-    pytest.importorskip("tensorboard")
-    lines: list[str] = []
-
-    def say(line: str) -> None:
-        lines.append(line)
-        if line.startswith("epoch   1/3"):
-            shutil.rmtree(tmp_path / "tensorboard")
-
-    config = override(CONFIG, {"tensorboard": True}, "")
-    fit(config, small, world, tmp_path, resume=False, say=say)
-    assert_same(tmp_path, whole)
-    assert len([line for line in lines if "events end here, training goes on" in line]) == 1
 
 
 def test_what_another_training_would_change_is_named_at_once(

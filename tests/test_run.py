@@ -8,14 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from safetensors.numpy import load_file
 
-from engine import run
 from engine.config import RunConfig
 from engine.data.records import Records
 from engine.errors import UserError
-from engine.train import trainer
 from engine.train.session import check_batch
 from tests.conftest import Command, assert_refused
 
@@ -276,40 +273,4 @@ def test_places_that_cannot_be_written_are_named(
     assert_refused(done, "/proc/no: cannot be written")
     done = train(command, "--device", "cpu", "--out", tmp_path / "out", XDG_CACHE_HOME="/proc/no")
     assert_refused(done, "/proc/no/tmnist-engine")
-    assert list(tmp_path.iterdir()) == []
-
-
-def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
-    """What TensorBoard shows of a run."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    shown = EventAccumulator(str(run / "tensorboard"))
-    shown.Reload()
-    return {tag: [(s.step, s.value) for s in shown.Scalars(tag)] for tag in shown.Tags()["scalars"]}
-
-
-def test_tensorboard_shows_the_epochs_of_a_resumed_run_once(
-    small_dir: Path, command: Command, tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    done = train(command, "--data", small_dir, *SHORT, "--tensorboard", "--out", out)
-    assert done.returncode == 0 and not done.stderr, done.stderr
-    shutil.rmtree(out / "checkpoints" / "step-000000021")  # as if it had been stopped before
-    (out / "model.safetensors").unlink()
-    assert train(command, "--resume", out).returncode == 0
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    shown = scalars(out)
-    assert set(shown) == set(lines[0])
-    for tag, points in shown.items():
-        assert points == [
-            (e, pytest.approx(line[tag], rel=1e-6)) for e, line in enumerate(lines, 1)
-        ], tag
-
-
-def test_a_missing_tensorboard_is_said_before_training(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(trainer, "find_spec", lambda name: None)
-    done = CliRunner().invoke(run.main, ["--tensorboard", "--out", str(tmp_path / "out")])
-    assert done.exit_code == 2 and "pip install tensorboard" in done.stderr
     assert list(tmp_path.iterdir()) == []

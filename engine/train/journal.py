@@ -20,12 +20,12 @@ from engine.report import RunReport, write_json
 from engine.train.checkpoint import remove_unfinished
 from engine.train.folder import CONFIG, PREEMPTED
 from engine.train.state import Tensors
+from engine.train.track import Tracking
 from engine.train.weights import save_model
 
 METRICS = "metrics.jsonl"
 REPORT = "report.json"
 WEIGHTS = "model.safetensors"
-EVENTS = "tensorboard"
 FILES, CHECKPOINTS = "files", "checkpoints"
 Say = Callable[[str], None]
 
@@ -42,11 +42,12 @@ class Journal:
     """All of metrics.jsonl."""
     is_behind: bool = False
     """Whether the last of them are not on the disk."""
-    events: Any = None
-    """TensorBoard's writer, where asked for."""
+
+    def __post_init__(self) -> None:
+        self.tracking = Tracking(self.say)
 
     def start(self, config: RunConfig, num_epochs_done: int) -> None:
-        """Write config.toml, and cut metrics and events back to what the checkpoint knows.
+        """Write config.toml, cut metrics back to what the checkpoint knows, and open trackers.
 
         Raises:
             UserError: the folder cannot be written.
@@ -61,35 +62,14 @@ class Journal:
             if metrics.exists():
                 self.lines = metrics.read_bytes().splitlines(keepends=True)[:num_epochs_done]
             write_file(metrics, b"".join(self.lines))
-            if config.tensorboard:
-                from torch.utils.tensorboard import SummaryWriter
-
-                folder = str(self.out / EVENTS)
-                self.events = SummaryWriter(folder, purge_step=num_epochs_done + 1)
+            self.tracking.start(config, self.out, num_epochs_done)
 
     def epoch(self, metrics: dict[str, Any]) -> None:
         """Add an epoch's line."""
         self.lines.append(json.dumps(metrics, allow_nan=False).encode() + b"\n")
         self.is_behind = True
         self.attempt(lambda: self._write_lines(self.out))
-
-        def write_events() -> None:
-            for name, value in metrics.items():
-                self.events.add_scalar(name, value, metrics["epoch"])
-            self.events.flush()
-
-        self._attempt_events(write_events)
-
-    def _attempt_events(self, write: Callable[[], None]) -> None:
-        """A disk that refuses an event ends TensorBoard's writer, and nothing else."""
-        if self.events is None:
-            return
-        try:
-            write()
-        except OSError as error:
-            self.events = None
-            why = f"cannot be written ({error.strerror or error})"
-            self.say(f"note: {self.out / EVENTS}: {why}; events end here, training goes on")
+        self.tracking.epoch(metrics)
 
     def report(self, report: RunReport) -> None:
         """Write report.json of a run that goes on."""
@@ -150,7 +130,15 @@ class Journal:
         Raises:
             UserError: neither can be written.
         """
-        self._attempt_events(lambda: self.events.close())
+        folder = self._end_anywhere(report, model)
+        self.tracking.end(report)
+        return folder
+
+    def close(self) -> None:
+        """End what has not ended with the run."""
+        self.tracking.end()
+
+    def _end_anywhere(self, report: RunReport, model: Tensors) -> Path:
         try:
             self._write_end(self.out, report, model)
             return self.out

@@ -19,7 +19,6 @@ from contextlib import (
     nullcontext,
 )
 from dataclasses import asdict, dataclass, field, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -67,6 +66,7 @@ from engine.train.schedule import (
 )
 from engine.train.session import Session, evaluate, open_session, switches
 from engine.train.step import TrainLog
+from engine.train.track import check_trackers
 from engine.typed import typed
 from engine.ui import progress_bar
 from engine.world import World, check_ranks, fused_on_cpu, start_world
@@ -111,9 +111,7 @@ def check_run(config: RunConfig, device_name: str) -> None:
     check_ranks(device_name)
     Cadence.of(config.checkpoint_every)
     check_schedule(config)
-    if config.tensorboard and find_spec("tensorboard") is None:
-        remedy = "pip install tensorboard, or leave it out"
-        raise UserError(f"--tensorboard: the package is not installed; {remedy}")
+    check_trackers(config.track)
 
 
 def fit(
@@ -325,6 +323,8 @@ class Trainer:
         finally:
             if self.saver:
                 self.saver.close()
+            if not self.hands_over:
+                self.journal.close()
 
     @property
     def hands_over(self) -> bool:
