@@ -134,8 +134,7 @@ class MLflow:
         from mlflow.entities import Param
 
         self._client = mlflow.MlflowClient()
-        experiment = mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT))
-        ids = [experiment.experiment_id]
+        ids = [_experiment_id(self._client)]
         found = self._client.search_runs(ids, f"tags.{RUN_TAG} = '{run.id}'")
         if found:
             self._id = found[0].info.run_id
@@ -158,6 +157,19 @@ class MLflow:
     def end(self, number: int, figures: Figures, is_finished: bool) -> None:
         self.epoch(number, figures)
         self._client.set_terminated(self._id, "FINISHED" if is_finished else "KILLED")
+
+
+def _experiment_id(client: Any) -> str:
+    """Found as mlflow.set_experiment does, which would set it for the whole process, too."""
+    from mlflow.exceptions import MlflowException
+
+    if given := os.environ.get("MLFLOW_EXPERIMENT_ID"):
+        return given
+    name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
+    try:
+        return str(client.create_experiment(name))
+    except MlflowException:  # it is there
+        return str(client.get_experiment_by_name(name).experiment_id)
 
 
 class Trackio:
