@@ -12,7 +12,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
 from itertools import islice
 from pathlib import Path
 
@@ -322,8 +321,6 @@ class Reading:
         is_open = False
         before = collector.row if collector else 0
         with ThreadPoolExecutor(self._options.num_workers) as pool:
-            if self._spool is not None:  # for the second pass, while nobody waits for it
-                pool.submit(import_module, "pyarrow")
             block_bytes = self._options.block_bytes
             for buffer, stop in blocks(source, lambda: self._buffers[0], block_bytes):
                 start = 0

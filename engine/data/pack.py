@@ -10,8 +10,10 @@ Shapes: N rows of the source, M of them.
 
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -92,6 +94,8 @@ def pack(
             given.check_head()
             raise
         remove_leftovers(out)
+        # For the second pass, while nobody waits for it.
+        stack.enter_context(ThreadPoolExecutor(1)).submit(import_module, "pyarrow")
         with closing(Spool(out.parent)) as spool:
             collector = given.read(spool, progress)
             given.check_unchanged()
