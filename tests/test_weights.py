@@ -22,6 +22,7 @@ from engine.train.folder import checkpoints
 from engine.train.trainer import fit
 from engine.train.weights import (
     KEY,
+    load_network,
     metadata_of,
     network_facts,
     packed,
@@ -31,7 +32,7 @@ from engine.train.weights import (
 from engine.world import World
 from tests.conftest import CLASSES
 from tests.test_models import readme_example
-from tools.measure.trained import find_weights, load_network, run_config, weights_alone
+from tools.measure.trained import find_weights, run_config, weights_alone
 
 WEIGHTS = {"a": torch.arange(6.0).reshape(2, 3)}
 
@@ -135,7 +136,7 @@ def test_weights_of_another_run_are_found(run: Path, tmp_path: Path) -> None:
     facts = read_facts(run / MODEL)
     assert facts
     trained = find_weights(run)
-    network = load_network(run_config(trained).model, facts, trained)
+    network = load_network(run_config(trained).model, facts, trained.file)
     other = replace(facts, dataset_fingerprint="0" * 64)
     (tmp_path / "run").mkdir()
     for name in ("report.json", "config.toml"):
@@ -157,4 +158,4 @@ def test_a_file_that_speaks_of_a_huge_network_takes_no_memory(
     (tmp_path / MODEL).write_bytes(packed(WEIGHTS, huge))
     trained = weights_alone(tmp_path / MODEL)
     with pytest.raises(UserError, match="holds the weights of another network"):
-        load_network(huge.model, huge, trained)
+        load_network(huge.model, huge, trained.file)

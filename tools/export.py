@@ -15,6 +15,7 @@ from engine.paths import PATH
 from engine.report import NetworkFacts, RunReport, environment, read_report
 from engine.train.answers import all_logits
 from engine.train.backends import set_fp32_precision
+from engine.train.weights import load_network
 from engine.ui import guard_outputs
 from tools.measure.exported import (
     FORMS,
@@ -28,7 +29,6 @@ from tools.measure.trained import (
     check_same_task,
     find_weights,
     known_facts,
-    load_network,
     open_run_records,
     run_config,
 )
@@ -137,7 +137,7 @@ def export(
         UserError: the weights or the split are not there, or a file answers otherwise.
     """
     set_fp32_precision("fp32")
-    network = load_network(config.model, facts, trained)
+    network = load_network(config.model, facts, trained.file)
     wanted_NK = all_logits(network, split.image_NHW, torch.device("cpu"))
     if not wanted_NK.isfinite().all():
         raise UserError(f"{trained.run}: answers with numbers that are not finite; train it again")

@@ -12,10 +12,9 @@ from engine.durable import write_file, writing
 from engine.errors import printable
 from engine.report import NetworkFacts
 from engine.train.answers import answers
-from engine.train.weights import network_facts, packed_for_others
+from engine.train.weights import load_network, network_facts, packed_for_others
 from tools.measure.trained import (
     check_same_task,
-    load_network,
     open_run_records,
     run_config,
     weights_at,
@@ -53,7 +52,7 @@ def draw_glyphs(run: Path, data: Path | None, model: str, out: Path, export: Pat
     name, split = shown_split(records)
     num = min(COLUMNS * ROWS, len(split))
     shown = split.take(np.linspace(0, len(split) - 1, num).astype(int))
-    network = load_network(config.model, facts, trained)
+    network = load_network(config.model, facts, trained.file)
     answer_N = answers(network, shown.image_NHW, torch.device("cpu"))
     if export:
         export_weights(export, network, facts)

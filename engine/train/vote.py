@@ -13,17 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from engine.config import RunConfig
 from engine.data.records import Records, Split
-from engine.errors import UserError, sentence
-from engine.models import make_model
 from engine.train.answers import all_logits
 from engine.train.backends import set_fp32_precision
 from engine.train.journal import WEIGHTS
 from engine.train.sweep import Vote
+from engine.train.weights import load_network, network_facts
 
 TEMPERATURES = (0.05, 20.0)
 """The search ends there: the answers of a network that is never wrong want a temperature of 0."""
@@ -47,18 +44,12 @@ class Ballot:
         """Count a finished run's network in; its temperature, None where there is no val split.
 
         Raises:
-            UserError: its weights cannot be read.
+            UserError: its weights are not there, damaged, or another network's.
         """
         set_fp32_precision("fp32")
         records = self._records
-        model = make_model(config.model, *records.height_width, len(records.classes), seed=0)
-        try:
-            model.load_state_dict(load_file(run / WEIGHTS))
-        except (OSError, SafetensorError, RuntimeError) as error:  # the last: other weights
-            raise UserError(
-                f"{run / WEIGHTS}: cannot be read ({sentence(error)}); train it anew"
-            ) from None
-        model.train(False).to(self._device)
+        facts = network_facts(config.model, records)
+        model = load_network(config.model, facts, run / WEIGHTS).to(self._device)
         splits = {name: records.split(name) for name in self._splits}
         logits_NK = {
             name: all_logits(model, split.image_NHW, self._device).double()

@@ -4,22 +4,23 @@ The metadata are one entry, `network`, JSON of a NetworkFacts: of several, safet
 order anew each time, and the same weights would not be the same bytes. Readers of other makers see
 a text there, or nothing.
 
-Does not: verify a checkpoint (checkpoint.py), nor make a network of what it reads.
+Does not: verify a checkpoint (checkpoint.py), nor find a file (tools/measure/trained.py).
 """
 
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 
 from engine import __version__
 from engine.config import ModelConfig
 from engine.data.records import MAX_CLASSES, MAX_PIXELS, Records
 from engine.durable import Damaged, parse_json, write_file
 from engine.errors import UserError
-from engine.models import network_class
+from engine.models import Network, make_model, network_class
 from engine.report import UNKNOWN, Environment, NetworkFacts, without_folders
 from engine.train.state import Tensors
 from engine.typed import typed
@@ -124,3 +125,42 @@ def _check(facts: NetworkFacts) -> None:
         raise Damaged("a patch has no pixels")
     if facts.model.file:
         raise Damaged("they name a file of code, which only a command line may")
+
+
+def load_network(model: ModelConfig, facts: NetworkFacts, file: Path) -> Network:
+    """The network on the CPU with the weights of a file, as it answers: it is not in training.
+
+    Args:
+        model: the run's, with the place of a file of the user's own.
+    Raises:
+        UserError: the weights are not there, damaged, or another network's.
+    """
+    found = _read_weights(file)
+    size = facts.height_pixels, facts.width_pixels
+    if not model.is_own:  # a file may speak of images so large that no memory holds such a network
+        with torch.device("meta"):
+            _check_forms(make_model(model, *size, len(facts.classes), seed=0), found, file)
+    network = make_model(model, *size, len(facts.classes), seed=0)
+    _check_forms(network, found, file)
+    network.load_state_dict(found)
+    return network
+
+
+def _read_weights(file: Path) -> Tensors:
+    """The parameters in a safetensors file."""
+    if not file.is_file():
+        raise UserError(f"{file.parent}: holds no {file.name}; {REMEDY}")
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file}: is damaged or no safetensors file ({error}); {REMEDY}") from None
+
+
+def _check_forms(network: torch.nn.Module, found: Tensors, file: Path) -> None:
+    """UserError if the parameters are not those of such a network."""
+    if _forms(found) != _forms(network.state_dict()):
+        raise UserError(f"{file}: holds the weights of another network; {REMEDY}")
+
+
+def _forms(tensors: Tensors) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
