@@ -16,6 +16,7 @@ import torch
 
 from engine.config import RunConfig
 from engine.data.records import Records, Split
+from engine.data.split import HELD_OUT
 from engine.train.answers import all_logits
 from engine.train.backends import set_fp32_precision
 from engine.train.journal import WEIGHTS
@@ -26,7 +27,6 @@ TEMPERATURES = (0.05, 20.0)
 """The search ends there: the answers of a network that is never wrong want a temperature of 0."""
 NUM_HALVINGS = 40
 """Of log(400), the range above: what is left is far below what a float holds."""
-SPLITS = ("val", "test")
 
 
 class Ballot:
@@ -35,7 +35,7 @@ class Ballot:
     def __init__(self, records: Records, device: torch.device) -> None:
         self._records = records
         self._device = device
-        self._splits = [name for name in SPLITS if len(records.splits.get(name, ()))]
+        self._splits = [name for name in HELD_OUT if len(records.splits.get(name, ()))]
         self._num = 0
         self._sum_NK: dict[tuple[str, bool], torch.Tensor] = {}
         """By split, and whether calibrated."""
