@@ -12,7 +12,7 @@ from engine.durable import write_file, writing
 from engine.errors import printable
 from engine.report import NetworkFacts
 from engine.train.answers import answers
-from engine.train.weights import load_network, network_facts, packed_for_others
+from engine.train.weights import load_network, metadata_for_others, network_facts, packed
 from tools.measure.trained import (
     check_same_task,
     open_run_records,
@@ -65,7 +65,7 @@ def draw_glyphs(run: Path, data: Path | None, model: str, out: Path, export: Pat
 def export_weights(file: Path, network: torch.nn.Module, facts: NetworkFacts) -> None:
     """Write the weights as one safetensors file, whose metadata say what its answers mean."""
     with writing(file):
-        write_file(file, packed_for_others(network.state_dict(), facts))
+        write_file(file, packed(network.state_dict(), metadata_for_others(facts)))
 
 
 def shown_split(records: Records) -> tuple[str, Split]:

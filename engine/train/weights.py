@@ -55,10 +55,10 @@ def network_facts(
     )
 
 
-def packed(tensors: Tensors, facts: NetworkFacts | None = None) -> bytes:
+def packed(tensors: Tensors, metadata: dict[str, str] | None = None) -> bytes:
     """As safetensors, which keeps no strides: channels-last weights are written in plain order."""
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    return save(whole, metadata=metadata_of(facts) if facts else None)
+    return save(whole, metadata=metadata)
 
 
 def metadata_of(facts: NetworkFacts) -> dict[str, str]:
@@ -76,15 +76,14 @@ def plain_metadata(facts: NetworkFacts) -> dict[str, str]:
     }
 
 
-def packed_for_others(tensors: Tensors, facts: NetworkFacts) -> bytes:
-    """As safetensors that this project and other programs can read."""
-    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    return save(whole, metadata={"format": "pt"} | plain_metadata(facts) | metadata_of(facts))
+def metadata_for_others(facts: NetworkFacts) -> dict[str, str]:
+    """The metadata that this project and other programs can read."""
+    return {"format": "pt"} | plain_metadata(facts) | metadata_of(facts)
 
 
 def save_model(path: Path, tensors: Tensors, facts: NetworkFacts | None) -> None:
     """Write a network's parameters and buffers as one safetensors file."""
-    write_file(path, packed(tensors, facts))
+    write_file(path, packed(tensors, metadata_of(facts) if facts else None))
 
 
 def read_facts(file: Path) -> NetworkFacts | None:
