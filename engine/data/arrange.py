@@ -88,10 +88,6 @@ class Arrangement:
         pixels = (f"pixel{number}" for number in range(self.num_pixels))
         return ",".join(["label", *pixels]).encode() + b"\n"
 
-    def line_of(self, row: int) -> int:
-        """The line of a row, both from 1 on."""
-        return row + bool(self.names)
-
     def column_of(self, column: int) -> str:
         """Where the lexer's column stands in the file, from 1 on, with its name."""
         if column == ROW_NUMBER:

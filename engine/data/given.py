@@ -135,9 +135,8 @@ class CsvFiles(Grouped):
 
     def places(self, collector: Collector) -> Iterator[str]:
         """Where each row stands, `file:line`."""
-        first_line = 1 if self._options.no_header else 2
         for source, rows in collector.stretches():
-            yield from (f"{source}:{first_line + number}" for number in range(len(rows)))
+            yield from (collector.place(source, number) for number in range(1, len(rows) + 1))
 
     def stored(self) -> Stored | None:
         """None: pixels are text here."""
@@ -208,7 +207,7 @@ class ImageFiles(Grouped):
     def places(self, collector: Collector) -> Iterator[str]:
         """Where each image lies: its file, or the source and its number there from 1 on."""
         for source, (name, rows) in zip(self._sources, collector.stretches(), strict=True):
-            numbered = (f"{name}: image {number}" for number in range(1, len(rows) + 1))
+            numbered = (collector.place(name, number) for number in range(1, len(rows) + 1))
             yield from source.places() or numbered
 
     def stored(self) -> Stored | None:
