@@ -154,6 +154,11 @@ def env_local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
+def has_local_rank() -> bool:
+    """Whether the launcher, as torchrun does, said this process's rank on its machine."""
+    return "LOCAL_RANK" in os.environ
+
+
 def env_machine() -> int:
     """The number of this process's machine among those of the run, as torchrun gave it."""
     return int(os.environ.get("GROUP_RANK", 0))
