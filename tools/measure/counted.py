@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -36,11 +37,14 @@ MOST_RANKS = 1024
 FEW = 2
 """Samples of a rank; BatchNorm wants more than one."""
 SEEN: dict[str, tuple[Kind, int]] = {
-    "allreduce_": ("all-reduce", 0),
-    "_allgather_base_": ("all-gather", 0),
-    "_reduce_scatter_base_": ("reduce-scatter", 1),
+    "c10d::allreduce_": ("all-reduce", 0),
+    "c10d::_allgather_base_": ("all-gather", 0),
+    "c10d::_reduce_scatter_base_": ("reduce-scatter", 1),
+    "_c10d_functional::all_reduce": ("all-reduce", 0),
 }
 """torch's operators, and which argument is the whole tensor."""
+SILENT = ("_c10d_functional::wait_tensor", "_c10d_functional::_wrap_tensor_autograd")
+"""What is called like a collective, and sends nothing."""
 _CPU = torch.device("cpu")
 
 
@@ -86,8 +90,11 @@ class Collectives(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func.namespace == "c10d":
-            kind, place = SEEN[func.overloadpacket.__name__]
+        if DTensor in types:
+            return NotImplemented  # it sends by operators of its own, which come here, too
+        name = func._schema.name
+        if func.namespace in ("c10d", "_c10d_functional") and name not in SILENT:
+            kind, place = SEEN[name]
             whole = args[place]
             tensors = [whole] if isinstance(whole, torch.Tensor) else whole
             self.found.append((kind, sum(t.numel() * t.element_size() for t in tensors)))
