@@ -133,6 +133,9 @@ def test_a_known_accuracy_goes_before_the_batch_and_memory_before_all() -> None:
         recommend(full, 64, RUN)
     best, why = recommend(ways, 96, None)
     assert best is ways[1] and why.startswith("most samples/s; nothing is known of its accuracy")
+    best, why = recommend([*ways[:2], replace(ways[2], fits=False)], 64, None, num_threads=1)
+    assert "; 1.60 times as soon as the best of one rank of one thread; " in why
+    assert why.endswith("; fsdp takes 0.99 of its time and does not fit into the memory")
 
 
 def test_a_gpu_that_is_not_here_and_1024_ranks(

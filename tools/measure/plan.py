@@ -131,7 +131,8 @@ def make_plan(config: RunConfig, asked: Asked, here: Here) -> Plan:
 
 def _plan(network: str, model: Model, counts: list[Counted]) -> Plan:
     predictions = [each for counted in counts for each in model.of(counted)]
-    best, reason = recommend(predictions, model.global_batch, model.reached)
+    threads = model.timings.num_threads
+    best, reason = recommend(predictions, model.global_batch, model.reached, threads)
     return Plan(
         command=command_line(),
         network=network,

@@ -168,13 +168,18 @@ class Model:
 
 
 def recommend(
-    predictions: list[Prediction], global_batch: int, reached: Reached | None
+    predictions: list[Prediction],
+    global_batch: int,
+    reached: Reached | None,
+    num_threads: int = 0,
 ) -> tuple[Prediction, str]:
     """The one to take, and why.
 
     The soonest to the accuracy, where that is known; else the soonest with the configuration's
     global batch, whose accuracy that of others need not be; else most samples/s. Of those that are
     as good, the one of the fewest ranks, and ddp before fsdp.
+    Args:
+        num_threads: of a rank, one alone, too; 0: as many as torch takes.
 
     Raises:
         UserError: none fits into memory.
@@ -193,28 +198,27 @@ def recommend(
     else:
         aim = "most samples/s; nothing is known of its accuracy"
         costs = [(1 / each.samples_per_s, each) for each in fitting]
-    return _least(costs, aim, predictions)
+    best, reasons = _least(costs, "one rank of one thread" if num_threads == 1 else "one rank")
+    twins = (each for each in predictions if _place(each) == _place(best))
+    beside = [_beside(each, best) for each in twins if each.parallel != best.parallel]
+    return best, "; ".join([aim, *reasons, *beside])
 
 
-def _least(
-    costs: list[tuple[float, Prediction]], aim: str, all_: list[Prediction]
-) -> tuple[Prediction, str]:
-    """The one that costs least, or as good as that, and the sentence."""
+def _least(costs: list[tuple[float, Prediction]], one_rank: str) -> tuple[Prediction, list[str]]:
+    """The one that costs least, or as good as that, beside those of other numbers of ranks."""
     most = (1 + AS_GOOD) * min(cost for cost, _ in costs)
     as_good = [(cost, each) for cost, each in costs if cost <= most]
     cost, best = min(as_good, key=lambda it: (it[1].num_ranks, it[1].parallel, it[0]))
-    reasons = [aim]
+    reasons = []
     if best.num_ranks > 1:
         if alone := [other for other, each in costs if each.num_ranks == 1]:
-            reasons.append(f"{min(alone) / cost:.2f} times as soon as the best of one rank")
+            reasons.append(f"{min(alone) / cost:.2f} times as soon as the best of {one_rank}")
         reasons.append(_parts(best))
     elif several := [(other, each) for other, each in costs if each.num_ranks > 1]:
         other, each = min(several, key=lambda it: it[0])
         what = f"the best of several, {each.num_ranks} ranks, takes {other / cost:.2f} of its time"
         reasons.append(f"{what}: {_parts(each)}")
-    twins = (each for each in all_ if _place(each) == _place(best))
-    reasons += [_beside(each, best) for each in twins if each.parallel != best.parallel]
-    return best, "; ".join(reasons)
+    return best, reasons
 
 
 def _parts(it: Prediction) -> str:
@@ -227,6 +231,8 @@ def _parts(it: Prediction) -> str:
 def _beside(twin: Prediction, best: Prediction) -> str:
     """The other wrapper."""
     saved_mb = (best.rank_gib - twin.rank_gib) * GIB / 1e6
+    if not twin.fits:
+        saves = "does not fit into the memory"
     saves = f"saves {saved_mb:,.1f} MB a rank" if saved_mb > 0 else "saves no memory"
     return f"{twin.parallel} takes {twin.step_ms / best.step_ms:.2f} of its time and {saves}"
 

@@ -64,6 +64,8 @@ class Timings:
     slowdowns: list[Slowdown] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
+    num_threads: int = 0
+    """Of the one rank; 0: as many as torch takes."""
     @property
     def precisions(self) -> list[str]:
         return list(dict.fromkeys(each.precision for each in self.steps))
@@ -158,6 +160,7 @@ def measured_timings(
 def _cell(config: RunConfig, precision: str, batch: int, here: Here, num_threads: int) -> Cell:
     """One rank's."""
     given = {"step.precision": precision, "global_batch": batch, "step.parallel": "ddp"}
+        num_threads=num_threads,
     return Cell(
         name=f"{precision}, batch {batch}",
         axes={"batch": batch, "ranks": 1, "step.precision": precision},
