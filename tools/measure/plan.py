@@ -13,7 +13,7 @@ from typing import Any, get_args, get_type_hints
 
 import torch
 
-from engine.config import RunConfig, StepConfig
+from engine.config import RunConfig, StepConfig, checked_names
 from engine.data.sample import ensure_sample
 from engine.errors import UserError
 from engine.feeds.build import open_for
@@ -28,8 +28,9 @@ from tools.measure.predicted import Model, Prediction, Reached, recommend
 from tools.measure.timings import Here, measured_timings, modelled_timings
 
 FORMAT = 1
-PARALLEL = ("ddp", "fsdp")
-PRECISIONS: tuple[str, ...] = get_args(get_type_hints(StepConfig)["precision"])
+_KINDS = get_type_hints(StepConfig)
+PARALLEL: tuple[str, ...] = get_args(_KINDS["parallel"])
+PRECISIONS: tuple[str, ...] = get_args(_KINDS["precision"])
 MOST_BATCH = 2**24
 MEMORY_BYTES = {
     "NVIDIA H100 80GB HBM3": 80e9,
@@ -174,15 +175,19 @@ def _asked_link(asked: Asked, here: Here) -> Link | None:
 def _grid(config: RunConfig, asked: Asked, here: Here, num_samples: int) -> Grid:
     is_known = asked.gpu or asked.fit or asked.alpha_us is not None
     most = MOST_RANKS if is_known else here.num_ranks
-    doubled = tuple(2**n for n in range(most.bit_length()))
     batch = config.global_batch
     usual = {min(max(each, 1), num_samples) for each in (batch // 8, batch // 2, batch, 4 * batch)}
     grid = Grid(
-        ranks=_numbers(asked.ranks, "--ranks", MOST_RANKS) or doubled,
+        ranks=_numbers(asked.ranks, "--ranks", MOST_RANKS) or usual_ranks(most),
         batches=_numbers(asked.batches, "--batches", MOST_BATCH) or tuple(sorted(usual)),
-        precisions=_names(asked.precisions, "--precisions", PRECISIONS) or ("fp32", "bf16"),
-        parallel=_names(asked.parallel, "--parallel", PARALLEL) or PARALLEL,
+        precisions=checked_names(asked.precisions, PRECISIONS, "--precisions") or ("fp32", "bf16"),
+        parallel=checked_names(asked.parallel, PARALLEL, "--parallel") or PARALLEL,
     )
+def usual_ranks(most: int) -> tuple[int, ...]:
+    """Powers of two, and the most."""
+    return tuple(sorted({*(2**n for n in range(most.bit_length())), most}))
+
+
     if not asked.gpu and max(grid.batches) > num_samples:
         what = f"larger than the train split of {num_samples} samples"
         raise UserError(
@@ -213,15 +218,6 @@ def _numbers(text: str, option: str, most: int) -> tuple[int, ...]:
             raise UserError(f"{option} {text}: {remedy}")
         found.append(int(word))
     return tuple(sorted(set(found)))
-
-
-def _names(text: str, option: str, known: tuple[str, ...]) -> tuple[str, ...]:
-    """Some of the known names, of a text with commas between."""
-    found = [name.strip() for name in text.split(",") if name.strip()]
-    for name in found:
-        if name not in known:
-            raise UserError(f"{option} {text}: choose from {', '.join(known)}")
-    return tuple(dict.fromkeys(found))
 
 
 def _side_by_side(grid: Grid, link: Link | None, here: Here) -> set[int]:
