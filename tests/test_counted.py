@@ -87,12 +87,14 @@ def test_large_blocks_are_gathered_by_themselves(again: bool) -> None:
 
 
 def test_what_waits_for_the_backward_is_counted() -> None:
-    """At least the two pooled images, in the bytes of a number; the batch does not matter."""
+    """At least the two pooled images, in the bytes of a number; kernels keep less."""
     config = override(RunConfig(), {"model.name": "baseline"}, "a test")
     pooled = 32 * 14 * 14 + 64 * 7 * 7
     fp32 = activation_bytes(config, SHAPE)
     bf16 = activation_bytes(override(config, {"step.precision": "bf16"}, "a test"), SHAPE)
     assert fp32 > 4 * pooled and 2 * pooled < bf16 < fp32
+    fused = activation_bytes(override(config, {"kernels": ["conv_pool_relu"]}, "a test"), SHAPE)
+    assert fused < fp32 - 4 * 32 * 28 * 28, "the first layer's image before pooling"
 
 
 @pytest.mark.slow

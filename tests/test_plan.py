@@ -54,7 +54,6 @@ MACHINE = Model(
         slowdowns=[Slowdown(num_ranks=2, factor=1.25)],
     ),
     link=given_link(500.0, 8e-3, "gloo"),
-    activation_bytes={"fp32": 100.0},
     num_local=2,
     room_bytes=4 * GIB,
     shares_memory=True,
@@ -90,7 +89,7 @@ def test_memory_is_the_measured_one_less_what_others_keep() -> None:
     assert found.rank_gib == pytest.approx(1.6 + (8000 + 6000 - 16000) / GIB)
     small = replace(MACHINE, room_bytes=3 * GIB)
     assert small.predict(counted(1), 64).fits and not small.predict(counted(2), 64).fits
-    steps = [replace(each, peak_gib=None) for each in MACHINE.timings.steps]
+    steps = [replace(each, peak_gib=None, activation_bytes=100.0) for each in MACHINE.timings.steps]
     of_gpu = replace(MACHINE, timings=Timings(basis=MODEL, device="a GPU", steps=steps))
     assert of_gpu.predict(counted(1), 64).rank_gib == pytest.approx((16000 + 6400) / GIB)
 

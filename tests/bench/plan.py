@@ -220,7 +220,6 @@ def model_of(timings: Timings, link: Link, num_local: int) -> Model:
         num_samples=0,
         timings=timings,
         link=link,
-        activation_bytes={"fp32": 0.0},
         num_local=num_local,
     )
 

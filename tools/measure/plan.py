@@ -20,7 +20,7 @@ from engine.feeds.build import open_for
 from engine.host import free_memory_bytes
 from engine.report import command_line, read_report
 from engine.typed import read_result_as
-from tools.measure.counted import MOST_RANKS, Counted, activation_bytes, count
+from tools.measure.counted import MOST_RANKS, Counted, count
 from tools.measure.fit import Link, given_link, read_link
 from tools.measure.ledger import machine_of
 from tools.measure.link import link_here
@@ -32,12 +32,6 @@ _KINDS = get_type_hints(StepConfig)
 PARALLEL: tuple[str, ...] = get_args(_KINDS["parallel"])
 PRECISIONS: tuple[str, ...] = get_args(_KINDS["precision"])
 MOST_BATCH = 2**24
-MEMORY_BYTES = {
-    "NVIDIA H100 80GB HBM3": 80e9,
-    "NVIDIA H200": 141e9,
-    "NVIDIA A100-SXM4-80GB": 80e9,
-}
-"""By NVIDIA's datasheets, of the GPUs that the ledger has a model of."""
 REMEDY = "give --fit LINK (torchrun ... -m tools.measure.link), or --alpha-us and --beta-gbps"
 
 
@@ -96,6 +90,9 @@ def make_plan(config: RunConfig, asked: Asked, here: Here) -> Plan:
     """
     if config.step.canonical:
         raise UserError("what ranks send with --canonical is not counted; leave step.canonical 0")
+    if config.step.accumulate > 1:
+        what = "what a step of several parts sends and keeps is not counted"
+        raise UserError(f"{what}; leave step.accumulate 1")
     config = replace(config, step=replace(config.step, noise_scale=False))  # --run's: it is known
     link = _asked_link(asked, here)
     records = open_for(config.data, config.data.path or ensure_sample())
@@ -111,16 +108,11 @@ def make_plan(config: RunConfig, asked: Asked, here: Here) -> Plan:
         timings = measured_timings(config, grid.precisions, grid.batches, together, here)
     if link is None and max(grid.ranks) > 1:
         link = link_here([number for number in grid.ranks if number > 1], here.device)
-    activations = {
-        precision: activation_bytes(_with(config, precision, "ddp"), shape)
-        for precision in timings.precisions
-    }
     model = Model(
         global_batch=config.global_batch,
         num_samples=reached.num_samples if reached else num_samples,
         timings=timings,
         link=link,
-        activation_bytes=activations,
         num_local=_num_local(link, here),
         room_bytes=_room_bytes(asked, here),
         shares_memory=not asked.gpu and not here.on_gpu,
@@ -247,7 +239,7 @@ def _with(config: RunConfig, precision: str, parallel: str) -> RunConfig:
 def _room_bytes(asked: Asked, here: Here) -> float | None:
     """Memory of a GPU, or of this machine; None where it is not known."""
     if asked.gpu:
-        return MEMORY_BYTES.get(asked.gpu)
+        return machine_of(asked.gpu).memory_bytes
     if here.on_gpu:
         return float(torch.cuda.get_device_properties(0).total_memory)
     return float(free_memory_bytes())

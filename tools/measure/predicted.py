@@ -91,8 +91,6 @@ class Model:
     timings: Timings
     link: Link | None
     """None: one rank."""
-    activation_bytes: dict[str, float]
-    """Kept for the backward, of a sample; by precision."""
     num_local: int
     """Ranks of a machine, at most."""
     room_bytes: float | None = None
@@ -158,7 +156,7 @@ class Model:
         beside_bytes = counted.kept.total_bytes + counted.gathered_bytes
         measured_gib = self.timings.peak_gib(counted.precision, batch)
         if measured_gib is None:
-            kept_bytes = batch * self.activation_bytes[counted.precision]
+            kept_bytes = batch * self.timings.activation_bytes(counted.precision)
             return (beside_bytes + kept_bytes) / GIB
         return measured_gib + (beside_bytes - counted.kept_under_ddp.total_bytes) / GIB
 
