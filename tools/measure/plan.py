@@ -175,17 +175,17 @@ def _grid(config: RunConfig, asked: Asked, here: Here, num_samples: int) -> Grid
         precisions=checked_names(asked.precisions, PRECISIONS, "--precisions") or ("fp32", "bf16"),
         parallel=checked_names(asked.parallel, PARALLEL, "--parallel") or PARALLEL,
     )
-def usual_ranks(most: int) -> tuple[int, ...]:
-    """Powers of two, and the most."""
-    return tuple(sorted({*(2**n for n in range(most.bit_length())), most}))
-
-
     if not asked.gpu and max(grid.batches) > num_samples:
         what = f"larger than the train split of {num_samples} samples"
         raise UserError(
             f"--batches {max(grid.batches)}: {what}; give smaller ones, or other --data"
         )
     return grid
+
+
+def usual_ranks(most: int) -> tuple[int, ...]:
+    """Powers of two, and the most."""
+    return tuple(sorted({*(2**n for n in range(most.bit_length())), most}))
 
 
 def _check_link(link: Link | None, grid: Grid, asked: Asked, here: Here) -> None:

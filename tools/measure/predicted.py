@@ -71,7 +71,8 @@ class Prediction:
     efficiency_fraction: float
     """Of as many times one rank's samples/s at the same batch a rank."""
     rank_gib: float
-    """Memory of a rank; of a GPU's model without what CUDA and its libraries take."""
+    """Memory of a rank; of a GPU's model, and where NVML is silent, without what CUDA and its
+    libraries take."""
     fits: bool
     """Into the memory that there is, where that is known."""
     epoch_s: float | None
@@ -176,9 +177,9 @@ def recommend(
     The soonest to the accuracy, where that is known; else the soonest with the configuration's
     global batch, whose accuracy that of others need not be; else most samples/s. Of those that are
     as good, the one of the fewest ranks, and ddp before fsdp.
+
     Args:
         num_threads: of a rank, one alone, too; 0: as many as torch takes.
-
     Raises:
         UserError: none fits into memory.
     """
@@ -229,9 +230,9 @@ def _parts(it: Prediction) -> str:
 def _beside(twin: Prediction, best: Prediction) -> str:
     """The other wrapper."""
     saved_mb = (best.rank_gib - twin.rank_gib) * GIB / 1e6
+    saves = f"saves {saved_mb:,.1f} MB a rank" if saved_mb > 0 else "saves no memory"
     if not twin.fits:
         saves = "does not fit into the memory"
-    saves = f"saves {saved_mb:,.1f} MB a rank" if saved_mb > 0 else "saves no memory"
     return f"{twin.parallel} takes {twin.step_ms / best.step_ms:.2f} of its time and {saves}"
 
 

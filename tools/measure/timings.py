@@ -64,10 +64,10 @@ class Timings:
     device: str
     steps: list[StepTime]
     slowdowns: list[Slowdown] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
     num_threads: int = 0
     """Of the one rank; 0: as many as torch takes."""
+    notes: list[str] = field(default_factory=list)
+
     @property
     def precisions(self) -> list[str]:
         return list(dict.fromkeys(each.precision for each in self.steps))
@@ -160,6 +160,7 @@ def measured_timings(
             for number in sorted(side_by_side)
             if not here.on_gpu
         ],
+        num_threads=num_threads,
         notes=list(dict.fromkeys(notes)),
     )
 
@@ -167,7 +168,6 @@ def measured_timings(
 def _cell(config: RunConfig, precision: str, batch: int, here: Here, num_threads: int) -> Cell:
     """One rank's."""
     given = {"step.precision": precision, "global_batch": batch, "step.parallel": "ddp"}
-        num_threads=num_threads,
     return Cell(
         name=f"{precision}, batch {batch}",
         axes={"batch": batch, "ranks": 1, "step.precision": precision},
@@ -188,7 +188,10 @@ def _step_time(result: CellResult) -> StepTime:
         why = result.repetitions[0].failed if result.repetitions else result.not_measured
         raise UserError(f"{result.name} could not be measured: {why}")
     times_ms = [step_ms_of(each) for each in result.good]
-    peaks = [each.torch_peak_gib or each.host_peak_rss_gib for each in result.good]
+    peaks = [
+        each.device_used_gib or each.torch_peak_gib or each.host_peak_rss_gib
+        for each in result.good
+    ]
     return StepTime(
         precision=str(result.good[0].effective["precision"]),
         batch=int(result.axes["batch"]),
@@ -252,5 +255,5 @@ def modelled_timings(
             found = StepTime(
                 precision=precision, batch=batch, step_ms=ms, low_ms=ms, high_ms=ms, n=0
             )
-    return Timings(basis=MODEL, device=gpu, steps=steps)
             steps.append(replace(found, activation_bytes=kept_bytes))
+    return Timings(basis=MODEL, device=gpu, steps=steps)
