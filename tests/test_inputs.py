@@ -27,7 +27,7 @@ UNLABELLED = SourceOptions(label_column="none")
 
 
 def read(
-    *paths: Path, options: SourceOptions = PLAIN, split: str = "test"
+    *paths: Path, options: SourceOptions = PLAIN, split: str | None = None
 ) -> tuple[np.ndarray, list[str], list[str]]:
     """(Pixels, labels or nothing, places) of sources."""
     with open_inputs(paths, options, split) as inputs:
@@ -184,6 +184,8 @@ def test_a_split_of_records_is_read(tmp_path: Path) -> None:
         read(records, options=UNLABELLED)
     with pytest.raises(UserError, match="name one record directory alone"):
         read(records, csv)
+    with pytest.raises(UserError, match="--split: is of record directories, .*a.csv is none"):
+        read(csv, split="test")
 
 
 def bad_paths(folder: Path) -> dict[str, tuple[Sequence[Path], str]]:
@@ -209,7 +211,10 @@ def bad_paths(folder: Path) -> dict[str, tuple[Sequence[Path], str]]:
         "JPEG behind": ([good, folder / "x.jpg"], "x.jpg: is a JPEG picture, want a PNG"),
         "text": ([folder / "text.png"], "text.png: is no PNG, want a PNG"),
         "no bytes": ([folder / "none.png"], "none.png: is no PNG, want a PNG"),
-        "gone": ([folder / "gone.png"], r"gone.png: cannot be read \(No such file"),
+        "gone": (
+            [folder / "gone.png"],
+            r"gone.png: cannot be read \(No such file or directory\); name a file that is there$",
+        ),
         "size": ([good, folder / "small.png"], "small.png: has 4 x 4 pixels, but .*good.png 8 x 8"),
         "empty": ([folder / "empty"], "empty: is an empty folder; name one that holds PNGs"),
         "mixed": ([folder / "mixed"], "a.txt: is no .png; move it away"),
@@ -249,6 +254,15 @@ def test_options_of_csvs_are_none_of_pictures(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(png(DRAWN.image_NHW[0]))
     with pytest.raises(UserError, match="is png, but --label-column, .* are of CSVs"):
         read(tmp_path / "a.png", options=UNLABELLED)
+
+
+def test_no_place_for_pixels_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    csv = DRAWN.csv(tmp_path / "a.csv")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
+    with pytest.raises(UserError, match=r"^the temporary folder \(TMPDIR\): cannot be written "):
+        read(csv)
 
 
 def test_no_torch_is_imported_to_read_images() -> None:

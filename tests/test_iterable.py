@@ -30,7 +30,7 @@ from engine.config import RunConfig, override
 from engine.data.records import Records
 from engine.errors import UserError
 from engine.feeds.build import make_order
-from engine.feeds.iterable import Loader, Samples
+from engine.feeds.iterable import Loader, Samples, _device
 from engine.host import ROOT, end_rank
 from engine.report import read_report
 from tests.conftest import child
@@ -242,6 +242,20 @@ def test_what_cannot_be_is_one_sentence(
     with pytest.raises(UserError, match=sentence) as refused:
         engine.loader(small, **({"batch_size": 32} | given))
     assert "\n" not in str(refused.value)
+
+
+def test_each_rank_has_a_gpu_of_its_own_under_any_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun says which; a process that something else started has chosen one itself."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert _device(None) == torch.device("cuda:2")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert _device(None) == torch.device("cuda:3")
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    with pytest.raises(UserError, match="device cuda:4: torch has none here; give the one of this"):
+        _device(None)
 
 
 def test_records_on_disk_need_the_stream_feed(small_dir: Path) -> None:

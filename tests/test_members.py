@@ -6,14 +6,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
+from functools import partial
+from math import ceil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.nn import functional
 
 from engine.config import RunConfig, override
 from engine.config_text import with_own_network
@@ -24,20 +28,25 @@ from engine.feeds.resident import Gather, Pixels
 from engine.feeds.shared import SharedFeed, SharedFeeds
 from engine.host import ROOT
 from engine.meters import Stopwatch
+from engine.models import make_model
 from engine.ranks import join_ranks
 from engine.report import read_report
 from engine.stop import STOP
 from engine.train import members
 from engine.train.joint import Joint
+from engine.train.journal import WEIGHTS
 from engine.train.members import Crew
 from engine.train.outcome import FAILED, train_sweep
 from engine.train.session import make_order
 from engine.train.sweep import Sweep, SweepResult, parse_sweeps, read_sweep
 from engine.train.trainer import fit
+from engine.train.vote import Ballot
+from engine.train.weights import network_facts, save_model
 from engine.world import World
 from tests.conftest import FAST_PRECISION, Command, assert_refused
 from tests.test_resume import assert_same, quiet, stop_after
-from tools.measure.evaluation import Opened, Question, answer, evaluate
+from tools.measure.evaluation import Opened, Question, answer, averaged, evaluate
+from tools.measure.scores import Answers
 from tools.report.sweep import read_sweep_result
 
 __all__ = ["stop_after"]
@@ -427,19 +436,63 @@ def check_table(lines: list[str], result: SweepResult) -> None:
 
 
 def check_vote(out: Path, result: SweepResult, small_dir: Path) -> None:
-    """The plain vote is the ensemble of tools/evaluate, the temperatures are those it finds."""
+    """The votes are ensembles of tools/evaluate's answers, the temperatures are those it finds."""
     question, device = Question(split="test"), torch.device("cpu")
     opened = Opened(small_dir)
     answered = [answer(out / m.folder, opened, question, device) for m in result.members]
     report = read_report(out / result.members[0].folder)
     found = evaluate(answered, question, report.environment, ensemble=True)
-    plain, calibrated = result.votes
-    assert found.ensemble and plain.test_accuracy_fraction == pytest.approx(
+    temperatures = [run.scores.calibration.temperature for run in found.runs]
+    assert None not in temperatures
+    assert [m.temperature for m in result.members] == pytest.approx(temperatures)
+    assert [vote.is_calibrated for vote in result.votes] == [False, True]
+    for vote in result.votes:
+        by = temperatures if vote.is_calibrated else [1.0] * len(answered)
+        on_test = voted([each.on_split for each in answered], by)
+        on_val = voted([each.on_val for each in answered], by)
+        assert vote.test_accuracy_fraction == pytest.approx(on_test)
+        assert vote.val_accuracy_fraction == pytest.approx(on_val)
+    assert found.ensemble and result.votes[0].test_accuracy_fraction == pytest.approx(
         found.ensemble.scores.accuracy_fraction
     )
-    temperatures = [run.scores.calibration.temperature for run in found.runs]
-    assert [m.temperature for m in result.members] == pytest.approx(temperatures)
-    assert calibrated.is_calibrated and not plain.is_calibrated
+
+
+def voted(members: Sequence[Answers | None], temperatures: Sequence[float | None]) -> float:
+    """The accuracy of the mean of the members' probabilities, each at its temperature."""
+    scaled = [
+        each.scaled(by) for each, by in zip(members, temperatures, strict=True) if each and by
+    ]
+    together = averaged(scaled)
+    return together.num_right / len(together.label_N)
+
+
+def test_a_calibrated_vote_is_of_each_at_its_own_temperature(
+    small: Records, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """One network is always right and never sure, the other surer and wrong on every second image
+    of val and every third of test: plain, the other is believed."""
+    every = {"val": 2, "test": 3}
+    splits = {name: small.split(name) for name in every}
+    num_classes = len(small.classes)
+    network = make_model(BASE.model, *small.height_width, num_classes, seed=0)
+    save_model(tmp_path / WEIGHTS, network.state_dict(), network_facts(BASE.model, small))
+    ballot = Ballot(small, torch.device("cpu"))
+
+    def answered(scale: float, is_wrong: bool, network: Any, image_NHW: Any, device: Any) -> Any:
+        (name,) = (name for name, split in splits.items() if split.image_NHW is image_NHW)
+        label_N = torch.from_numpy(splits[name].label_N.astype(np.int64))
+        label_N[:: every[name]] += is_wrong
+        return scale * functional.one_hot(label_N % num_classes, num_classes).float()
+
+    for scale, is_wrong in ((0.2, False), (10.0, True)):
+        logits = partial(answered, scale, is_wrong)
+        monkeypatch.setattr("engine.train.vote.all_logits", logits)
+        ballot.add(BASE, tmp_path)
+    plain, calibrated = ballot.votes()
+    num_val, num_test = len(splits["val"]), len(splits["test"])
+    assert plain.val_accuracy_fraction == pytest.approx(1 - ceil(num_val / 2) / num_val)
+    assert plain.test_accuracy_fraction == pytest.approx(1 - ceil(num_test / 3) / num_test)
+    assert calibrated.val_accuracy_fraction == calibrated.test_accuracy_fraction == 1.0
 
 
 @pytest.mark.slow

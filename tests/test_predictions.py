@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -13,16 +14,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine.config import DataConfig, RunConfig
-from engine.data.inputs import Inputs
+from engine.data.given import SourceOptions
+from engine.data.inputs import Inputs, open_inputs
 from engine.data.pack import PackOptions, pack
 from engine.data.records import Records, open_records
+from engine.errors import UserError
 from engine.train.checkpoint import MODEL
 from engine.train.folder import checkpoints
 from engine.train.trainer import fit
 from engine.train.weights import network_facts
 from engine.world import World
 from tests.conftest import Command, assert_refused
-from tests.glyph_files import Glyphs
+from tests.glyph_files import Glyphs, glyphs
 from tests.test_inputs import png, standard_input
 from tools.measure.predictions import Predictions, predict
 from tools.report.predictions import csv_text, lines
@@ -234,13 +237,35 @@ def test_texts_that_spreadsheets_would_run_are_guarded(small: Records) -> None:
     assert shown[4] == "e: a\\nb\\x1b 100.00%" and len(shown) == 5
 
 
+@pytest.mark.parametrize("layout", ["npz", "idx"])
+def test_pixels_that_change_while_they_are_answered_are_refused(
+    layout: str, small: Records, tmp_path: Path
+) -> None:
+    """They come from the file itself, where they lie in it as they are."""
+    drawn = glyphs(30)
+    paths = [drawn.npz(tmp_path / "a.npz")] if layout == "npz" else drawn.idx(tmp_path)
+    facts = replace(network_facts(RunConfig().model, small), height_pixels=8, width_pixels=8)
+
+    def network(image_BHW: torch.Tensor) -> torch.Tensor:
+        with paths[0].open("r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            file.write(b"x")
+        return torch.zeros(len(image_BHW), 8)
+
+    with (
+        open_inputs(paths, SourceOptions()) as inputs,
+        pytest.raises(UserError, match="changed while it was read"),
+    ):
+        predict(network, facts, inputs, invert=False)
+
+
 def test_a_network_that_is_broken_is_refused(small: Records) -> None:
     facts = network_facts(RunConfig().model, small)
     inputs = Inputs(
         "x", 3, 28, 28, lambda row_M: np.zeros((len(row_M), 784), np.uint8), iter("abc"), (),
         np.zeros(0, np.uint8), [],
     )  # fmt: skip
-    with pytest.raises(Exception, match="not finite; train it again"):
+    with pytest.raises(UserError, match="not finite; train it again"):
         predict(lambda image: torch.full((len(image), 8), torch.nan), facts, inputs, invert=False)
     shares = predict(lambda image: torch.zeros(len(image), 8), facts, inputs, invert=False)
     assert shares.probability_NT.shape == (3, 3) and (shares.probability_NT == 0.125).all()

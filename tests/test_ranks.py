@@ -19,7 +19,7 @@ from torch import distributed
 from engine import heart as heart_module
 from engine import ranks as ranks_module
 from engine.errors import UserError
-from engine.heart import LEFT, TRAINING, Beat, Heart, Watch, read_beats
+from engine.heart import LEFT, SAVING, TRAINING, Beat, Heart, Watch, read_beats
 from engine.meeting import common_try
 from engine.ranks import OtherRankFailed, Ranks, join_ranks
 from engine.stop import StopRequest
@@ -228,11 +228,13 @@ def test_asked_to_stop_a_rank_waits_for_none_that_died(
     """Its main thread may hear nothing, in a collective with the one that died."""
     monkeypatch.setattr(heart_module, "PERIOD_S", 0.02)
     monkeypatch.setattr(heart_module, "DEAF_S", 0.3)
-    for last, asked, ends in (
-        (TRAINING, True, True),
-        (LEFT, True, False),
-        (TRAINING, False, False),
-    ):
+    cases = (  # what the other did last, whether this one was asked, what it does, its end
+        (TRAINING, True, TRAINING, True),
+        (TRAINING, True, SAVING, False),  # it waits for a disk
+        (LEFT, True, TRAINING, False),
+        (TRAINING, False, TRAINING, False),
+    )
+    for last, asked, doing, ends in cases:
         request, ended = StopRequest(), threading.Event()
         monkeypatch.setattr(heart_module, "STOP", request)
         monkeypatch.setattr(heart_module.os, "_exit", lambda code, ended=ended: ended.set())
@@ -241,13 +243,25 @@ def test_asked_to_stop_a_rank_waits_for_none_that_died(
         store = distributed.HashStore()
         beat = Beat(count=5, step=9, doing=last, num_signs=0, pid=1, parent=1, machine=0)
         store.set("beat 1", json.dumps(asdict(beat)))
-        watch = Watch(store, 0, 2, Heart(doing=TRAINING), 60.0)
+        watch = Watch(store, 0, 2, Heart(doing=doing), 60.0)
         watch.start()
         assert ended.wait(1.0) == ends
         watch.stop()
         said = capsys.readouterr().err
         assert said.startswith("error: rank 1: has ended without a word, perhaps" if ends else "")
         assert bool(said) == ends and read_beats(store, 2)[0].doing == LEFT
+
+
+def test_a_rank_that_failed_is_missed_one_that_is_done_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(heart_module, "PERIOD_S", 0.02)
+    for failed, last in ((True, TRAINING), (False, LEFT)):
+        store = distributed.HashStore()
+        watch = Watch(store, 0, 1, Heart(doing=TRAINING), 60.0)
+        watch.start()
+        watch.stop(failed)
+        assert read_beats(store, 1)[0].doing == last
 
 
 def test_a_rank_that_failed_does_not_wait_for_a_store_that_is_deaf(

@@ -22,7 +22,7 @@ from engine.config_text import config_of, to_toml
 from engine.data.records import Records
 from engine.durable import Damaged, write_file
 from engine.errors import UserError
-from engine.heart import TRAINING, WAITING, Beat, Seen, hung_ranks
+from engine.heart import LEFT, TRAINING, WAITING, Beat, Seen, hung_ranks
 from engine.host import ROOT
 from engine.report import read_report
 from engine.stop import STOP, Stopped
@@ -556,6 +556,11 @@ def test_the_ranks_that_hold_the_others_up_are_named() -> None:
     ranks, text = hung_ranks(seen, 95, 60) or ([], "")
     assert ranks == [1, 2] and text.startswith("ranks 1 and 2: have been silent for 75 s")
     assert "the last step of rank 1 was 8" in text
+    seen[1] = seen[2] = Seen(beat(105, LEFT), 20, 20)  # their runs have ended
+    assert hung_ranks(seen, 95, 60) is None
+    seen[0] = Seen(beat(9, TRAINING), 95, 30)
+    ranks, text = hung_ranks(seen, 95, 60) or ([], "")
+    assert ranks == [0] and "hangs for 65 s" in text
 
 
 def test_a_signal_before_training_ends_the_process_at_once(monkeypatch: Any) -> None:

@@ -12,7 +12,7 @@ Shapes: N images, M of them, P pixels of each.
 
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +48,9 @@ class Inputs:
     """uint8, into `classes`; empty where there are no labels."""
     found: list[str]
     """Of each source, what it was read as."""
+    check_unchanged: Callable[[], None] = lambda: None
+    """UserError if a source was written to since it was opened. `take` may read from it, so it is
+    to be called behind the last `take`; records verify what they give."""
 
 
 class _Pixels(Spool):
@@ -76,7 +79,8 @@ def open_inputs(
         if split:
             raise UserError(f"--split: is of record directories, {paths[0]} is none; leave it out")
         given, has_labels = _open(paths, options, stack)
-        spool = stack.enter_context(closing(_Pixels(Path(tempfile.gettempdir()))))
+        with writing(Path("the temporary folder (TMPDIR)")):
+            spool = stack.enter_context(closing(_Pixels(Path(tempfile.gettempdir()))))
         with writing(spool.folder):
             collector = given.read(spool)
         given.check_unchanged()
@@ -91,6 +95,7 @@ def open_inputs(
             classes=table.classes if has_labels else (),
             label_N=table.label_N if has_labels else table.label_N[:0],
             found=given.found,
+            check_unchanged=given.check_unchanged,
         )
 
 

@@ -237,8 +237,12 @@ def _file_bytes(path: bytes) -> bytes:
     try:
         handle = open_regular(place)
     except Damaged as damaged:
-        remedy = "" if isinstance(damaged, Disturbed) else "; move it away, or make it readable"
-        raise PngFault(f"{str(damaged).removeprefix(place.name).strip()}{remedy}") from None
+        what = str(damaged).removeprefix(place.name).strip()
+        if isinstance(damaged, Disturbed):
+            raise PngFault(what) from None
+        is_there = os.path.lexists(path)
+        remedy = "move it away, or make it readable" if is_there else "name a file that is there"
+        raise PngFault(f"{what}; {remedy}") from None
     with open(handle, "rb") as file:
         num_bytes = os.fstat(handle).st_size
         if num_bytes > FILE_LIMIT_BYTES:

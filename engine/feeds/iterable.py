@@ -10,6 +10,7 @@ It does not scale pixels, and distorts none unless a setting says so.
 Shapes: B samples of one rank, H x W pixels, N samples of the split.
 """
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -312,19 +313,28 @@ def _with_feed(config: RunConfig, split: Split, device: torch.device) -> RunConf
 
 
 def _device(given: torch.device | str | None) -> torch.device:
-    on_gpu = torch.cuda.is_available()
-    if given is None:
-        return torch.device("cuda", env_local_rank()) if on_gpu else torch.device("cpu")
     try:
-        device = torch.device(given)
+        device = _own_device() if given is None else torch.device(given)
     except RuntimeError:
         raise UserError(f"loader: there is no device {given!r}; give cpu or cuda") from None
     num_gpus = torch.cuda.device_count()  # 0 where CUDA does not work
     if device.type not in ("cpu", "cuda") or (
         device.type == "cuda" and (device.index or 0) >= num_gpus
     ):
-        raise UserError(f"loader: device {device}: torch has none here; give cpu, or leave it out")
+        remedy = "give cpu, or leave it out" if given else "give the one of this rank"
+        raise UserError(f"loader: device {device}: torch has none here; {remedy}")
     return device
+
+
+def _own_device() -> torch.device:
+    """The GPU of this rank where there is one.
+
+    torchrun says which; under other launchers it is the one that the process has chosen.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    chosen = env_local_rank() if "LOCAL_RANK" in os.environ else torch.cuda.current_device()
+    return torch.device("cuda", chosen)
 
 
 def _too_small(name: str, num_samples: int, batch_size: int, world_size: int) -> str:

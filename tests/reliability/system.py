@@ -50,8 +50,8 @@ def disks(tally: Tally) -> None:
     names = FAILING if tally.level != "tiny" else ("fsync",)
     for name, number, force in product(names, range(len(ERRORS)), (False, True)):
         # A commit's counts give each call one of the errors, a release's both.
-        first = 1 + (number + force) % tally.count(2, 3, 1)
-        for k in range(first, 1000, tally.count(4, 3, 1)):
+        first = 1 + (number + force) % tally.count(2, 2, 1)
+        for k in range(first, 1000, tally.count(4, 2, 1)):
             if not _fail_once(tally, packing, force, name, ERRORS[number], k):
                 break
             failures += 1

@@ -42,7 +42,8 @@ def predict(network: Network, facts: NetworkFacts, inputs: Inputs, *, invert: bo
     Args:
         invert: take each pixel p as 255 - p.
     Raises:
-        UserError: the images are of another size than the network's, or it is broken.
+        UserError: the images are of another size than the network's, or changed while they were
+            read, or the network is broken.
     """
     size = (facts.height_pixels, facts.width_pixels)
     if (inputs.height, inputs.width) != size:
@@ -66,6 +67,7 @@ def predict(network: Network, facts: NetworkFacts, inputs: Inputs, *, invert: bo
             raise UserError("the network answers with numbers that are not finite; train it again")
         best = logits_MK.softmax(1).topk(num_answers, dim=1)
         answer_NT[row_M], probability_NT[row_M] = best.indices.numpy(), best.values.numpy()
+    inputs.check_unchanged()
     return Predictions(answer_NT, probability_NT, num_opposite)
 
 
