@@ -151,6 +151,11 @@ def env_local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
+def env_has_local_rank() -> bool:
+    """Whether torchrun, or a launcher that sets what it does, started this process."""
+    return "LOCAL_RANK" in os.environ
+
+
 def env_machine() -> int:
     """The number of this process's machine among those of the run, as torchrun gave it."""
     return int(os.environ.get("GROUP_RANK", 0))
