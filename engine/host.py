@@ -154,8 +154,8 @@ def env_local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
-def has_local_rank() -> bool:
-    """Whether the launcher, as torchrun does, said this process's rank on its machine."""
+def env_has_local_rank() -> bool:
+    """Whether torchrun, or a launcher that sets what it does, started this process."""
     return "LOCAL_RANK" in os.environ
 
 

@@ -24,7 +24,7 @@ from engine.durable import Damaged
 from engine.errors import UserError
 from engine.feeds.batch import Batch, Feed
 from engine.feeds.build import choose_feed, make_feed, make_order, open_for
-from engine.host import env_local_rank, env_rank, env_world_size, has_local_rank
+from engine.host import env_has_local_rank, env_local_rank, env_rank, env_world_size
 from engine.order import Order
 from engine.typed import typed
 
@@ -332,7 +332,7 @@ def _own_device() -> torch.device:
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    chosen = env_local_rank() if has_local_rank() else torch.cuda.current_device()
+    chosen = env_local_rank() if env_has_local_rank() else torch.cuda.current_device()
     return torch.device("cuda", chosen)
 
 
