@@ -428,8 +428,13 @@ def recipe_settings(name: str, where: str) -> dict[str, Any]:
     """
     if name not in RECIPES:
         raise UserError(f"{where}: there is no recipe {name!r}; choose from {', '.join(RECIPES)}")
+    return changed_settings(RECIPES[name])
+
+
+def changed_settings(config: RunConfig) -> dict[str, Any]:
+    """What a config sets otherwise than the default, dotted."""
     defaults = {dotted: value for dotted, _, _, value in settings_of(RunConfig())}
-    found = settings_of(RECIPES[name])
+    found = settings_of(config)
     return {dotted: value for dotted, _, _, value in found if value != defaults[dotted]}
 
 
@@ -522,7 +527,7 @@ def _replace(config: Any, names: list[str], value: Any, where: str) -> Any:
 
 def _checked(value: Any, kind: Any, where: str) -> Any:
     if get_origin(kind) is tuple:
-        return _checked_names(value, get_args(get_args(kind)[0]), where)
+        return checked_names(value, get_args(get_args(kind)[0]), where)
     if get_origin(kind) is Literal:
         if value in get_args(kind):
             return value
@@ -535,7 +540,7 @@ def _checked(value: Any, kind: Any, where: str) -> Any:
     return value
 
 
-def _checked_names(value: Any, known: tuple[str, ...], where: str) -> tuple[str, ...]:
+def checked_names(value: Any, known: tuple[str, ...], where: str) -> tuple[str, ...]:
     """Some of the `known` names, in their order: of a list, of text with commas, or all."""
     given = value.replace(" ", "").split(",") if isinstance(value, str) else value
     if not isinstance(given, (list, tuple)):

@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from engine.errors import UserError
+from engine.late_dynamo import import_late
 
 ROOT = Path(__file__).resolve().parent.parent
 """The checkout; site-packages where the project was installed as a wheel."""
@@ -41,10 +42,12 @@ def prepare_process() -> None:
     - Compiled code is kept in the user's own cache folder.
     - Where the user has no home folder that can be written, HOME is the cache folder: libraries
       that look for a home would otherwise make a folder called "~".
+    - torch imports its compiler when something is compiled.
 
     Raises:
         UserError: the cache folder cannot be made, or is somebody else's.
     """
+    import_late()
     os.environ["PYTHONSAFEPATH"] = "1"
     if (ROOT / "pyproject.toml").exists():
         given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
@@ -149,6 +152,11 @@ def env_rank() -> int:
 def env_local_rank() -> int:
     """This process's rank among those of its machine, as torchrun gave it."""
     return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def env_has_local_rank() -> bool:
+    """Whether torchrun, or a launcher that sets what it does, started this process."""
+    return "LOCAL_RANK" in os.environ
 
 
 def env_machine() -> int:

@@ -31,6 +31,7 @@ from tests.bench import (
     ranks,
     report,
     sources,
+    startup,
     step,
     sweep,
     warp,
@@ -86,6 +87,11 @@ def test_predict(tmp_path: Path) -> None:
         "100 PNGs, each named (s)",
     ]
     assert [path.name for path in tmp_path.iterdir()] == ["cpu_predict.json"]
+
+
+def test_startup(tmp_path: Path) -> None:
+    startup.bench(tmp_path, rounds=1)
+    assert checked(tmp_path / "cpu_startup.json") == ["the command's time as a part"]
 
 
 @pytest.mark.long

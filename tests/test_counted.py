@@ -9,6 +9,8 @@ from tools.measure.counted import Counted, activation_bytes, count
 from tools.measure.operations import STUDYS_SHAPE as SHAPE
 
 BASELINE_BYTES = 4 * 432_478
+FINITE = ("all-reduce", 4, 1)
+"""Under fsdp: whether a rank's part of the gradients is not finite."""
 
 
 def of(num_ranks: int, **changed: object) -> Counted:
@@ -52,12 +54,13 @@ def test_frozen_layers_are_not_sent_and_statistics_are() -> None:
 def test_fsdp_divides_rows_and_pads_what_has_too_few() -> None:
     """On 1,024 ranks every bias and filter of fewer rows is sent as 1,024."""
     two, many = (of(n, step__parallel="fsdp") for n in (2, 1024))
-    assert sent(two) == [("all-gather", BASELINE_BYTES, 1), ("reduce-scatter", BASELINE_BYTES, 1)]
+    whole = [("all-gather", BASELINE_BYTES, 1), ("reduce-scatter", BASELINE_BYTES, 1)]
+    assert sent(two) == [*whole, FINITE]
     assert two.kept.parameters_bytes * 2 == BASELINE_BYTES
     assert two.gathered_bytes == 2 * BASELINE_BYTES
     rows = (9, 1, 32 * 9, 1, 3136, 1, 128, 1)
     padded = 1024 * 4 * sum(rows)
-    assert [each.num_bytes for each in many.collectives] == [padded, padded]
+    assert sent(many) == [("all-gather", padded, 1), ("reduce-scatter", padded, 1), FINITE]
     assert many.kept.parameters_bytes == padded // 1024
 
 
@@ -84,12 +87,14 @@ def test_large_blocks_are_gathered_by_themselves(again: bool) -> None:
 
 
 def test_what_waits_for_the_backward_is_counted() -> None:
-    """At least the two pooled images, in the bytes of a number; the batch does not matter."""
+    """At least the two pooled images, in the bytes of a number; kernels keep less."""
     config = override(RunConfig(), {"model.name": "baseline"}, "a test")
     pooled = 32 * 14 * 14 + 64 * 7 * 7
     fp32 = activation_bytes(config, SHAPE)
     bf16 = activation_bytes(override(config, {"step.precision": "bf16"}, "a test"), SHAPE)
     assert fp32 > 4 * pooled and 2 * pooled < bf16 < fp32
+    fused = activation_bytes(override(config, {"kernels": ["conv_pool_relu"]}, "a test"), SHAPE)
+    assert fused < fp32 - 4 * 32 * 28 * 28, "the first layer's image before pooling"
 
 
 @pytest.mark.slow

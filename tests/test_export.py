@@ -19,13 +19,13 @@ from engine.config import RunConfig
 from engine.data.records import Records
 from engine.errors import UserError
 from engine.train.answers import all_logits
-from engine.train.weights import network_facts, read_facts
+from engine.train.weights import load_network, network_facts, read_facts
 from tests.conftest import CLASSES
 from tests.test_predict import packed, refused, trained
 from tools import export
 from tools.measure import exported
 from tools.measure.exported import FORMS, check_form, write_form
-from tools.measure.trained import find_weights, known_facts, load_network, run_config
+from tools.measure.trained import find_weights, known_facts, run_config
 from tools.report.card import READING
 
 CPU = torch.device("cpu")
@@ -45,7 +45,7 @@ def logits_of(run: Path, records: Records) -> torch.Tensor:
     """What the run's own network gives for the test split."""
     weights = find_weights(run)
     config = run_config(weights)
-    network = load_network(config.model, known_facts(weights, config, None), weights)
+    network = load_network(config.model, known_facts(weights, config, None), weights.file)
     return all_logits(network, records.split("test").image_NHW, CPU)
 
 
@@ -113,7 +113,7 @@ def test_a_file_that_answers_otherwise_is_refused(
     weights = find_weights(run)
     config = run_config(weights)
     facts = known_facts(weights, config, None)
-    network, like = (load_network(config.model, facts, weights) for _ in range(2))
+    network, like = (load_network(config.model, facts, weights.file) for _ in range(2))
     path = write_form("safetensors", tmp_path, network, facts)
     wanted_NK = logits_of(run, small)
     split = small.split("test")

@@ -265,9 +265,15 @@ def test_no_place_for_pixels_is_one_sentence(
         read(csv)
 
 
-def test_no_torch_is_imported_to_read_images() -> None:
-    line = "import sys, engine.data.inputs, tools.predict; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", line], cwd=ROOT, check=True)
+def test_neither_torch_nor_pyarrow_is_imported_to_read_images(tmp_path: Path) -> None:
+    lines = """
+import sys, pathlib, tools.predict, engine.data.given, engine.data.inputs
+options = engine.data.given.SourceOptions()
+with engine.data.inputs.open_inputs([pathlib.Path(sys.argv[1])], options):
+    assert not {"torch", "pyarrow"} & set(sys.modules)
+"""
+    words = [sys.executable, "-c", lines, DRAWN.csv(tmp_path / "a.csv")]
+    subprocess.run(words, cwd=ROOT, check=True)
 
 
 def test_a_source_of_many_blocks_keeps_its_order(

@@ -390,6 +390,7 @@ def with_accelerate(records: Records, folder: str) -> tuple[torch.Tensor, list[i
     next(iter(loader))
     state = loader.state_dict()
     accelerator.save_state(f"{folder}/accelerate")
+    accelerator.wait_for_everyone()  # the first rank saves what all load
     loader.set_epoch(5)
     accelerator.load_state(f"{folder}/accelerate")
     assert loader.state_dict() == state, "its own checkpoints keep where a loader stands"

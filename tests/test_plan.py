@@ -2,22 +2,37 @@
 
 import json
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
+from threading import current_thread, main_thread
 
 import pytest
 
+from engine.config import RunConfig, override
 from engine.errors import UserError
 from engine.meters import GIB
-from engine.report import RankBytes, write_json
+from engine.report import RankBytes, environment, write_json
 from tests.conftest import Command, assert_refused
+from tools.measure import ledger, timings
 from tools.measure.counted import Collective, Counted
 from tools.measure.fit import given_link
 from tools.measure.ledger import H100
-from tools.measure.plan import Plan, read_plan
+from tools.measure.matrix import config_cell
+from tools.measure.operations import STUDYS_SHAPE
+from tools.measure.plan import Asked, Plan, make_plan, read_plan, usual_ranks
 from tools.measure.predicted import Model, Prediction, Reached, recommend
-from tools.measure.timings import MODEL, Slowdown, StepTime, Timings
+from tools.measure.results import Repetition
+from tools.measure.runner import Job, Run
+from tools.measure.timings import MODEL, Here, Slowdown, StepTime, Timings
 from tools.report.plan import to_markdown
 
+REPETITION = Repetition(
+    seed=0,
+    environment=environment(num_threads=1, allocator="", gpu={}),
+    effective={"precision": "fp32"},
+    samples_per_s=1.0,
+    step_ms=10.0,
+)
 WHOLE = RankBytes(parameters_bytes=4000, gradients_bytes=4000, optimizer_bytes=8000)
 HALF = RankBytes(parameters_bytes=2000, gradients_bytes=2000, optimizer_bytes=4000)
 GIVEN = ("--alpha-us", 10, "--beta-gbps", 1000)
@@ -54,7 +69,6 @@ MACHINE = Model(
         slowdowns=[Slowdown(num_ranks=2, factor=1.25)],
     ),
     link=given_link(500.0, 8e-3, "gloo"),
-    activation_bytes={"fp32": 100.0},
     num_local=2,
     room_bytes=4 * GIB,
     shares_memory=True,
@@ -90,7 +104,7 @@ def test_memory_is_the_measured_one_less_what_others_keep() -> None:
     assert found.rank_gib == pytest.approx(1.6 + (8000 + 6000 - 16000) / GIB)
     small = replace(MACHINE, room_bytes=3 * GIB)
     assert small.predict(counted(1), 64).fits and not small.predict(counted(2), 64).fits
-    steps = [replace(each, peak_gib=None) for each in MACHINE.timings.steps]
+    steps = [replace(each, peak_gib=None, activation_bytes=100.0) for each in MACHINE.timings.steps]
     of_gpu = replace(MACHINE, timings=Timings(basis=MODEL, device="a GPU", steps=steps))
     assert of_gpu.predict(counted(1), 64).rank_gib == pytest.approx((16000 + 6400) / GIB)
 
@@ -119,6 +133,9 @@ def test_the_soonest_of_the_same_batch_is_recommended_and_says_why() -> None:
     assert why.startswith("soonest with the configuration's global batch of 64; 1.60 times as soon")
     assert "of its step are collectives, computing side by side takes 1.25 of the time" in why
     assert "; fsdp takes 0.99 of its time and saves" in why
+    best, why = recommend([*ways[:2], replace(ways[2], fits=False)], 64, None, num_threads=1)
+    assert "; 1.60 times as soon as the best of one rank of one thread; " in why
+    assert why.endswith("; fsdp takes 0.99 of its time and does not fit into the memory")
     best, why = recommend([ways[0], way(2, 32, 15.9)], 64, None)
     assert best.num_ranks == 1 and "the best of several, 2 ranks, takes 0.99 of its time" in why
 
@@ -133,6 +150,66 @@ def test_a_known_accuracy_goes_before_the_batch_and_memory_before_all() -> None:
         recommend(full, 64, RUN)
     best, why = recommend(ways, 96, None)
     assert best is ways[1] and why.startswith("most samples/s; nothing is known of its accuracy")
+
+
+def test_the_recommended_way_is_shown_and_what_does_not_fit_is_last() -> None:
+    """Larger batches have more samples/s; the largest is too large."""
+    large = [way(2, 32 * n, 10.0 + n) for n in range(2, 6)]
+    ways = [*large[:-1], replace(large[-1], fits=False), way(2, 32, 10.0), way(2, 32, 12.0, "fsdp")]
+    best, reason = recommend(ways, 64, None)
+    plan = Plan(
+        command="",
+        network="baseline",
+        model=MACHINE,
+        counted=[counted(2)],
+        predictions=ways,
+        recommended=best,
+        reason=reason,
+    )
+    rows = [line.split(" | ")[1] for line in to_markdown(plan).splitlines() if " fp32 " in line]
+    assert best is ways[4] and rows[:5] == ["128", "96", "64", "32", "32"]
+    fewer = replace(plan, predictions=[ways[3], ways[4]])
+    assert "| 2 | 160 |" in to_markdown(fewer).split("| 2 | 32 |")[1]
+
+
+def test_ranks_are_doubled_up_to_all_that_a_machine_has() -> None:
+    assert usual_ranks(6) == (1, 2, 4, 6) and usual_ranks(8) == (1, 2, 4, 8)
+
+
+def test_a_modelled_step_is_the_ledgers() -> None:
+    config = override(RunConfig(), {"model.name": "baseline"}, "a test")
+    (step,) = timings.modelled_timings(config, ("bf16",), (16,), H100, STUDYS_SHAPE).steps
+    settings = {"model.name": "baseline", "step.precision": "bf16", "step.cuda_graphs": True}
+    cell = config_cell("a test", settings, 16)
+    of_ledger = ledger.counted(cell, ledger.machine_of(H100))
+    assert step.step_ms == pytest.approx(of_ledger.step_us / 1000, abs=1e-6)
+
+
+def test_a_slowdown_is_the_slowest_of_several_at_once_over_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """10 ms alone; of two at once one takes 15."""
+    together_ms = cycle([12.0, 15.0])
+
+    def fake(job: Job) -> Repetition:
+        is_alone = current_thread() is main_thread()
+        return replace(REPETITION, step_ms=10.0 if is_alone else next(together_ms))
+
+    monkeypatch.setattr(timings, "in_child", fake)
+    cell = config_cell("a test", {}, 16)
+    job = Run(title="", cells=[cell], out=Path()).job(cell, 0)
+    assert timings.slowdown_of(job, 2, 3).factor == 1.5
+
+
+@pytest.mark.parametrize(("used_gib", "peak_gib"), [(3.5, 3.5), (None, 3.0)])
+def test_memory_of_a_gpu_is_with_what_cuda_takes_where_it_is_known(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, used_gib: float | None, peak_gib: float
+) -> None:
+    found = replace(REPETITION, torch_peak_gib=3.0, device_used_gib=used_gib, host_peak_rss_gib=9.0)
+    monkeypatch.setattr(timings, "in_child", lambda job: replace(found, digest=job.digest))
+    here = Here(out=tmp_path, device="cuda", num_gpus=1, num_steps=1, repetitions=1)
+    steps = timings.measured_timings(RunConfig(), ("fp32",), (16,), set(), here).steps
+    assert [each.peak_gib for each in steps] == [peak_gib]
 
 
 def test_a_gpu_that_is_not_here_and_1024_ranks(
@@ -186,8 +263,8 @@ def test_time_to_the_accuracy_of_a_run(command: Command, small_dir: Path, tmp_pa
         ((*GPU, *GIVEN, "--ranks", "0,2"), "--ranks 0,2: give whole numbers from 1 to 1024"),
         ((*GPU, *GIVEN, "--ranks", "1025"), "--ranks 1025: give whole numbers from 1 to 1024"),
         ((*GPU, *GIVEN, "--batches", "x"), "--batches x: give whole numbers"),
-        ((*GPU, *GIVEN, "--precisions", "int4"), "--precisions int4: choose from fp32"),
-        ((*GPU, *GIVEN, "--parallel", "tensor"), "--parallel tensor: choose from ddp, fsdp"),
+        ((*GPU, *GIVEN, "--precisions", "int4"), "--precisions: is 'int4'; choose from all, fp32"),
+        ((*GPU, *GIVEN, "--parallel", "tensor"), "--parallel: is 'tensor'; choose from all, ddp"),
         ((*GPU, *GIVEN, "--fit", "x.json"), "--fit: has an alpha and a beta"),
         ((*GPU, "--alpha-us", 1), "--alpha-us and --beta-gbps: one says nothing alone"),
         ((*GPU, "--fit", "there/is/none.json"), "there/is/none.json: cannot be read"),
@@ -200,6 +277,14 @@ def test_what_cannot_be_planned_is_one_line(
 ) -> None:
     line = ("--data", small_dir, "--device", "cpu", "--out", tmp_path / "out")
     assert_refused(command("tools/profile", "plan", *words, *line), text)
+
+
+@pytest.mark.parametrize(("name", "value"), [("accumulate", 2), ("canonical", 4)])
+def test_steps_of_several_parts_are_refused(tmp_path: Path, name: str, value: int) -> None:
+    config = override(RunConfig(), {f"step.{name}": value}, "a test")
+    here = Here(out=tmp_path, device="cpu", num_gpus=0, num_steps=1, repetitions=1)
+    with pytest.raises(UserError, match=f"leave step.{name} "):
+        make_plan(config, Asked(gpu="none"), here)
 
 
 def test_a_damaged_fit_is_one_line(command: Command, tmp_path: Path) -> None:
@@ -221,7 +306,8 @@ def test_this_machine_is_measured(command: Command, small_dir: Path, tmp_path: P
     plan: Plan = read_plan(tmp_path / "plan.json")
     link = plan.model.link
     assert link and link.source == "measured, up to 2 ranks on one machine"
-    assert plan.model.timings.batches == [32] and plan.model.timings.slowdown(2) >= 1
+    assert plan.model.timings.batches == [32] and plan.model.timings.num_threads == 1
+    assert [each.num_ranks for each in plan.model.timings.slowdowns] == [2]
     bases = {each.num_ranks: each.basis for each in plan.predictions}
     assert bases == {1: "measured", 2: MODEL}
     assert {point.kind for point in link.points} == {

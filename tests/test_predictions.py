@@ -5,6 +5,7 @@ import io
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from tests.conftest import Command, assert_refused
 from tests.glyph_files import Glyphs, glyphs
 from tests.test_inputs import png, standard_input
 from tools.measure.predictions import Predictions, predict
-from tools.report.predictions import csv_text, lines
+from tools.report.predictions import csv_text, ground_note, lines
 
 SIDE = 8
 
@@ -63,6 +64,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(folder / "records", folder / "moved")
     shutil.rmtree(folder / "records")
     return out
+
+
+def unlabelled(image_NP: np.ndarray, places: Sequence[str]) -> Inputs:
+    """Images of 28 x 28."""
+    no_label_N = np.zeros(0, np.uint8)
+    return Inputs(
+        "x", len(places), 28, 28, lambda row_M: image_NP[row_M], iter(places), (), no_label_N, []
+    )
 
 
 def rows_of(text: str) -> list[dict[str, str]]:
@@ -137,6 +146,35 @@ def test_negatives_are_found_and_inverted_where_asked(
     assert "note" not in done.stderr and "30 of 30 labels right" in done.stderr
     done = command("tools/predict", run, TEST.png(tmp_path / "plain"), "--invert")
     assert f"{said} leave --invert out\n" in done.stderr
+
+
+def test_wrong_and_unknown_labels_are_said_and_counted(
+    run: Path, command: Command, tmp_path: Path
+) -> None:
+    labels = np.array([0, 1, 7], np.uint8)
+    drawn = Glyphs(np.repeat(TEST.image_NHW[:1], 3, axis=0), labels)
+    done = command("tools/predict", run, drawn.csv(tmp_path / "a.csv"))
+    said = [line.partition(")")[2] for line in done.stdout.splitlines()]
+    assert said == ["", "  labelled 1", "  labelled 7"]
+    assert "1 of 3 labels right (33.33%)" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("pixel_mean", "greys", "wanted"),
+    [
+        (30.0, [230, 20, 20], ""),
+        (30.0, [230, 230, 20], "note: 2 of 3 images look dark on light, and .* give --invert"),
+        (200.0, [20, 230, 230], ""),
+        (200.0, [20, 20, 230], "note: 2 of 3 images look light on dark, and .* give --invert"),
+    ],
+)
+def test_the_ground_that_most_images_have_is_compared(
+    pixel_mean: float, greys: list[int], wanted: str, small: Records
+) -> None:
+    facts = replace(network_facts(RunConfig().model, small), pixel_mean=pixel_mean)
+    inputs = unlabelled(np.repeat(np.array(greys, np.uint8)[:, None], 784, axis=1), "abc")
+    found = predict(lambda image: torch.zeros(len(image), 8), facts, inputs, invert=False)
+    assert re.fullmatch(wanted, ground_note(found, facts, is_inverted=False))
 
 
 def test_bad_images_are_one_line_and_leave_nothing(
@@ -224,9 +262,7 @@ def test_texts_that_spreadsheets_would_run_are_guarded(small: Records) -> None:
         network_facts(RunConfig().model, small), classes=["=", "=1+1", "-5", "@x", "a\nb\x1b"]
     )
     places = ["=cmd.png", "b,c.png", "\udcff.png", "-", "e"]
-    inputs = Inputs(
-        "x", 5, 28, 28, lambda row_M: row_M, iter(places), (), np.zeros(0, np.uint8), []
-    )
+    inputs = unlabelled(np.zeros((5, 784), np.uint8), places)
     found = Predictions(
         answer_NT=np.arange(5)[:, None], probability_NT=np.ones((5, 1), np.float32), num_opposite=0
     )
@@ -261,10 +297,7 @@ def test_pixels_that_change_while_they_are_answered_are_refused(
 
 def test_a_network_that_is_broken_is_refused(small: Records) -> None:
     facts = network_facts(RunConfig().model, small)
-    inputs = Inputs(
-        "x", 3, 28, 28, lambda row_M: np.zeros((len(row_M), 784), np.uint8), iter("abc"), (),
-        np.zeros(0, np.uint8), [],
-    )  # fmt: skip
+    inputs = unlabelled(np.zeros((3, 784), np.uint8), "abc")
     with pytest.raises(UserError, match="not finite; train it again"):
         predict(lambda image: torch.full((len(image), 8), torch.nan), facts, inputs, invert=False)
     shares = predict(lambda image: torch.zeros(len(image), 8), facts, inputs, invert=False)

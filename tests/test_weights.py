@@ -22,6 +22,7 @@ from engine.train.folder import checkpoints
 from engine.train.trainer import fit
 from engine.train.weights import (
     KEY,
+    load_network,
     metadata_of,
     network_facts,
     packed,
@@ -31,7 +32,7 @@ from engine.train.weights import (
 from engine.world import World
 from tests.conftest import CLASSES
 from tests.test_models import readme_example
-from tools.measure.trained import find_weights, load_network, run_config, weights_alone
+from tools.measure.trained import find_weights, run_config, weights_alone
 
 WEIGHTS = {"a": torch.arange(6.0).reshape(2, 3)}
 
@@ -67,7 +68,7 @@ def test_the_same_weights_are_the_same_bytes(small: Records) -> None:
     """safetensors orders the entries of metadata anew each time; there is one."""
     facts = network_facts(ModelConfig(), small)
     assert len(metadata_of(facts)) == 1
-    assert len({packed(WEIGHTS, facts) for _ in range(20)}) == 1
+    assert len({packed(WEIGHTS, metadata_of(facts)) for _ in range(20)}) == 1
     assert packed(WEIGHTS) == save(WEIGHTS)
 
 
@@ -135,12 +136,12 @@ def test_weights_of_another_run_are_found(run: Path, tmp_path: Path) -> None:
     facts = read_facts(run / MODEL)
     assert facts
     trained = find_weights(run)
-    network = load_network(run_config(trained).model, facts, trained)
+    network = load_network(run_config(trained).model, facts, trained.file)
     other = replace(facts, dataset_fingerprint="0" * 64)
     (tmp_path / "run").mkdir()
     for name in ("report.json", "config.toml"):
         (tmp_path / "run" / name).write_bytes((run / name).read_bytes())
-    (tmp_path / "run" / MODEL).write_bytes(packed(dict(network.state_dict()), other))
+    (tmp_path / "run" / MODEL).write_bytes(packed(dict(network.state_dict()), metadata_of(other)))
     with pytest.raises(
         UserError, match="says that it was trained on records 0000000000000000, but"
     ):
@@ -154,7 +155,7 @@ def test_a_file_that_speaks_of_a_huge_network_takes_no_memory(
     facts = read_facts(run / MODEL)
     assert facts
     huge = replace(facts, height_pixels=4096, width_pixels=4096)
-    (tmp_path / MODEL).write_bytes(packed(WEIGHTS, huge))
+    (tmp_path / MODEL).write_bytes(packed(WEIGHTS, metadata_of(huge)))
     trained = weights_alone(tmp_path / MODEL)
     with pytest.raises(UserError, match="holds the weights of another network"):
-        load_network(huge.model, huge, trained)
+        load_network(huge.model, huge, trained.file)

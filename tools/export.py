@@ -12,9 +12,10 @@ from engine.errors import UserError, exit_on_user_error, printable
 from engine.host import prepare_process
 from engine.models import make_model
 from engine.paths import PATH
-from engine.report import NetworkFacts, RunReport, environment, read_report
+from engine.report import NetworkFacts, environment, read_report
 from engine.train.answers import all_logits
 from engine.train.backends import set_fp32_precision
+from engine.train.weights import load_network
 from engine.ui import guard_outputs
 from tools.measure.exported import (
     FORMS,
@@ -28,7 +29,6 @@ from tools.measure.trained import (
     check_same_task,
     find_weights,
     known_facts,
-    load_network,
     open_run_records,
     run_config,
 )
@@ -100,7 +100,7 @@ def main(
                 config=config,
                 split=split,
                 checks=checks,
-                report=None if checkpoint else report_of(trained.run),
+                report=None if checkpoint else read_report(trained.run),
                 checkpoint=checkpoint,
                 environment=environment(
                     num_threads=torch.get_num_threads(), allocator="default", gpu={}
@@ -137,25 +137,17 @@ def export(
         UserError: the weights or the split are not there, or a file answers otherwise.
     """
     set_fp32_precision("fp32")
-    network = load_network(config.model, facts, trained)
+    network = load_network(config.model, facts, trained.file)
     wanted_NK = all_logits(network, split.image_NHW, torch.device("cpu"))
     if not wanted_NK.isfinite().all():
         raise UserError(f"{trained.run}: answers with numbers that are not finite; train it again")
+    size = facts.height_pixels, facts.width_pixels
+    like = make_model(config.model, *size, len(facts.classes), seed=1)
     checks = []
     for name in forms:
-        size = facts.height_pixels, facts.width_pixels
-        like = make_model(config.model, *size, len(facts.classes), seed=1)
         path = write_form(name, folder, network, facts)
         checks.append(check_form(name, path, split, wanted_NK, like))
     return checks
-
-
-def report_of(run: Path) -> RunReport | None:
-    """The run's report; None where a checkpoint is all that it left."""
-    try:
-        return read_report(run)
-    except UserError:
-        return None
 
 
 def check_line(check: Check, target: Path, split: str) -> str:

@@ -12,10 +12,9 @@ from engine.durable import write_file, writing
 from engine.errors import printable
 from engine.report import NetworkFacts
 from engine.train.answers import answers
-from engine.train.weights import network_facts, packed_for_others
+from engine.train.weights import load_network, metadata_for_others, network_facts, packed
 from tools.measure.trained import (
     check_same_task,
-    load_network,
     open_run_records,
     run_config,
     weights_at,
@@ -53,7 +52,7 @@ def draw_glyphs(run: Path, data: Path | None, model: str, out: Path, export: Pat
     name, split = shown_split(records)
     num = min(COLUMNS * ROWS, len(split))
     shown = split.take(np.linspace(0, len(split) - 1, num).astype(int))
-    network = load_network(config.model, facts, trained)
+    network = load_network(config.model, facts, trained.file)
     answer_N = answers(network, shown.image_NHW, torch.device("cpu"))
     if export:
         export_weights(export, network, facts)
@@ -66,7 +65,7 @@ def draw_glyphs(run: Path, data: Path | None, model: str, out: Path, export: Pat
 def export_weights(file: Path, network: torch.nn.Module, facts: NetworkFacts) -> None:
     """Write the weights as one safetensors file, whose metadata say what its answers mean."""
     with writing(file):
-        write_file(file, packed_for_others(network.state_dict(), facts))
+        write_file(file, packed(network.state_dict(), metadata_for_others(facts)))
 
 
 def shown_split(records: Records) -> tuple[str, Split]:

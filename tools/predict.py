@@ -149,12 +149,13 @@ def answer(load: "Load", sources: Sequence[Path], options: SourceOptions, form: 
 
 def load(run: Path, data: Path | None, model: str) -> "tuple[Network, NetworkFacts]":
     """The network, and what it takes and answers; torch is imported here."""
-    from tools.measure.trained import known_facts, load_network, run_config, weights_at
+    from engine.train.weights import load_network
+    from tools.measure.trained import known_facts, run_config, weights_at
 
     trained = weights_at(run)
     config = run_config(trained, model)
     facts = known_facts(trained, config, data)
-    network = load_network(config.model, facts, trained)
+    network = load_network(config.model, facts, trained.file)
     network.use_channels_last()  # much faster on a CPU
     return network, facts
 

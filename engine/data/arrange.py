@@ -88,10 +88,6 @@ class Arrangement:
         pixels = (f"pixel{number}" for number in range(self.num_pixels))
         return ",".join(["label", *pixels]).encode() + b"\n"
 
-    def line_of(self, row: int) -> int:
-        """The line of a row, both from 1 on."""
-        return row + bool(self.names)
-
     def column_of(self, column: int) -> str:
         """Where the lexer's column stands in the file, from 1 on, with its name."""
         if column == ROW_NUMBER:
@@ -216,67 +212,60 @@ class ArrangedSource(Source):
 
 def arrange(fields: Sequence[str], asked: Asked) -> Arrangement:
     """Where the columns stand, by a CSV's first line; a Fault if it does not fit `asked`."""
+    place = _label_place(len(fields), asked)
+    first = int(asked.index_column)
+    pixels = [name for number, name in enumerate(fields) if number >= first and number != place]
+    if not pixels or isqrt(len(pixels)) ** 2 != len(pixels):
+        raise _no_square(len(fields), len(pixels), asked)
+    if not asked.no_header:
+        _check_names(fields, place, pixels, asked.index_column)
+    label = None if place is None else place - first
+    names = () if asked.no_header else tuple(fields)
+    return Arrangement(len(fields), label, asked.index_column, names)
+
+
+def _label_place(num: int, asked: Asked) -> int | None:
+    """The label's column of `num`, from 0 on; None: there is none. A Fault if it cannot be."""
     if asked.label_column == NO_LABEL:
-        return _of_pixels(fields, asked)
-    num = len(fields)
-    behind_index = int(asked.index_column)
-    places = {"first": behind_index, "last": num - 1}
+        return None
+    first = int(asked.index_column)
+    places = {"first": first, "last": num - 1}
     place = places.get(asked.label_column, -1)
     if place < 0:
         place = int(asked.label_column) - 1
-    if not behind_index <= place < num:
+    if not first <= place < num:
         raise Fault(f"got {num} columns, want a label in column {place + 1}; give another number")
-    num_pixels = num - behind_index - 1
-    if not num_pixels or isqrt(num_pixels) ** 2 != num_pixels:
-        index = "the row number, " if asked.index_column else ""
-        raise Fault(
-            f"got {num} columns, of them {index}the label and {num_pixels} pixels, want a square "
-            f"number of pixels; pad or cut the images, or drop other columns"
+    return place
+
+
+def _no_square(num: int, num_pixels: int, asked: Asked) -> Fault:
+    """Of `num` columns, so many that hold pixels."""
+    if asked.label_column == NO_LABEL:
+        return Fault(
+            f"got {num_pixels} columns of pixels, want a square number of them; pad or cut the "
+            f"images, or leave --label-column {NO_LABEL} out if one holds labels"
         )
-    if not asked.no_header:
-        _check_names(fields, place, asked.index_column)
-    names = () if asked.no_header else tuple(fields)
-    return Arrangement(num, place - behind_index, asked.index_column, names)
+    index = "the row number, " if asked.index_column else ""
+    return Fault(
+        f"got {num} columns, of them {index}the label and {num_pixels} pixels, want a square "
+        f"number of pixels; pad or cut the images, or drop other columns"
+    )
 
 
-def _of_pixels(fields: Sequence[str], asked: Asked) -> Arrangement:
-    """Of a CSV without labels."""
-    pixels = list(fields[int(asked.index_column) :])
-    num = len(pixels)
-    if not num or isqrt(num) ** 2 != num:
-        raise Fault(
-            f"got {num} columns of pixels, want a square number of them; pad or cut the images, or "
-            f"leave --label-column {NO_LABEL} out if one holds labels"
-        )
-    if not asked.no_header:
-        _check_index(fields, asked.index_column)
-        if not are_pixels(pixels):
-            raise Fault(
-                f"the columns are called {pixels[0][:40]!r} to {pixels[-1][:40]!r}, want pixel0.., "
-                f"pixel1.., 0.., 1.. or 1x1.. in this order; rename them, or give --no-header if "
-                f"there is none"
-            )
-    names = () if asked.no_header else tuple(fields)
-    return Arrangement(len(fields), None, asked.index_column, names)
-
-
-def _check_index(names: Sequence[str], has_index: bool) -> None:
-    """A Fault unless a header calls the row numbers' column as it may be called."""
+def _check_names(
+    names: Sequence[str], place: int | None, pixels: Sequence[str], has_index: bool
+) -> None:
+    """A Fault unless a header calls the columns what they are to be."""
     if has_index and names[0].lower() not in INDEX_NAMES:
         raise Fault(
             f"the first column is called {names[0][:40]!r}, want row numbers without a name"
         )
-
-
-def _check_names(names: Sequence[str], place: int, has_index: bool) -> None:
-    """A Fault unless a header calls the columns what they are to be."""
-    _check_index(names, has_index)
-    pixels = [*names[int(has_index) : place], *names[place + 1 :]]
     if not are_pixels(pixels):
+        beside = "" if place is None else f" beside the label {names[place][:40]!r}"
         raise Fault(
-            f"the columns beside the label {names[place][:40]!r} are called {pixels[0][:40]!r} to "
-            f"{pixels[-1][:40]!r}, want pixel0.., pixel1.., 0.., 1.. or 1x1.. in this order; "
-            f"rename them, or give --no-header if there is none"
+            f"the columns{beside} are called {pixels[0][:40]!r} to {pixels[-1][:40]!r}, want "
+            f"pixel0.., pixel1.., 0.., 1.. or 1x1.. in this order; rename them, or give "
+            f"--no-header if there is none"
         )
 
 

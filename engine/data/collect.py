@@ -167,9 +167,13 @@ class Collector:
         font_N = font_rank[font_N]
         return Table(self.side, classes, fonts, label_N, font_N, *numbers)
 
+    def place(self, source: str, row: int) -> str:
+        """Where a row of a file, from 1 on, stands."""
+        return f"{source}: {self.unit} {row}"
+
     def refusal(self, row: int, fault: Fault) -> UserError:
         """Of a row, counted from 1 over all files."""
-        return UserError(f"{self.source}: {self.unit} {row - self.first}: {fault}")
+        return UserError(f"{self.place(self.source, row - self.first)}: {fault}")
 
     def _check_label(self, label: str, row: int) -> None:
         there = f"{self.unit} {row - self.first}"
@@ -249,16 +253,18 @@ class CsvCollector(Collector):
                 f"{self.source}: the lexers disagree on row {self.row}: {faulty_line[:99]!r}"
             )
 
+    def place(self, source: str, row: int) -> str:
+        has_header = self.arrangement is None or bool(self.arrangement.names)
+        return f"{source}:{row + has_header}"
+
     def refusal(self, row: int, fault: Fault) -> UserError:
         row -= self.first
-        line = row + 1
         column = ""
         if self.arrangement is None and fault.column:
             column = f", column {fault.column} {self.layout.columns[fault.column - 1]!r}"
-        elif self.arrangement is not None:
-            line = self.arrangement.line_of(row)
-            column = f", column {self.arrangement.column_of(fault.column)}" if fault.column else ""
-        return UserError(f"{self.source}:{line} (row {row}{column}): {fault}")
+        elif self.arrangement is not None and fault.column:
+            column = f", column {self.arrangement.column_of(fault.column)}"
+        return UserError(f"{self.place(self.source, row)} (row {row}{column}): {fault}")
 
     def _label_column(self) -> int:
         return self.layout.num_text

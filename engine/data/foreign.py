@@ -101,6 +101,11 @@ def foreign(head: bytes, name: str, size: int | None = None) -> str:
     return f"{what}; {remedy.replace('{name}', shlex.quote(name))}" if what else ""
 
 
+def is_picture(head: bytes) -> bool:
+    """Whether a file that begins so is a picture of any format."""
+    return _kind(head[:HEAD_BYTES], None)[1] == PICTURE
+
+
 def _kind(head: bytes, size: int | None) -> tuple[str, str]:
     """(what it is, what to do), or two empty texts."""
     if idx := idx_contents(head):

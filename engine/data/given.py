@@ -12,7 +12,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
 from itertools import islice
 from pathlib import Path
 
@@ -136,9 +135,8 @@ class CsvFiles(Grouped):
 
     def places(self, collector: Collector) -> Iterator[str]:
         """Where each row stands, `file:line`."""
-        first_line = 1 if self._options.no_header else 2
         for source, rows in collector.stretches():
-            yield from (f"{source}:{first_line + number}" for number in range(len(rows)))
+            yield from (collector.place(source, number) for number in range(1, len(rows) + 1))
 
     def stored(self) -> Stored | None:
         """None: pixels are text here."""
@@ -209,7 +207,7 @@ class ImageFiles(Grouped):
     def places(self, collector: Collector) -> Iterator[str]:
         """Where each image lies: its file, or the source and its number there from 1 on."""
         for source, (name, rows) in zip(self._sources, collector.stretches(), strict=True):
-            numbered = (f"{name}: image {number}" for number in range(1, len(rows) + 1))
+            numbered = (collector.place(name, number) for number in range(1, len(rows) + 1))
             yield from source.places() or numbered
 
     def stored(self) -> Stored | None:
@@ -322,8 +320,6 @@ class Reading:
         is_open = False
         before = collector.row if collector else 0
         with ThreadPoolExecutor(self._options.num_workers) as pool:
-            if self._spool is not None:  # for the second pass, while nobody waits for it
-                pool.submit(import_module, "pyarrow")
             block_bytes = self._options.block_bytes
             for buffer, stop in blocks(source, lambda: self._buffers[0], block_bytes):
                 start = 0

@@ -21,7 +21,7 @@ import numpy as np
 
 from engine.data.arrange import NO_LABEL, ArrangedSource
 from engine.data.collect import Spool, check_space
-from engine.data.foreign import HEAD_BYTES, PICTURE, foreign, has_class_folders, is_litter
+from engine.data.foreign import HEAD_BYTES, has_class_folders, is_litter, is_picture
 from engine.data.given import CsvFiles, ImageFiles, SourceOptions, csv_kind, open_given
 from engine.data.layouts import first_bytes
 from engine.data.records import Take, open_records
@@ -138,11 +138,6 @@ def _pipes_pictures(source: Source) -> bool:
         return False
     with reading(source.name):
         return is_picture(source.raw.peek(HEAD_BYTES)[:HEAD_BYTES])
-
-
-def is_picture(head: bytes) -> bool:
-    """Whether a file that begins so is a picture of any format."""
-    return foreign(head, "").endswith(PICTURE)
 
 
 def _is_unlabelled(path: Path, options: SourceOptions) -> bool:

@@ -10,8 +10,10 @@ Shapes: N rows of the source, M of them.
 
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -92,6 +94,8 @@ def pack(
             given.check_head()
             raise
         remove_leftovers(out)
+        # For the second pass, while nobody waits for it.
+        stack.enter_context(ThreadPoolExecutor(1)).submit(import_module, "pyarrow")
         with closing(Spool(out.parent)) as spool:
             collector = given.read(spool, progress)
             given.check_unchanged()
@@ -132,10 +136,10 @@ def _publish(
             f"{given.name}: has {num} labels, want {options.classes}; give another --classes"
         )
     groups = given.rows(collector)
+    _check_known_classes(given, collector, table, groups)
     counts = odd_counts(table)
     facts: dict[str, Any] = {"options": options.for_manifest(), "source_rows": counts}
     if "train" in groups:
-        check_known_classes(given, collector, table)
         rows = draw_given(table, groups, options)
         facts[GIVEN] = list(groups)
     else:
@@ -147,9 +151,10 @@ def _publish(
     return PackReport(manifest, warnings, given.found)
 
 
-def check_known_classes(given: CsvFiles | ImageFiles, collector: Collector, table: Table) -> None:
+def _check_known_classes(
+    given: CsvFiles | ImageFiles, collector: Collector, table: Table, groups: Mapping[str, range]
+) -> None:
     """UserError if a split that is given has a class that train has not."""
-    groups = given.rows(collector)
     if "train" not in groups:
         return
     start, stop = groups["train"].start, groups["train"].stop
@@ -193,11 +198,12 @@ def check(
         note = f"only the first {MAX_FAULTS} faults are listed"
         return collector.row, faults, [note] if len(faults) == MAX_FAULTS else []
     table = collector.table()
+    groups = given.rows(collector)
     try:
-        check_known_classes(given, collector, table)
+        _check_known_classes(given, collector, table, groups)
     except UserError as error:
         return collector.row, [str(error)], []
-    seen = _seen_warnings(table, given.rows(collector))
+    seen = _seen_warnings(table, groups)
     return collector.row, [], [*warnings_of(table, odd_counts(table)), *seen]
 
 

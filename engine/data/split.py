@@ -46,7 +46,7 @@ def draw_splits(
     fonts: tuple[str, ...],
     options: SplitOptions,
     held_out: tuple[str, ...] = HELD_OUT,
-) -> dict[str, np.ndarray]:
+) -> SplitRows:
     """Row numbers of each split, ascending.
 
     `random` is stratified: within each class the rows stand in the order of a keyed bijection of
@@ -79,7 +79,7 @@ def draw_splits(
     return _draw_fonts(row_M, font_N[row_M], fonts, options.seed, held_out)
 
 
-def _draw_random(kept: list[np.ndarray], held_out: tuple[str, ...]) -> dict[str, np.ndarray]:
+def _draw_random(kept: list[np.ndarray], held_out: tuple[str, ...]) -> SplitRows:
     parts = []
     for row_M in kept:
         num = max(1, round(len(row_M) * EVAL_FRACTION))
@@ -124,7 +124,7 @@ def _draw_fonts(
     fonts: tuple[str, ...],
     seed: int,
     held_out: tuple[str, ...],
-) -> dict[str, np.ndarray]:
+) -> SplitRows:
     families = sorted({family(font) for font in fonts})
     num = len(families)
     least = len(held_out) + 1

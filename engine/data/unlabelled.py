@@ -33,7 +33,7 @@ from engine.data.pictures import (
 from engine.data.source import Source, reading
 from engine.errors import UserError
 
-NO_LABEL = "?"
+ANY_LABEL = "?"
 """Of rows: each has some label."""
 
 
@@ -76,7 +76,7 @@ class Unlabelled:
 
     def _decode(self, block: list[Picture]) -> Rows:
         image_RP = decode(block, self.side, self._first)
-        return rows_of(image_RP, [NO_LABEL], np.zeros(len(block), np.int32))
+        return rows_of(image_RP, [ANY_LABEL], np.zeros(len(block), np.int32))
 
 
 def files_of(paths: Sequence[Path]) -> Unlabelled:

@@ -10,7 +10,6 @@ It does not scale pixels, and distorts none unless a setting says so.
 Shapes: B samples of one rank, H x W pixels, N samples of the split.
 """
 
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from engine.durable import Damaged
 from engine.errors import UserError
 from engine.feeds.batch import Batch, Feed
 from engine.feeds.build import choose_feed, make_feed, make_order, open_for
-from engine.host import env_local_rank, env_rank, env_world_size
+from engine.host import env_has_local_rank, env_local_rank, env_rank, env_world_size
 from engine.order import Order
 from engine.typed import typed
 
@@ -333,7 +332,7 @@ def _own_device() -> torch.device:
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    chosen = env_local_rank() if "LOCAL_RANK" in os.environ else torch.cuda.current_device()
+    chosen = env_local_rank() if env_has_local_rank() else torch.cuda.current_device()
     return torch.device("cuda", chosen)
 
 

@@ -5,13 +5,13 @@ configurations may share a process. What a machine does not support of them avai
 back before.
 """
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from engine import late_dynamo
 from engine.config import StepConfig
 
 CONV_BACKWARD = ("max_autotune_conv_bwd_weight_backends", "max_autotune_conv_bwd_input_backends")
@@ -35,12 +35,12 @@ def backends_kept() -> Iterator[None]:
     Not the precision: `set_fp32_precision` is called wherever it matters.
     """
     cudnn_benchmark = torch.backends.cudnn.benchmark
-    optimize_ddp = torch._dynamo.config.optimize_ddp if "torch._dynamo" in sys.modules else True
+    optimize_ddp = torch._dynamo.config.optimize_ddp if late_dynamo.is_loaded() else True
     try:
         yield
     finally:
         torch.backends.cudnn.benchmark = cudnn_benchmark
-        if "torch._dynamo" in sys.modules:
+        if late_dynamo.is_loaded():
             torch._dynamo.config.optimize_ddp = optimize_ddp
 
 

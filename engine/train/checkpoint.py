@@ -40,7 +40,7 @@ from engine.train.folder import (
 )
 from engine.train.parallel import put, whole
 from engine.train.state import Tensors, TrainState
-from engine.train.weights import packed
+from engine.train.weights import metadata_of, packed
 from engine.world import World
 
 NUM_KEPT = 2
@@ -80,7 +80,8 @@ def write_checkpoint(
         OSError: the disk refused; earlier checkpoints are untouched.
     """
     _refuse_nonfinite(files, f"after step {manifest.position.num_steps}")
-    data = {name: packed(each, facts if name == MODEL else None) for name, each in files.items()}
+    says = {MODEL: metadata_of(facts)} if facts else {}
+    data = {name: packed(each, says.get(name)) for name, each in files.items()}
     hashes = {name: hashlib.sha256(content).hexdigest() for name, content in data.items()}
     target = checkpoint_path(run, manifest.position.number)
     old = temporary_name(target)

@@ -193,6 +193,8 @@ class TrainStep:
         self._log_5K = torch.zeros(5, self.steps_per_launch, device=device)
         self._log_5S = torch.zeros(5, order.steps_per_epoch, device=device)
         self._one = torch.ones((), device=device)
+        # On a GPU a launch less than torch's own; given one, torch imports sympy (1 s) to compare.
+        self._root_gradient = self._one if device.type == "cuda" else None
         num_rows = max(config.step.canonical, 1)
         self._eval_N3 = torch.zeros(num_rows, 3, dtype=torch.float64, device=device)
 
@@ -521,7 +523,7 @@ class TrainStep:
                     loss, correct = self._net(part.image_BHW, part.label_B)
                 with span("backward"):
                     part_loss = loss / divisor if divisor > 1 else loss
-                    self.scaler.scale(part_loss).backward(self._one)
+                    self.scaler.scale(part_loss).backward(self._root_gradient)
             if self._shards:
                 self._shards.keep(number, loss.detach(), correct)
                 continue

@@ -13,23 +13,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from engine.config import RunConfig
 from engine.data.records import Records, Split
-from engine.errors import UserError, sentence
-from engine.models import make_model
+from engine.data.split import HELD_OUT
 from engine.train.answers import all_logits
 from engine.train.backends import set_fp32_precision
 from engine.train.journal import WEIGHTS
 from engine.train.sweep import Vote
+from engine.train.weights import load_network, network_facts
 
 TEMPERATURES = (0.05, 20.0)
 """The search ends there: the answers of a network that is never wrong want a temperature of 0."""
 NUM_HALVINGS = 40
 """Of log(400), the range above: what is left is far below what a float holds."""
-SPLITS = ("val", "test")
 
 
 class Ballot:
@@ -38,7 +35,7 @@ class Ballot:
     def __init__(self, records: Records, device: torch.device) -> None:
         self._records = records
         self._device = device
-        self._splits = [name for name in SPLITS if len(records.splits.get(name, ()))]
+        self._splits = [name for name in HELD_OUT if len(records.splits.get(name, ()))]
         self._num = 0
         self._sum_NK: dict[tuple[str, bool], torch.Tensor] = {}
         """By split, and whether calibrated."""
@@ -47,18 +44,12 @@ class Ballot:
         """Count a finished run's network in; its temperature, None where there is no val split.
 
         Raises:
-            UserError: its weights cannot be read.
+            UserError: its weights are not there, damaged, or another network's.
         """
         set_fp32_precision("fp32")
         records = self._records
-        model = make_model(config.model, *records.height_width, len(records.classes), seed=0)
-        try:
-            model.load_state_dict(load_file(run / WEIGHTS))
-        except (OSError, SafetensorError, RuntimeError) as error:  # the last: other weights
-            raise UserError(
-                f"{run / WEIGHTS}: cannot be read ({sentence(error)}); train it anew"
-            ) from None
-        model.train(False).to(self._device)
+        facts = network_facts(config.model, records)
+        model = load_network(config.model, facts, run / WEIGHTS).to(self._device)
         splits = {name: records.split(name) for name in self._splits}
         logits_NK = {
             name: all_logits(model, split.image_NHW, self._device).double()

@@ -4,22 +4,23 @@ The metadata are one entry, `network`, JSON of a NetworkFacts: of several, safet
 order anew each time, and the same weights would not be the same bytes. Readers of other makers see
 a text there, or nothing.
 
-Does not: verify a checkpoint (checkpoint.py), nor make a network of what it reads.
+Does not: verify a checkpoint (checkpoint.py), nor find a file (tools/measure/trained.py).
 """
 
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 
 from engine import __version__
 from engine.config import ModelConfig
 from engine.data.records import MAX_CLASSES, MAX_PIXELS, Records
 from engine.durable import Damaged, parse_json, write_file
 from engine.errors import UserError
-from engine.models import network_class
+from engine.models import Network, make_model, network_class
 from engine.report import UNKNOWN, Environment, NetworkFacts, without_folders
 from engine.train.state import Tensors
 from engine.typed import typed
@@ -54,10 +55,10 @@ def network_facts(
     )
 
 
-def packed(tensors: Tensors, facts: NetworkFacts | None = None) -> bytes:
+def packed(tensors: Tensors, metadata: dict[str, str] | None = None) -> bytes:
     """As safetensors, which keeps no strides: channels-last weights are written in plain order."""
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    return save(whole, metadata=metadata_of(facts) if facts else None)
+    return save(whole, metadata=metadata)
 
 
 def metadata_of(facts: NetworkFacts) -> dict[str, str]:
@@ -75,15 +76,14 @@ def plain_metadata(facts: NetworkFacts) -> dict[str, str]:
     }
 
 
-def packed_for_others(tensors: Tensors, facts: NetworkFacts) -> bytes:
-    """As safetensors that this project and other programs can read."""
-    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    return save(whole, metadata={"format": "pt"} | plain_metadata(facts) | metadata_of(facts))
+def metadata_for_others(facts: NetworkFacts) -> dict[str, str]:
+    """The metadata that this project and other programs can read."""
+    return {"format": "pt"} | plain_metadata(facts) | metadata_of(facts)
 
 
 def save_model(path: Path, tensors: Tensors, facts: NetworkFacts | None) -> None:
     """Write a network's parameters and buffers as one safetensors file."""
-    write_file(path, packed(tensors, facts))
+    write_file(path, packed(tensors, metadata_of(facts) if facts else None))
 
 
 def read_facts(file: Path) -> NetworkFacts | None:
@@ -124,3 +124,42 @@ def _check(facts: NetworkFacts) -> None:
         raise Damaged("a patch has no pixels")
     if facts.model.file:
         raise Damaged("they name a file of code, which only a command line may")
+
+
+def load_network(model: ModelConfig, facts: NetworkFacts, file: Path) -> Network:
+    """The network on the CPU with the weights of a file, as it answers: it is not in training.
+
+    Args:
+        model: the run's, with the place of a file of the user's own.
+    Raises:
+        UserError: the weights are not there, damaged, or another network's.
+    """
+    found = _read_weights(file)
+    size = facts.height_pixels, facts.width_pixels
+    if not model.is_own:  # a file may speak of images so large that no memory holds such a network
+        with torch.device("meta"):
+            _check_forms(make_model(model, *size, len(facts.classes), seed=0), found, file)
+    network = make_model(model, *size, len(facts.classes), seed=0)
+    _check_forms(network, found, file)
+    network.load_state_dict(found)
+    return network
+
+
+def _read_weights(file: Path) -> Tensors:
+    """The parameters in a safetensors file."""
+    if not file.is_file():
+        raise UserError(f"{file.parent}: holds no {file.name}; {REMEDY}")
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file}: is damaged or no safetensors file ({error}); {REMEDY}") from None
+
+
+def _check_forms(network: torch.nn.Module, found: Tensors, file: Path) -> None:
+    """UserError if the parameters are not those of such a network."""
+    if _forms(found) != _forms(network.state_dict()):
+        raise UserError(f"{file}: holds the weights of another network; {REMEDY}")
+
+
+def _forms(tensors: Tensors) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}

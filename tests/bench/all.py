@@ -23,6 +23,7 @@ from tests.bench import (
     ranks,
     report,
     sources,
+    startup,
     step,
     sweep,
     warp,
@@ -48,6 +49,7 @@ def main(data: Path | None, out: Path) -> None:
     canonical.bench(out, rounds=5, num_steps=60)
     fsdp.bench(out, rounds=3, num_steps=24)
     plan.bench(out, rounds=3, num_steps=24)
+    startup.bench(out, rounds=9)
     measuring.bench(out, rounds=9, num_steps=60)
     checkpoints.bench(out, rounds=15)
     sweep.bench(out, rounds=3)

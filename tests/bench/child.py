@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Required, TypedDict, Unpack
 
 from engine.config import flatten
 from engine.config_text import read_toml
@@ -11,51 +12,41 @@ from tools.measure.results import Repetition, Settings
 from tools.measure.runner import Job, Run, in_child
 
 
-def job_of(
-    config: str,
-    *,
-    batch_size: int,
-    num_steps: int,
-    num_ranks: int = 1,
-    num_threads: int = 0,
-    changed: Settings | None = None,
-) -> Job:
-    """bench_configs/`config`.toml on the CPU, as tools/profile would measure it.
+class Given(TypedDict, total=False):
+    """What is measured of a configuration."""
 
-    Args:
-        batch_size: samples of a rank.
-        changed: settings beside those of the file.
-    """
-    settings = flatten(read_toml(ROOT / "bench_configs" / f"{config}.toml")) | (changed or {})
-    cell = config_cell(config, settings, batch_size * num_ranks)
-    axes = {"batch": batch_size, "ranks": num_ranks}
-    cell = replace(cell, axes=axes, num_steps=num_steps, num_threads=num_threads)
+    batch_size: Required[int]
+    """Samples of a rank."""
+    num_steps: Required[int]
+    num_ranks: int
+    """By default 1."""
+    num_threads: int
+    """By default as many as torch takes."""
+    changed: Settings
+    """Settings beside those of the file."""
+
+
+def job_of(config: str, **given: Unpack[Given]) -> Job:
+    """bench_configs/`config`.toml on the CPU, as tools/profile would measure it."""
+    file = ROOT / "bench_configs" / f"{config}.toml"
+    settings = flatten(read_toml(file)) | given.get("changed", {})
+    batch_size, num_ranks = given["batch_size"], given.get("num_ranks", 1)
+    cell = replace(
+        config_cell(config, settings, batch_size * num_ranks),
+        axes={"batch": batch_size, "ranks": num_ranks},
+        num_steps=given["num_steps"],
+        num_threads=given.get("num_threads", 0),
+    )
     return Run(title=config, cells=[cell], out=Path(), device="cpu").job(cell, 0)
 
 
-def measured(
-    config: str,
-    *,
-    batch_size: int,
-    num_steps: int,
-    num_ranks: int = 1,
-    num_threads: int = 0,
-    changed: Settings | None = None,
-) -> Repetition:
+def measured(config: str, **given: Unpack[Given]) -> Repetition:
     """What `job_of` the same comes to.
 
     Raises:
         RuntimeError: it failed.
     """
-    job = job_of(
-        config,
-        batch_size=batch_size,
-        num_steps=num_steps,
-        num_ranks=num_ranks,
-        num_threads=num_threads,
-        changed=changed,
-    )
-    found = in_child(job)
+    found = in_child(job_of(config, **given))
     if found.failed:
         raise RuntimeError(found.failed)
     return found

@@ -72,8 +72,9 @@ class Pair:
 
     unit: str
     most_percent: float | None
-    predicted: list[float] = field(default_factory=list)
-    measured: list[float] = field(default_factory=list)
+    """By which the median prediction may be off; None: nothing is claimed."""
+    predicted: list[float]
+    measured: list[float]
 
     def percents(self) -> list[float]:
         """How far predictions are off."""
@@ -94,15 +95,6 @@ class Pair:
         return [claim(f"{name}: prediction off (%)", off, self.most_percent, at_most=True)]
 
 
-def pair_of(name: str) -> Pair:
-    """An empty one, with its unit and what is claimed."""
-    if "all-reduce of" in name:
-        return Pair("us", MOST_REDUCE_PERCENT)
-    if name.endswith("memory"):
-        return Pair("GiB", None)
-    return Pair("ms", None if name.endswith("fsdp") else MOST_STEP_PERCENT)
-
-
 @dataclass
 class Found:
     """What was measured in a round, before anything is predicted."""
@@ -120,17 +112,22 @@ def a_round(num_steps: int) -> tuple[Found, Environment]:
     """Measure once."""
 
     def step(batch: int, num_ranks: int = 1, parallel: str = "ddp") -> Repetition:
-        changed = SETTINGS | {"step.parallel": parallel}
-        return measured("rung_bf16", batch_size=batch, num_steps=num_steps, num_ranks=num_ranks,
-                        num_threads=1, changed=changed)  # fmt: skip
+        return measured(
+            "rung_bf16",
+            batch_size=batch,
+            num_steps=num_steps,
+            num_ranks=num_ranks,
+            num_threads=1,
+            changed=SETTINGS | {"step.parallel": parallel},
+        )
 
     alone = {batch: step(batch) for batch in (*BATCHES, BETWEEN)}
-    job = job_of("rung_bf16", batch_size=BETWEEN, num_steps=num_steps, num_threads=1,
-                 changed=SETTINGS)  # fmt: skip
+    job = job_between(num_steps, num_ranks=1)
+    ends = ((batch, alone[batch]) for batch in BATCHES)
     timings = Timings(
         basis="measured",
         device="CPU",
-        steps=[_step_time(batch, alone[batch]) for batch in BATCHES],
+        steps=[_step_time(batch, step_ms_of(it), _peak_gib(it)) for batch, it in ends],
         slowdowns=[slowdown_of(job, 2, 1)],
     )
     found = Found(timings, _peak_gib(alone[BETWEEN]))
@@ -148,9 +145,19 @@ def a_round(num_steps: int) -> tuple[Found, Environment]:
     return found, alone[BETWEEN].facts
 
 
-def _step_time(batch: int, found: Repetition) -> StepTime:
-    ms = step_ms_of(found)
-    peak_gib = _peak_gib(found)
+def job_between(num_steps: int, num_ranks: int) -> Job:
+    """Of the batch that is predicted, under ddp."""
+    return job_of(
+        "rung_bf16",
+        batch_size=BETWEEN,
+        num_steps=num_steps,
+        num_ranks=num_ranks,
+        num_threads=1,
+        changed=SETTINGS,
+    )
+
+
+def _step_time(batch: int, ms: float, peak_gib: float) -> StepTime:
     return StepTime(
         precision="fp32", batch=batch, step_ms=ms, low_ms=ms, high_ms=ms, n=1, peak_gib=peak_gib
     )
@@ -188,8 +195,7 @@ def _link_of(nodes: Nodes) -> Link:
 
 
 def _step_of(nodes: Nodes, num_steps: int) -> Repetition:
-    job: Job = job_of("rung_bf16", batch_size=BETWEEN, num_steps=num_steps, num_ranks=2,
-                      num_threads=1, changed=SETTINGS)  # fmt: skip
+    job = job_between(num_steps, num_ranks=2)
     file, result = nodes.folders[0] / "job.json", nodes.folders[0] / "repetition.json"
     write_json(replace(job, first=False, data=str(ensure_sample())), file)
     _run(nodes, "tools.measure.cell", str(file), str(result))
@@ -214,7 +220,6 @@ def model_of(timings: Timings, link: Link, num_local: int) -> Model:
         num_samples=0,
         timings=timings,
         link=link,
-        activation_bytes={"fp32": 0.0},
         num_local=num_local,
     )
 
@@ -231,22 +236,26 @@ def reduce_name(where: str, point: Point) -> str:
     return f"{where}: all-reduce of {point.num_bytes:,} bytes"
 
 
-def paired(found: Found, counts: dict[tuple[int, str], Counted]) -> dict[str, tuple[float, float]]:
-    """Predicted and measured of a round, by name: ms of steps, us of all-reduces."""
+def paired(found: Found, counts: dict[tuple[int, str], Counted]) -> dict[str, Pair]:
+    """Predicted and measured of a round, by name."""
     pairs = {}
     for where, points in found.links.items():
         link, reduces = fit_of(points, where)
         model = model_of(found.timings, link, NUM_LOCAL)
         for point in reduces:
             us = link.us("all-reduce", point.num_bytes, point.num_ranks)
-            pairs[reduce_name(where, point)] = (us, point.us)
+            pair = Pair("us", MOST_REDUCE_PERCENT, [us], [point.us])
+            pairs[reduce_name(where, point)] = pair
         for (place, num_ranks, parallel), ms in found.steps_ms.items():
-            if place == where:
-                predicted = model.predict(counts[num_ranks, parallel], BETWEEN)
-                what = f"{where}: step, {num_ranks} x {BETWEEN}"
-                pairs[f"{what}, {parallel}"] = (predicted.step_ms, ms)
-                if num_ranks == 1:
-                    pairs[f"{what}, memory"] = (predicted.rank_gib, found.peak_gib)
+            if place != where:
+                continue
+            predicted = model.predict(counts[num_ranks, parallel], BETWEEN)
+            what = f"{where}: step, {num_ranks} x {BETWEEN}"
+            most_percent = MOST_STEP_PERCENT if parallel == "ddp" else None
+            pairs[f"{what}, {parallel}"] = Pair("ms", most_percent, [predicted.step_ms], [ms])
+            if num_ranks == 1:
+                memory = Pair("GiB", None, [predicted.rank_gib], [found.peak_gib])
+                pairs[f"{what}, memory"] = memory
     return pairs
 
 
@@ -273,10 +282,10 @@ def bench(out: Path, rounds: int, num_steps: int) -> None:
     counts = {way: counted(*way) for way in ways}  # torch at work: after what forks processes
     pairs: dict[str, Pair] = {}
     for found in all_found:
-        for name, (predicted, took) in paired(found, counts).items():
-            pair = pairs.setdefault(name, pair_of(name))
-            pair.predicted.append(predicted)
-            pair.measured.append(took)
+        for name, pair in paired(found, counts).items():
+            known = pairs.setdefault(name, replace(pair, predicted=[], measured=[]))
+            known.predicted += pair.predicted
+            known.measured += pair.measured
     factors = [found.timings.slowdown(2) for found in all_found]
     rows = [row("two steps at once over one alone", factors, "x")]
     rows += [each for name, pair in pairs.items() for each in pair.rows(name)]
@@ -311,7 +320,7 @@ def study_rows() -> list[Row]:
     rows = []
     for gpu, (batch, one_per_s, num_ranks, speedup) in STUDY.items():
         ms = batch / one_per_s * 1000
-        alone = StepTime(precision="fp32", batch=batch, step_ms=ms, low_ms=ms, high_ms=ms, n=0)
+        alone = _step_time(batch, ms, peak_gib=0.0)  # memory is not asked for
         timings = Timings(basis=MODEL, device=gpu, steps=[alone])
         model = model_of(timings, given_link(ASSUMED_ALPHA_US, ASSUMED_GBPS[gpu], "nccl"), 1)
         found = model.predict(counted(num_ranks, "ddp"), batch)

@@ -23,6 +23,7 @@ from engine.errors import UserError
 from engine.report import Environment, NetworkFacts
 from engine.train.answers import all_logits
 from engine.train.backends import set_fp32_precision
+from engine.train.weights import load_network
 from engine.typed import read_result_as
 from tools.measure.scores import Answers, Scores, scores_of
 from tools.measure.trained import (
@@ -30,7 +31,6 @@ from tools.measure.trained import (
     check_same_task,
     find_weights,
     known_facts,
-    load_network,
     open_run_records,
     run_config,
 )
@@ -191,7 +191,7 @@ def answer(
     facts = known_facts(trained, config, opened.data)
     records = opened.of(config, trained, facts)
     records.asked(question.split)
-    network = load_network(config.model, facts, trained).to(device)
+    network = load_network(config.model, facts, trained.file).to(device)
 
     def on(name: str) -> Answers:
         split = records.split(name)

@@ -28,7 +28,7 @@ from engine.data.records import Split
 from engine.errors import UserError, sentence
 from engine.report import NetworkFacts, without_folders
 from engine.train.answers import Network, all_logits
-from engine.train.weights import packed_for_others, plain_metadata
+from engine.train.weights import metadata_for_others, packed, plain_metadata
 
 TOLERANCE = 1e-4
 """Of the largest logit, at least of 1: other libraries add in another order. Sums of 3,136 products
@@ -202,7 +202,7 @@ def _open_program(path: Path, like: nn.Module) -> Network:
 
 
 def _pack_weights(network: nn.Module, facts: NetworkFacts) -> bytes:
-    return packed_for_others(network.state_dict(), facts)
+    return packed(network.state_dict(), metadata_for_others(facts))
 
 
 def _open_weights(path: Path, like: nn.Module) -> Network:

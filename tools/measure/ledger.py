@@ -52,6 +52,7 @@ class Machine:
 
     name: str
     processors: int
+    memory_bytes: float
     bytes_per_s: float
     """Reached by a copy: 0.9 of the datasheet's."""
     launch_us: float = 2.0
@@ -87,12 +88,17 @@ class Machine:
 MACHINES = {
     each.name: each
     for each in (
-        Machine(name=H100, processors=132, bytes_per_s=3.0e12),
-        Machine(name="NVIDIA H200", processors=132, bytes_per_s=4.3e12),
-        Machine(name="NVIDIA A100-SXM4-80GB", processors=108, bytes_per_s=1.84e12),
+        Machine(name=H100, processors=132, memory_bytes=80e9, bytes_per_s=3.0e12),
+        Machine(name="NVIDIA H200", processors=132, memory_bytes=141e9, bytes_per_s=4.3e12),
+        Machine(
+            name="NVIDIA A100-SXM4-80GB",
+            processors=108,
+            memory_bytes=80e9,
+            bytes_per_s=1.84e12,
+        ),
     )
 }
-"""By the device's whole name; multiprocessors and bandwidths by NVIDIA's datasheets."""
+"""By the device's whole name; multiprocessors, memory and bandwidths by NVIDIA's datasheets."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,14 +194,10 @@ def counted(cell: Cell, machine: Machine) -> Counted:
         UserError: it is compiled, of several ranks, or of a precision that the GPU has not.
     """
     config = override(RunConfig(), cell.settings, cell.name)
-    if config.step.compile != "off" or cell.num_ranks > 1:
-        what = "what torch.compile fuses and what ranks send each other is not counted"
-        raise UserError(f"{cell.name}: {what}; leave out step.compile and ranks")
-    if config.step.precision not in PEAK_FLOPS[machine.name]:
-        what = f"{machine.name} has no {config.step.precision}"
-        raise UserError(f"{cell.name}: {what}; name another --gpu")
+    if cell.num_ranks > 1:
+        raise UserError(f"{cell.name}: what ranks send each other is not counted; leave out ranks")
     batch = config.global_batch
-    operations = step_operations(config, batch, machine.processors)
+    operations = operations_on(machine, config, batch, where=cell.name)
     step_us, slow_us = (
         sum(map(each.us, operations))
         for each in (machine, replace(machine, launch_us=SLOW_LAUNCH_US))
@@ -211,6 +213,32 @@ def counted(cell: Cell, machine: Machine) -> Counted:
         slow_samples_per_s=round(1e6 * batch / slow_us),
         operations=operations if batch == DETAILED_BATCH else [],
     )
+
+
+def operations_on(
+    machine: Machine,
+    config: RunConfig,
+    batch: int,
+    shape: tuple[int, int, int] = STUDYS_SHAPE,
+    where: str = "--gpu",
+) -> list[Operation]:
+    """The launches of a step of one rank, as this GPU runs it.
+
+    Args:
+        shape: height and width of an image, and classes.
+        where: what names the step, for the error's text.
+    Raises:
+        UserError: it is compiled, or of a precision that the GPU has not.
+    """
+    if config.step.compile != "off":
+        what = "what torch.compile fuses is not counted"
+        raise UserError(f"{where}: {what}; leave out step.compile")
+    if config.step.precision not in PEAK_FLOPS[machine.name]:
+        what = f"{machine.name} has no {config.step.precision}"
+        raise UserError(f"{where}: {what}; name another --gpu, or another precision")
+    if config.kernels == AUTO:
+        config = replace(config, kernels=())  # what auto means on a GPU
+    return step_operations(config, batch, machine.processors, shape)
 
 
 def _claims(rows: list[Counted]) -> list[Claim]:
@@ -345,9 +373,7 @@ def _line(
 
 def in_words(config: RunConfig, batch: int, shape: tuple[int, int, int]) -> str:
     """A line on the step of a configuration, as an H100 would launch it."""
-    if config.kernels == AUTO:
-        config = replace(config, kernels=())  # what auto means on a GPU
-    operations = step_operations(config, batch, MACHINES[H100].processors, shape)
+    operations = operations_on(MACHINES[H100], config, batch, shape)
     launches = sum(each.launches for each in operations)
     kilobytes = sum(each.num_bytes for each in operations) / batch / 1000
     moved = f"moves {kilobytes:.0f} KB a sample"

@@ -13,14 +13,14 @@ from typing import Any, get_args, get_type_hints
 
 import torch
 
-from engine.config import RunConfig, StepConfig
+from engine.config import RunConfig, StepConfig, checked_names
 from engine.data.sample import ensure_sample
 from engine.errors import UserError
 from engine.feeds.build import open_for
 from engine.host import free_memory_bytes
 from engine.report import command_line, read_report
 from engine.typed import read_result_as
-from tools.measure.counted import MOST_RANKS, Counted, activation_bytes, count
+from tools.measure.counted import MOST_RANKS, Counted, count
 from tools.measure.fit import Link, given_link, read_link
 from tools.measure.ledger import machine_of
 from tools.measure.link import link_here
@@ -28,15 +28,10 @@ from tools.measure.predicted import Model, Prediction, Reached, recommend
 from tools.measure.timings import Here, measured_timings, modelled_timings
 
 FORMAT = 1
-PARALLEL = ("ddp", "fsdp")
-PRECISIONS: tuple[str, ...] = get_args(get_type_hints(StepConfig)["precision"])
+_KINDS = get_type_hints(StepConfig)
+PARALLEL: tuple[str, ...] = get_args(_KINDS["parallel"])
+PRECISIONS: tuple[str, ...] = get_args(_KINDS["precision"])
 MOST_BATCH = 2**24
-MEMORY_BYTES = {
-    "NVIDIA H100 80GB HBM3": 80e9,
-    "NVIDIA H200": 141e9,
-    "NVIDIA A100-SXM4-80GB": 80e9,
-}
-"""By NVIDIA's datasheets, of the GPUs that the ledger has a model of."""
 REMEDY = "give --fit LINK (torchrun ... -m tools.measure.link), or --alpha-us and --beta-gbps"
 
 
@@ -95,6 +90,9 @@ def make_plan(config: RunConfig, asked: Asked, here: Here) -> Plan:
     """
     if config.step.canonical:
         raise UserError("what ranks send with --canonical is not counted; leave step.canonical 0")
+    if config.step.accumulate > 1:
+        what = "what a step of several parts sends and keeps is not counted"
+        raise UserError(f"{what}; leave step.accumulate 1")
     config = replace(config, step=replace(config.step, noise_scale=False))  # --run's: it is known
     link = _asked_link(asked, here)
     records = open_for(config.data, config.data.path or ensure_sample())
@@ -110,16 +108,11 @@ def make_plan(config: RunConfig, asked: Asked, here: Here) -> Plan:
         timings = measured_timings(config, grid.precisions, grid.batches, together, here)
     if link is None and max(grid.ranks) > 1:
         link = link_here([number for number in grid.ranks if number > 1], here.device)
-    activations = {
-        precision: activation_bytes(_with(config, precision, "ddp"), shape)
-        for precision in timings.precisions
-    }
     model = Model(
         global_batch=config.global_batch,
         num_samples=reached.num_samples if reached else num_samples,
         timings=timings,
         link=link,
-        activation_bytes=activations,
         num_local=_num_local(link, here),
         room_bytes=_room_bytes(asked, here),
         shares_memory=not asked.gpu and not here.on_gpu,
@@ -131,7 +124,8 @@ def make_plan(config: RunConfig, asked: Asked, here: Here) -> Plan:
 
 def _plan(network: str, model: Model, counts: list[Counted]) -> Plan:
     predictions = [each for counted in counts for each in model.of(counted)]
-    best, reason = recommend(predictions, model.global_batch, model.reached)
+    threads = model.timings.num_threads
+    best, reason = recommend(predictions, model.global_batch, model.reached, threads)
     return Plan(
         command=command_line(),
         network=network,
@@ -173,14 +167,13 @@ def _asked_link(asked: Asked, here: Here) -> Link | None:
 def _grid(config: RunConfig, asked: Asked, here: Here, num_samples: int) -> Grid:
     is_known = asked.gpu or asked.fit or asked.alpha_us is not None
     most = MOST_RANKS if is_known else here.num_ranks
-    doubled = tuple(2**n for n in range(most.bit_length()))
     batch = config.global_batch
     usual = {min(max(each, 1), num_samples) for each in (batch // 8, batch // 2, batch, 4 * batch)}
     grid = Grid(
-        ranks=_numbers(asked.ranks, "--ranks", MOST_RANKS) or doubled,
+        ranks=_numbers(asked.ranks, "--ranks", MOST_RANKS) or usual_ranks(most),
         batches=_numbers(asked.batches, "--batches", MOST_BATCH) or tuple(sorted(usual)),
-        precisions=_names(asked.precisions, "--precisions", PRECISIONS) or ("fp32", "bf16"),
-        parallel=_names(asked.parallel, "--parallel", PARALLEL) or PARALLEL,
+        precisions=checked_names(asked.precisions, PRECISIONS, "--precisions") or ("fp32", "bf16"),
+        parallel=checked_names(asked.parallel, PARALLEL, "--parallel") or PARALLEL,
     )
     if not asked.gpu and max(grid.batches) > num_samples:
         what = f"larger than the train split of {num_samples} samples"
@@ -188,6 +181,11 @@ def _grid(config: RunConfig, asked: Asked, here: Here, num_samples: int) -> Grid
             f"--batches {max(grid.batches)}: {what}; give smaller ones, or other --data"
         )
     return grid
+
+
+def usual_ranks(most: int) -> tuple[int, ...]:
+    """Powers of two, and the most."""
+    return tuple(sorted({*(2**n for n in range(most.bit_length())), most}))
 
 
 def _check_link(link: Link | None, grid: Grid, asked: Asked, here: Here) -> None:
@@ -212,15 +210,6 @@ def _numbers(text: str, option: str, most: int) -> tuple[int, ...]:
             raise UserError(f"{option} {text}: {remedy}")
         found.append(int(word))
     return tuple(sorted(set(found)))
-
-
-def _names(text: str, option: str, known: tuple[str, ...]) -> tuple[str, ...]:
-    """Some of the known names, of a text with commas between."""
-    found = [name.strip() for name in text.split(",") if name.strip()]
-    for name in found:
-        if name not in known:
-            raise UserError(f"{option} {text}: choose from {', '.join(known)}")
-    return tuple(dict.fromkeys(found))
 
 
 def _side_by_side(grid: Grid, link: Link | None, here: Here) -> set[int]:
@@ -250,7 +239,7 @@ def _with(config: RunConfig, precision: str, parallel: str) -> RunConfig:
 def _room_bytes(asked: Asked, here: Here) -> float | None:
     """Memory of a GPU, or of this machine; None where it is not known."""
     if asked.gpu:
-        return MEMORY_BYTES.get(asked.gpu)
+        return machine_of(asked.gpu).memory_bytes
     if here.on_gpu:
         return float(torch.cuda.get_device_properties(0).total_memory)
     return float(free_memory_bytes())

@@ -71,7 +71,8 @@ class Prediction:
     efficiency_fraction: float
     """Of as many times one rank's samples/s at the same batch a rank."""
     rank_gib: float
-    """Memory of a rank; of a GPU's model without what CUDA and its libraries take."""
+    """Memory of a rank; of a GPU's model, and where NVML is silent, without what CUDA and its
+    libraries take."""
     fits: bool
     """Into the memory that there is, where that is known."""
     epoch_s: float | None
@@ -91,8 +92,6 @@ class Model:
     timings: Timings
     link: Link | None
     """None: one rank."""
-    activation_bytes: dict[str, float]
-    """Kept for the backward, of a sample; by precision."""
     num_local: int
     """Ranks of a machine, at most."""
     room_bytes: float | None = None
@@ -158,7 +157,7 @@ class Model:
         beside_bytes = counted.kept.total_bytes + counted.gathered_bytes
         measured_gib = self.timings.peak_gib(counted.precision, batch)
         if measured_gib is None:
-            kept_bytes = batch * self.activation_bytes[counted.precision]
+            kept_bytes = batch * self.timings.activation_bytes(counted.precision)
             return (beside_bytes + kept_bytes) / GIB
         return measured_gib + (beside_bytes - counted.kept_under_ddp.total_bytes) / GIB
 
@@ -168,7 +167,10 @@ class Model:
 
 
 def recommend(
-    predictions: list[Prediction], global_batch: int, reached: Reached | None
+    predictions: list[Prediction],
+    global_batch: int,
+    reached: Reached | None,
+    num_threads: int = 0,
 ) -> tuple[Prediction, str]:
     """The one to take, and why.
 
@@ -176,6 +178,8 @@ def recommend(
     global batch, whose accuracy that of others need not be; else most samples/s. Of those that are
     as good, the one of the fewest ranks, and ddp before fsdp.
 
+    Args:
+        num_threads: of a rank, one alone, too; 0: as many as torch takes.
     Raises:
         UserError: none fits into memory.
     """
@@ -193,28 +197,27 @@ def recommend(
     else:
         aim = "most samples/s; nothing is known of its accuracy"
         costs = [(1 / each.samples_per_s, each) for each in fitting]
-    return _least(costs, aim, predictions)
+    best, reasons = _least(costs, "one rank of one thread" if num_threads == 1 else "one rank")
+    twins = (each for each in predictions if _place(each) == _place(best))
+    beside = [_beside(each, best) for each in twins if each.parallel != best.parallel]
+    return best, "; ".join([aim, *reasons, *beside])
 
 
-def _least(
-    costs: list[tuple[float, Prediction]], aim: str, all_: list[Prediction]
-) -> tuple[Prediction, str]:
-    """The one that costs least, or as good as that, and the sentence."""
+def _least(costs: list[tuple[float, Prediction]], one_rank: str) -> tuple[Prediction, list[str]]:
+    """The one that costs least, or as good as that, beside those of other numbers of ranks."""
     most = (1 + AS_GOOD) * min(cost for cost, _ in costs)
     as_good = [(cost, each) for cost, each in costs if cost <= most]
     cost, best = min(as_good, key=lambda it: (it[1].num_ranks, it[1].parallel, it[0]))
-    reasons = [aim]
+    reasons = []
     if best.num_ranks > 1:
         if alone := [other for other, each in costs if each.num_ranks == 1]:
-            reasons.append(f"{min(alone) / cost:.2f} times as soon as the best of one rank")
+            reasons.append(f"{min(alone) / cost:.2f} times as soon as the best of {one_rank}")
         reasons.append(_parts(best))
     elif several := [(other, each) for other, each in costs if each.num_ranks > 1]:
         other, each = min(several, key=lambda it: it[0])
         what = f"the best of several, {each.num_ranks} ranks, takes {other / cost:.2f} of its time"
         reasons.append(f"{what}: {_parts(each)}")
-    twins = (each for each in all_ if _place(each) == _place(best))
-    reasons += [_beside(each, best) for each in twins if each.parallel != best.parallel]
-    return best, "; ".join(reasons)
+    return best, reasons
 
 
 def _parts(it: Prediction) -> str:
@@ -228,6 +231,8 @@ def _beside(twin: Prediction, best: Prediction) -> str:
     """The other wrapper."""
     saved_mb = (best.rank_gib - twin.rank_gib) * GIB / 1e6
     saves = f"saves {saved_mb:,.1f} MB a rank" if saved_mb > 0 else "saves no memory"
+    if not twin.fits:
+        saves = "does not fit into the memory"
     return f"{twin.parallel} takes {twin.step_ms / best.step_ms:.2f} of its time and {saves}"
 
 

@@ -13,15 +13,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
-from engine.config import AUTO, RunConfig, settings_of
+from engine.config import RunConfig, changed_settings
 from engine.errors import UserError
 from engine.host import num_cpus
+from tools.measure.counted import activation_bytes
 from tools.measure.fit import interpolated
-from tools.measure.ledger import machine_of
+from tools.measure.ledger import machine_of, operations_on
 from tools.measure.matrix import Cell
-from tools.measure.operations import step_operations
-from tools.measure.results import CellResult, Repetition, Settings
-from tools.measure.roofline import PEAK_FLOPS
+from tools.measure.results import CellResult, Repetition
 from tools.measure.runner import Job, Run, in_child
 
 Basis = Literal["measured", "model, not measured"]
@@ -42,7 +41,10 @@ class StepTime:
     high_ms: float
     n: int
     peak_gib: float | None = None
-    """Of the GPU, by torch, or of the process; None: not measured."""
+    """Of the GPU, with what CUDA takes where NVML tells it, or of the process; None: not
+    measured."""
+    activation_bytes: float | None = None
+    """Kept for the backward, of a sample; where memory is not measured but counted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +64,8 @@ class Timings:
     device: str
     steps: list[StepTime]
     slowdowns: list[Slowdown] = field(default_factory=list)
+    num_threads: int = 0
+    """Of the one rank; 0: as many as torch takes."""
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -87,6 +91,11 @@ class Timings:
         of = [each for each in self.steps if each.precision == precision]
         known = [(float(each.batch), each.peak_gib) for each in of if each.peak_gib is not None]
         return interpolated(known, batch) if known else None
+
+    def activation_bytes(self, precision: str) -> float:
+        """Kept for the backward, of a sample; of timings without measured memory."""
+        of = (each.activation_bytes for each in self.steps if each.precision == precision)
+        return next(found for found in of if found is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +160,7 @@ def measured_timings(
             for number in sorted(side_by_side)
             if not here.on_gpu
         ],
+        num_threads=num_threads,
         notes=list(dict.fromkeys(notes)),
     )
 
@@ -168,13 +178,6 @@ def _cell(config: RunConfig, precision: str, batch: int, here: Here, num_threads
     )
 
 
-def changed_settings(config: RunConfig) -> Settings:
-    """What a config sets otherwise than the default, dotted."""
-    defaults = {name: value for name, _, _, value in settings_of(RunConfig())}
-    found = settings_of(config)
-    return {name: value for name, _, _, value in found if value != defaults[name]}
-
-
 def _step_time(result: CellResult) -> StepTime:
     """Of a cell, under the precision that it had in effect.
 
@@ -185,7 +188,10 @@ def _step_time(result: CellResult) -> StepTime:
         why = result.repetitions[0].failed if result.repetitions else result.not_measured
         raise UserError(f"{result.name} could not be measured: {why}")
     times_ms = [step_ms_of(each) for each in result.good]
-    peaks = [each.torch_peak_gib or each.host_peak_rss_gib for each in result.good]
+    peaks = [
+        each.device_used_gib or each.torch_peak_gib or each.host_peak_rss_gib
+        for each in result.good
+    ]
     return StepTime(
         precision=str(result.good[0].effective["precision"]),
         batch=int(result.axes["batch"]),
@@ -238,19 +244,16 @@ def modelled_timings(
         UserError: there is no model of it, or of the step.
     """
     machine = machine_of(gpu)
-    if config.step.compile != "off":
-        raise UserError("what torch.compile fuses is not counted; leave out step.compile")
-    kernels = () if config.kernels == AUTO else config.kernels  # what auto means on a GPU
     steps = []
     for precision in precisions:
-        if precision not in PEAK_FLOPS[gpu]:
-            raise UserError(f"{gpu} has no {precision}; name other --precisions")
         changed: dict[str, Any] = {"precision": precision, "parallel": "ddp", "cuda_graphs": True}
-        asked = replace(config, step=replace(config.step, **changed), kernels=kernels)
-        for batch in batches:
-            found = step_operations(asked, batch, machine.processors, shape)
-            ms = sum(map(machine.us, found)) / 1000
-            steps.append(
-                StepTime(precision=precision, batch=batch, step_ms=ms, low_ms=ms, high_ms=ms, n=0)
+        asked = replace(config, step=replace(config.step, **changed))
+        counted = [operations_on(machine, asked, batch, shape) for batch in batches]
+        kept_bytes = activation_bytes(asked, shape)
+        for batch, operations in zip(batches, counted, strict=True):
+            ms = sum(map(machine.us, operations)) / 1000
+            found = StepTime(
+                precision=precision, batch=batch, step_ms=ms, low_ms=ms, high_ms=ms, n=0
             )
+            steps.append(replace(found, activation_bytes=kept_bytes))
     return Timings(basis=MODEL, device=gpu, steps=steps)

@@ -9,23 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import click
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
-from engine.config import ModelConfig, RunConfig, override
+from engine.config import RunConfig, override
 from engine.config_text import load_toml, with_own_network
 from engine.data.foreign import listed
 from engine.data.records import Records, open_records
 from engine.data.sample import ensure_sample
 from engine.durable import Damaged
 from engine.errors import UserError, printable
-from engine.models import Network, make_model
 from engine.report import NetworkFacts, read_report
 from engine.train.checkpoint import MODEL, read_checkpoint
 from engine.train.folder import CHECKPOINTS, CONFIG, checkpoints
-from engine.train.state import Tensors
-from engine.train.weights import REMEDY, network_facts, read_facts
+from engine.train.weights import network_facts, read_facts
 
 
 @dataclass(frozen=True)
@@ -100,26 +95,6 @@ def _of_checkpoint(checkpoint: Path) -> Trained:
     return _trained(checkpoint.parent.parent, checkpoint / MODEL, manifest.dataset_fingerprint)
 
 
-def load_network(model: ModelConfig, facts: NetworkFacts, trained: Trained) -> Network:
-    """The run's network on the CPU with its weights, as it answers: nothing of it is in training.
-
-    Args:
-        model: the run's, with the place of a file of the user's own.
-    Raises:
-        UserError: the weights are damaged, or another network's.
-    """
-    found = _read_weights(trained.file)
-    size = facts.height_pixels, facts.width_pixels
-    if not model.is_own:  # a file may speak of images so large that no memory holds such a network
-        with torch.device("meta"):
-            _check_forms(make_model(model, *size, len(facts.classes), seed=0), found, trained.file)
-    network = make_model(model, *size, len(facts.classes), seed=0)
-    _check_forms(network, found, trained.file)
-    network.load_state_dict(found)
-    network.train(False)
-    return network
-
-
 def known_facts(trained: Trained, config: RunConfig, data: Path | None) -> NetworkFacts:
     """What the run's network takes and answers, by its file, or by the run's own records.
 
@@ -187,26 +162,6 @@ def open_run_records(config: RunConfig, data: Path | None, fingerprint: str) -> 
             f"{records.fingerprint[:16]}, not {fingerprint[:16]}); name the run's with --data"
         )
     return records
-
-
-def _read_weights(file: Path) -> Tensors:
-    """The parameters in a safetensors file."""
-    if not file.is_file():
-        raise UserError(f"{file.parent}: holds no {file.name}; {REMEDY}")
-    try:
-        return load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{file}: is damaged or no safetensors file ({error}); {REMEDY}") from None
-
-
-def _check_forms(network: torch.nn.Module, found: Tensors, file: Path) -> None:
-    """UserError if the parameters are not those of such a network."""
-    if _forms(found) != _forms(network.state_dict()):
-        raise UserError(f"{file}: holds the weights of another network; {REMEDY}")
-
-
-def _forms(tensors: Tensors) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
 
 
 def check_same_task(facts: NetworkFacts, records: Records) -> None:

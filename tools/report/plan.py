@@ -10,7 +10,7 @@ from tools.measure.timings import MODEL
 from tools.report.rows import markdown_table, number
 
 SHOWN_EACH = 3
-"""Ways of training that are shown of each number of ranks, the soonest."""
+"""Ways of training that are shown of each number of ranks."""
 
 
 def to_markdown(plan: Plan) -> str:
@@ -39,10 +39,6 @@ def _advice(plan: Plan) -> str:
 
 
 def _predictions(plan: Plan) -> str:
-    rows = []
-    for num_ranks in dict.fromkeys(each.num_ranks for each in plan.predictions):
-        of = [each for each in plan.predictions if each.num_ranks == num_ranks]
-        rows += sorted(of, key=_order)[:SHOWN_EACH]
     head = (
         "| ranks | batch a rank | | step ms | of it collectives | samples/s | efficiency "
         "| GiB a rank | epoch s | to the accuracy s | |"
@@ -53,9 +49,11 @@ def _predictions(plan: Plan) -> str:
          number(each.samples_per_s), f"{each.efficiency_fraction:.1%}", f"{each.rank_gib:.2f}",
          _seconds(each.epoch_s), _seconds(each.accuracy_s),
          each.basis + ", too large for the memory" * (not each.fits))
-        for each in rows
+        for each in _shown(plan)
     ]  # fmt: skip
-    shown = f"The {SHOWN_EACH} soonest of each number of ranks; plan.json has all."
+    first = "soonest to the accuracy" if plan.model.reached else "of most samples/s"
+    shown = f"Of each number of ranks the {SHOWN_EACH} {first}, what fits into the memory first; "
+    shown += "of the recommended number all with its global batch, too. plan.json has the others."
     if reached := plan.model.reached:
         shown += f" The accuracy: {reached.accuracy_fraction:.2%} on val, as {reached.num_epochs} "
         shown += f"epochs with a global batch of {reached.global_batch} reached it."
@@ -65,9 +63,22 @@ def _predictions(plan: Plan) -> str:
     return "\n".join([title, "", shown, "", *markdown_table(head, "rrlrrrrrrrl", cells), ""])
 
 
-def _order(it: Prediction) -> tuple[bool, float, float]:
-    """By time to the accuracy where it is known, else by samples/s."""
-    return it.accuracy_s is None, it.accuracy_s or 0.0, -it.samples_per_s
+def _shown(plan: Plan) -> list[Prediction]:
+    """The first of each number of ranks, and what stands beside the recommended."""
+    best = plan.recommended
+    rows = []
+    for num_ranks in dict.fromkeys(each.num_ranks for each in plan.predictions):
+        of = [each for each in plan.predictions if each.num_ranks == num_ranks]
+        for place, each in enumerate(sorted(of, key=_order)):
+            is_beside = (num_ranks, each.global_batch) == (best.num_ranks, best.global_batch)
+            if place < SHOWN_EACH or is_beside:
+                rows.append(each)
+    return rows
+
+
+def _order(it: Prediction) -> tuple[bool, bool, float, float]:
+    """What fits, by time to the accuracy where it is known, else by samples/s."""
+    return not it.fits, it.accuracy_s is None, it.accuracy_s or 0.0, -it.samples_per_s
 
 
 def _seconds(value: float | None) -> str:

@@ -67,10 +67,11 @@ def _rows(
 ) -> Iterator[tuple[str, list[str], Sequence[float], str | None]]:
     """(Place, answers, their probabilities, the label if known) of each image."""
     answers, probabilities = predictions.answer_NT.tolist(), predictions.probability_NT.tolist()
-    for number, place in enumerate(inputs.places):
-        names = [facts.classes[answer] for answer in answers[number]]
+    images = zip(inputs.places, answers, probabilities, strict=True)
+    for number, (place, answer_T, probability_T) in enumerate(images):
+        names = [facts.classes[answer] for answer in answer_T]
         label = inputs.classes[inputs.label_N[number]] if inputs.classes else None
-        yield place, names, probabilities[number], label
+        yield place, names, probability_T, label
 
 
 def _guarded(text: str) -> str:
