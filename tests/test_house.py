@@ -19,6 +19,7 @@ FLOORS = (
         "errors",
         "ui",
         "host",
+        "late_dynamo",
         "network",
         "paths",
         "ranks",

@@ -30,6 +30,7 @@ from engine.data.records import Records, open_records
 from engine.data.sample import ensure_sample
 from engine.errors import UserError
 from engine.host import end_rank
+from engine.late_dynamo import import_late
 from engine.train.checkpoint import checkpoint_tensors, load_checkpoint, write_checkpoint
 from engine.train.folder import Manifest, Position
 from engine.train.parallel import whole
@@ -312,6 +313,7 @@ def _run_ranks(
 
 def rank_main(folder: Path, device: str, model: str, precisions: list[str]) -> None:
     """What each rank does; rank 0 leaves the state, which is that of all."""
+    import_late()
     with start_world(device) as world, world.on_stream():
         records = few(open_records(ensure_sample()))
         for precision in precisions:

@@ -28,6 +28,7 @@ from engine.data.sample import ensure_sample
 from engine.durable import writing
 from engine.errors import UserError
 from engine.host import num_cpus
+from engine.late_dynamo import import_late
 from engine.report import Environment
 from engine.train.session import open_session
 from engine.world import World, start_world
@@ -118,6 +119,7 @@ def _train_share(
     networks: list[RunConfig], place: int, cores: list[int], arm: Arm, folder: str
 ) -> tuple[float, float, list[np.ndarray], Environment]:
     """A worker's part: keep to its cores, wait until all are ready, train its networks in turn."""
+    import_late()
     own = cores[place * arm.num_threads : (place + 1) * arm.num_threads]
     for thread in os.listdir("/proc/self/task"):
         os.sched_setaffinity(int(thread), own)

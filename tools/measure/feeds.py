@@ -24,6 +24,7 @@ from engine.data.sample import ensure_sample
 from engine.durable import write_file, writing
 from engine.feeds.build import make_feed, make_order, open_for
 from engine.host import keep_large_blocks
+from engine.late_dynamo import import_late
 from engine.meters import host_peak_rss_gib
 from engine.report import environment, write_json
 from engine.train.session import check_batch
@@ -189,6 +190,7 @@ def open_feed(name: str, records: Path, batch_size: int) -> Opened:
 
 def main(open_feed: Open) -> None:
     """Measure as the command line says, and print JSON."""
+    import_late()
     name, records, batch_size, seconds = sys.argv[1:]
     found = measure(open_feed, name, Path(records), int(batch_size), float(seconds))
     print(json.dumps(asdict(found)))
