@@ -4,13 +4,14 @@ A line is written where the trainer reads its log anyway, or has evaluated; noth
 the device. It is not needed to go on, so a disk that refuses ends it and nothing else. Who reads it
 is tools/report/live.py.
 
-Shapes: S steps, C classes, H x W pixels.
+Shapes: S steps, C classes, M images of one class, H x W pixels.
 """
 
 import io
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,8 @@ MOST_LOSSES = 20
 """Points of the loss curve in a reading."""
 MOST_PAIRS = 48
 """Confusions in an evaluation, the most frequent first."""
+NUM_SEEN = 16
+"""Images of a class of which the most usual one is its glyph."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,10 +172,21 @@ def glyphs(split: Split, num_classes: int) -> bytes:
     """A PNG of H x (C W) pixels, black on white: a glyph of each class, or nothing."""
     from PIL import Image
 
-    label_C, row_C = np.unique(split.label_N, return_index=True)
-    height, width = split.height_width
-    strip_CHW = np.zeros((num_classes, height, width), np.uint8)
-    strip_CHW[label_C] = split.image_NHW[row_C]
+    order_N = np.argsort(split.label_N, kind="stable")
+    first_C = np.searchsorted(split.label_N[order_N], np.arange(num_classes + 1))
+    strip_CHW = np.zeros((num_classes, *split.height_width), np.uint8)
+    for number, (start, stop) in enumerate(pairwise(first_C)):
+        row_M = np.sort(order_N[start:stop][:NUM_SEEN])
+        if len(row_M):
+            strip_CHW[number] = _most_usual(split.image_NHW[row_M])
     png = io.BytesIO()
     Image.fromarray(255 - np.concatenate(list(strip_CHW), axis=1)).save(png, "png")
     return png.getvalue()
+
+
+def _most_usual(image_MHW: np.ndarray) -> np.ndarray:
+    """image_HW: of these the nearest to their mean."""
+    pixel_MHW = image_MHW.astype(np.float32)
+    far_M = np.square(pixel_MHW - pixel_MHW.mean(0)).sum((1, 2))
+    usual_HW: np.ndarray = image_MHW[far_M.argmin()]
+    return usual_HW
