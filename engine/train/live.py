@@ -9,6 +9,7 @@ Shapes: S steps, C classes, M images of one class, H x W pixels.
 
 import io
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -123,7 +124,9 @@ class Live:
     def evaluated(
         self, position: Position, split: str, scores: tuple[float, float], count_CC: np.ndarray
     ) -> None:
-        """Add an evaluation; `scores` are loss and accuracy."""
+        """Add an evaluation; `scores` are loss and accuracy. One that ends the run is left out."""
+        if not math.isfinite(scores[0]):
+            return
         wrong_CC = count_CC * (1 - np.eye(len(count_CC), dtype=int))
         most = np.argsort(-wrong_CC, axis=None, kind="stable")[:MOST_PAIRS]
         cells = zip(*np.unravel_index(most, wrong_CC.shape), strict=True)

@@ -5,6 +5,7 @@ Files may be a stranger's, and half-written ones are met all the time: what is n
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,6 +21,8 @@ MOST_POINTS = 400
 MOST_EVALUATIONS = 60
 MOST_RUNS = 300
 """That a page offers."""
+KEPT_LINES = 16_384
+"""That are not parsed again when a file has grown."""
 Stamp = tuple[tuple[int, int, int], ...]
 """Of the files that a run is read from: equal where nothing was written."""
 T = TypeVar("T")
@@ -112,7 +115,7 @@ def _stamps(run: Path) -> Iterator[tuple[int, int, int]]:
 def read_run(name: str, run: Path, stamp: Stamp) -> Shown:
     """What there is to show of a run."""
     epochs = [epoch for text in _lines(run / METRICS) if (epoch := _parse_epoch(text))]
-    lines = [line for text in _lines(run / LIVE) if (line := parse_line(text))]
+    lines = [line for text in _lines(run / LIVE) if (line := _parse_line(text))]
     try:
         report = read_report(run)
     except UserError:
@@ -139,6 +142,12 @@ def _lines(path: Path) -> list[bytes]:
         return []
 
 
+@lru_cache(KEPT_LINES)
+def _parse_line(text: bytes) -> Line | None:
+    return parse_line(text)
+
+
+@lru_cache(KEPT_LINES)
 def _parse_epoch(text: bytes) -> Epoch | None:
     try:
         return typed(Epoch, parse_json(text, METRICS), METRICS)
