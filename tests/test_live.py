@@ -165,7 +165,9 @@ class Served:
         connection = http.client.HTTPConnection(self.host, timeout=HANGS_S)
         connection.request("GET", f"{self.path}events{query}")
         answer = connection.getresponse()
+        end_s = time.monotonic() + HANGS_S
         while line := answer.readline():
+            assert time.monotonic() < end_s, "nothing but signs of life"
             if line.startswith(b"event: "):
                 data = answer.readline().removeprefix(b"data: ")
                 yield line[7:].strip().decode(), json.loads(data)
