@@ -32,7 +32,7 @@ from tests.browser import Browser
 from tests.conftest import CLASSES, Command, assert_refused, child
 from tools.report.curves import read_run, runs_in, stamp_of
 
-SHORT = ("--epochs", 3, "--batch-size", 32, "--device", "cpu")
+SHORT = ("--epochs", 3, "--batch-size", 32, "--device", "cpu", "--kernels", "off")
 HOSTILE = "<img src=x onerror=alert(1)>"
 HANGS_S = 20
 
@@ -92,7 +92,7 @@ def test_a_page_leaves_the_training_as_it_is(
 
 
 def test_the_confusion_is_what_the_network_answers(small: Records, world: World) -> None:
-    session, val = open_session(RunConfig(global_batch=16, serve=0), small, world), None
+    session = open_session(RunConfig(global_batch=16, serve=0), small, world)
     val = small.split("val")
     for _ in islice(session.step.train_epoch(session.feed, 0), 3):  # so few that it errs
         pass
@@ -341,7 +341,13 @@ def test_two_ranks_have_one_page_and_one_confusion(
         assert sum(times for _, _, times in it.pairs) == num_wrong > 0
 
 
-@pytest.mark.parametrize(("width", "dark"), [(1200, False), (390, True)], ids=["wide", "phone"])
+@pytest.mark.parametrize(
+    ("width", "dark"),
+    [
+        pytest.param(1200, False, id="wide", marks=pytest.mark.slow),
+        pytest.param(390, True, id="phone"),
+    ],
+)
 def test_a_browser_sees_a_run_go_on(
     browser: Browser, served: Served, run: Path, width: int, dark: bool, tmp_path: Path
 ) -> None:
@@ -384,6 +390,7 @@ def test_a_browser_sees_a_run_go_on(
     assert browser.value("document.querySelectorAll('tbody tr').length") == 2
 
 
+@pytest.mark.slow
 def test_the_browser_says_that_the_run_has_ended(browser: Browser, run: Path) -> None:
     with Page(0) as page:
         browser.open(page.start(run).removeprefix("page: "), 390, False)
