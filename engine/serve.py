@@ -84,9 +84,12 @@ class Page:
             start_new_session=True,  # Ctrl-C is the run's; the server ends after it
         )
         assert self._server.stdin
-        self._server.stdin.write(f"{token}\n".encode())
-        self._server.stdin.flush()
-        return f"page: {address(self._listener, token)}"
+        with suppress(BrokenPipeError):
+            self._server.stdin.write(f"{token}\n".encode())
+            self._server.stdin.flush()
+        line = f"page: {address(self._listener, token)}"
+        self._listener.close()  # the server's alone: without one nobody waits here
+        return line
 
     def __exit__(
         self, kind: type | None, error: BaseException | None, trace: TracebackType | None

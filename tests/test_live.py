@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import os
 import shutil
 import signal
 import socket
@@ -126,6 +127,7 @@ def test_what_is_no_line_is_left_out(run: Path, tmp_path: Path) -> None:
            good.splitlines()[0].replace(b'"epoch": 1', b'"epoch": 1e300'), b"[" * 9000)  # fmt: skip
     (tmp_path / "metrics.jsonl").write_bytes(good + b"\n".join(bad))
     (tmp_path / LIVE).write_bytes(b"\n".join(bad))
+    os.mkfifo(tmp_path / "report.json")  # nobody writes to it
     shown = read_run("x", tmp_path, stamp_of(tmp_path))
     assert [point.num_epochs for point in shown.curves["val loss"]] == [1, 2, 3]
     assert shown.figures == {"status": "starting"} and not shown.confusions

@@ -117,7 +117,7 @@ def read_run(name: str, run: Path, stamp: Stamp) -> Shown:
     epochs = [epoch for text in _lines(run / METRICS) if (epoch := _parse_epoch(text))]
     lines = [line for text in _lines(run / LIVE) if (line := _parse_line(text))]
     try:
-        report = read_report(run)
+        report = read_report(run) if (run / REPORT).is_file() else None
     except UserError:
         report = None
     network = report.network if report else None
@@ -137,7 +137,7 @@ def read_run(name: str, run: Path, stamp: Stamp) -> Shown:
 
 def _lines(path: Path) -> list[bytes]:
     try:
-        return path.read_bytes().splitlines()
+        return path.read_bytes().splitlines() if path.is_file() else []
     except OSError:
         return []
 
