@@ -17,6 +17,7 @@ from engine.errors import UserError
 from engine.paths import full_path
 
 MOST_SHARDS = 64
+NO_PAGE = -1
 NETWORK_NAMES = ("baseline", "fast", "residual", "vit")
 OWN = re.compile(r"(?P<file>.+\.py):(?P<name>[A-Za-z_]\w*)", re.DOTALL)
 """A network of the user's own, as --model names it."""
@@ -315,6 +316,14 @@ class RunConfig:
         "Trackers that get settings and figures, too: tensorboard, wandb, mlflow, trackio; several "
         "with commas between.",
         flag="--track",
+        environment=True,
+    )
+    serve: int = setting(
+        NO_PAGE,
+        "Show the training on a page at this port of 127.0.0.1; alone, or 0: at a free one.  "
+        "[default: no page]",
+        bounds=(NO_PAGE, 65_535),
+        flag="--serve",
         environment=True,
     )
     evaluate_every: int = setting(

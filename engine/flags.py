@@ -11,7 +11,7 @@ from engine.paths import PATH
 
 AMP = ("bf16", "fp16", "fp8")
 """The precisions that --amp offers."""
-ALONE = {"step.compile": "default"}
+ALONE = {"step.compile": "default", "serve": 0}
 """What a flag means that is given without a value."""
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from engine.config import RECIPES, RunConfig, override
+from engine.config import NO_PAGE, RECIPES, RunConfig, override
 from engine.config_text import (
     config_of,
     load_toml,
@@ -24,6 +24,7 @@ from engine.flags import flag_settings, setting_options
 from engine.host import cache_notes, end_rank, env_rank, prepare_process
 from engine.paths import PATH, path_text, written_path
 from engine.ranks import Ranks, join_ranks
+from engine.serve import Page
 from engine.stop import STOP, end_with_launcher
 from engine.train.folder import (
     check_new,
@@ -184,6 +185,7 @@ def _axes(given: tuple[str, ...], going_on: Path | None, num_ranks: int) -> tupl
 def _read_config(given: Given, stored: str, num_ranks: int) -> RunConfig:
     """A recipe, or the config of the run that goes on, under what the command line says."""
     before = config_of(stored, "config.toml") if stored else None
+    before = replace(before, serve=NO_PAGE) if before else None  # of the process that it was
     if before and given.recipe is None:
         config = before
     else:
@@ -210,8 +212,10 @@ def _run(config: RunConfig, ranks: Ranks, folder: Path | None, resume: bool, dev
     for note in cache_notes():
         _say(f"note: {note}")
     with ExitStack() as stack:
+        page = Page(config.serve)
 
         def take() -> str:
+            stack.enter_context(page)
             check = check_resumable if resume else check_new
             out = stack.enter_context(take_folder(folder, check=check))
             if resume and (manifest := newest_manifest(out)):
@@ -224,10 +228,12 @@ def _run(config: RunConfig, ranks: Ranks, folder: Path | None, resume: bool, dev
             _say(f"{done}: {out / 'report.json'}")
             ranks.leave()
             return 0
-        return _train(config, ranks, out, resume, device)
+        return _train(config, ranks, out, resume, device, page)
 
 
-def _train(config: RunConfig, ranks: Ranks, out: Path, resume: bool, device: str) -> int:
+def _train(
+    config: RunConfig, ranks: Ranks, out: Path, resume: bool, device: str, page: Page
+) -> int:
     from engine.train.session import open_run_records
     from engine.train.trainer import check_run, fit
     from engine.world import start_world
@@ -236,6 +242,7 @@ def _train(config: RunConfig, ranks: Ranks, out: Path, resume: bool, device: str
     records = ranks.agree(lambda: open_run_records(config, ranks.size))
     ranks.agree_on("records' fingerprint", records.fingerprint)
     ranks.agree(lambda: check_records(out, records.fingerprint, resume and ranks.rank == 0))
+    ranks.from_first(lambda: _show(page, out))
     with start_world(device, ranks, config.timeout_s) as world:
         report, signal = fit(config, records, world, out, resume=resume, say=_say)
     if signal:
@@ -259,12 +266,21 @@ def _run_sweep(
     for note in cache_notes():
         _say(f"note: {note}")
     sweep = Sweep.of(config, axes)
-    with take_folder(folder, check=check_resumable if resume else check_new) as out:
+    check = check_resumable if resume else check_new
+    with Page(config.serve) as page, take_folder(folder, check=check) as out:
         if resume:
             check_goes_on(out, sweep.members)
         from engine.train.outcome import train_sweep
 
+        _show(page, out)
         return train_sweep(sweep, out, device, ranks, _say)
+
+
+def _show(page: Page, out: Path) -> str:
+    """Start the page and say where, if it was asked for."""
+    if line := page.start(out):
+        _say(line)
+    return line
 
 
 def _say(line: str) -> None:

@@ -20,6 +20,7 @@ from engine.data.pack import pack
 from engine.data.records import Records, open_records
 from engine.host import ROOT, prepare_process
 from engine.world import World, has_fast_bf16
+from tests.browser import CHROMIUM, Browser
 from tools.measure.matrix import is_matrix
 
 prepare_process()  # as every command does
@@ -114,6 +115,15 @@ def one_thread() -> Iterator[None]:
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A user's cache folder of the tests' own, shared by them so that the sample is packed once."""
     return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    if not CHROMIUM:
+        assert os.environ.get("CI") != "true", "CI must have Chromium: apt-get install chromium"
+        pytest.skip("there is no Chromium here: apt-get install chromium")
+    with Browser() as browser:
+        yield browser
 
 
 Command = Callable[..., subprocess.CompletedProcess[str]]

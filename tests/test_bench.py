@@ -30,12 +30,14 @@ from tests.bench import (
     predict,
     ranks,
     report,
+    serve,
     sources,
     startup,
     step,
     sweep,
     warp,
 )
+from tests.browser import CHROMIUM
 from tests.conftest import FAST_PRECISION
 from tools.measure.in_process import InProcess
 
@@ -203,6 +205,17 @@ def test_sweep(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> 
     sweep.bench(tmp_path, rounds=1, epochs=1)
     assert checked(tmp_path / "cpu_sweep.json") == [
         "2 processes one after another, time over members of one process (x)"
+    ]
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium here")
+def test_serve(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    serve.bench(tmp_path, rounds=1, epochs=2)
+    assert checked(tmp_path / "cpu_serve.json") == [
+        "with a page costs (%)",
+        "with a page open in Chromium costs (%)",
     ]
 
 

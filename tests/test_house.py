@@ -36,11 +36,11 @@ FLOORS = (
     ("data",),
     ("world", "meters", "feeds", "models"),
     ("train",),
-    ("flags", "run"),
+    ("flags", "serve", "run"),
 )
 """What stands in engine/, packages and files, from the ground up: imports run downward or stay."""
 TOOL_ROOMS = ("measure", "report", "checks")
-NO_TORCH = (*FLOORS[0], *FLOORS[1], "run")
+NO_TORCH = (*FLOORS[0], *FLOORS[1], "serve", "run")
 
 
 def floor(module: str) -> int:

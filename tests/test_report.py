@@ -3,11 +3,9 @@
 import base64
 import csv
 import json
-import os
 import re
 import shutil
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,7 @@ from engine.train.answers import answers
 from engine.train.session import evaluate, open_session
 from engine.typed import typed
 from engine.world import World
-from tests.browser import CHROMIUM, Browser
+from tests.browser import Browser
 from tests.conftest import Command
 from tests.profiles import LABELS, make_profile
 from tools.measure.results import Profile
@@ -343,15 +341,6 @@ def test_what_is_no_profile_is_refused(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="make it anew"):
             write_report(tmp_path, tmp_path / "out")
         assert not (tmp_path / "out").exists(), "nothing half-written"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if not CHROMIUM:
-        assert os.environ.get("CI") != "true", "CI must have Chromium: apt-get install chromium"
-        pytest.skip("there is no Chromium here: apt-get install chromium")
-    with Browser() as browser:
-        yield browser
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])

@@ -20,6 +20,7 @@ from engine.errors import UserError, exit_on_user_error, printable
 from engine.host import cache_notes, end_rank, env_world_size, prepare_process
 from engine.paths import PATH, full_path
 from engine.report import write_json
+from engine.serve import check_installed
 from engine.ui import guard_outputs
 from tools.report.outputs import check_file
 
@@ -127,18 +128,27 @@ def compare(a: Path, b: Path, out: Path | None) -> None:
 
 
 @main.command()
-@click.argument("folder", metavar="DIR", type=PATH)
+@click.argument("folders", metavar="DIR...", nargs=-1, required=True, type=PATH)
 @click.option("--out", type=PATH, help="Folder for report.html, .md and figures.  [default: DIR]")
-def report(folder: Path, out: Path | None) -> None:
+@click.option("--serve", is_flag=True, help="A live page of runs: DIR... or those that lie in it.")
+@click.option("--port", type=click.IntRange(0, 65_535), help="Of --serve.  [default: a free one]")
+def report(folders: tuple[Path, ...], out: Path | None, serve: bool, port: int | None) -> None:
     """Write what DIR's profile.json holds as a page with charts, as pictures, and as tables.
 
-    Of a sweep's folder: its members and their vote, as a picture and a table.
+    Of a sweep's folder: its members and their vote, as a picture and a table. With --serve nothing
+    is written.
     """
     with exit_on_user_error():
+        if serve:
+            _serve(folders, port or 0)
+            return
+        if len(folders) > 1 or port is not None:
+            raise UserError("several folders and --port are for --serve; give one DIR, or --serve")
         from engine.train.sweep import RESULT
         from tools.report.page import write_report
         from tools.report.sweep import write_sweep_report
 
+        (folder,) = folders
         is_sweep = (folder / RESULT).exists() and not (folder / "profile.json").exists()
         write = write_sweep_report if is_sweep else write_report
         with take_folder(out or folder) as place:
@@ -358,6 +368,13 @@ def ensemble(
             config = override(config, {"data.path": os.fspath(data)}, "flags")
         with take_folder(out, "ensemble-") as folder:
             click.echo(profile_ensemble(config, networks, workers, folder))
+
+
+def _serve(folders: tuple[Path, ...], port: int) -> None:
+    check_installed()
+    from tools.report.live import show_runs
+
+    show_runs(folders, port)
 
 
 def _planned_config(config_file: Path | None, run_folder: Path | None) -> RunConfig:

@@ -19,6 +19,8 @@ from engine.train.schedule import Timing
 from engine.typed import typed
 
 CONFIG = "config.toml"
+METRICS = "metrics.jsonl"
+REPORT = "report.json"
 SWEEP = "sweep.toml"
 """Of a folder whose folders are runs (train/sweep.py)."""
 CHECKPOINTS = "checkpoints"

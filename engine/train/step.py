@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from engine.config import RunConfig
+from engine.config import NO_PAGE, RunConfig
 from engine.errors import UserError, first_cause, sentence
 from engine.feeds.batch import Batch, Feed, Source
 from engine.feeds.shared import GatheredOnce
@@ -197,6 +197,8 @@ class TrainStep:
         self._root_gradient = self._one if device.type == "cuda" else None
         num_rows = max(config.step.canonical, 1)
         self._eval_N3 = torch.zeros(num_rows, 3, dtype=torch.float64, device=device)
+        self._confusion_CC: torch.Tensor | None = None
+        """What evaluation read in place of what, where a page shows it; made in warm-up."""
 
     def _make_optimizer(self) -> None:
         config, is_flat = self._config, "adamw" in self._config.kernels
@@ -282,6 +284,8 @@ class TrainStep:
                 self._world.ledger.mark("model and optimiser")
                 self._capture()
             self._world.synchronize()
+        if self._confusion_CC is not None:
+            self._confusion_CC.zero_()
         if self.capture_failure:
             self.close()
             self._wrap()
@@ -449,6 +453,16 @@ class TrainStep:
         self._eval_N3.zero_()
         return loss / max(seen, 1), correct / max(seen, 1), int(seen)
 
+    def read_confusion(self) -> np.ndarray:
+        """count_CC of true and read classes over all ranks since the last call; with `serve` only.
+
+        Collective; synchronises.
+        """
+        assert self._confusion_CC is not None
+        count_CC: np.ndarray = self._world.sum(self._confusion_CC).cpu().numpy()
+        self._confusion_CC.zero_()
+        return count_CC
+
     def resume_at(self, step: int, num_skipped_in_a_row: int = 0) -> None:
         """Go on at global step `step`, before which fp16 had skipped so many in a row."""
         self._host_step = step
@@ -601,5 +615,16 @@ class TrainStep:
         logits_BC = self.objective.logits(batch.image_BHW)
         real_B, label_B = batch.id_B != PADDING_ID, batch.label_B.long()
         loss_B = functional.cross_entropy(logits_BC, label_B, reduction="none").where(real_B, 0.0)
-        correct = ((logits_BC.argmax(1) == label_B) & real_B).sum()
+        answer_B = logits_BC.argmax(1)
+        correct = ((answer_B == label_B) & real_B).sum()
+        if self._config.serve != NO_PAGE:
+            self._count(label_B, answer_B, real_B, logits_BC.shape[1])
         return torch.stack((loss_B.sum(dtype=torch.float64), correct, real_B.sum()))
+
+    def _count(
+        self, label_B: torch.Tensor, answer_B: torch.Tensor, real_B: torch.Tensor, num_classes: int
+    ) -> None:
+        """Add a batch's answers to the confusion; padding rows add nothing."""
+        if self._confusion_CC is None:
+            self._confusion_CC = label_B.new_zeros(num_classes, num_classes)
+        self._confusion_CC.view(-1).index_add_(0, label_B * num_classes + answer_B, real_B.long())

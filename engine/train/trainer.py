@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 import torch
 
 from engine import meters
-from engine.config import RunConfig
+from engine.config import NO_PAGE, RunConfig
 from engine.data.records import Records
 from engine.durable import take_folder
 from engine.errors import UserError
@@ -51,6 +51,7 @@ from engine.train.folder import (
     checkpoints,
 )
 from engine.train.journal import CHECKPOINTS, Journal
+from engine.train.live import Live, Memory
 from engine.train.parts import Handover, copies_of, put_back, stored_position, with_timings
 from engine.train.progress import Progress, run_report
 from engine.train.pulse import Cadence, Pulse
@@ -249,6 +250,8 @@ class Trainer:
         self.journal = self.handed.journal if self.handed else Journal(self.out, self.say)
         facts = session.network_facts
         self.saver = Saver(self.out, self.step.state, facts) if self.world.is_first else None
+        is_shown = self.config.serve != NO_PAGE and self.world.is_first
+        self.live = Live(self.out, self.steps_per_epoch, self.say) if is_shown else None
         self.progress = Progress(session, self.config)
         self.said_notes = list(self.handed.notes) if self.handed else []
         self.said: OSError | None = None
@@ -457,7 +460,19 @@ class Trainer:
     def _read_log(self, done: int) -> None:
         """Add what was trained since the last reading to the position. Collective."""
         log = self.step.read_training()
-        self.progress.trained(log, done, self.watch.lap())
+        lap_s = self.watch.lap()
+        self.progress.trained(log, done, lap_s)
+        if self.live:
+            rate = log.num_samples / max(lap_s, 1e-9)
+            self.live.trained(self.position, log.loss_S, rate, self._memory())
+
+    def _memory(self) -> Memory:
+        return Memory(
+            host_peak_rss_gib=meters.host_peak_rss_gib(),
+            device_used_gib=self.nvml.used_gib(),
+            gpu_utilisation_percent=self.nvml.utilisation_percent(),
+            power_w=self.nvml.power_w(),
+        )
 
     def _end_epoch(self) -> None:
         """Evaluate, write the epoch's line, and save."""
@@ -511,6 +526,10 @@ class Trainer:
         start = time.perf_counter()
         loss, accuracy = evaluate(self.session, split)
         self.progress.evaluated(time.perf_counter() - start)
+        if self.config.serve != NO_PAGE:
+            count_CC = self.step.read_confusion()
+            if self.live:
+                self.live.evaluated(self.position, split, (loss, accuracy), count_CC)
         return loss, accuracy
 
     def _save(self, wait: bool) -> None:
@@ -612,7 +631,13 @@ class Trainer:
             raise UserError(f"{self.out}: {what}; free space or choose another --out")
         if self.handed is None:
             self.journal.start(self.config, self.position.epoch)
+            self._start_live()
         self.journal.report(run_report(self.progress, "unfinished", self.nvml))
+
+    def _start_live(self) -> None:
+        records = self.session.records
+        if self.live:
+            self.live.start(self.position, records.split("train"), len(records.classes))
 
     def _end(self, energy_j: float | None) -> RunReport:
         """Evaluate the test split, and write the weights and the report."""

@@ -22,6 +22,7 @@ from tests.bench import (
     predict,
     ranks,
     report,
+    serve,
     sources,
     startup,
     step,
@@ -53,6 +54,7 @@ def main(data: Path | None, out: Path) -> None:
     measuring.bench(out, rounds=9, num_steps=60)
     checkpoints.bench(out, rounds=15)
     sweep.bench(out, rounds=3)
+    serve.bench(out, rounds=9)
     report.bench(out, rounds=5)
     fp8.bench(out, None, pairs=5)
     if data:

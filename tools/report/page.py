@@ -13,7 +13,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -22,7 +21,7 @@ from engine.durable import Damaged, parse_json, write_file, writing
 from engine.errors import UserError
 from engine.typed import typed
 from tools.measure.results import RATE, Profile, clean, read_profile
-from tools.report import charts
+from tools.report import charts, style
 from tools.report.ceiling import distances
 from tools.report.charts import Line, Picture
 from tools.report.confusion import Glyph, class_table, glyph, lookalikes, matrices
@@ -30,7 +29,6 @@ from tools.report.figures import MEDIANS, heading, show
 from tools.report.rows import markdown_table, number
 from tools.report.tables import cells_frame, epochs_frame, parts_frame
 
-TEMPLATE = Path(__file__).with_name("page.html")
 EXTRA = {
     "ensemble": ("Ensemble", "ensemble.json", "rows"),
     "kernels": ("Kernels", "gpu_kernels.json", "rows"),
@@ -365,12 +363,8 @@ def _lines(frame: pd.DataFrame, x: str, y: str, keys: list[str]) -> list[Line]:
 
 def page(profile: Profile, sections: list[Section]) -> str:
     """The report as one HTML page that loads nothing and runs nothing."""
-    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
-        TEMPLATE.read_text(encoding="utf-8")
-    )
-    return template.render(
-        title=profile.title, facts=_facts(cells_frame(profile)), sections=sections, charts=charts
-    )
+    facts = _facts(cells_frame(profile))
+    return style.render("page.html", title=profile.title, facts=facts, sections=sections)
 
 
 def _facts(frame: pd.DataFrame) -> list[tuple[str, str]]:
