@@ -19,7 +19,7 @@ from engine.errors import UserError
 from engine.host import home
 
 URI = "file:///"
-_URL = re.compile(r"\b[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]*")
+_URL = re.compile(r"\b[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]*[^\s'\"<>,;:.)\]]")
 _whole_urls: dict[str, str] = {}
 """By what may be said of them, those with credentials: they are in this process's memory alone."""
 

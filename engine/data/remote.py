@@ -253,17 +253,17 @@ def _make_room(part: Path, num_bytes: int, cache_gib: float) -> None:
     Raises:
         UserError: it does not, even so.
     """
-    limit_bytes = cache_gib * 2**30
+    left_bytes = cache_gib * 2**30 - num_bytes
+    what = f"{num_bytes / 2**30:.3g} GiB of records do not fit"
     others = [folder for folder in part.parent.iterdir() if folder.is_dir() and folder != part]
     others.sort(key=lambda folder: folder.stat().st_mtime)
     used_bytes = sum(map(_size, others))
-    for folder in others if num_bytes <= limit_bytes else ():
-        if used_bytes + num_bytes > limit_bytes:
+    for folder in others:
+        if 0 <= left_bytes < used_bytes:
             used_bytes -= _delete(folder)
-    if used_bytes + num_bytes > limit_bytes:
-        what = f"{num_bytes / 2**30:.3g} GiB of records do not fit"
-        if used_bytes:
-            what += f" beside {used_bytes / 2**30:.3g} GiB that other processes use"
+    if left_bytes >= 0 and used_bytes:
+        what += f" beside {used_bytes / 2**30:.3g} GiB that are in use"
+    if left_bytes < used_bytes:
         limit = f"the limit of {cache_gib:g} GiB"
         remedy = "give engine.run --set data.cache_gib=MORE, or copy the records to a disk"
         raise UserError(f"{part.parent}: {what} within {limit}; {remedy}")
