@@ -233,7 +233,9 @@ def test_packing_publishes_whole_or_not_at_all(
     assert_refused(command("tools/pack_tmnist", URL, "x"), f"{URL}: a source is no URL")
 
 
-def test_what_cannot_be_fetched_is_one_line(proxy: Proxy, command: Command, tmp_path: Path) -> None:
+def test_what_cannot_be_fetched_is_one_line(
+    proxy: Proxy, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def verify(url: str, *texts: str, **environment: str) -> None:
         done = command("tools/pack_tmnist", "--verify", url, **environment)
         assert_refused(done, *texts)
@@ -244,6 +246,8 @@ def test_what_cannot_be_fetched_is_one_line(proxy: Proxy, command: Command, tmp_
     verify("s3://no-bucket/x", "bucket does not exist; name the folder", **cache)
     verify("s4://x/y", "s4://x/y: ", "write s3://, gs:// or https://", **cache)
     verify("http://[x/y", "cannot be understood", **cache)
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    verify("gs://x/y", "gs://x/y: a package is missing", "pip install fsspec s3fs gcs", **cache)
     page = f"http://user:secret@127.0.0.1:{proxy.server_port}/{BUCKET}?X-Amz-Signature=secret"
     verify(page, f"/{BUCKET}/{MANIFEST}: ", "name the folder", **cache)
     proxy.faults = {MANIFEST: ["deny", "always"]}
@@ -264,7 +268,7 @@ def test_a_run_on_a_url_keeps_no_credentials(
     out = tmp_path / "run"
     trained = command(
         "python", "-m", "engine.run", "--data", f"{url}?X-Amz-Signature=secret", "--epochs", 1,
-        "--batch-size", 16, "--out", out, "--set", "data.cache_gib=0.1",
+        "--batch-size", 16, "--out", out, "--kernels", "off", "--set", "data.cache_gib=0.1",
     )  # fmt: skip
     assert trained.returncode == 0, trained.stderr
     evaluated = command("tools/evaluate", out)

@@ -204,13 +204,15 @@ class RemoteFolder:
     def _parsed(self, manifest: bytes, manifest_hash: bytes) -> Wanted:
         content = parse_manifest(manifest, manifest_hash, FORMAT, VERSION)
         try:
-            num_pixels = content["height"] * content["width"]
+            sides = content["height"], content["width"]
+            if not are_counts(*sides):
+                raise Damaged(f"images of {str(sides)[:40]} pixels cannot be")
             splits = content["splits"]
             files = [
                 file
                 for split in SPLITS
                 if split in splits
-                for file in entries_of(split, splits[split]["files"], num_pixels)
+                for file in entries_of(split, splits[split]["files"], sides[0] * sides[1])
             ]
             fonts = content["fonts"]
             fonts_bytes, fonts_sha256 = fonts["bytes"], str(fonts["sha256"])
