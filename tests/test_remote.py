@@ -68,8 +68,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(server, "PART_BYTES", BLOCK_BYTES)
     monkeypatch.setattr(server, "SHORTEST_PAUSE_S", 0.01)
-    monkeypatch.setattr(server, "FIRST_WORD_S", 1.0)
-    monkeypatch.setattr(server, "PATIENCE_S", 1.0)
+    be_patient(monkeypatch, 5.0)
     yield
     release()
 
@@ -78,6 +77,11 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 def proxy(served: Proxy) -> Proxy:
     served.faults, served.asked = {}, []
     return served
+
+
+def be_patient(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    monkeypatch.setattr(server, "FIRST_WORD_S", seconds)
+    monkeypatch.setattr(server, "PATIENCE_S", seconds)
 
 
 def release() -> None:
@@ -97,14 +101,15 @@ def copies(tmp_path: Path) -> list[str]:
 
 @pytest.mark.parametrize("kind", ["s3", "http", "http without ranges"])
 def test_the_bits_are_those_of_the_disk_whatever_the_server_does(
-    kind: str, proxy: Proxy, records: Path
+    kind: str, proxy: Proxy, records: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(server, "READ_S", 0.5)
     whole = ["whole"] if kind == "http without ranges" else []
     proxy.faults = {
         MANIFEST: ["500", "cut", "flip"],
         MANIFEST_HASH: ["flip"],
         "fonts.json": ["flip"],
-        TRAIN: ["500", "cut", "slow", "flip", *whole],
+        TRAIN: ["500", "cut", "slow", "flip", "stuck", *whole],
         "test-00000.arrow": ["cut", "500"],
     }
     url = URL if kind == "s3" else f"{proxy.url}/{BUCKET}/set"
@@ -114,7 +119,7 @@ def test_the_bits_are_those_of_the_disk_whatever_the_server_does(
     there = open_for(DataConfig(feed="stream"), url)
     assert there.path == str(copy) and there.fingerprint == open_records(records).fingerprint
     num_asked = sum(name == TRAIN for _, name, _ in proxy.asked)
-    assert num_asked <= 4 + NUM_BLOCKS, "what is here was fetched again"
+    assert num_asked <= 5 + NUM_BLOCKS, "what is here was fetched again"
 
 
 def test_a_block_that_stays_damaged_is_refused_by_name(proxy: Proxy, tmp_path: Path) -> None:
@@ -187,19 +192,20 @@ def test_the_least_recently_used_go_but_never_one_in_use(small_dir: Path, tmp_pa
 
 
 def test_without_the_server_the_copy_is_used_and_said(
-    proxy: Proxy, capsys: pytest.CaptureFixture[str]
+    proxy: Proxy, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = f"{proxy.url}/{BUCKET}/set"
     copy = remote.local(url)
     release()
     capsys.readouterr()
     proxy.faults = {MANIFEST: ["500", "always"]}
+    be_patient(monkeypatch, 0.2)
     assert remote.local(url) == copy
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"note: {url}/{MANIFEST}: HTTP 500, tried") and line.endswith(
         f"{copy} is used"
     )
-    with pytest.raises(UserError, match="tried for 1 s; start again later"):
+    with pytest.raises(UserError, match="tried for 0.2 s; start again later"):
         remote.local(url + "2")
 
 
@@ -214,11 +220,18 @@ def test_damage_of_a_copy_says_what_to_do(proxy: Proxy) -> None:
 
 
 def test_packing_publishes_whole_or_not_at_all(
-    proxy: Proxy, command: Command, source: Path, records: Path
+    proxy: Proxy,
+    command: Command,
+    source: Path,
+    records: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     new = f"s3://{BUCKET}/new"
     proxy.faults = {"val-00000.arrow": ["500", "always"]}
-    assert_refused(command("tools/pack_tmnist", source, new), f"{new}/val-00000.arrow: ", "tried")
+    with monkeypatch.context() as patch:
+        be_patient(patch, 0.2)
+        refused = command("tools/pack_tmnist", source, new)
+    assert_refused(refused, f"{new}/val-00000.arrow: ", "tried")
     assert names_in_bucket("new") == set()
     proxy.faults = {}
     done = command("tools/pack_tmnist", source, new)

@@ -148,7 +148,7 @@ class RemoteFolder:
                     raise UserError(f"{self.said}/{name}: {reason}; {remedy}") from None
             end_s = max(start_s, self._heard_s) + patience_s
             if self.is_over or time.monotonic() + pause_s > end_s:
-                tried = f"tried for {patience_s:.0f} s"
+                tried = f"tried for {patience_s:g} s"
                 raise Unreachable(f"{self.said}/{name}: {reason}, {tried}; start again later")
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
