@@ -124,10 +124,21 @@ def test_the_bits_are_those_of_the_disk_whatever_the_server_does(
 
 def test_a_block_that_stays_damaged_is_refused_by_name(proxy: Proxy, tmp_path: Path) -> None:
     proxy.faults[TRAIN] = ["fine", "flip", "flip"]
-    with pytest.raises(UserError) as refused:
-        open_records(URL)
+    refused: list[str] = []
+
+    def refuse() -> None:
+        with pytest.raises(UserError) as caught:
+            open_records(URL)
+        refused.append(str(caught.value))
+
+    waiting = [threading.Thread(target=refuse) for _ in range(3)]
+    for thread in waiting:
+        thread.start()
+    for thread in waiting:
+        thread.join(20)
     what = f"{URL}: damaged: {TRAIN}: the block at byte {BLOCK_BYTES} has not its CRC32, twice"
-    assert str(refused.value).startswith(what) and not proxy.faults[TRAIN]
+    assert len(refused) == 3 and all(each.startswith(what) for each in refused), refused
+    assert not proxy.faults[TRAIN]
     assert [name for name in copies(tmp_path) if not name.endswith(remote.PART)] == []
     proxy.asked = []
     open_records(URL)
@@ -294,3 +305,22 @@ def test_a_run_on_a_url_keeps_no_credentials(
     assert kept in (out / "report.json").read_text()
     assert not [file for file in cache.rglob("*") if "secret" in file.name]
     assert without_folders(f"at {url}/x?a=b, not file:///a/b") == f"at {kept}/x, not file:///a/b"
+
+
+@pytest.mark.slow
+def test_ranks_share_one_download_and_one_refusal(
+    proxy: Proxy, command: Command, tmp_path: Path
+) -> None:
+    words = ["--nproc-per-node", 2, "-m", "engine.run", "--data", URL, "--epochs", 1]
+    words += ["--kernels", "off", "--batch-size", 128, "--out", tmp_path / "run"]
+    proxy.faults = {TRAIN: ["flip", "always"]}
+    refused = command("torchrun", *words)
+    (line,) = [line for line in refused.stderr.splitlines() if line.startswith("error: ")]
+    assert refused.returncode and line.startswith(f"error: {URL}: damaged: {TRAIN}: the block at")
+    assert sum(name == TRAIN for _, name, _ in proxy.asked) == 2
+    proxy.faults, proxy.asked = {TRAIN: ["500", "cut"]}, []
+    trained = command("torchrun", *words)
+    assert trained.returncode == 0, trained.stderr
+    assert sum(line.startswith("fetching ") for line in trained.stderr.splitlines()) == 1
+    spans = [span for _, name, span in proxy.asked if name == TRAIN]
+    assert len(set(spans)) == 1 and len(spans) == 3, "its parts of 8 MiB, by one rank"

@@ -29,7 +29,7 @@ from engine.data.record_file import BLOCK_BYTES, FONTS, FileEntry
 from engine.data.server import PUBLISH, RemoteFolder, Taken, Unreachable, Wanted
 from engine.durable import MANIFEST, MANIFEST_HASH, fsync, lock_of, try_lock, writing
 from engine.errors import UserError
-from engine.host import user_cache
+from engine.host import env_local_rank, user_cache
 from engine.paths import PathOrUrlType, Refused, is_url
 from engine.ui import progress_bar
 
@@ -56,6 +56,7 @@ def local(
     """
     if not is_url(path):
         return Path(path)
+    start_s = time.time()
     remote = RemoteFolder(str(path))
     cache = user_cache() / CACHE
     with writing(cache):
@@ -66,10 +67,16 @@ def local(
             kept = _newest(cache, remote)
             if kept is None or not _take(kept):
                 raise
-            _say(f"note: {error}; the copy in {kept} is used")
+            if env_local_rank() == 0:
+                _say(f"note: {str(error).rpartition(';')[0]}; the copy in {kept} is used")
             return kept
         copy = cache / wanted.name
-        _wait_for(copy, lambda: _download(remote, wanted, copy, cache_gib, sign), remote.said)
+
+        def download() -> None:
+            with _shared_failure(lock_of(copy), start_s):
+                _download(remote, wanted, copy, cache_gib, sign)
+
+        _wait_for(copy, download, remote.said)
         return copy
 
 
@@ -146,6 +153,22 @@ def _wait_for(copy: Path, download: Callable[[], None], said: str) -> None:
             )
             raise UserError(f"{said}: {what}; end that one, or wait for it, and start again")
         time.sleep(server.SHORTEST_PAUSE_S)
+
+
+@contextmanager
+def _shared_failure(lock: Path, since_s: float) -> Iterator[None]:
+    """Leave the sentence of what fails inside in the lock's file; raise one left after `since_s`.
+
+    So those that waited do not try, one after the other, what one has tried for long.
+    """
+    when_s, _, said = lock.read_text(encoding="utf-8").partition(" ")
+    if said and float(when_s) > since_s:
+        raise UserError(said)
+    try:
+        yield
+    except UserError as error:
+        lock.write_text(f"{time.time()} {error}", encoding="utf-8")
+        raise
 
 
 @contextmanager

@@ -260,8 +260,12 @@ def _options(url: SplitResult) -> dict[str, Any]:
         return {"client_kwargs": {"timeout": limits}}
     if url.scheme not in ("s3", "s3a"):
         return {}
-    once = {"total_max_attempts": 1}
-    config = {"connect_timeout": CONNECT_S, "read_timeout": READ_S, "retries": once}
+    config = {
+        "connect_timeout": CONNECT_S,
+        "read_timeout": READ_S,
+        "retries": {"total_max_attempts": 1},
+        "response_checksum_validation": "when_required",  # we compare blocks ourselves
+    }
     if not url.username:
         return {"config_kwargs": config}
     user = {"key": unquote(url.username), "secret": unquote(url.password or "")}
