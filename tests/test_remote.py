@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -228,6 +229,8 @@ def test_damage_of_a_copy_says_what_to_do(proxy: Proxy) -> None:
     (copy / TRAIN).write_bytes(data)
     with pytest.raises(UserError, match="CRC32.*; delete this copy; it is fetched again"):
         open_records(url)
+    shutil.rmtree(copy)
+    assert open_records(url).path == str(copy)
 
 
 def test_packing_publishes_whole_or_not_at_all(

@@ -122,6 +122,8 @@ def _newest(cache: Path, remote: RemoteFolder) -> Path | None:
 
 def _take(copy: Path) -> bool:
     """Whether the copy is there, and nobody deletes it from now on until this process ends."""
+    if copy in _held and not copy.is_dir():  # the user has deleted it
+        os.close(_held.pop(copy))
     if copy not in _held:
         handle = try_lock(copy, shared=True) if copy.is_dir() else None
         if handle is None:
@@ -148,9 +150,8 @@ def _wait_for(copy: Path, download: Callable[[], None], said: str) -> None:
             size_seen = size
             end_s = time.monotonic() + 2 * server.PATIENCE_S
         if time.monotonic() > end_s:
-            what = (
-                f"another process downloads it, and got nothing for {2 * server.PATIENCE_S:.0f} s"
-            )
+            since = f"nothing for {2 * server.PATIENCE_S:.0f} s"
+            what = f"another process downloads it, and got {since}"
             raise UserError(f"{said}: {what}; end that one, or wait for it, and start again")
         time.sleep(server.SHORTEST_PAUSE_S)
 
