@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from engine.errors import UserError
-from engine.paths import full_path
+from engine.paths import full_path, is_url, said_url
 
 MOST_SHARDS = 64
 NO_PAGE = -1
@@ -77,7 +77,8 @@ class AugmentConfig:
 class DataConfig:
     path: str = setting(
         "",
-        "Record directory made by tools/pack_tmnist.  [default: the packaged sample]",
+        "Record directory made by tools/pack_tmnist, or its URL (s3://...).  "
+        "[default: the packaged sample]",
         flag="--data",
         environment=True,
         path=True,
@@ -106,6 +107,12 @@ class DataConfig:
         16,
         "Blocks that the blocked order shuffles together; stream holds two such windows in memory.",
         bounds=(1, 2**32),
+    )
+    cache_gib: float = setting(
+        20.0,
+        "Limit of this machine's copies of record directories behind URLs.",
+        bounds=(0, 2**32),
+        environment=True,
     )
     loader_workers: int = setting(
         2, "Worker processes of the loader feeds.", bounds=(0, 256), environment=True
@@ -502,7 +509,7 @@ def with_full_paths(dotted: Mapping[str, Any], folder: Path | None, source: str)
         value = full.get(name)
         if isinstance(value, str) and value:
             try:
-                full[name] = str(full_path(value, folder))
+                full[name] = said_url(value) if is_url(value) else str(full_path(value, folder))
             except UserError as error:
                 raise UserError(f"{source}: {name}: {error}") from None
     return full

@@ -175,7 +175,12 @@ def write_manifest(directory: Path, content: dict[str, Any]) -> None:
 def read_manifest(directory: Path, form: str, version: int) -> dict[str, Any]:
     """The manifest; Damaged if it is missing, too large, changed, or of another format."""
     data = read_small(directory / MANIFEST)
-    if read_small(directory / MANIFEST_HASH) != hashlib.sha256(data).hexdigest().encode() + b"\n":
+    return parse_manifest(data, read_small(directory / MANIFEST_HASH), form, version)
+
+
+def parse_manifest(data: bytes, sha256: bytes, form: str, version: int) -> dict[str, Any]:
+    """The manifest of these bytes, and of its hash's file; Damaged as in `read_manifest`."""
+    if sha256 != hashlib.sha256(data).hexdigest().encode() + b"\n":
         raise Damaged(f"{MANIFEST} does not match {MANIFEST_HASH}")
     content = parse_json(data, MANIFEST)
     if not isinstance(content, dict):
@@ -272,7 +277,7 @@ def locked(target: Path, *, wait: bool = True) -> Iterator[None]:
     UserError if another process holds it and `wait` is false.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _locked_file(target.parent / f".{target.name}.lock", target, wait):
+    with _locked_file(lock_of(target), target, wait):
         yield
 
 
@@ -340,17 +345,43 @@ def _locked_file(path: Path, target: Path, wait: bool) -> Iterator[None]:
         os.close(handle)
 
 
+def try_lock(target: Path, *, shared: bool = False) -> int | None:
+    """A descriptor that locks `target` until it is closed; None where others hold it.
+
+    Its file stays beside `target`. Any number of processes may hold it `shared`.
+    """
+    operation = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    try:
+        return _flock(lock_of(target), operation | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return None
+
+
+def lock_of(target: Path) -> Path:
+    """The file that locks `target`, beside it."""
+    return target.parent / f".{target.name}.lock"
+
+
 def _lock(path: Path, target: Path, wait: bool) -> int:
+    try:
+        return _flock(path, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        holder = "unknown"
+        with suppress(OSError):
+            holder = path.read_text(encoding="ascii", errors="replace") or holder
+        remedy = "wait for it, or choose another place"
+        raise UserError(f"{target}: process {holder} is writing it; {remedy}") from None
+
+
+def _flock(path: Path, operation: int) -> int:
     while True:
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         handle = os.open(path, flags, 0o666)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(handle, operation)
         except BlockingIOError:
-            holder = os.pread(handle, 20, 0).decode("ascii", "replace") or "unknown"
             os.close(handle)
-            remedy = "wait for it, or choose another place"
-            raise UserError(f"{target}: process {holder} is writing it; {remedy}") from None
+            raise
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 os.close(handle)

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args, get_origin
 import click
 
 from engine.config import RunConfig, settings_of
-from engine.paths import PATH
+from engine.paths import PATH_OR_URL
 
 AMP = ("bf16", "fp16", "fp8")
 """The precisions that --amp offers."""
@@ -53,7 +53,7 @@ def _option(name: str, each: Field[Any], kind: Any, default: Any) -> Callable[..
     if kind is bool:
         return click.option(f"{flag}/--no-{flag[2:]}", variable, **words)
     if facts["path"]:
-        words["type"] = PATH
+        words["type"] = PATH_OR_URL
     elif get_origin(kind) is Literal:
         words["type"] = click.Choice(get_args(kind))
     elif kind is int:

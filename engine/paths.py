@@ -1,13 +1,16 @@
 """Paths as users write them: the one place that expands `~` and gives relative ones their folder.
 
+What lies behind a URL (`s3://...`) is no path; it passes as text, stripped of credentials.
+
 Paths are bytes to the system. Those that are no UTF-8 pass through TOML as `file:` URIs (RFC 8089),
 which are accepted wherever a config holds a path.
 """
 
 import os
+import re
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote_to_bytes, urlsplit
+from urllib.parse import unquote_to_bytes, urlsplit, urlunsplit
 
 import click
 from click.shell_completion import CompletionItem
@@ -16,6 +19,54 @@ from engine.errors import UserError
 from engine.host import home
 
 URI = "file:///"
+_URL = re.compile(r"\b[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]*[^\s'\"<>,;:.)\]]")
+_whole_urls: dict[str, str] = {}
+"""By what may be said of them, those with credentials: they are in this process's memory alone."""
+
+
+def is_url(text: object) -> bool:
+    """Whether it names what no path does: something to be fetched."""
+    return isinstance(text, str) and _URL.match(text) is not None and not text.startswith(URI)
+
+
+def said_url(url: str) -> str:
+    """The URL as it may be printed and stored: without user, password, query and fragment.
+
+    In this process `whole_url` gives them back.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        said = _stripped(url)
+    except ValueError:
+        raise UserError("the URL cannot be understood; check its host") from None
+    if said != url.rstrip("/"):
+        _whole_urls[said] = url
+    return said
+
+
+def whole_url(said: str) -> str:
+    """The URL as the user gave it."""
+    return _whole_urls.get(said, said)
+
+
+def without_credentials(text: str) -> str:
+    """The text, each URL in it without user, password, query and fragment."""
+
+    def strip(found: re.Match[str]) -> str:
+        try:
+            return _stripped(found[0]) if is_url(found[0]) else found[0]
+        except ValueError:
+            return "a URL"
+
+    return _URL.sub(strip, text)
+
+
+def _stripped(url: str) -> str:
+    parts = urlsplit(url)
+    host = parts.netloc.rpartition("@")[2]
+    return urlunsplit((parts.scheme, host, parts.path.rstrip("/"), "", ""))
 
 
 def full_path(text: str | os.PathLike[str], folder: Path | None = None) -> Path:
@@ -67,7 +118,7 @@ def written_path(text: str) -> Path:
     return found / rest
 
 
-class _Refused(click.ClickException):
+class Refused(click.ClickException):
     """A path on the command line that cannot be one: one line, exit code 2."""
 
     exit_code = 2
@@ -88,7 +139,7 @@ class PathType(click.ParamType[Path]):
             path = written_path(os.fspath(value))
             return path.absolute() if path.parts[:1] and path.parts[0].startswith("~") else path
         except UserError as error:
-            raise _Refused(str(error)) from None
+            raise Refused(str(error)) from None
 
     def shell_complete(
         self, context: click.Context, param: click.Parameter, incomplete: str
@@ -96,4 +147,17 @@ class PathType(click.ParamType[Path]):
         return [CompletionItem(incomplete, type="file")]
 
 
+class PathOrUrlType(PathType):
+    """Of what may be a URL, too: that is a text, by `said_url`."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, context: click.Context | None
+    ) -> Any:
+        try:
+            return said_url(value) if is_url(value) else super().convert(value, param, context)
+        except UserError as error:
+            raise Refused(str(error)) from None
+
+
 PATH = PathType()
+PATH_OR_URL = PathOrUrlType()

@@ -42,6 +42,8 @@ SHORTEST_PAUSE_S = 0.001
 """Between two looks into the store, at first."""
 REASON_S = 3.0
 """How long a rank whose collective broke looks for another rank's reason."""
+SIGNS = "signs"
+"""Key of a count in the store."""
 T = TypeVar("T")
 
 
@@ -198,6 +200,11 @@ class Ranks:
         self.agree(lambda: None)
         return [self.store.get(f"{what} of {rank}").decode() for rank in range(self.size)]
 
+    def sign(self) -> None:
+        """Let the others see that this rank gets on with what they wait for, and wait on."""
+        if self.size > 1:
+            self.store.add(SIGNS, 1)
+
     def leave(self) -> None:
         """Wait for the others before this rank ends: the store may end with it. Collective."""
         if self.size > 1:
@@ -282,11 +289,16 @@ class Ranks:
         signal.
 
         Raises:
-            RuntimeError: none has within the time-out, or the store has gone.
+            RuntimeError: none has within the time-out after a rank's last sign, or the store has
+                gone.
         """
-        end_s = time.monotonic() + timeout.total_seconds()
+        num_signs = -1
+        end_s = 0.0
         pause_s = SHORTEST_PAUSE_S
         while not self.store.check([key]):
+            if (seen := self.store.add(SIGNS, 0)) != num_signs:
+                num_signs = seen
+                end_s = time.monotonic() + timeout.total_seconds()
             if time.monotonic() > end_s:
                 raise RuntimeError(f"nobody has set {key!r}")
             time.sleep(pause_s)

@@ -22,6 +22,7 @@ from engine.config import ModelConfig, RunConfig
 from engine.durable import Damaged, write_file
 from engine.errors import UserError
 from engine.host import ROOT, num_cpus
+from engine.paths import without_credentials
 from engine.typed import read_as
 
 UNKNOWN = "unknown"
@@ -245,7 +246,8 @@ def command_line() -> str:
     """This process's command, of absolute paths the last part: reports carry no user's folders."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     program = f"python -m {spec.name}" if spec else Path(sys.argv[0]).name
-    words = [re.sub(r"(^|=)~?/(?:.*/)?", r"\1", word) for word in sys.argv[1:]]
+    words = [without_credentials(word) for word in sys.argv[1:]]
+    words = [re.sub(r"(^|=)~?/(?:.*/)?", r"\1", word) for word in words]
     return f"{program} {shlex.join(words)}".strip()
 
 
@@ -256,7 +258,7 @@ def without_folders(value: Any) -> Any:
     if isinstance(value, list):
         return [without_folders(item) for item in value]
     if isinstance(value, str):
-        return re.sub(r"(?<![\w.:/~-])~?/(?:[^/:;,\s]+/)+", "", value)
+        return re.sub(r"(?<![\w.:/~-])~?/(?:[^/:;,\s]+/)+", "", without_credentials(value))
     return value
 
 

@@ -239,7 +239,7 @@ def _train(
     from engine.world import start_world
 
     ranks.agree(lambda: check_run(config, device))
-    records = ranks.agree(lambda: open_run_records(config, ranks.size))
+    records = ranks.agree(lambda: open_run_records(config, ranks.size, ranks.sign))
     ranks.agree_on("records' fingerprint", records.fingerprint)
     ranks.agree(lambda: check_records(out, records.fingerprint, resume and ranks.rank == 0))
     ranks.from_first(lambda: _show(page, out))

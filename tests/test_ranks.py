@@ -56,6 +56,21 @@ def fail_on(*failing: int) -> Callable[[Ranks], int]:
     return work
 
 
+def test_who_waits_waits_on_while_another_signs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(ranks: Ranks) -> float:
+        start_s = time.monotonic()
+        for _ in range(4 * ranks.rank):
+            time.sleep(0.2)
+            ranks.sign()
+        ranks._meet("place", False, timedelta(seconds=0.5))
+        return time.monotonic() - start_s
+
+    waited = on_all(2, work)
+    assert all(isinstance(each, float) and each > 0.6 for each in waited), waited
+    monkeypatch.setattr(Ranks, "sign", lambda self: None)
+    assert isinstance(on_all(2, work)[0], UserError)
+
+
 def test_ranks_agree_or_all_say_what_the_lowest_lacks() -> None:
     assert on_all(3, fail_on()) == [1, 11, 21]
     errors = on_all(3, fail_on(2, 1))

@@ -11,7 +11,9 @@ from typing import Any
 import click
 import torch
 
-from engine.data.records import SPLITS, open_records
+from engine.data.record_file import SPLITS
+from engine.data.records import open_records
+from engine.data.remote import RECORDS
 from engine.data.sample import ensure_sample
 from engine.durable import take_folder, write_file, writing
 from engine.errors import UserError, exit_on_user_error
@@ -30,7 +32,7 @@ from tools.report.evaluation import evaluation_text, facts_text
 @click.argument("runs", metavar="[RUN|CHECKPOINT]...", nargs=-1, type=PATH)
 @click.option(
     "--data",
-    type=PATH,
+    type=RECORDS,
     help="The records to evaluate on: the runs' own, if they were moved, or others of the same "
     "classes.  [default: those each run was trained on]",
 )

@@ -6,7 +6,9 @@ import click
 import torch
 
 from engine.config import RunConfig
-from engine.data.records import SPLITS, Split
+from engine.data.record_file import SPLITS
+from engine.data.records import Split
+from engine.data.remote import RECORDS
 from engine.durable import publish_directory, writing
 from engine.errors import UserError, exit_on_user_error, printable
 from engine.host import prepare_process
@@ -53,7 +55,7 @@ OURS = frozenset({NAME, *(form.file for form in FORMS.values())})
 @click.option("--out", type=PATH, help="Folder for the files.  [default: RUN/export]")
 @click.option("--force", is_flag=True, help="Replace an earlier export in that folder.")
 @click.option(
-    "--data", type=PATH, help="The records, if they are no longer where the run found them."
+    "--data", type=RECORDS, help="The records, if they are no longer where the run found them."
 )
 @click.option(
     "--split",

@@ -2,7 +2,10 @@
 
 import signal
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +14,11 @@ import click
 from engine.data.foreign import listed
 from engine.data.pack import PackOptions, check, pack
 from engine.data.records import GIVEN, verify_records
+from engine.data.remote import check_free, local, publish
+from engine.durable import writing
 from engine.errors import EXIT_USER_ERROR, UserError, exit_on_user_error, printable
 from engine.host import cache_notes, prepare_process
-from engine.paths import PATH
+from engine.paths import PATH, PATH_OR_URL
 from engine.ui import guard_outputs, progress_bar
 from tools.describe import class_table, describe, given_lines
 from tools.source_options import source_options
@@ -25,13 +30,14 @@ tools/pack_tmnist 94_character_TMNIST.csv records  pack; .csv.gz, .zip and - (a 
 tools/pack_tmnist --check 94_character_TMNIST.csv  list what is wrong with it, pack nothing
 tools/pack_tmnist train-images-idx3-ubyte.gz train-labels-idx1-ubyte.gz records
 tools/pack_tmnist --train a.csv --test b.csv records   splits that are given
+tools/pack_tmnist 94_character_TMNIST.csv s3://bucket/tmnist   pack and publish
 tools/pack_tmnist --verify records                 compare every byte with the manifest
 tools/pack_tmnist --describe records               classes, typefaces, statistics, sheet of glyphs
 """
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]}, epilog=EPILOG)
-@click.argument("paths", type=PATH, nargs=-1, metavar="[SOURCE]... OUT")
+@click.argument("paths", type=PATH_OR_URL, nargs=-1, metavar="[SOURCE]... OUT")
 @source_options("first|last|N", "")
 @click.option(
     "--train",
@@ -91,7 +97,7 @@ tools/pack_tmnist --describe records               classes, typefaces, statistic
     help="With --describe: the picture.  [default: SOURCE.png]",
 )
 def main(
-    paths: tuple[Path, ...],
+    paths: tuple[Path | str, ...],
     action: str | None,
     fingerprint: str,
     sheet: Path | None,
@@ -101,7 +107,8 @@ def main(
     **options: Any,
 ) -> None:
     """Pack SOURCE (TMNIST's CSV, an MNIST-like one, IDX files, an .npz, a folder of PNGs per class,
-    Parquet, Arrow) into the record directory OUT. Several sources of one layout become one pack."""
+    Parquet, Arrow) into the record directory OUT, or the URL of one (s3://...). Several sources of
+    one layout become one pack."""
     # Ended by SIGTERM, temporary files go, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with exit_on_user_error():
@@ -116,26 +123,36 @@ def main(
             )
         source = paths[0]
         if action == "check":
-            _check(paths, PackOptions(**options))
+            _check(_sources(paths), PackOptions(**options))
         elif action and len(paths) > 1:
             raise UserError(f"--{action} takes one path, got {' and '.join(map(str, paths))}")
         elif action == "verify":
-            manifest = verify_records(source, fingerprint)
-            click.echo(f"{printable(str(source))}: whole, fingerprint {manifest['fingerprint']}")
+            records = local(source)
+            manifest = verify_records(records, fingerprint)
+            click.echo(f"{printable(str(records))}: whole, fingerprint {manifest['fingerprint']}")
         elif action == "describe":
-            click.echo(describe(source, sheet or Path(f"{source.resolve()}.png")))
+            place = Path(source).name if isinstance(source, str) else source.resolve()
+            click.echo(describe(local(source), sheet or Path(f"{place}.png")))
         elif len(paths) == 1:
             raise UserError(
                 f"{source}: name the record directory to pack it into: "
                 f"tools/pack_tmnist {source} OUT"
             )
         else:
-            _pack(paths[:-1], paths[-1], PackOptions(**options))
+            _pack(_sources(paths[:-1]), paths[-1], PackOptions(**options))
+
+
+def _sources(paths: tuple[Path | str, ...]) -> tuple[Path, ...]:
+    """The paths; UserError if one is a URL."""
+    for path in paths:
+        if isinstance(path, str):
+            raise UserError(f"{path}: a source is no URL, only OUT may be one; download it first")
+    return tuple(map(Path, paths))
 
 
 def _given(
     given: dict[str, tuple[Path, ...]],
-    paths: tuple[Path, ...],
+    paths: tuple[Path | str, ...],
     action: str | None,
     options: PackOptions,
 ) -> None:
@@ -152,11 +169,14 @@ def _given(
         _pack(given, paths[0], options)
 
 
-def _pack(sources: Sources, out: Path, options: PackOptions) -> None:
+def _pack(sources: Sources, out: Path | str, options: PackOptions) -> None:
     start = time.perf_counter()
     name = _paths(sources)[0].name
-    with progress_bar(f"packing {printable(name)}", 1.0) as show:
-        report = pack(sources, out, options, lambda rows, part: show(part, f"{rows:,} rows"))
+    with _folder(out, options) as folder:
+        with progress_bar(f"packing {printable(name)}", 1.0) as show:
+            report = pack(sources, folder, options, lambda rows, part: show(part, f"{rows:,} rows"))
+        if isinstance(out, str):
+            publish(folder, out)
     manifest = report.manifest
     pixels = manifest["train_pixels"]
     took_s = time.perf_counter() - start
@@ -172,6 +192,19 @@ def _pack(sources: Sources, out: Path, options: PackOptions) -> None:
         f"{printable(str(out))}: {took_s:.2f} s, fingerprint {manifest['fingerprint'][:16]}",
     ]
     click.echo("\n".join(lines))
+
+
+@contextmanager
+def _folder(out: Path | str, options: PackOptions) -> Iterator[Path]:
+    """Where to pack to: OUT itself, or a temporary folder for a URL that holds no records yet."""
+    if isinstance(out, Path):
+        yield out
+        return
+    if options.force:
+        raise UserError(f"{out}: is never replaced; leave out --force, and name another URL")
+    check_free(out)
+    with writing(Path("the temporary folder (TMPDIR)")), tempfile.TemporaryDirectory() as folder:
+        yield Path(folder) / "records"
 
 
 def _paths(sources: Sources) -> list[Path]:

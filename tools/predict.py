@@ -18,7 +18,8 @@ import click
 
 from engine.data.given import SourceOptions
 from engine.data.inputs import open_inputs
-from engine.data.records import SPLITS
+from engine.data.record_file import SPLITS
+from engine.data.remote import RECORDS
 from engine.durable import write_file, writing
 from engine.errors import UserError, exit_on_user_error, printable
 from engine.host import prepare_process
@@ -65,7 +66,7 @@ tools/predict runs/x --out predictions.png         a picture of test glyphs with
 @source_options("first|last|N|none", "; none: all are")
 @click.option(
     "--data",
-    type=PATH,
+    type=RECORDS,
     help="The run's records, if they are no longer where it found them: for the picture, and for "
     "runs of earlier versions, whose weights do not say their classes.",
 )

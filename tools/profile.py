@@ -15,6 +15,7 @@ import click
 
 from engine.config import RECIPES, RunConfig, override
 from engine.config_text import load_toml, with_own_network
+from engine.data.remote import RECORDS
 from engine.durable import is_empty, take_folder, writing
 from engine.errors import UserError, exit_on_user_error, printable
 from engine.host import cache_notes, end_rank, env_world_size, prepare_process
@@ -40,7 +41,9 @@ SHOWN = (
 """The table's columns."""
 
 
-DATA = click.option("--data", type=PATH, help="Record directory.  [default: the sample]")
+DATA = click.option(
+    "--data", type=RECORDS, help="Record directory, or its URL.  [default: the sample]"
+)
 DEVICE = click.option(
     "--device",
     type=click.Choice(["cpu", "cuda"]),
@@ -157,7 +160,7 @@ def report(folders: tuple[Path, ...], out: Path | None, serve: bool, port: int |
 
 @main.command()
 @click.option(
-    "--data", type=PATH, help="Records; best packed with --split none.  [default: the sample]"
+    "--data", type=RECORDS, help="Records; best packed with --split none.  [default: the sample]"
 )
 @click.option(
     "--batch-size",

@@ -12,6 +12,7 @@ import click
 
 from engine.config import NETWORK_NAMES
 from engine.data.records import open_records
+from engine.data.remote import RECORDS
 from engine.errors import UserError, exit_on_user_error, printable
 from engine.host import end_rank, env_local_rank, prepare_process
 from engine.paths import PATH
@@ -59,7 +60,7 @@ def main(context: click.Context, device: str) -> None:
 )
 @click.option(
     "--data",
-    type=PATH,
+    type=RECORDS,
     help="With --nodes: the records that all should have.  [default: the packaged sample]",
 )
 def doctor(device: str, nodes: bool, rendezvous: str, data: Path | None) -> None:
@@ -160,7 +161,7 @@ def run_parity(device: str, precisions: tuple[str, ...], model: str) -> bool:
 @main.command()
 @click.argument("run", type=PATH)
 @click.option(
-    "--data", type=PATH, help="The records, if they are no longer where the run found them."
+    "--data", type=RECORDS, help="The records, if they are no longer where the run found them."
 )
 def order(run: Path, data: str | None) -> None:
     """Compare each id and image that RUN consumed with order and records. Exit 1 if one differs."""

@@ -15,7 +15,8 @@ import numpy as np
 
 from engine.data.arrange import REFUSED_LINE, Arrangement
 from engine.data.lexer import MAX_FAULTS, Fault, Layout, Lexer, Rows, read_header, read_row
-from engine.data.records import FONTS_LIMIT_BYTES, MAX_CLASSES
+from engine.data.record_file import FONTS_LIMIT_BYTES
+from engine.data.records import MAX_CLASSES
 from engine.data.source import changed, reading
 from engine.data.table import Table
 from engine.errors import UserError

@@ -25,7 +25,8 @@ from engine.data.collect import Collector, Spool
 from engine.data.given import CsvFiles, Groups, ImageFiles, SourceOptions, open_given, silent
 from engine.data.images import Progress
 from engine.data.lexer import MAX_FAULTS
-from engine.data.records import GIVEN, SPLITS, Take, write_records
+from engine.data.record_file import SPLITS
+from engine.data.records import GIVEN, Take, write_records
 from engine.data.split import SplitOptions, draw_given, draw_splits
 from engine.data.table import Table, odd_counts, warnings_of
 from engine.durable import MANIFEST, locked, publish_directory, remove_leftovers, writing

@@ -23,6 +23,12 @@ import numpy as np
 from engine.data.table import Table
 from engine.durable import Damaged, Disturbed, fsync, open_regular
 
+FORMAT = "glyph-records"
+VERSION = 2
+SPLITS = ("train", "val", "test")
+FONTS = "fonts.json"
+FONTS_LIMIT_BYTES = 16 * 2**20
+"""Each Arrow file repeats the typefaces' names, so they must leave room for images."""
 BLOCK_BYTES = 2**20
 
 
@@ -63,6 +69,10 @@ class FileEntry:
         if len(self.crc32) != -(-self.bytes // BLOCK_BYTES):
             raise Damaged(f"{self.name} has {len(self.crc32)} checksums, want one for each MiB")
 
+    def block_bytes(self, offset: int) -> int:
+        """How long the block that begins at `offset` is."""
+        return min(BLOCK_BYTES, self.bytes - offset)
+
     def open(self, directory: Path) -> int:
         """A descriptor of the file: regular, perhaps behind a link, and of the right size."""
         handle = open_regular(directory / self.name)
@@ -79,7 +89,7 @@ class FileEntry:
         spare = np.empty(BLOCK_BYTES, np.uint8).data
         while len(out):
             number, within = divmod(offset, BLOCK_BYTES)
-            block_bytes = min(BLOCK_BYTES, self.bytes - number * BLOCK_BYTES)
+            block_bytes = self.block_bytes(number * BLOCK_BYTES)
             size = min(block_bytes - within, len(out))
             pieces = [spare[:within], out[:size], spare[within + size : block_bytes]]
             if os.preadv(handle, pieces, number * BLOCK_BYTES) != block_bytes:
@@ -102,6 +112,14 @@ class FileEntry:
         self.read(handle, start, memoryview(tail))
         label_M = np.frombuffer(tail, np.uint8, self.rows, self.label_offset - start)
         return label_M, np.frombuffer(tail, "<i4", self.rows, self.font_offset - start)
+
+
+def entries_of(split: str, listed: list[dict[str, Any]], num_pixels: int) -> list[FileEntry]:
+    """A split's files as the manifest lists them, checked; what is no such list raises, too."""
+    entries = [FileEntry(**file) for file in listed]
+    for entry in entries:
+        entry.check(split, num_pixels)
+    return entries
 
 
 def write_file(path: Path, table: Table, row_M: np.ndarray, image_MP: np.ndarray) -> dict[str, Any]:

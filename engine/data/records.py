@@ -27,7 +27,18 @@ from typing import Any
 
 import numpy as np
 
-from engine.data.record_file import FileEntry, are_counts, write_file
+from engine.data.record_file import (
+    FONTS,
+    FONTS_LIMIT_BYTES,
+    FORMAT,
+    SPLITS,
+    VERSION,
+    FileEntry,
+    are_counts,
+    entries_of,
+    write_file,
+)
+from engine.data.remote import is_copy, local
 from engine.data.table import Table
 from engine.durable import (
     MANIFEST,
@@ -41,17 +52,11 @@ from engine.durable import (
 )
 from engine.errors import UserError
 
-FORMAT = "glyph-records"
-VERSION = 2
-SPLITS = ("train", "val", "test")
 MAX_CLASSES = 256
 MAX_PIXELS = 2**24
 FILE_LIMIT_BYTES = 64 * 2**20
 GIVEN = "given_splits"
 """The manifest's key of the splits that the source gave; it is there only where it did."""
-FONTS = "fonts.json"
-FONTS_LIMIT_BYTES = 16 * 2**20
-"""Each Arrow file repeats the typefaces' names, so they must leave room for images."""
 ROW_OVERHEAD_BYTES = 5  # label index 1, font index 4
 ARROW_OVERHEAD_BYTES = 2**16  # schema, messages, the classes, paddings
 WRITERS = 2
@@ -194,13 +199,14 @@ def open_records(path: str | Path, *, in_memory: bool = True) -> Records:
     """Open a record directory, verified to the last byte.
 
     Args:
+        path: or its URL (s3://...), whose records are fetched into the user's cache.
         in_memory: read all pixels into one array per split. Otherwise they stay on disk, and a
             block is read and verified when it is indexed; labels and fonts (5 bytes per image) are
             read in any case.
     Raises:
         UserError: not a record directory, incomplete, damaged, or of another version.
     """
-    directory = Path(path)
+    directory = local(path)
     if not directory.is_dir():
         raise UserError(f"{path}: no such record directory; {REMEDY}")
     with _refusing(directory):
@@ -220,7 +226,7 @@ def verify_records(path: str | Path, fingerprint: str = "") -> dict[str, Any]:
             f"{path}: its fingerprint is {records.fingerprint}, not {fingerprint}; "
             f"these are other records"
         )
-    directory = Path(path)
+    directory = Path(records.path)
     with _refusing(directory):
         manifest = read_manifest(directory, FORMAT, VERSION)
         for file in (file for split in manifest["splits"].values() for file in split["files"]):
@@ -240,11 +246,15 @@ def _refusing(directory: Path) -> Iterator[None]:
     except Damaged as error:
         is_there = (directory / MANIFEST).exists()
         kind = "damaged" if is_there else "incomplete or not a record directory"
-        raise UserError(f"{directory}: {kind}: {error}; {REMEDY}") from None
+        raise UserError(f"{directory}: {kind}: {error}; {_remedy(directory)}") from None
     except OSError as error:
         reason = error.strerror or error
-        remedy = READ_AGAIN if error.errno == errno.EIO else REMEDY
+        remedy = READ_AGAIN if error.errno == errno.EIO else _remedy(directory)
         raise UserError(f"{directory}: cannot be read ({reason}); {remedy}") from None
+
+
+def _remedy(directory: Path) -> str:
+    return "delete this copy; it is fetched again" if is_copy(directory) else REMEDY
 
 
 class StoredImages:
@@ -358,9 +368,8 @@ def _checked_files(manifest: dict[str, Any]) -> dict[str, list[FileEntry]]:
     files = {}
     for name in SPLITS:
         if name in splits:
-            files[name] = [FileEntry(**file) for file in splits[name]["files"]]
-            for file in files[name]:
-                file.check(name, height_width[0] * height_width[1])
+            num_pixels = height_width[0] * height_width[1]
+            files[name] = entries_of(name, splits[name]["files"], num_pixels)
             if sum(file.rows for file in files[name]) != splits[name]["rows"]:
                 raise Damaged(f"the files of split {name} do not add up to its rows")
     if manifest["fingerprint"] != _fingerprint(manifest):

@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 
 from engine.data.pack import pack
-from engine.data.records import FORMAT, VERSION
+from engine.data.record_file import FORMAT, VERSION
 from engine.durable import MANIFEST, locked, writing
 from engine.host import user_cache
 

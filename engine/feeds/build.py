@@ -3,6 +3,7 @@
 A new feed: a Feed, and a line in `make_feed`.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 
 from engine.config import DataConfig, RunConfig
 from engine.data.records import Records, Split, StoredImages, open_records
+from engine.data.remote import local
 from engine.errors import UserError
 from engine.feeds.augment import AugmentedFeed, make_ready
 from engine.feeds.batch import Feed
@@ -24,14 +26,19 @@ MEMORY_SHARE = 0.5
 """Part of the free memory, the GPU's or the host's, that pixels may take under --feed auto."""
 
 
-def open_for(config: DataConfig, path: str | Path) -> Records:
+def open_for(
+    config: DataConfig, path: str | Path, sign: Callable[[], None] = lambda: None
+) -> Records:
     """The records of a run: in memory, or on disk for the stream feed.
 
+    Args:
+        sign: called about once a second while a URL's records are fetched.
     Raises:
         UserError: they cannot be opened.
     """
+    path = local(path, config.cache_gib, sign)
     if config.feed == "auto":
-        num_bytes = sum(file.stat().st_size for file in Path(path).glob("*.arrow"))
+        num_bytes = sum(file.stat().st_size for file in path.glob("*.arrow"))
         return open_records(path, in_memory=num_bytes < MEMORY_SHARE * free_memory_bytes())
     return open_records(path, in_memory=config.feed != "stream")
 

@@ -28,7 +28,13 @@ from engine.host import env_has_local_rank, env_local_rank, env_rank, env_world_
 from engine.order import Order
 from engine.typed import typed
 
-TAKEN = ("data.order", "data.block_samples", "data.window_blocks", "data.loader_workers")
+TAKEN = (
+    "data.order",
+    "data.block_samples",
+    "data.window_blocks",
+    "data.loader_workers",
+    "data.cache_gib",
+)
 """Settings that `loader` takes beside those of `augment`."""
 Samples = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """image_BHW uint8, label_B int64 (index into Records.classes), id_B int64 (row of the split)."""
@@ -237,7 +243,7 @@ def loader(
     """An iterable of (image_BHW uint8, label_B int64, id_B int64) on the device.
 
     Args:
-        records: opened, or the path of a record directory.
+        records: opened, or the path or URL of a record directory.
         batch_size: samples of one rank.
         seed: of the order; equal on every rank.
         feed: as --feed of engine.run; it changes neither order nor batches.

@@ -6,6 +6,7 @@ Shapes: B samples of one rank, H x W pixels.
 """
 
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -87,13 +88,17 @@ class Session:
         return self.evaluation_feeds[split_name]
 
 
-def open_run_records(config: RunConfig, num_ranks: int) -> Records:
+def open_run_records(
+    config: RunConfig, num_ranks: int, sign: Callable[[], None] = lambda: None
+) -> Records:
     """The records that `config` names, or the packaged sample; they can serve its batch.
 
+    Args:
+        sign: called about once a second while a URL's records are fetched.
     Raises:
         UserError: they cannot be opened, or the batch does not fit them.
     """
-    records = open_for(config.data, config.data.path or ensure_sample())
+    records = open_for(config.data, config.data.path or ensure_sample(), sign)
     check_batches(config, records, num_ranks)
     return records
 

@@ -24,6 +24,7 @@ from joblib import Parallel, delayed
 
 from engine.config import RunConfig
 from engine.data.records import Records, open_records
+from engine.data.remote import local
 from engine.data.sample import ensure_sample
 from engine.durable import writing
 from engine.errors import UserError
@@ -61,7 +62,7 @@ def profile_ensemble(config: RunConfig, num_networks: int, num_workers: int, out
         raise UserError(
             f"--workers {num_workers}: for {num_networks} networks on {num_cores} cores; give fewer"
         )
-    path = Path(config.data.path or ensure_sample())
+    path = local(config.data.path or ensure_sample(), config.data.cache_gib)
     records = open_records(path)
     if "test" not in records.splits:
         raise UserError(f"{path}: has no test split to vote on; pack it with --split random")

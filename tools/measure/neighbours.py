@@ -22,7 +22,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine.data.records import SPLITS, Records, Split
+from engine.data.record_file import SPLITS
+from engine.data.records import Records, Split
 from engine.errors import UserError
 from engine.report import Environment
 from engine.typed import read_result_as

@@ -14,6 +14,7 @@ from engine.config import RunConfig, override
 from engine.config_text import load_toml, with_own_network
 from engine.data.foreign import listed
 from engine.data.records import Records, open_records
+from engine.data.remote import local
 from engine.data.sample import ensure_sample
 from engine.durable import Damaged
 from engine.errors import UserError, printable
@@ -152,8 +153,8 @@ def open_run_records(config: RunConfig, data: Path | None, fingerprint: str) -> 
     Raises:
         UserError: they are not there, or others are: an answer's number would mean another class.
     """
-    path = data or config.data.path or ensure_sample()
-    if not data and not Path(path).is_dir():
+    path = local(data or config.data.path or ensure_sample(), config.data.cache_gib)
+    if not data and not path.is_dir():
         raise UserError(f"{path}: the records of the run are no longer here; say where with --data")
     records = open_records(path)
     if records.fingerprint != fingerprint:
