@@ -5,6 +5,8 @@ $(error run make in the checkout's folder, or make -C FOLDER)
 endif
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
+# Some images set it; each process would then compile torch's modules anew, for seconds.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo check test proofs resolve reliability bench gpu clean
 

@@ -121,6 +121,15 @@ class TrainLog:
         return float(finite_S.mean())
 
 
+def gives_root_gradient(device: torch.device) -> bool:
+    """Whether a backward pass is given the 1 that it starts from.
+
+    On a GPU: that is a launch less. torch then compares shapes by sympy, whose import a CPU's run
+    can do without.
+    """
+    return device.type == "cuda"
+
+
 class TrainStep:
     """Training and evaluation steps of a fixed batch size.
 
@@ -193,8 +202,7 @@ class TrainStep:
         self._log_5K = torch.zeros(5, self.steps_per_launch, device=device)
         self._log_5S = torch.zeros(5, order.steps_per_epoch, device=device)
         self._one = torch.ones((), device=device)
-        # On a GPU a launch less than torch's own; given one, torch imports sympy (1 s) to compare.
-        self._root_gradient = self._one if device.type == "cuda" else None
+        self._root_gradient = self._one if gives_root_gradient(device) else None
         num_rows = max(config.step.canonical, 1)
         self._eval_N3 = torch.zeros(num_rows, 3, dtype=torch.float64, device=device)
         self._confusion_CC: torch.Tensor | None = None

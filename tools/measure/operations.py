@@ -143,7 +143,7 @@ def _as_cudnn_lays_it_out(func: Any, args: Any, out: Any) -> Any:
 
 @contextmanager
 def _as_on_a_gpu() -> Iterator[None]:
-    """Fake CPU tensors go a GPU's ways: torch.optim's multi-tensor ones, products of fp8."""
+    """Fake CPU tensors go a GPU's ways: torch.optim's multi-tensor ones, products of fp8, the root."""
     devices = ["cpu", "cuda"]
     types = [torch.Tensor, torch.nn.Parameter, FakeTensor]
     with ExitStack() as stack:
@@ -154,6 +154,7 @@ def _as_on_a_gpu() -> Iterator[None]:
             stack.enter_context(patch(name, lambda *_, **__: devices))
         stack.enter_context(patch("torch.optim.optimizer._foreach_supported_types", types))
         stack.enter_context(patch("engine.train.precision.is_emulated", lambda tensor: False))
+        stack.enter_context(patch("engine.train.step.gives_root_gradient", lambda device: True))
         yield
 
 
