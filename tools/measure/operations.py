@@ -143,7 +143,7 @@ def _as_cudnn_lays_it_out(func: Any, args: Any, out: Any) -> Any:
 
 @contextmanager
 def _as_on_a_gpu() -> Iterator[None]:
-    """Fake CPU tensors go a GPU's ways: torch.optim's multi-tensor ones, products of fp8, the root."""
+    """Fake CPU tensors go a GPU's ways: multi-tensor optimisers, fp8 products, root gradient."""
     devices = ["cpu", "cuda"]
     types = [torch.Tensor, torch.nn.Parameter, FakeTensor]
     with ExitStack() as stack:
