@@ -22,7 +22,8 @@ demo: .venv/.installed
 check: .venv/.installed-test
 	@ruff format --check . && ruff check . && mypy
 
-test: check
+test: .venv/.installed-test
+	@ruff format --check . && ruff check .
 	@python -m tests
 
 proofs: .venv/.installed-test

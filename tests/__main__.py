@@ -1,11 +1,13 @@
 """python -m tests [NAME...]: each test file in a process of its own, in random order.
 
 A test that passes only after another, or leaves something behind for another, fails here. The seed
-is printed; the same order again: TEST_SEED=number. Two files run at once, each in a fork of this
-process, which has imported what all of them import and nothing of the project: importing torch
-alone takes seconds. Tests marked `slow` are left to `make proofs`.
+is printed; the same order again: TEST_SEED=number. Three files run at once on two cores, since
+tests wait, too; each in a fork of this process, which has imported what all of them import and
+nothing of the project: importing torch alone takes seconds. Tests marked `slow` are left to
+`make proofs`.
 """
 
+import gc
 import importlib
 import os
 import random
@@ -20,8 +22,17 @@ from typing import NoReturn
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-NUM_AT_ONCE = 2
-IMPORTED = ("torch.distributed.run", "torch._dynamo", "numba", "pandas", "pyarrow", "matplotlib")
+NUM_AT_ONCE = 3
+IMPORTED = (
+    "torch.distributed.run",
+    "torch._dynamo",
+    "numba",
+    "pandas",
+    "pyarrow",
+    "matplotlib.figure",
+    "hypothesis",
+    "click.testing",
+)
 """Libraries that most test files import, directly or not; none of them starts threads by itself."""
 OPTIONS = (
     "-q",
@@ -109,6 +120,7 @@ def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # teams that spin beside each other are slow
     for name in IMPORTED:
         importlib.import_module(name)
+    gc.freeze()  # no child looks through these objects again
     files = {file for name in chosen for file in (ROOT / "tests").glob(name)}
     longest_first = sorted(files, key=lambda file: (-file.stat().st_size, file.name))
     with TemporaryDirectory() as folder:
