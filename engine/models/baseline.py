@@ -12,6 +12,7 @@ from torch.nn import functional
 from engine.config import ModelConfig
 from engine.models.columns import Columns
 from engine.models.network import HeadNetwork
+from engine.models.pixels import with_channel
 from engine.models.whitening import whitening_filters
 
 CONV1_CHANNELS, CONV2_CHANNELS, HIDDEN = 32, 64, 128
@@ -87,10 +88,7 @@ class GlyphNet(HeadNetwork):
 
     def _scaled(self, image_BHW: torch.Tensor) -> torch.Tensor:
         """image_B1HW, fp32 in 0..1."""
-        image_B1HW = image_BHW.unsqueeze(1).to(torch.float32).mul_(1 / 255)
-        if self.channels_last:
-            image_B1HW = image_B1HW.contiguous(memory_format=torch.channels_last)
-        return image_B1HW
+        return with_channel(image_BHW, self.channels_last).to(torch.float32).mul_(1 / 255)
 
     def _second(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         if "conv2_pool_relu" in self.fused:

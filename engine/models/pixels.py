@@ -20,6 +20,17 @@ AT_ONCE = 1000
 """Images that are counted at once: 6 MB of 28 x 28 pixels as the integers that bincount wants."""
 
 
+def with_channel(image_BHW: torch.Tensor, channels_last: bool) -> torch.Tensor:
+    """image_B1HW, a view, whose strides say NHWC or NCHW.
+
+    The memory of one channel is the same either way, so that `contiguous` would change nothing; but
+    convolutions go by the strides, and all layers after them by what those return.
+    """
+    if channels_last:
+        return image_BHW.unsqueeze(-1).permute(0, 3, 1, 2)
+    return image_BHW.unsqueeze(1)
+
+
 class Pixels(nn.Module):
     """From uint8 [B, H, W] to float32 [B, 1, H, W]: (pixel - mean) / std, in grey levels.
 
@@ -38,10 +49,8 @@ class Pixels(nn.Module):
 
     def forward(self, image_BHW: torch.Tensor) -> torch.Tensor:
         """image_B1HW, float32."""
-        image_B1HW = (image_BHW.unsqueeze(1).to(torch.float32) - self.mean) / self.std
-        if self.channels_last:
-            image_B1HW = image_B1HW.contiguous(memory_format=torch.channels_last)
-        return image_B1HW
+        image_B1HW = with_channel(image_BHW, self.channels_last)
+        return (image_B1HW.to(torch.float32) - self.mean) / self.std
 
     def fill(self, image_NHW: Any) -> None:
         """Take the mean and standard deviation of all pixels of uint8 images.
