@@ -30,7 +30,6 @@ IMPORTED = (
     "pandas",
     "pyarrow",
     "matplotlib.figure",
-    "hypothesis",
     "click.testing",
 )
 """Libraries that most test files import, directly or not; none of them starts threads by itself."""
