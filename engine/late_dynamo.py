@@ -1,9 +1,9 @@
 """torch._dynamo, imported when something of it is needed, not before.
 
 torch imports its compiler at the first step of an optimiser, the first call of a custom operator
-and by DistributedDataParallel, only to hear that nothing is compiled: it takes longer than the
-import of torch itself, in each rank (tests/bench/startup.py measures both). `import_late()` puts a
-stand-in there that answers these three questions; whoever asks it for anything else, as
+and by DistributedDataParallel, only to hear that nothing is compiled: that takes nearly as long as
+the import of torch itself, in each rank (tests/bench/startup.py measures both). `import_late()`
+puts a stand-in there that answers these three questions; whoever asks it for anything else, as
 torch.compile does, gets the real module, from then on and for good.
 """
 
