@@ -184,8 +184,9 @@ def _axes(given: tuple[str, ...], going_on: Path | None, num_ranks: int) -> tupl
 
 def _read_config(given: Given, stored: str, num_ranks: int) -> RunConfig:
     """A recipe, or the config of the run that goes on, under what the command line says."""
-    before = config_of(stored, "config.toml") if stored else None
-    before = replace(before, serve=NO_PAGE) if before else None  # of the process that it was
+    before = None
+    if stored:  # the page was of the process that it was
+        before = replace(config_of(stored, "config.toml"), serve=NO_PAGE)
     if before and given.recipe is None:
         config = before
     else:

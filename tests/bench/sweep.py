@@ -92,7 +92,7 @@ def bench(out: Path, rounds: int, epochs: int = 2) -> None:
         name: [b / a for a, b in zip(wall_s[TOGETHER], wall_s[name], strict=True)]
         for name in (APART, WORKERS)
     }
-    rows = [row(f"{NUM} {name}: time", seconds, "s") for name, seconds in wall_s.items()]
+    rows = [row(f"{name}: time", seconds, "s") for name, seconds in wall_s.items()]
     rows += [row(f"{name}: of it training", seconds, "s") for name, seconds in train_s.items()]
     rows += [row(f"{name} over {TOGETHER}", ratios, "x") for name, ratios in over.items()]
     first = reports[TOGETHER][0]
