@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from engine.stop import Stopped
+from engine.stop import STOP, Stopped
 from engine.ui import guard_outputs
 
 EXIT_USER_ERROR = 2
@@ -48,9 +48,6 @@ def sentence(error: BaseException) -> str:
 def exit_on_user_error(end: Callable[[int], Any] = sys.exit) -> Iterator[None]:
     """Turn a UserError into one line on stderr and exit code 2.
 
-    A rank that does not speak lets the one that does end first: torchrun kills the others as soon
-    as one has ended.
-
     Args:
         end: ends the process with a code; ranks must not go through the interpreter's shutdown.
     """
@@ -61,8 +58,7 @@ def exit_on_user_error(end: Callable[[int], Any] = sys.exit) -> Iterator[None]:
         if error.speaks:
             print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
         else:
-            signal.signal(signal.SIGTERM, lambda *_: os._exit(EXIT_USER_ERROR))
-            time.sleep(LINGER_S)
+            _let_the_speaker_end()
         end(EXIT_USER_ERROR)
     except MemoryError:
         print(
@@ -75,3 +71,14 @@ def exit_on_user_error(end: Callable[[int], Any] = sys.exit) -> Iterator[None]:
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr, flush=True)
         end(128 + signal.SIGINT)
+
+
+def _let_the_speaker_end() -> None:
+    """Wait for the rank that speaks: torchrun kills the others as soon as one has ended.
+
+    One that was asked to stop does not wait: the speaker has ended, or the torchrun has, and nobody
+    would ask again.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(EXIT_USER_ERROR))
+    if not STOP.number:
+        time.sleep(LINGER_S)

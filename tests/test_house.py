@@ -4,6 +4,7 @@ import ast
 import re
 import signal
 import subprocess
+import time
 from dataclasses import fields
 from pathlib import Path
 
@@ -220,6 +221,18 @@ def test_a_users_error_is_one_printable_line(
     signal.signal(signal.SIGTERM, before)
     assert capsys.readouterr().err == ""
     assert printable("é, 字") == "é, 字"
+
+
+def test_a_rank_that_was_asked_to_stop_waits_for_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its torchrun has died, say, and can ask it no more."""
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(errors.STOP, "number", signal.SIGTERM)
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("it waits"))
+    silent = UserError("another rank says it")
+    silent.speaks = False
+    with pytest.raises(SystemExit), exit_on_user_error():
+        raise silent
+    signal.signal(signal.SIGTERM, before)
 
 
 def test_a_command_names_no_folders_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -349,7 +349,7 @@ def check_nothing_left(tally: Tally, what: str) -> None:
     end_s = time.perf_counter() + 2
     while (left := descendants()) and time.perf_counter() < end_s:
         time.sleep(0.01)
-    tally.check(not left, f"{what}: {len(left)} processes were left running")
+    tally.check(not left, f"{len(left)} processes were left running: {what}")
     for pid in left:
         os.kill(pid, signal.SIGKILL)
 
