@@ -29,6 +29,7 @@ WAIT_S = 20.0
 CLASSES = ("0", "NA", ",", '"', "é", "~")
 PR_SET_PTRACER = 0x59616D61
 LIBC = ctypes.CDLL(None, use_errno=True)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 STRACE = ("strace", "-f", "-y", "-qq", "-s", "0")
 
 
@@ -85,6 +86,14 @@ class Done:
         return f"exit {self.code} after {self.seconds:.2f} s: {self.text[-200:]!r}"
 
 
+def usual_signals() -> None:
+    """Give a forked process the handlers of an executed one; not what nohup or a shell's & ignores,
+    since the rows send those, too."""
+    for number in SIGNALS:
+        usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        signal.signal(number, usual)
+
+
 def fork(function: Callable[[], int | None]) -> int:
     """Run `function` in a child, whose exit code is its result or, if it raises, 1; the pid."""
     sys.stdout.flush()
@@ -93,6 +102,7 @@ def fork(function: Callable[[], int | None]) -> int:
         return pid
     code: Any = 1
     try:
+        usual_signals()
         code = function() or 0
     except SystemExit as ended:
         code = ended.code or 0
@@ -174,9 +184,11 @@ class Child:
         os.kill(self.pid, signal.SIGKILL)
 
     def wait(self, seconds: float = WAIT_S) -> Done:
+        """How it ended, of itself or killed after so long from now."""
         code: int | None = None
+        end_s = time.perf_counter() + seconds
         while (ended := os.waitpid(self.pid, os.WNOHANG))[0] == 0:
-            if time.perf_counter() - self._started > seconds:
+            if time.perf_counter() > end_s:
                 self.kill()
                 os.waitpid(self.pid, 0)
                 break

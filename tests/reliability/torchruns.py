@@ -5,7 +5,6 @@ torch: a rank starts in a tenth of a second. In `literal` tries it starts ranks 
 """
 
 import os
-import signal
 import subprocess
 from contextlib import suppress
 from importlib import import_module
@@ -17,7 +16,6 @@ from tests.reliability.common import fork
 from tests.reliability.training import Run, Training, children, until
 
 MODULE = ["-m", "engine.run"]
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 
 
 class Forked(subprocess.Popen[bytes]):
@@ -35,9 +33,6 @@ class Forked(subprocess.Popen[bytes]):
     def _be_rank(self) -> None:
         """What execution does to a process, then the command."""
         os.setsid()
-        for number in SIGNALS:
-            usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
-            signal.signal(number, usual)
         os.environ.clear()
         os.environ.update(self._environment)
         import_module(self._module).main.main(self._words, self._module)
