@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -339,6 +340,22 @@ def test_what_another_training_would_change_is_named_at_once(
     assert_refused(done, "--resume auto: give --out too")
     done = command("python", "-m", "engine.run", "--checkpoint-every", "often")
     assert_refused(done, "'often' is no interval", "500steps, 30s or 1epoch")
+
+
+def test_a_run_killed_before_its_report_is_written_ends_at_the_next_start(
+    small: Records, world: World, whole: Path, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    report = run / "report.json"
+    assert "left as it is" in finished_text(run, CONFIG)
+    report.rename(run / ".report.json.tmp-0123abcd")
+    assert finished_text(run, CONFIG) == ""
+    report.write_text('{"status": "unfinished"}')
+    assert finished_text(run, CONFIG) == ""
+    trained(small, world, run, resume=True)
+    assert "left as it is" in finished_text(run, CONFIG)
+    assert read_report(run).status == "finished" and metrics(run) == metrics(whole)
+    assert not list(run.glob(".*.tmp-*"))
 
 
 def test_auto_starts_goes_on_and_leaves_a_finished_run(

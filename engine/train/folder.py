@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import RunConfig
-from engine.durable import Damaged, is_empty, read_manifest, remove_leftovers
+from engine.durable import Damaged, is_empty, parse_json, read_manifest, remove_leftovers
 from engine.errors import UserError
 from engine.report import EpochBatch, Segment
 from engine.train.noise import NoiseScale
@@ -163,7 +163,7 @@ def read_config_text(run: Path) -> str:
 def finished_text(run: Path, config: RunConfig) -> str:
     """That a run has done all that `config` asks for, or "" if there is something left to do."""
     manifest = newest_manifest(run)
-    if manifest is None or not (run / "model.safetensors").exists():
+    if manifest is None or not _has_ended(run):
         return ""
     position, target = manifest.position, config.target_accuracy
     if 0 < target <= (position.best_val_accuracy_fraction or 0.0):
@@ -172,6 +172,15 @@ def finished_text(run: Path, config: RunConfig) -> str:
         what = f"this run has done its {position.epoch} epochs and is left as it is"
         return f"{what}; give --epochs of more to go on"
     return ""
+
+
+def _has_ended(run: Path) -> bool:
+    """Whether its report, which is written last, says so."""
+    try:
+        report = parse_json((run / REPORT).read_bytes(), REPORT)
+    except (OSError, Damaged):
+        return False
+    return isinstance(report, dict) and report.get("status") == "finished"
 
 
 def check_records(run: Path, fingerprint: str, resume: bool) -> None:
