@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from engine.data.table import Table
-from engine.durable import Damaged, Disturbed, fsync, open_regular
+from engine.durable import Damaged, Disturbed, begin_writeback, fsync, open_regular
 
 FORMAT = "glyph-records"
 VERSION = 2
@@ -30,6 +30,8 @@ FONTS = "fonts.json"
 FONTS_LIMIT_BYTES = 16 * 2**20
 """Each Arrow file repeats the typefaces' names, so they must leave room for images."""
 BLOCK_BYTES = 2**20
+WRITEBACK_BYTES = 8 * 2**20
+"""Written bytes that the disk is told to begin with, while the next are hashed."""
 
 
 @dataclass(frozen=True)
@@ -196,6 +198,8 @@ class _HashingFile(io.FileIO):
             self.crc32[-1] = zlib.crc32(part, self.crc32[-1])
             self.size += len(part)
             view = view[len(part) :]
+            if self.size % WRITEBACK_BYTES == 0:
+                begin_writeback(self.fileno(), self.size - WRITEBACK_BYTES, WRITEBACK_BYTES)
         return num_bytes
 
 
