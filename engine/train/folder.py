@@ -175,7 +175,9 @@ def finished_text(run: Path, config: RunConfig) -> str:
 
 
 def _has_ended(run: Path) -> bool:
-    """Whether its report, which is written last, says so."""
+    """Whether its weights are there, and its report, which is written last, says so."""
+    if not (run / "model.safetensors").exists():
+        return False
     try:
         report = parse_json((run / REPORT).read_bytes(), REPORT)
     except (OSError, Damaged):
