@@ -80,7 +80,6 @@ _REMEDIES = {
 }
 """What to do where the system refuses to write."""
 _LIBC = ctypes.CDLL(None, use_errno=True)
-_LIBC.sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
 
 
 class Damaged(Exception):
@@ -419,4 +418,5 @@ def begin_writeback(handle: int, offset: int, num_bytes: int) -> None:
 
     A hint: what the disk refuses, fsync says.
     """
-    _LIBC.sync_file_range(handle, offset, num_bytes, SYNC_FILE_RANGE_WRITE)
+    place = (ctypes.c_int64(offset), ctypes.c_int64(num_bytes))
+    _LIBC.sync_file_range(handle, *place, SYNC_FILE_RANGE_WRITE)

@@ -86,7 +86,7 @@ class Done:
         return f"exit {self.code} after {self.seconds:.2f} s: {self.text[-200:]!r}"
 
 
-def usual_signals() -> None:
+def _usual_signals() -> None:
     """Give a forked process the handlers of an executed one; not what nohup or a shell's & ignores,
     since the rows send those, too."""
     for number in SIGNALS:
@@ -102,7 +102,7 @@ def fork(function: Callable[[], int | None]) -> int:
         return pid
     code: Any = 1
     try:
-        usual_signals()
+        _usual_signals()
         code = function() or 0
     except SystemExit as ended:
         code = ended.code or 0
