@@ -33,8 +33,8 @@ from engine.ranks import join_ranks
 from engine.report import read_report
 from engine.stop import STOP
 from engine.train import members
+from engine.train.folder import WEIGHTS
 from engine.train.joint import Joint
-from engine.train.journal import WEIGHTS
 from engine.train.members import Crew
 from engine.train.outcome import FAILED, train_sweep
 from engine.train.session import make_order

@@ -21,6 +21,7 @@ from engine.typed import typed
 CONFIG = "config.toml"
 METRICS = "metrics.jsonl"
 REPORT = "report.json"
+WEIGHTS = "model.safetensors"
 SWEEP = "sweep.toml"
 """Of a folder whose folders are runs (train/sweep.py)."""
 CHECKPOINTS = "checkpoints"
@@ -176,7 +177,7 @@ def finished_text(run: Path, config: RunConfig) -> str:
 
 def _has_ended(run: Path) -> bool:
     """Whether its weights are there, and its report, which is written last, says so."""
-    if not (run / "model.safetensors").exists():
+    if not (run / WEIGHTS).exists():
         return False
     try:
         report = parse_json((run / REPORT).read_bytes(), REPORT)

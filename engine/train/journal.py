@@ -18,12 +18,11 @@ from engine.errors import UserError
 from engine.host import user_cache
 from engine.report import RunReport, write_json
 from engine.train.checkpoint import remove_unfinished
-from engine.train.folder import CONFIG, METRICS, PREEMPTED, REPORT
+from engine.train.folder import CONFIG, METRICS, PREEMPTED, REPORT, WEIGHTS
 from engine.train.state import Tensors
 from engine.train.track import Tracking
 from engine.train.weights import save_model
 
-WEIGHTS = "model.safetensors"
 FILES, CHECKPOINTS = "files", "checkpoints"
 Say = Callable[[str], None]
 

@@ -19,7 +19,7 @@ from engine.data.records import Records, Split
 from engine.data.split import HELD_OUT
 from engine.train.answers import all_logits
 from engine.train.backends import set_fp32_precision
-from engine.train.journal import WEIGHTS
+from engine.train.folder import WEIGHTS
 from engine.train.sweep import Vote
 from engine.train.weights import load_network, network_facts
 
