@@ -233,24 +233,25 @@ def png_names(folder: bytes, kind: str) -> list[bytes]:
 
 def _file_bytes(path: bytes) -> bytes:
     """All of a regular file, of at most FILE_LIMIT_BYTES."""
-    place = Path(os.fsdecode(path))
     try:
-        handle = open_regular(place)
+        handle = open_regular(path)
     except Damaged as damaged:
-        what = str(damaged).removeprefix(place.name).strip()
+        what = str(damaged).removeprefix(os.fsdecode(os.path.basename(path))).strip()
         if isinstance(damaged, Disturbed):
             raise PngFault(what) from None
         is_there = os.path.lexists(path)
         remedy = "move it away, or make it readable" if is_there else "name a file that is there"
         raise PngFault(f"{what}; {remedy}") from None
-    with open(handle, "rb") as file:
+    try:
         num_bytes = os.fstat(handle).st_size
         if num_bytes > FILE_LIMIT_BYTES:
             raise PngFault(
                 f"has {num_bytes:,} bytes, want at most {FILE_LIMIT_BYTES:,}; "
                 f"write it without what is no picture"
             )
-        data = file.read(num_bytes + 1)
+        data = os.read(handle, num_bytes + 1)  # an open file would take longer to make
+    finally:
+        os.close(handle)
     if len(data) != num_bytes:
         raise PngFault("changed while it was read; pack again when nothing writes to it")
     return data
