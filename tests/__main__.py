@@ -42,6 +42,16 @@ OPTIONS = (
     "-p",
     "no:cacheprovider",
 )
+LONG = (
+    "test_types.py",
+    "test_cpu.py",
+    "test_setup.py",
+    "test_late_dynamo.py",
+    "test_canonical.py",
+    "test_ensemble.py",
+    "test_digits.py",
+)
+"""Small files that take long: they start first, so that none of them runs alone at the end."""
 EMPTY = 5
 """pytest's exit code where a file has no test."""
 
@@ -99,7 +109,7 @@ def ended(running: Running, code: int) -> Result:
 
 
 def run(files: list[Path], seed: int, folder: Path) -> list[Result]:
-    """All files, two at once; the first ones are started first."""
+    """All files, NUM_AT_ONCE at once; the first ones are started first."""
     waiting = list(reversed(files))
     running: dict[int, Running] = {}
     results = []
@@ -121,7 +131,9 @@ def main() -> None:
         importlib.import_module(name)
     gc.freeze()  # no child looks through these objects again
     files = {file for name in chosen for file in (ROOT / "tests").glob(name)}
-    longest_first = sorted(files, key=lambda file: (-file.stat().st_size, file.name))
+    longest_first = sorted(
+        files, key=lambda file: (file.name not in LONG, -file.stat().st_size, file.name)
+    )
     with TemporaryDirectory() as folder:
         results = run(longest_first, seed, Path(folder))
     slowest = sorted(results, key=lambda result: -result.seconds)[:5]

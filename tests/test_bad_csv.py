@@ -13,6 +13,7 @@ import threading
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -368,26 +369,34 @@ def test_47_what_is_no_file_never_blocks(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["-", "/dev/stdin", "/dev/fd/0"])
-def test_48_standard_input(name: str, small_csv: Path, tmp_path: Path) -> None:
+def packed_from(name: str, out: Path, **given: Any) -> subprocess.CompletedProcess[bytes]:
+    """The command on its standard input, by one of its names."""
+    command = [sys.executable, "-m", "tools.pack_tmnist", name, str(out)]
+    return subprocess.run(command, stderr=subprocess.PIPE, timeout=60, **given)
+
+
+def test_48_standard_input(small_csv: Path, small_dir: Path, tmp_path: Path) -> None:
+    wanted = open_records(small_dir).fingerprint
     data = small_csv.read_bytes()
-    for number, (content, code) in enumerate(
-        [(data, 0), (gzip.compress(data), 0), (data[:-3000], 2)]
+    for number, (name, content) in enumerate(
+        [("-", data), ("-", gzip.compress(data)), ("/dev/stdin", data), ("/dev/fd/0", data)]
     ):
-        command = [sys.executable, "-m", "tools.pack_tmnist", name, str(tmp_path / f"out{number}")]
-        done = subprocess.run(command, input=content, capture_output=True, timeout=60)
-        assert done.returncode == code, done.stderr
-    assert (
-        open_records(tmp_path / "out0").fingerprint == open_records(tmp_path / "out1").fingerprint
-    )
-    assert b"standard input" in done.stderr or b"/dev/" in done.stderr
+        done = packed_from(name, tmp_path / f"out{number}", input=content)
+        assert done.returncode == 0, done.stderr
+        assert open_records(tmp_path / f"out{number}").fingerprint == wanted
+    done = packed_from("-", tmp_path / "cut", input=data[:-3000])
+    assert done.returncode == 2 and b"standard input" in done.stderr
+    assert not (tmp_path / "cut").exists()
+
+
+@pytest.mark.parametrize("name", ["-", "/dev/fd/0"])
+def test_48_standard_input_that_is_a_file(
+    name: str, small_csv: Path, small_dir: Path, tmp_path: Path
+) -> None:
     with open(small_csv, "rb") as redirected:
-        command[-1] = str(tmp_path / "out3")
-        assert subprocess.run(command, stdin=redirected, timeout=60).returncode == 0
-    assert (
-        open_records(tmp_path / "out3").fingerprint == open_records(tmp_path / "out0").fingerprint
-    )
-    assert not (tmp_path / "out2").exists()
+        assert packed_from(name, tmp_path / "out", stdin=redirected).returncode == 0
+    found = open_records(tmp_path / "out").fingerprint
+    assert found == open_records(small_dir).fingerprint
 
 
 def test_49_50_51_targets(small_csv: Path, tmp_path: Path, command: Command) -> None:

@@ -56,10 +56,10 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     return [{key: line[key] for key in line.keys() - times} for line in lines]
 
 
-def test_two_ranks_train_the_same_bits(tmp_path: Path, small_dir: Path) -> None:
+def test_two_ranks_train_the_same_bits(tmp_path: Path, tiny_dir: Path) -> None:
     alone, run = tmp_path / "alone", tmp_path / "run"
-    assert "note: --canonical computes with one thread per rank" in train(small_dir, alone, 1)
-    train(small_dir, run, 2)
+    assert "note: --canonical computes with one thread per rank" in train(tiny_dir, alone, 1)
+    train(tiny_dir, run, 2)
     found, wanted = metrics(run), metrics(alone)
     assert found == wanted and len(found) == EPOCHS
     assert found[-1]["train_loss"] < found[0]["train_loss"]
@@ -71,11 +71,11 @@ def opened(records: Records, world: World, shards: int) -> Session:
     return open_session(override(RunConfig(), settings, "test"), records, world)
 
 
-def test_it_is_the_mean_of_the_shards_gradients(small: Records, world: World) -> None:
+def test_it_is_the_mean_of_the_shards_gradients(tiny: Records, world: World) -> None:
     """Not only alike everywhere, but right: as one batch gives it, but for rounding."""
     found = []
     for shards in (0, SHARDS):
-        session = opened(small, world, shards)
+        session = opened(tiny, world, shards)
         next(session.step.train_epoch(session.feed, 0))
         log = session.step.read_training()
         gradients = [p.grad for p in session.step.model.parameters() if p.grad is not None]
@@ -85,11 +85,11 @@ def test_it_is_the_mean_of_the_shards_gradients(small: Records, world: World) ->
     assert found[1] == pytest.approx(found[0], rel=1e-4)
 
 
-def test_threads_are_given_back(small: Records, world: World) -> None:
+def test_threads_are_given_back(tiny: Records, world: World) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        session = opened(small, world, SHARDS)
+        session = opened(tiny, world, SHARDS)
         assert torch.get_num_threads() == 1 and session.environment.num_threads == 1
         session.close()
         assert torch.get_num_threads() == 3
@@ -97,14 +97,14 @@ def test_threads_are_given_back(small: Records, world: World) -> None:
         torch.set_num_threads(before)
 
 
-def test_what_cannot_be_divided_is_refused_with_what_can(small: Records) -> None:
+def test_what_cannot_be_divided_is_refused_with_what_can(tiny: Records) -> None:
     config = override(RunConfig(), {"global_batch": 24, "step.canonical": 4}, "test")
     for num_ranks in (1, 2, 4):
-        check_batch(config, small, num_ranks)
+        check_batch(config, tiny, num_ranks)
     with pytest.raises(UserError, match="cannot be divided by 3 ranks; start 1, 2 or 4 ranks"):
-        check_batch(config, small, 3)
+        check_batch(config, tiny, 3)
     config = override(config, {"step.canonical": 16}, "test")
     with pytest.raises(UserError, match="into 16 shards; give --canonical 2, 4, 6, 8, 12 or 24,"):
-        check_batch(config, small, 2)
+        check_batch(config, tiny, 2)
     with pytest.raises(UserError, match="leave step.accumulate at 1, or step.canonical at 0"):
         override(config, {"step.accumulate": 2}, "test")

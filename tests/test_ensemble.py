@@ -52,11 +52,9 @@ def test_the_interval_of_the_gain_holds_the_truth() -> None:
 
 
 @pytest.mark.slow
-def test_each_network_is_the_same_whichever_worker_trains_it(
-    small: Records, small_dir: Path
-) -> None:
+def test_each_network_is_the_same_whichever_worker_trains_it(tiny: Records, tiny_dir: Path) -> None:
     config = override(
-        RECIPES["study"], {"global_batch": 32, "epochs": 2, "data.path": str(small_dir)}, "test"
+        RECIPES["study"], {"global_batch": 32, "epochs": 2, "data.path": str(tiny_dir)}, "test"
     )
     config = replace(config, data=replace(config.data, feed="resident"))
     before = os.sched_getaffinity(0)
@@ -66,16 +64,13 @@ def test_each_network_is_the_same_whichever_worker_trains_it(
         "networks come back in another order, or with another seed"
     )
     assert (
-        one_MNK.shape == (3, len(small.split("test")), len(small.classes))
-        and facts.num_threads == 1
+        one_MNK.shape == (3, len(tiny.split("test")), len(tiny.classes)) and facts.num_threads == 1
     )
     assert not np.allclose(one_MNK[0], one_MNK[1]), "two networks of one seed"
     assert one_s > 0 and two_s > 0 and os.sched_getaffinity(0) == before
 
 
-def test_the_command_writes_a_result_file(
-    command: Command, small_dir: Path, tmp_path: Path
-) -> None:
+def test_the_command_writes_a_result_file(command: Command, tiny_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text("global_batch = 32\n")
     flags = (
         "--networks",
@@ -87,7 +82,7 @@ def test_the_command_writes_a_result_file(
         "--out",
         tmp_path,
     )
-    done = command("tools/profile", "ensemble", "--data", small_dir, *flags)
+    done = command("tools/profile", "ensemble", "--data", tiny_dir, *flags)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "ensemble.json").read_text())
     rows = {row["name"]: row for row in result["rows"]}
@@ -103,6 +98,6 @@ def test_the_command_writes_a_result_file(
         and "2 x 1: time" in done.stdout
     )
     refused = command(
-        "tools/profile", "ensemble", "--data", small_dir, "--workers", 3, "--networks", 2
+        "tools/profile", "ensemble", "--data", tiny_dir, "--workers", 3, "--networks", 2
     )
     assert_refused(refused, "--workers 3", "give fewer")

@@ -75,12 +75,12 @@ def assert_same(got: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> No
     ids=str,
 )
 def test_launches_of_k_steps_change_no_bit(
-    settings: dict[str, Any], small: Records, world: World
+    settings: dict[str, Any], tiny: Records, world: World
 ) -> None:
     wanted = trained(
-        session(small, world, {"step.precision": settings.get("step.precision", "fp32")})
+        session(tiny, world, {"step.precision": settings.get("step.precision", "fp32")})
     )
-    opened = session(small, world, settings)
+    opened = session(tiny, world, settings)
     gathers = settings.get("data.feed", "resident") == "resident"
     assert (opened.step._source is opened.feed) == gathers
     assert_same(trained(opened), wanted)
@@ -90,9 +90,9 @@ def test_launches_of_k_steps_change_no_bit(
     "settings", [{"augment.rotate_degrees": 10}, {"data.feed": "synthetic"}], ids=str
 )
 def test_so_do_those_of_distorted_and_of_synthetic_images(
-    settings: dict[str, Any], small: Records, world: World
+    settings: dict[str, Any], tiny: Records, world: World
 ) -> None:
-    one, three = (session(small, world, settings | {"step.steps_per_launch": k}) for k in (1, 3))
+    one, three = (session(tiny, world, settings | {"step.steps_per_launch": k}) for k in (1, 3))
     is_distorted = "augment.rotate_degrees" in settings
     assert (three.step._source is None) == is_distorted
     note = "images are gathered and distorted before a launch, not within it"
@@ -100,10 +100,10 @@ def test_so_do_those_of_distorted_and_of_synthetic_images(
     assert_same(trained(one), trained(three))
 
 
-def test_an_epoch_can_be_entered_in_the_middle(small: Records, world: World) -> None:
+def test_an_epoch_can_be_entered_in_the_middle(tiny: Records, world: World) -> None:
     found = []
     for num_steps in (1, 3):
-        opened = session(small, world, {"step.steps_per_launch": num_steps})
+        opened = session(tiny, world, {"step.steps_per_launch": num_steps})
         sizes = [
             launch.num_steps for launch in opened.step.train_epoch(opened.feed, 1, first_step=2)
         ]
@@ -113,9 +113,9 @@ def test_an_epoch_can_be_entered_in_the_middle(small: Records, world: World) -> 
     assert len(found[0]) == 5 and np.array_equal(*found)
 
 
-def test_epochs_may_come_in_any_order(small: Records, world: World) -> None:
+def test_epochs_may_come_in_any_order(tiny: Records, world: World) -> None:
     """The ids that were drawn ahead for the next epoch are not those of another."""
-    opened = session(small, world, {"step.steps_per_launch": 7})
+    opened = session(tiny, world, {"step.steps_per_launch": 7})
     for epoch in (0, 3, 1, 2):
         (launch,) = opened.step.train_epoch(opened.feed, epoch)
         assert np.array_equal(
@@ -124,8 +124,8 @@ def test_epochs_may_come_in_any_order(small: Records, world: World) -> None:
     opened.close()
 
 
-def test_a_feed_that_does_not_end_with_its_epoch_ends_the_run(small: Records, world: World) -> None:
-    opened, more = session(small, world), ResidentFeed.batches
+def test_a_feed_that_does_not_end_with_its_epoch_ends_the_run(tiny: Records, world: World) -> None:
+    opened, more = session(tiny, world), ResidentFeed.batches
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ResidentFeed, "batches", lambda *given: chain(more(*given), more(*given)))
         with pytest.raises(RuntimeError, match="goes on after the epoch's last step"):
@@ -134,47 +134,47 @@ def test_a_feed_that_does_not_end_with_its_epoch_ends_the_run(small: Records, wo
 
 
 def test_too_many_steps_in_a_launch_are_cut_to_an_epoch_and_told(
-    small: Records, world: World
+    tiny: Records, world: World
 ) -> None:
-    opened = session(small, world, {"step.steps_per_launch": 64})
+    opened = session(tiny, world, {"step.steps_per_launch": 64})
     assert opened.effective["steps_per_launch"] == 7
     assert "7 steps in a launch: an epoch has no more" in opened.notes
     opened.close()
 
 
-def test_accumulation_is_the_whole_batch(small: Records, world: World) -> None:
-    wanted, got = (trained(session(small, world, {"step.accumulate": parts})) for parts in (1, 4))
+def test_accumulation_is_the_whole_batch(tiny: Records, world: World) -> None:
+    wanted, got = (trained(session(tiny, world, {"step.accumulate": parts})) for parts in (1, 4))
     assert got["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
     assert not np.array_equal(got["loss"], wanted["loss"]), "the batch was not divided"
     for name in ("conv1.weight.grad", "fc2.bias.grad"):
         assert got[name] == pytest.approx(wanted[name], rel=2e-2, abs=2e-4)
     with pytest.raises(UserError, match="cannot be divided into 5 parts"):
-        session(small, world, {"step.accumulate": 5})
+        session(tiny, world, {"step.accumulate": 5})
 
 
 @pytest.mark.slow
-def test_a_compiled_step_is_the_same_training(small: Records, world: World) -> None:
+def test_a_compiled_step_is_the_same_training(tiny: Records, world: World) -> None:
     wanted, got = (
-        trained(session(small, world, {"step.compile": mode})) for mode in ("off", "default")
+        trained(session(tiny, world, {"step.compile": mode})) for mode in ("off", "default")
     )
     assert got["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
 
 
 def test_compile_needs_a_compiler(
-    small: Records, world: World, monkeypatch: pytest.MonkeyPatch
+    tiny: Records, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     config, notes = sessions.effective_config(
-        RunConfig(global_batch=32, step=StepConfig(compile="default")), small, world
+        RunConfig(global_batch=32, step=StepConfig(compile="default")), tiny, world
     )
     assert config.step.compile == "off" and any("no no-such-compiler" in note for note in notes)
 
 
-def test_random_state_belongs_to_the_epoch(small: Records, world: World) -> None:
+def test_random_state_belongs_to_the_epoch(tiny: Records, world: World) -> None:
     """A network that draws (dropout) can be resumed at an epoch's end without its random state."""
     found = []
     for epochs in ([0, 1], [1]):
-        opened = session(small, world)
+        opened = session(tiny, world)
         drawn: list[float] = []
         opened.step.model.register_forward_hook(
             lambda *_, drawn=drawn: drawn.append(float(torch.rand(1)))
@@ -212,14 +212,14 @@ def test_a_gradient_that_is_not_finite_ends_the_run_at_its_step(
     assert same == fused, "a fused optimiser leaves the parameters alone"
 
 
-def test_nothing_that_is_not_finite_is_saved(small: Records, world: World, tmp_path: Path) -> None:
+def test_nothing_that_is_not_finite_is_saved(tiny: Records, world: World, tmp_path: Path) -> None:
     config = RunConfig(
         global_batch=32, optim=OptimConfig(learning_rate=1000, fused=False), step=StepConfig()
     )
     with pytest.raises(UserError, match="was not finite in step [1-7];"):
         fit(
             override(config, {"optim.schedule": "constant"}, ""),
-            small,
+            tiny,
             world,
             tmp_path,
             resume=False,
@@ -229,7 +229,7 @@ def test_nothing_that_is_not_finite_is_saved(small: Records, world: World, tmp_p
 
 
 def test_a_checkpoint_refuses_moments_that_overflowed(
-    small: Records, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Records, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Finite gradients whose squares are not: no loss tells, the optimiser's state does."""
     read = TrainStep.read_training
@@ -240,7 +240,7 @@ def test_a_checkpoint_refuses_moments_that_overflowed(
 
     monkeypatch.setattr(TrainStep, "read_training", overflows)
     with pytest.raises(UserError, match="fc2.bias/exp_avg_sq is not finite after step 7"):
-        fit(RunConfig(global_batch=32), small, world, tmp_path, resume=False, say=print)
+        fit(RunConfig(global_batch=32), tiny, world, tmp_path, resume=False, say=print)
     assert not (tmp_path / "checkpoints").exists()
 
 
@@ -307,15 +307,15 @@ def test_too_many_skipped_steps_in_a_row_end_the_run(
 
 
 def test_what_cannot_be_captured_runs_eagerly_and_says_why(
-    small: Records, world: World, monkeypatch: pytest.MonkeyPatch
+    tiny: Records, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Here torch has no CUDA graphs, or there is no GPU: a real failure."""
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here, so capture works")
-    wanted = trained(session(small, world, {}))
+    wanted = trained(session(tiny, world, {}))
     keep = sessions.effective_config
     monkeypatch.setattr(sessions, "effective_config", lambda *given: (given[0], keep(*given)[1]))
-    opened = session(small, world, {"step.cuda_graphs": True})
+    opened = session(tiny, world, {"step.cuda_graphs": True})
     assert not opened.effective["cuda_graphs"]
     assert any(
         note.startswith("CUDA graphs are not used: ") and "runs eagerly" in note
@@ -401,7 +401,7 @@ end_rank()
 
 
 @pytest.mark.slow
-def test_ranks_agree_on_the_way_back(small_dir: Path, command: Command, tmp_path: Path) -> None:
+def test_ranks_agree_on_the_way_back(tiny_dir: Path, command: Command, tmp_path: Path) -> None:
     """Rank 1 fails within the backward; both go on eagerly, as if nothing had been tried."""
     (tmp_path / "two.py").write_text(TWO_RANKS)
     done = command(
@@ -409,7 +409,7 @@ def test_ranks_agree_on_the_way_back(small_dir: Path, command: Command, tmp_path
         "--standalone",
         "--nproc-per-node=2",
         tmp_path / "two.py",
-        small_dir,
+        tiny_dir,
         PYTHONPATH=".",
     )
     assert done.returncode == 0, done.stderr

@@ -51,7 +51,7 @@ from tools.report.sweep import read_sweep_result
 
 __all__ = ["stop_after"]
 BASE = RunConfig(global_batch=32, epochs=2, checkpoint_every="3steps,1epoch")
-"""7 steps in each epoch of the small records."""
+"""7 steps in each epoch of the tiny records."""
 DROPPED = """
 from torch.nn import functional
 from engine.models.baseline import FastGlyphNet
@@ -63,8 +63,8 @@ class Dropped(FastGlyphNet):
 """
 
 
-def sweep_of(small_dir: Path, sweeps: tuple[str, ...], settings: dict[str, Any]) -> Sweep:
-    config = override(BASE, settings | {"data.path": str(small_dir)}, "test")
+def sweep_of(tiny_dir: Path, sweeps: tuple[str, ...], settings: dict[str, Any]) -> Sweep:
+    config = override(BASE, settings | {"data.path": str(tiny_dir)}, "test")
     return Sweep.of(config, parse_sweeps(sweeps))
 
 
@@ -101,30 +101,30 @@ CASES: list[tuple[tuple[str, ...], dict[str, Any]]] = [
 def test_members_end_with_the_bits_of_their_runs_alone(
     sweeps: tuple[str, ...],
     settings: dict[str, Any],
-    small: Records,
-    small_dir: Path,
+    tiny: Records,
+    tiny_dir: Path,
     world: World,
     tmp_path: Path,
 ) -> None:
     if "bf16" in sweeps[0] and FAST_PRECISION == "fp32":
         pytest.skip("this CPU has no bf16 instructions, and both would be fp32")
-    sweep = sweep_of(small_dir, sweeps, settings)
+    sweep = sweep_of(tiny_dir, sweeps, settings)
     assert train(sweep, tmp_path / "sweep") == 0
-    assert_alone(sweep, tmp_path / "sweep", small, world, tmp_path / "alone")
+    assert_alone(sweep, tmp_path / "sweep", tiny, world, tmp_path / "alone")
 
 
 @pytest.mark.parametrize("feed", ["resident", pytest.param("loader", marks=pytest.mark.slow)])
 def test_networks_that_draw_random_numbers_draw_their_own(
-    feed: str, small: Records, small_dir: Path, world: World, tmp_path: Path
+    feed: str, tiny: Records, tiny_dir: Path, world: World, tmp_path: Path
 ) -> None:
     """They share each batch; whoever asks for it first draws for nobody else."""
     file = tmp_path / "dropped.py"
     file.write_text(DROPPED)
     own = with_own_network({"model.name": f"{file}:Dropped"}, "test")
     settings = {"epochs": 1, "data.feed": feed, "data.loader_workers": 0}
-    sweep = sweep_of(small_dir, ("optim.learning_rate=0.002,0.004",), own | settings)
+    sweep = sweep_of(tiny_dir, ("optim.learning_rate=0.002,0.004",), own | settings)
     assert train(sweep, tmp_path / "sweep") == 0
-    assert_alone(sweep, tmp_path / "sweep", small, world, tmp_path / "alone")
+    assert_alone(sweep, tmp_path / "sweep", tiny, world, tmp_path / "alone")
 
 
 def files_of(out: Path) -> dict[str, bytes]:
@@ -132,14 +132,14 @@ def files_of(out: Path) -> dict[str, bytes]:
 
 
 def test_a_sweep_that_is_stopped_goes_on_to_the_same_bits(
-    small: Records,
-    small_dir: Path,
+    tiny: Records,
+    tiny_dir: Path,
     world: World,
     tmp_path: Path,
     stop_after: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    sweep, out = sweep_of(small_dir, ("seed=1,2",), {}), tmp_path / "sweep"
+    sweep, out = sweep_of(tiny_dir, ("seed=1,2",), {}), tmp_path / "sweep"
     stop_after(9)  # of 2 x 14 steps
     assert train(sweep, out) == 128 + signal.SIGTERM
     stopped = read_sweep_result(out)
@@ -152,7 +152,7 @@ def test_a_sweep_that_is_stopped_goes_on_to_the_same_bits(
     assert train(sweep, out, lines) == 0
     assert sum("resumed after epoch 0 of 2, step" in line for line in lines) == 2
     assert sum(line.startswith("note: a sweep of 2 members in one process") for line in lines) == 1
-    assert_alone(sweep, out, small, world, tmp_path / "alone")
+    assert_alone(sweep, out, tiny, world, tmp_path / "alone")
     runs = {name: files_of(out / name) for name in (m.folder for m in sweep.members)}
     again = read_sweep_result(out)
     assert train(sweep, out, lines) == 0  # nothing is left to do
@@ -165,10 +165,10 @@ def test_a_sweep_that_is_stopped_goes_on_to_the_same_bits(
 
 
 def test_notes_of_one_member_have_its_name(
-    small: Records, small_dir: Path, world: World, tmp_path: Path
+    tiny: Records, tiny_dir: Path, world: World, tmp_path: Path
 ) -> None:
-    sweep, lines = sweep_of(small_dir, ("seed=1..3",), {}), list[str]()
-    crew = Crew(sweep, small, world, tmp_path, lines.append)
+    sweep, lines = sweep_of(tiny_dir, ("seed=1..3",), {}), list[str]()
+    crew = Crew(sweep, tiny, world, tmp_path, lines.append)
     crew.running = [None] * 3  # type: ignore[list-item]
     for member in sweep.members:
         crew._voice(member)("note: of all")
@@ -180,11 +180,11 @@ def test_notes_of_one_member_have_its_name(
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_a_killed_sweep_goes_on_by_the_same_line(
-    small: Records, small_dir: Path, world: World, command: Command, tmp_path: Path, cache: Path
+    tiny: Records, tiny_dir: Path, world: World, command: Command, tmp_path: Path, cache: Path
 ) -> None:
     out = tmp_path / "sweep"
     words = ["--sweep", "seed=1,2", "--epochs", 3, "--batch-size", 16, "--device", "cpu"]
-    words += ["--data", small_dir, "--checkpoint-every", "2steps", "--out", out, "--resume", "auto"]
+    words += ["--data", tiny_dir, "--checkpoint-every", "2steps", "--out", out, "--resume", "auto"]
     line = ["-m", "engine.run", "--kernels=off", *map(str, words)]
     variables = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(cache)}
     with subprocess.Popen([sys.executable, *line], cwd=ROOT, env=variables) as killed:
@@ -195,15 +195,15 @@ def test_a_killed_sweep_goes_on_by_the_same_line(
     assert not (out / "sweep.json").exists(), "it was not killed in time"
     done = command("python", *line)
     assert done.returncode == 0 and done.stdout.count("resumed after epoch") == 2, done.stderr
-    assert_alone(Sweep.of(*read_sweep(out)), out, small, world, tmp_path / "alone")
+    assert_alone(Sweep.of(*read_sweep(out)), out, tiny, world, tmp_path / "alone")
 
 
 @pytest.mark.slow
 def test_networks_whose_weights_are_gone_take_no_part_in_the_vote(
-    small_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As where the disk refused at the end, and they were written elsewhere."""
-    sweep, out = sweep_of(small_dir, ("seed=1..3",), {"epochs": 1}), tmp_path / "sweep"
+    sweep, out = sweep_of(tiny_dir, ("seed=1..3",), {"epochs": 1}), tmp_path / "sweep"
     train_all = Crew.train
 
     def train_and_lose(crew: Crew) -> None:
@@ -219,10 +219,10 @@ def test_networks_whose_weights_are_gone_take_no_part_in_the_vote(
 
 @pytest.mark.slow
 def test_a_member_that_breaks_down_leaves_the_others_alone(
-    small: Records, small_dir: Path, world: World, tmp_path: Path
+    tiny: Records, tiny_dir: Path, world: World, tmp_path: Path
 ) -> None:
     settings = {"optim.fused": False, "optim.schedule": "constant", "epochs": 1}
-    sweep = sweep_of(small_dir, ("optim.learning_rate=1000,0.002",), settings)
+    sweep = sweep_of(tiny_dir, ("optim.learning_rate=1000,0.002",), settings)
     out, lines = tmp_path / "sweep", list[str]()
     assert train(sweep, out, lines) == FAILED
     first, second = read_sweep_result(out).members
@@ -230,7 +230,7 @@ def test_a_member_that_breaks_down_leaves_the_others_alone(
     assert first.failure and "was not finite in step" in first.failure
     assert any(line.startswith("1 learning_rate=1000: failed: ") for line in lines), lines
     assert not (out / first.folder / "model.safetensors").exists()
-    assert_alone(Sweep(sweep.config, sweep.axes, sweep.members[1:]), out, small, world, tmp_path)
+    assert_alone(Sweep(sweep.config, sweep.axes, sweep.members[1:]), out, tiny, world, tmp_path)
 
 
 def joined(monkeypatch: pytest.MonkeyPatch) -> list[Joint]:
@@ -253,8 +253,8 @@ def joined(monkeypatch: pytest.MonkeyPatch) -> list[Joint]:
 
 @pytest.mark.slow
 def test_joint_launches_change_no_bit(
-    small: Records,
-    small_dir: Path,
+    tiny: Records,
+    tiny_dir: Path,
     world: World,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -268,10 +268,10 @@ def test_joint_launches_change_no_bit(
         steps(gather, *given)
 
     settings = {"step.steps_per_launch": 3, "epochs": 1}
-    sweep = sweep_of(small_dir, ("optim.learning_rate=0.002,0.004", "seed=1,2"), settings)
+    sweep = sweep_of(tiny_dir, ("optim.learning_rate=0.002,0.004", "seed=1,2"), settings)
     with monkeypatch.context() as patch:
         made = joined(patch)
-        crew = Crew(sweep, small, world, tmp_path / "sweep", quiet)
+        crew = Crew(sweep, tiny, world, tmp_path / "sweep", quiet)
         for member in sweep.members:
             (tmp_path / "sweep" / member.folder).mkdir(parents=True)
         launch_together = Crew._launch_together
@@ -284,33 +284,33 @@ def test_joint_launches_change_no_bit(
         crew.train()
     assert len(made) == 1 and crew.launches == "one graph of 4 branches"
     assert gathered == [3, 3, 3, 3, 1, 1], "of each seed once: two learning rates share a batch"
-    assert_alone(sweep, tmp_path / "sweep", small, world, tmp_path / "alone")
+    assert_alone(sweep, tmp_path / "sweep", tiny, world, tmp_path / "alone")
 
 
 @pytest.mark.slow
 def test_a_joint_launch_goes_on_without_a_member_that_broke_down(
-    small: Records,
-    small_dir: Path,
+    tiny: Records,
+    tiny_dir: Path,
     world: World,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     settings = {"optim.fused": False, "optim.schedule": "constant", "step.steps_per_launch": 3}
     settings["epochs"] = 2
-    sweep = sweep_of(small_dir, ("optim.learning_rate=1000,0.002,0.004",), settings)
+    sweep = sweep_of(tiny_dir, ("optim.learning_rate=1000,0.002,0.004",), settings)
     with monkeypatch.context() as patch:
         made = joined(patch)
         assert train(sweep, tmp_path / "sweep") == FAILED
         assert len(made) == 1
     others = sweep.members[1:]  # which lived on what the first gathered
     left = Sweep(sweep.config, sweep.axes, others)
-    assert_alone(left, tmp_path / "sweep", small, world, tmp_path / "alone")
+    assert_alone(left, tmp_path / "sweep", tiny, world, tmp_path / "alone")
 
 
 @pytest.fixture
-def feeds(small: Records) -> Iterator[tuple[SharedFeed, SharedFeed, Any]]:
+def feeds(tiny: Records) -> Iterator[tuple[SharedFeed, SharedFeed, Any]]:
     """Two users of one feed, and how to make a feed of one's own."""
-    split, cpu = small.split("train"), torch.device("cpu")
+    split, cpu = tiny.split("train"), torch.device("cpu")
     order = make_order(BASE, split, 0, 1)
     shared = SharedFeeds()
     one, other = (shared.make(BASE, split, order, 8, cpu) for _ in range(2))
@@ -383,27 +383,27 @@ def test_signals_are_waited_for_until_the_last_member_has_ended() -> None:
     assert not STOP._is_polled
 
 
-def test_images_are_on_the_device_once(small: Records) -> None:
-    cpu, split = torch.device("cpu"), small.split("train")
+def test_images_are_on_the_device_once(tiny: Records) -> None:
+    cpu, split = torch.device("cpu"), tiny.split("train")
     first, second = Gather(split, cpu), Gather(split, cpu)
     assert first._pixels_in_use is second._pixels_in_use
-    assert Gather(small.split("val"), cpu)._pixels_in_use is not first._pixels_in_use
+    assert Gather(tiny.split("val"), cpu)._pixels_in_use is not first._pixels_in_use
     del first, second
     assert Pixels.of(split, cpu).split is split
 
 
 def test_the_command_its_table_and_its_report(
-    small_dir: Path, command: Command, tmp_path: Path
+    tiny_dir: Path, command: Command, tmp_path: Path
 ) -> None:
     out = tmp_path / "sweep"
-    line = ("python", "-m", "engine.run", "--data", small_dir, "--device", "cpu", "--kernels=off")
+    line = ("python", "-m", "engine.run", "--data", tiny_dir, "--device", "cpu", "--kernels=off")
     given = ("--sweep", "optim.learning_rate=0.002", "--sweep", "seed=1..2")
     short = ("--epochs", 1, "--batch-size", 32)
     done = command(*line, *given, *short, "--out", out)
     assert done.returncode == 0, done.stderr
     result = read_sweep_result(out)
     check_table(done.stdout.splitlines(), result)
-    check_vote(out, result, small_dir)
+    check_vote(out, result, tiny_dir)
     shown = command("tools/profile", "report", out)
     assert shown.returncode == 0 and "sweep.md" in shown.stdout, shown.stderr
     table = (out / "sweep.md").read_text()
@@ -435,10 +435,10 @@ def check_table(lines: list[str], result: SweepResult) -> None:
     ]
 
 
-def check_vote(out: Path, result: SweepResult, small_dir: Path) -> None:
+def check_vote(out: Path, result: SweepResult, tiny_dir: Path) -> None:
     """The votes are ensembles of tools/evaluate's answers, the temperatures are those it finds."""
     question, device = Question(split="test"), torch.device("cpu")
-    opened = Opened(small_dir)
+    opened = Opened(tiny_dir)
     answered = [answer(out / m.folder, opened, question, device) for m in result.members]
     report = read_report(out / result.members[0].folder)
     found = evaluate(answered, question, report.environment, ensemble=True)
@@ -467,16 +467,16 @@ def voted(members: Sequence[Answers | None], temperatures: Sequence[float | None
 
 
 def test_a_calibrated_vote_is_of_each_at_its_own_temperature(
-    small: Records, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    tiny: Records, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """One network is always right and never sure, the other surer and wrong on every second image
     of val and every third of test: plain, the other is believed."""
     every = {"val": 2, "test": 3}
-    splits = {name: small.split(name) for name in every}
-    num_classes = len(small.classes)
-    network = make_model(BASE.model, *small.height_width, num_classes, seed=0)
-    save_model(tmp_path / WEIGHTS, network.state_dict(), network_facts(BASE.model, small))
-    ballot = Ballot(small, torch.device("cpu"))
+    splits = {name: tiny.split(name) for name in every}
+    num_classes = len(tiny.classes)
+    network = make_model(BASE.model, *tiny.height_width, num_classes, seed=0)
+    save_model(tmp_path / WEIGHTS, network.state_dict(), network_facts(BASE.model, tiny))
+    ballot = Ballot(tiny, torch.device("cpu"))
 
     def answered(scale: float, is_wrong: bool, network: Any, image_NHW: Any, device: Any) -> Any:
         (name,) = (name for name, split in splits.items() if split.image_NHW is image_NHW)
@@ -496,10 +496,8 @@ def test_a_calibrated_vote_is_of_each_at_its_own_temperature(
 
 
 @pytest.mark.slow
-def test_a_member_is_a_run_like_any_other(
-    small_dir: Path, command: Command, tmp_path: Path
-) -> None:
-    sweep = sweep_of(small_dir, ("seed=1,2",), {"epochs": 1})
+def test_a_member_is_a_run_like_any_other(tiny_dir: Path, command: Command, tmp_path: Path) -> None:
+    sweep = sweep_of(tiny_dir, ("seed=1,2",), {"epochs": 1})
     assert train(sweep, tmp_path / "sweep") == 0
     member = tmp_path / "sweep" / sweep.members[1].folder
     report = json.loads((member / "report.json").read_text())

@@ -54,7 +54,7 @@ from tests.conftest import Command, assert_refused, child
 from tests.test_step import losses, make_step
 
 CONFIG = RunConfig(global_batch=16, epochs=3, seed=5, checkpoint_every="4steps,1epoch")
-"""14 steps in each epoch of the small records."""
+"""14 steps in each epoch of the tiny records."""
 
 
 def quiet(line: str) -> None:
@@ -70,10 +70,10 @@ def trained(
 
 
 @pytest.fixture(scope="module")
-def whole(small: Records, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(tiny: Records, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that nobody disturbs."""
     world = World(rank=0, size=1, device=torch.device("cpu"), stream=None)
-    return trained(small, world, tmp_path_factory.mktemp("whole"))
+    return trained(tiny, world, tmp_path_factory.mktemp("whole"))
 
 
 @pytest.fixture
@@ -117,13 +117,13 @@ def assert_same(run: Path, whole: Path) -> None:
 
 
 def test_evaluating_within_epochs_changes_no_bit_and_keeps_the_best(
-    small: Records, world: World, whole: Path, tmp_path: Path
+    tiny: Records, world: World, whole: Path, tmp_path: Path
 ) -> None:
     config = override(CONFIG, {"evaluate_every": 5, "step.steps_per_launch": 2}, "")
     said: list[str] = []
     run = tmp_path / "run"
     run.mkdir()
-    report, _ = fit(config, small, world, run, resume=False, say=said.append)
+    report, _ = fit(config, tiny, world, run, resume=False, say=said.append)
     assert_same(run, whole)
     steps = [int(line.split()[1]) for line in said if line.startswith("step ")]
     assert steps == [6, 10, 16, 20, 26, 30, 36, 40]  # where launches end; not at epochs' ends
@@ -134,9 +134,9 @@ def test_evaluating_within_epochs_changes_no_bit_and_keeps_the_best(
 
 @pytest.mark.slow
 def test_ranks_killed_before_their_first_checkpoint_start_anew(
-    small_dir: Path, tmp_path: Path
+    tiny_dir: Path, tmp_path: Path
 ) -> None:
-    words = ["--data", small_dir, "--batch-size", 16, "--epochs", 1, "--device", "cpu"]
+    words = ["--data", tiny_dir, "--batch-size", 16, "--epochs", 1, "--device", "cpu"]
     config = to_toml(override(RunConfig(), {"epochs": 1}, ""))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.toml").write_text(config)  # all that a killed start may leave
@@ -147,7 +147,7 @@ def test_ranks_killed_before_their_first_checkpoint_start_anew(
 
 
 def test_evaluating_within_epochs_is_off_the_clock(
-    small: Records, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Records, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By a clock that goes on in evaluations alone."""
     now_s = [0.0]
@@ -159,16 +159,16 @@ def test_evaluating_within_epochs_is_off_the_clock(
     monkeypatch.setattr(trainer, "evaluate", timed)
     monkeypatch.setattr(time, "perf_counter", lambda: now_s[0])
     config = override(CONFIG, {"evaluate_every": 2, "epochs": 1}, "")
-    report = read_report(trained(small, world, tmp_path / "run", config))
+    report = read_report(trained(tiny, world, tmp_path / "run", config))
     assert report.eval_s == 100 * 8  # 6 within the epoch, val at its end, test
     assert report.train_s == 0
 
 
 def test_a_target_reached_within_an_epoch_ends_the_run_there(
-    small: Records, world: World, tmp_path: Path
+    tiny: Records, world: World, tmp_path: Path
 ) -> None:
     config = override(CONFIG, {"evaluate_every": 4, "target_accuracy": 1e-6, "epochs": 2}, "")
-    run = trained(small, world, tmp_path / "run", config)
+    run = trained(tiny, world, tmp_path / "run", config)
     report = read_report(run)
     assert report.status == "finished" and report.num_epochs < 2
     assert report.num_steps % 4 == 0 and report.num_steps % 14
@@ -183,7 +183,7 @@ def test_a_target_reached_within_an_epoch_ends_the_run_there(
 def test_a_stopped_run_goes_on_to_the_same_end(
     num_steps: int,
     per_launch: int,
-    small: Records,
+    tiny: Records,
     world: World,
     whole: Path,
     stop_after: Any,
@@ -193,7 +193,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(
     """Within an epoch, at its last step, and at the first step of the next; then once more."""
     config = override(CONFIG, {"step.steps_per_launch": per_launch}, "")
     stop_after(num_steps)
-    run = trained(small, world, tmp_path / "run", config)
+    run = trained(tiny, world, tmp_path / "run", config)
     stopped_at = manifest_of(checkpoints(run)[0]).position
     assert stopped_at.num_steps < 42 and not (run / "model.safetensors").exists()
     report = json.loads((run / "report.json").read_text())
@@ -204,7 +204,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(
     }  # fmt: skip
     monkeypatch.undo()
     monkeypatch.setattr(STOP, "number", 0)
-    trained(small, world, run, config, resume=True)
+    trained(tiny, world, run, config, resume=True)
     assert_same(run, whole)
     report = json.loads((run / "report.json").read_text())
     parts = [(part["first_step"], part["num_steps"]) for part in report["segments"]]
@@ -213,32 +213,32 @@ def test_a_stopped_run_goes_on_to_the_same_end(
 
 
 def test_a_run_without_a_checkpoint_starts_at_step_0(
-    small: Records, world: World, whole: Path, tmp_path: Path
+    tiny: Records, world: World, whole: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "run").mkdir()
-    assert_same(trained(small, world, tmp_path / "run", resume=True), whole)
+    assert_same(trained(tiny, world, tmp_path / "run", resume=True), whole)
 
 
 def test_more_epochs_have_the_schedule_that_they_have(
-    small: Records, world: World, tmp_path: Path
+    tiny: Records, world: World, tmp_path: Path
 ) -> None:
     """A run of 1 epoch that goes on to 3: the rates of 3 epochs from there on, or those of 1."""
     short = replace(CONFIG, epochs=1)
-    run = trained(small, world, tmp_path / "run", short)
+    run = trained(tiny, world, tmp_path / "run", short)
     first = metrics(run)
     lines: list[str] = []
-    fit(CONFIG, small, world, run, resume=True, say=lines.append)
+    fit(CONFIG, tiny, world, run, resume=True, say=lines.append)
     assert "note: epochs was 1 and is 3 from here on" in lines
     assert metrics(run)[:1] == first and len(metrics(run)) == 3
-    kept = trained(small, world, tmp_path / "kept", short)
+    kept = trained(tiny, world, tmp_path / "kept", short)
     with_schedule = replace(CONFIG, schedule_epochs=1)
-    trained(small, world, kept, with_schedule, resume=True)
+    trained(tiny, world, kept, with_schedule, resume=True)
     last = [metrics(path)[-1]["train_loss"] for path in (run, kept)]
     assert last[0] != last[1]
 
 
 def test_another_batch_comes_with_the_next_epoch(
-    small: Records,
+    tiny: Records,
     world: World,
     whole: Path,
     stop_after: Any,
@@ -246,12 +246,12 @@ def test_another_batch_comes_with_the_next_epoch(
     tmp_path: Path,
 ) -> None:
     stop_after(17)
-    run = trained(small, world, tmp_path / "run")
+    run = trained(tiny, world, tmp_path / "run")
     assert manifest_of(checkpoints(run)[0]).position.step == 3
     monkeypatch.undo()
     monkeypatch.setattr(STOP, "number", 0)
     lines: list[str] = []
-    fit(replace(CONFIG, global_batch=8), small, world, run, resume=True, say=lines.append)
+    fit(replace(CONFIG, global_batch=8), tiny, world, run, resume=True, say=lines.append)
     assert "note: epoch 2 is finished with its global batch of 16 first" in lines
     assert "note: global_batch was 16 and is 8 from here on" in lines
     assert metrics(run)[:2] == metrics(whole)[:2]
@@ -259,24 +259,24 @@ def test_another_batch_comes_with_the_next_epoch(
 
 
 def test_a_larger_batch_goes_on_from_its_own_checkpoints(
-    small: Records, world: World, tmp_path: Path
+    tiny: Records, world: World, tmp_path: Path
 ) -> None:
     """Its epochs have fewer steps, and yet its checkpoints are the newer ones."""
-    run = trained(small, world, tmp_path / "run", replace(CONFIG, epochs=2))
+    run = trained(tiny, world, tmp_path / "run", replace(CONFIG, epochs=2))
     assert checkpoints(run)[0].name == "step-000000028"
     larger = replace(CONFIG, global_batch=64, epochs=3)
-    trained(small, world, run, larger, resume=True)
+    trained(tiny, world, run, larger, resume=True)
     position = manifest_of(checkpoints(run)[0]).position
     assert (position.epoch, position.num_steps, position.number) == (3, 9, 31)
     assert "left as it is" in finished_text(run, larger)
-    trained(small, world, run, replace(larger, epochs=4), resume=True)
+    trained(tiny, world, run, replace(larger, epochs=4), resume=True)
     assert [line["step"] for line in metrics(run)] == [14, 28, 31, 34]
     again = manifest_of(checkpoints(run)[0]).position
     assert (again.epoch, again.num_steps, again.number) == (4, 12, 34)
 
 
 def test_a_damaged_newest_checkpoint_does_not_decide_which_batch_ends_the_epoch(
-    small: Records,
+    tiny: Records,
     world: World,
     whole: Path,
     stop_after: Any,
@@ -285,29 +285,29 @@ def test_a_damaged_newest_checkpoint_does_not_decide_which_batch_ends_the_epoch(
 ) -> None:
     """It stands at an epoch's end, the one before it in the middle of an epoch."""
     stop_after(17)
-    run = trained(small, world, tmp_path / "run")
+    run = trained(tiny, world, tmp_path / "run")
     monkeypatch.undo()
     monkeypatch.setattr(STOP, "number", 0)
-    trained(small, world, run, replace(CONFIG, epochs=2, checkpoint_every="1epoch"), resume=True)
+    trained(tiny, world, run, replace(CONFIG, epochs=2, checkpoint_every="1epoch"), resume=True)
     newest, before = checkpoints(run)[:2]
     assert [manifest_of(path).position.step for path in (newest, before)] == [0, 3]
     with open(newest / FILES[0], "r+b") as file:
         file.write(b"x")
     lines: list[str] = []
-    fit(replace(CONFIG, global_batch=8), small, world, run, resume=True, say=lines.append)
+    fit(replace(CONFIG, global_batch=8), tiny, world, run, resume=True, say=lines.append)
     assert "note: epoch 2 is finished with its global batch of 16 first" in lines
     assert metrics(run)[:2] == metrics(whole)[:2]
 
 
 def test_a_disk_that_refuses_the_log_of_ids_ends_nothing_else(
-    small: Records, world: World, whole: Path, tmp_path: Path
+    tiny: Records, world: World, whole: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     (run / "ids").mkdir(parents=True)
     (run / "ids" / "epoch1-step0-rank0of1.bin").symlink_to("/dev/full")
     lines: list[str] = []
     config = override(CONFIG, {"log_ids": True}, "")
-    fit(config, small, world, run, resume=False, say=lines.append)
+    fit(config, tiny, world, run, resume=False, say=lines.append)
     assert_same(run, whole)
     said = [line for line in lines if "No space left" in line]
     assert len(said) == 1 and "the log of ids ends here, training goes on" in said[0]
@@ -329,10 +329,10 @@ def test_a_full_disk_is_said_once_though_small_files_still_fit(tmp_path: Path) -
 
 
 def test_what_another_training_would_change_is_named_at_once(
-    small_dir: Path, whole: Path, command: Command, tmp_path: Path
+    tiny_dir: Path, whole: Path, command: Command, tmp_path: Path
 ) -> None:
     flags = ("--resume", whole, "--set", "optim.weight_decay=0.5", "--epochs", 4)
-    done = command("python", "-m", "engine.run", "--data", small_dir, *flags)
+    done = command("python", "-m", "engine.run", "--data", tiny_dir, *flags)
     assert_refused(done, "optim.weight_decay was 0.01 and is 0.5", "start anew")
     done = command("python", "-m", "engine.run", "--resume", whole, "--baseline")
     assert_refused(done, "optim.name was adamw and is adam", "model.name was fast and is baseline")
@@ -343,7 +343,7 @@ def test_what_another_training_would_change_is_named_at_once(
 
 
 def test_a_run_killed_before_its_report_is_written_ends_at_the_next_start(
-    small: Records, world: World, whole: Path, tmp_path: Path
+    tiny: Records, world: World, whole: Path, tmp_path: Path
 ) -> None:
     run = Path(shutil.copytree(whole, tmp_path / "run"))
     report = run / "report.json"
@@ -352,17 +352,17 @@ def test_a_run_killed_before_its_report_is_written_ends_at_the_next_start(
     assert finished_text(run, CONFIG) == ""
     report.write_text('{"status": "unfinished"}')
     assert finished_text(run, CONFIG) == ""
-    trained(small, world, run, resume=True)
+    trained(tiny, world, run, resume=True)
     assert "left as it is" in finished_text(run, CONFIG)
     assert read_report(run).status == "finished" and metrics(run) == metrics(whole)
     assert not list(run.glob(".*.tmp-*"))
 
 
 def test_auto_starts_goes_on_and_leaves_a_finished_run(
-    small_dir: Path, command: Command, tmp_path: Path
+    tiny_dir: Path, command: Command, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    line = ("python", "-m", "engine.run", "--data", small_dir, "--device", "cpu", "--out", out)
+    line = ("python", "-m", "engine.run", "--data", tiny_dir, "--device", "cpu", "--out", out)
     line += ("--epochs", "1", "--batch-size", "32", "--resume", "auto")
     assert "test" in command(*line).stdout
     before = (out / "report.json").read_bytes()
@@ -587,19 +587,26 @@ with STOP.polled():
 def test_a_signal_is_known_of_before_python_hears_it() -> None:
     """The main thread is in one long call of native code, as in a collective."""
     code = """
-import hashlib, os, signal, threading, time
+import ctypes, os, signal, threading, time
 from engine.stop import STOP
+LIBC = ctypes.CDLL(None)
+mutex = ctypes.create_string_buffer(64)  # zeros: free, and no signal ends the wait for it
+is_locked = threading.Event()
 def ask():
+    LIBC.pthread_mutex_lock(mutex)
+    is_locked.set()
     time.sleep(0.5)  # the main thread is in its call
     print(STOP.was_sent())
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(0.2)
     print(STOP.was_sent(), STOP.number)
+    LIBC.pthread_mutex_unlock(mutex)
 STOP.install()
 with STOP.polled():
     asking = threading.Thread(target=ask)
     asking.start()
-    hashlib.pbkdf2_hmac("sha256", b"", b"", 8_000_000)
+    is_locked.wait()
+    LIBC.pthread_mutex_lock(mutex)
     asking.join()
 print(STOP.number)
 """
@@ -622,11 +629,9 @@ print(STOP.number, flush=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"15\n", b"")
 
 
-def test_a_lone_run_stops_by_a_signal_and_says_how_to_go_on(
-    small_dir: Path, tmp_path: Path
-) -> None:
+def test_a_lone_run_stops_by_a_signal_and_says_how_to_go_on(tiny_dir: Path, tmp_path: Path) -> None:
     """The real process: exit code 128 + 10, one line, no traceback."""
-    line = [sys.executable, "-m", "engine.run", "--data", small_dir, "--epochs", "500"]
+    line = [sys.executable, "-m", "engine.run", "--data", tiny_dir, "--epochs", "500"]
     line += ["--batch-size", "32", "--device", "cpu", "--out", tmp_path / "run"]
     run = subprocess.Popen(
         [str(word) for word in line], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE

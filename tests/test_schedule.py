@@ -100,12 +100,12 @@ def test_decisions(critical: float | None, step_ms: tuple[float | None, ...], wa
 
 
 @pytest.fixture(scope="module")
-def ramp(small: Records, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def ramp(tiny: Records, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that nobody disturbs."""
     import torch
 
     world = World(rank=0, size=1, device=torch.device("cpu"), stream=None)
-    return trained(small, world, tmp_path_factory.mktemp("ramp"), RAMP)
+    return trained(tiny, world, tmp_path_factory.mktemp("ramp"), RAMP)
 
 
 def test_a_ramp_trains_each_epoch_with_its_batch(ramp: Path) -> None:
@@ -123,7 +123,7 @@ def test_a_ramp_trains_each_epoch_with_its_batch(ramp: Path) -> None:
 @pytest.mark.parametrize("num_steps", [14, 17, 24])
 def test_a_run_stopped_in_a_ramp_goes_on_to_the_same_end(
     num_steps: int,
-    small: Records,
+    tiny: Records,
     world: World,
     ramp: Path,
     stop_after: Any,
@@ -132,37 +132,37 @@ def test_a_run_stopped_in_a_ramp_goes_on_to_the_same_end(
 ) -> None:
     """At the end of a part, and in the middle of the second and of the third."""
     stop_after(num_steps)
-    run = trained(small, world, tmp_path / "run", RAMP)
+    run = trained(tiny, world, tmp_path / "run", RAMP)
     position = manifest_of(checkpoints(run)[0]).position
     assert position.number == num_steps and not (run / "model.safetensors").exists()
     assert position.global_batch == (8 if num_steps == 24 else 32)
     monkeypatch.undo()
     monkeypatch.setattr(STOP, "number", 0)
-    trained(small, world, run, RAMP, resume=True)
+    trained(tiny, world, run, RAMP, resume=True)
     assert_same(run, ramp)
     batches = [each.global_batch for each in read_report(run).batches]
     assert batches == [16, 32, 8, 8]
 
 
-def test_a_ramp_of_one_batch_is_a_fixed_run(small: Records, world: World, tmp_path: Path) -> None:
+def test_a_ramp_of_one_batch_is_a_fixed_run(tiny: Records, world: World, tmp_path: Path) -> None:
     same = {"optim.batch_schedule": "ramp", "optim.batch_ramp": "16x1", "epochs": 2}
     runs = [
-        trained(small, world, tmp_path / name, override(CONFIG, settings, "test"))
+        trained(tiny, world, tmp_path / name, override(CONFIG, settings, "test"))
         for name, settings in {"fixed": {"epochs": 2}, "ramp": same}.items()
     ]
     assert_same(*runs)
 
 
 def test_every_sample_of_a_ramp_comes_as_its_batches_order_it(
-    small: Records, small_dir: Path, world: World, tmp_path: Path
+    tiny: Records, tiny_dir: Path, world: World, tmp_path: Path
 ) -> None:
-    run = trained(small, world, tmp_path / "run", override(RAMP, {"log_ids": True}, "test"))
-    checked, faults = check_order(run, str(small_dir))
+    run = trained(tiny, world, tmp_path / "run", override(RAMP, {"log_ids": True}, "test"))
+    checked, faults = check_order(run, str(tiny_dir))
     assert checked == 4 * 224 and not faults
 
 
 def test_a_disk_that_refuses_does_not_lose_a_part(
-    small: Records, world: World, ramp: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    tiny: Records, world: World, ramp: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The state is handed over in memory."""
 
@@ -170,11 +170,11 @@ def test_a_disk_that_refuses_does_not_lose_a_part(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("engine.train.saver.write_checkpoint", refuse)
-    assert metrics(trained(small, world, tmp_path / "run", RAMP)) == metrics(ramp)
+    assert metrics(trained(tiny, world, tmp_path / "run", RAMP)) == metrics(ramp)
 
 
 def test_noise_decides_by_what_is_measured_and_a_run_that_goes_on_decides_the_same(
-    small: Records,
+    tiny: Records,
     world: World,
     stop_after: Any,
     monkeypatch: pytest.MonkeyPatch,
@@ -184,7 +184,7 @@ def test_noise_decides_by_what_is_measured_and_a_run_that_goes_on_decides_the_sa
     times = monkeypatch.setattr
     times(TrainStep, "time_steps", lambda step, num: [1e-3] * num)
     config = override(NOISE, {"optim.batch_max": 64, "global_batch": 8, "epochs": 4}, "test")
-    whole = trained(small, world, tmp_path / "whole", config)
+    whole = trained(tiny, world, tmp_path / "whole", config)
     report = read_report(whole)
     batches = [each.global_batch for each in report.batches]
     assert batches[0] == 8 and max(batches) > 8
@@ -196,22 +196,22 @@ def test_noise_decides_by_what_is_measured_and_a_run_that_goes_on_decides_the_sa
     assert last["gradient_variance"] > 0
     assert last["gradient_variance"] == report.batches[-1].gradient_variance
     stop_after(33)
-    run = trained(small, world, tmp_path / "run", config)
+    run = trained(tiny, world, tmp_path / "run", config)
     assert manifest_of(checkpoints(run)[0]).position.step == 5
     monkeypatch.undo()
     monkeypatch.setattr(STOP, "number", 0)
     timed: list[int] = []
     real = TrainStep.time_steps
     times(TrainStep, "time_steps", lambda step, num: timed.append(num) or [1e-3] * num)
-    fit(config, small, world, run, resume=True, say=quiet)
+    fit(config, tiny, world, run, resume=True, say=quiet)
     assert real and len(timed) <= 1  # what the checkpoint knows is not timed again
     assert_same(run, whole)
 
 
-def test_timing_steps_changes_nothing(small: Records, world: World) -> None:
+def test_timing_steps_changes_nothing(tiny: Records, world: World) -> None:
     from engine.train.session import open_session
 
-    session = open_session(replace(CONFIG, global_batch=32), small, world)
+    session = open_session(replace(CONFIG, global_batch=32), tiny, world)
     before = {name: t.clone() for name, t in session.step.state.model_tensors().items()}
     found = session.step.time_steps(3)
     assert len(found) == 3 and min(found) > 0
@@ -223,15 +223,15 @@ def test_timing_steps_changes_nothing(small: Records, world: World) -> None:
 
 @pytest.mark.slow
 def test_two_ranks_train_the_same_ramp(
-    small: Records, small_dir: Path, world: World, tmp_path: Path
+    tiny: Records, tiny_dir: Path, world: World, tmp_path: Path
 ) -> None:
     """To the bit, with --canonical; the noise scale, too."""
     settings = {"step.canonical": 2, "step.noise_scale": True, "epochs": 3}
     config = override(RAMP, settings | {"optim.batch_ramp": "16x1,32x2"}, "test")
-    alone = trained(small, world, tmp_path / "alone", config)
+    alone = trained(tiny, world, tmp_path / "alone", config)
     (tmp_path / "config.toml").write_text(to_toml(config))
     line = ["torchrun", "--standalone", "--nproc-per-node=2", "-m", "engine.run", "--device=cpu"]
-    line += [f"--config={tmp_path / 'config.toml'}", f"--data={small_dir}"]
+    line += [f"--config={tmp_path / 'config.toml'}", f"--data={tiny_dir}"]
     done = child([*line, f"--out={tmp_path / 'ranks'}"], {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert_same(tmp_path / "ranks", alone)
@@ -239,9 +239,9 @@ def test_two_ranks_train_the_same_ramp(
 
 
 def test_a_schedule_keeps_the_batch_that_its_rates_go_by(
-    small_dir: Path, ramp: Path, command: Any
+    tiny_dir: Path, ramp: Path, command: Any
 ) -> None:
     flags = ("--resume", ramp, "--batch-size", 64, "--epochs", 5)
-    done = command("python", "-m", "engine.run", "--data", small_dir, *flags)
+    done = command("python", "-m", "engine.run", "--data", tiny_dir, *flags)
     assert done.returncode == 2 and "global_batch was 16 and is 64" in done.stderr
     assert json.loads((ramp / "report.json").read_text())["status"] == "finished"

@@ -24,6 +24,7 @@ from engine.world import World
 from kernels import NAMES
 from tests.conftest import FAST_PRECISION, Command, assert_refused, run_configs
 from tools import gpu
+from tools.measure import feeds as feeds_module
 from tools.measure import parts
 from tools.measure.feeds import FEEDS
 from tools.measure.in_process import InProcess
@@ -378,9 +379,17 @@ def test_verify_order_needs_the_ids(command: Command, logged_run: Path) -> None:
     assert_refused(done, "holds ids of 1 of 2 ranks for epoch 1")
 
 
-def test_profile_feeds_measures_all_of_them(
-    command: Command, tmp_path: Path, small_dir: Path
+@pytest.mark.parametrize(
+    "names", [("resident", "stream"), pytest.param(FEEDS, marks=pytest.mark.slow)], ids=len
+)
+def test_profile_feeds_measures_each_in_a_process_of_its_own(
+    names: tuple[str, ...],
+    command: Command,
+    tmp_path: Path,
+    small_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(feeds_module, "FEEDS", names)
     flags = (
         "--data",
         small_dir,
@@ -394,7 +403,7 @@ def test_profile_feeds_measures_all_of_them(
     done = command("tools/profile", "feeds", *flags, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     feeds = json.loads((tmp_path / "f.json").read_text())["feeds"]
-    assert [row["name"] for row in feeds] == [*FEEDS]
+    assert [row["name"] for row in feeds] == [*names]
     assert all(
         row["samples_per_s"] > 0 and row["threads"] == 1 and row["cpu_s_per_million"] > 0
         for row in feeds

@@ -121,7 +121,7 @@ def trained(records: Records, world: World, out: Path, track: tuple[Any, ...], *
 @pytest.mark.parametrize("name", READERS)
 def test_a_tracker_shows_a_resumed_run_once_under_the_names_of_its_files(
     name: Any,
-    small: Records,
+    tiny: Records,
     world: World,
     stop_after: Any,
     monkeypatch: pytest.MonkeyPatch,
@@ -131,13 +131,13 @@ def test_a_tracker_shows_a_resumed_run_once_under_the_names_of_its_files(
     pytest.importorskip(name)
     out = tmp_path / "run"
     stop_after(33)
-    trained(small, world, out, (name,))
+    trained(tiny, world, out, (name,))
     assert name != "mlflow" or shown_by_mlflow(out).status == "KILLED"
     for newer in checkpoints(out)[:-1]:
         shutil.rmtree(newer)
     monkeypatch.undo()
     monkeypatch.setattr(STOP, "number", 0)
-    trained(small, world, out, (name,), resume=True)
+    trained(tiny, world, out, (name,), resume=True)
     shown = READERS[name](out)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
@@ -170,7 +170,7 @@ def test_the_final_figures_are_the_numbers_of_the_report() -> None:
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("name", ["tensorboard", "mlflow"])
 def test_a_tracker_that_fails_amid_training_is_said_once_and_costs_nothing(
-    name: Any, small: Records, world: World, whole: Path, store: Path, tmp_path: Path
+    name: Any, tiny: Records, world: World, whole: Path, store: Path, tmp_path: Path
 ) -> None:
     lines: list[str] = []
     folder = {"tensorboard": tmp_path / "run" / "tensorboard", "mlflow": store}[name]
@@ -180,14 +180,14 @@ def test_a_tracker_that_fails_amid_training_is_said_once_and_costs_nothing(
         if line.startswith("epoch   1/3"):
             folder.rename(tmp_path / "gone")
 
-    trained(small, world, tmp_path / "run", (name,), say=say)
+    trained(tiny, world, tmp_path / "run", (name,), say=say)
     assert_same(tmp_path / "run", whole)
     said = [line for line in lines if "--track" in line]
     assert len(said) == 1 and f"note: --track {name}: left out, training goes on: " in said[0], said
 
 
-def test_each_member_of_a_sweep_is_a_run_of_its_own(small_dir: Path, tmp_path: Path) -> None:
-    sweep = sweep_of(small_dir, ("seed=1..2",), {"track": "mlflow", "epochs": 1})
+def test_each_member_of_a_sweep_is_a_run_of_its_own(tiny_dir: Path, tmp_path: Path) -> None:
+    sweep = sweep_of(tiny_dir, ("seed=1..2",), {"track": "mlflow", "epochs": 1})
     assert train_sweep(sweep, tmp_path / "sweep") == 0
     folders = [tmp_path / "sweep" / member.folder for member in sweep.members]
     assert set(mlflow_runs()) == set(map(name_of, folders))
@@ -222,11 +222,11 @@ def test_a_run_of_an_earlier_version_keeps_its_tensorboard() -> None:
 
 @pytest.mark.slow
 def test_one_rank_tracks_and_none_waits_for_a_server_that_never_answers(
-    small_dir: Path, command: Command, tmp_path: Path
+    tiny_dir: Path, command: Command, tmp_path: Path
 ) -> None:
     """Half the time-out before the first step and after the last, and the process ends."""
     torchrun = ("torchrun", "--standalone", "--nproc-per-node=2", "-m", "engine.run")
-    flags = ("--data", small_dir, "--epochs", 1, "--batch-size", 32, "--device", "cpu")
+    flags = ("--data", tiny_dir, "--epochs", 1, "--batch-size", 32, "--device", "cpu")
     flags += ("--timeout", 10, "--track", "mlflow,tensorboard", "--out", tmp_path / "out")
     with socket.create_server(("127.0.0.1", 0)) as server:  # takes connections, says nothing
         address = f"http://127.0.0.1:{server.getsockname()[1]}"

@@ -64,7 +64,7 @@ def measure_all(
     batch_size: int,
     seconds: float,
     *,
-    names: Sequence[str] = FEEDS,
+    names: Sequence[str],
     module: str = "tools.measure.feeds",
 ) -> list[FeedRate]:
     """What each of `names` carries; `module` measures each for about `seconds`."""
@@ -89,7 +89,7 @@ def profile_feeds(
 
     records = data or ensure_sample()
     check_batch(RunConfig(global_batch=batch_size), open_records(records, in_memory=False), 1)
-    frame = pd.DataFrame(map(asdict, measure_all(records, batch_size, seconds)))
+    frame = pd.DataFrame(map(asdict, measure_all(records, batch_size, seconds, names=FEEDS)))
     num_threads = torch.get_num_threads()
     facts = environment(num_threads=num_threads, allocator="keep_large_blocks", gpu={})
     rows = frame.to_dict("records")
