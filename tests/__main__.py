@@ -43,7 +43,6 @@ OPTIONS = (
     "no:cacheprovider",
 )
 LONG = (
-    "test_types.py",
     "test_cpu.py",
     "test_setup.py",
     "test_late_dynamo.py",

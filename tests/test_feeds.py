@@ -39,6 +39,7 @@ from engine.host import ROOT
 from engine.order import PADDING_ID, Order, Strata
 from engine.train.trainer import fit
 from engine.world import World
+from tests.glyph_files import glyphs
 
 CPU = torch.device("cpu")
 EXACT = ["resident", "dali", "loader", "loader_batched"]
@@ -312,12 +313,8 @@ def test_auto_goes_by_size_and_never_changes_the_order(
 
 def test_stream_holds_what_it_says_and_no_more(tmp_path: Path) -> None:
     """Its process grows by less than the set: by the two windows that it states, and some slack."""
-    glyph = ",".join(str(value % 256) for value in range(784))
-    header = ",".join(["names", "labels", *map(str, range(1, 785))])
-    (tmp_path / "in.csv").write_text(
-        "\n".join([header, *(f"F,{i % 7},{glyph}" for i in range(100_000))])
-    )
-    pack(tmp_path / "in.csv", tmp_path / "big", PackOptions(split="none"))
+    many = glyphs(100_000, side=28)
+    pack(many.idx(tmp_path), tmp_path / "big", PackOptions(split="none"))
     code = """
 import sys, torch
 from engine.config import DataConfig, RunConfig
