@@ -24,8 +24,9 @@ class Proxy(ThreadingHTTPServer):
     """Forwards to the S3 server.
 
     `faults` has, by a file's name, what becomes of the next answers: "500", "cut" (half of it),
-    "flip" (a bit of its end), "slow" (pauses within), "stuck" (a pause of a second), "whole" (no
-    ranges), "deny", "fine". "always" behind one of them repeats it.
+    "flip" (a bit of its end), "slow" (pauses within), "stuck" (a pause of 2 s), "whole" (no
+    ranges), "deny", "lost" (done, and yet the answer is a 500), "fine". "always" behind one of them
+    repeats it.
     """
 
     daemon_threads = True
@@ -71,6 +72,9 @@ class Handler(BaseHTTPRequestHandler):
         upstream.request(self.command, self.path, body, headers)
         answer = upstream.getresponse()
         data = answer.read()
+        if fault == "lost":
+            self.send_error(500)
+            return
         self.send_response(answer.status)
         for name, value in answer.headers.items():
             if name.lower() not in ("content-length", "connection", "transfer-encoding"):
@@ -90,7 +94,7 @@ class Handler(BaseHTTPRequestHandler):
             data = data[: len(data) // 2]
             self.close_connection = True
         pieces = 8 if fault == "slow" else 1
-        time.sleep(1.0 if fault == "stuck" else 0)
+        time.sleep(2.0 if fault == "stuck" else 0)
         size = -(-len(data) // pieces) or 1
         for start in range(0, len(data), size):
             time.sleep(0.1 if fault == "slow" else 0)

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -104,7 +105,7 @@ def copies(tmp_path: Path) -> list[str]:
 def test_the_bits_are_those_of_the_disk_whatever_the_server_does(
     kind: str, proxy: Proxy, records: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server, "READ_S", 0.5)
+    monkeypatch.setattr(server, "READ_S", 1.0)
     whole = ["whole"] if kind == "http without ranges" else []
     proxy.faults = {
         MANIFEST: ["500", "cut", "flip"],
@@ -258,6 +259,54 @@ def test_packing_publishes_whole_or_not_at_all(
     web = f"{proxy.url}/{BUCKET}/x"
     assert_refused(command("tools/pack_tmnist", source, web), f"{web}: cannot be written to")
     assert_refused(command("tools/pack_tmnist", URL, "x"), f"{URL}: a source is no URL")
+
+
+def test_of_two_that_publish_at_once_one_is_refused(proxy: Proxy, records: Path) -> None:
+    """Both at one moment, each twice; then where one was killed."""
+    for number in range(2):
+        new = f"s3://{BUCKET}/twice{number}"
+        together, said = threading.Barrier(2), list[str]()
+
+        def publish(new: str = new, together: Any = together, said: list[str] = said) -> None:
+            together.wait()
+            try:
+                remote.publish(records, new)
+                said.append("published")
+            except UserError as error:
+                said.append(str(error))
+
+        threads = [threading.Thread(target=publish) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        refused, published = sorted(said, key="published".__eq__)
+        assert published == "published"
+        assert refused.startswith(f"{new}: "), refused
+        assert f"process {os.getpid()} on " in refused or "holds records already" in refused
+        assert names_in_bucket(f"twice{number}") == set(os.listdir(records))
+        assert contents(remote.local(new)) == contents(records)
+
+
+def test_a_claim_is_known_as_ones_own_and_a_killed_ones_is_named(
+    proxy: Proxy, records: Path
+) -> None:
+    new = f"s3://{BUCKET}/claimed"
+    proxy.faults = {server.CLAIM: ["lost"]}  # written, but the answer says 500
+    remote.publish(records, new)
+    assert names_in_bucket("claimed") == set(os.listdir(records))
+    left = server.RemoteFolder(f"s3://{BUCKET}/left")
+    left.claim("process 7 on elsewhere (then, 0)")
+    with pytest.raises(UserError) as refused:
+        remote.publish(records, f"s3://{BUCKET}/left")
+    assert str(refused.value) == (
+        f"s3://{BUCKET}/left: process 7 on elsewhere (then, 0) publishes there; "
+        f"wait for it, or delete s3://{BUCKET}/left/publishing if it was killed"
+    )
+    assert names_in_bucket("left") == {server.CLAIM}
+    left.remove([server.CLAIM])
+    remote.publish(records, f"s3://{BUCKET}/left")
+    assert names_in_bucket("left") == set(os.listdir(records))
 
 
 def test_what_cannot_be_fetched_is_one_line(

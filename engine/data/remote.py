@@ -11,7 +11,9 @@ Credentials are in no name, text or error. Does not: read over the network while
 """
 
 import os
+import secrets
 import shutil
+import socket
 import sys
 import time
 import zlib
@@ -26,7 +28,7 @@ import click
 from engine.config import DataConfig
 from engine.data import server
 from engine.data.record_file import BLOCK_BYTES, FONTS, FileEntry
-from engine.data.server import PUBLISH, RemoteFolder, Taken, Unreachable, Wanted
+from engine.data.server import CLAIM, PUBLISH, RemoteFolder, Unreachable, Wanted
 from engine.durable import MANIFEST, MANIFEST_HASH, fsync, lock_of, try_lock, writing
 from engine.errors import UserError
 from engine.host import env_local_rank, user_cache
@@ -88,25 +90,27 @@ def is_copy(folder: Path) -> bool:
 def publish(records: Path, url: str) -> None:
     """Copy a record directory to a URL, its manifest last: before that, nobody takes it for one.
 
-    What was copied is deleted again where this fails. Two that publish to one URL at the same time
-    are not kept apart.
+    What was copied is deleted again where this fails. Of two that publish to one URL at the same
+    time, the second is refused.
 
     Raises:
-        UserError: the URL holds records already, or cannot be written.
+        UserError: the URL holds records already, another process publishes some there, or it
+            cannot be written.
     """
     remote = RemoteFolder(url)
     last = [MANIFEST_HASH, MANIFEST]
-    copied = []
+    started = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+    once = secrets.token_hex(4)
+    remote.claim(f"process {os.getpid()} on {socket.gethostname()} ({started}, {once})")
+    to_delete = [CLAIM]
     try:
+        remote.check_free()
         for name in [*sorted(set(os.listdir(records)) - set(last)), *last]:
-            if name == MANIFEST:
-                remote.check_free()
-            copied.append(name)
+            to_delete.append(name)
             remote.put(records / name)
-    except BaseException as error:
-        if not isinstance(error, Taken):
-            remote.remove(copied)
-        raise
+        to_delete = [CLAIM]
+    finally:
+        remote.remove(to_delete)  # the claim last
 
 
 def check_free(url: str) -> None:

@@ -51,6 +51,9 @@ LONGEST_PAUSE_S = 5.0
 WEB = ("http", "https")
 INSTALL = "pip install fsspec s3fs gcsfs aiohttp"
 LOG_IN = "give credentials (of S3: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE)"
+CLAIM = "publishing"
+"""The file of who publishes to a folder, as long as that goes on."""
+CLAIM_LIMIT_BYTES = 1000
 NAME_IT = "name the folder that tools/pack_tmnist published"
 PUBLISH = "publish the records again, elsewhere"
 REFUSED = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")
@@ -63,7 +66,7 @@ class Unreachable(UserError):
 
 
 class Taken(UserError):
-    """There are records already."""
+    """There are records already, or somebody publishes some."""
 
 
 @dataclass(frozen=True)
@@ -231,10 +234,42 @@ class RemoteFolder:
                 return data
         raise UserError(f"{self.said}: damaged: {FONTS} has not its SHA-256; {PUBLISH}")
 
-    def check_free(self) -> None:
-        """Refuse to publish where there are records."""
+    def claim(self, who: str) -> None:
+        """Leave a file that says who publishes here; the server takes one alone.
+
+        Raises:
+            Taken: there is another's.
+            UserError: the URL cannot be written to.
+        """
+        self._check_writable()
+
+        def create() -> None:
+            try:
+                self._fs.pipe_file(self._where(CLAIM), who.encode(), mode="create")
+            except Exception:  # fsspec's file systems have no common type
+                found = self._claimed()
+                if not found:
+                    raise
+                if found != who:  # our own is there where only the answer was lost
+                    remedy = f"wait for it, or delete {self.said}/{CLAIM} if it was killed"
+                    raise Taken(f"{self.said}: {found} publishes there; {remedy}") from None
+
+        self.patiently(CLAIM, create, FIRST_WORD_S)
+
+    def _claimed(self) -> str:
+        """Who publishes here; "" if nobody says so."""
+        with suppress(FileNotFoundError):
+            found = self._read(CLAIM, 0, CLAIM_LIMIT_BYTES).decode(errors="replace")
+            return re.sub(r"[^ -~]", "?", found)
+        return ""
+
+    def _check_writable(self) -> None:
         if self._url.scheme in WEB:
             raise UserError(f"{self.said}: cannot be written to; publish to s3:// or gs://")
+
+    def check_free(self) -> None:
+        """Refuse to publish where there are records."""
+        self._check_writable()
         where = self._where(MANIFEST)
         if self.patiently(MANIFEST, lambda: self._fs.exists(where), FIRST_WORD_S):
             raise Taken(f"{self.said}: holds records already; name another URL")
