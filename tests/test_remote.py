@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -262,30 +261,27 @@ def test_packing_publishes_whole_or_not_at_all(
 
 
 def test_of_two_that_publish_at_once_one_is_refused(proxy: Proxy, records: Path) -> None:
-    """Both at one moment, each twice; then where one was killed."""
-    for number in range(2):
-        new = f"s3://{BUCKET}/twice{number}"
-        together, said = threading.Barrier(2), list[str]()
+    new, together, said = f"s3://{BUCKET}/twice", threading.Barrier(2), list[str]()
 
-        def publish(new: str = new, together: Any = together, said: list[str] = said) -> None:
-            together.wait()
-            try:
-                remote.publish(records, new)
-                said.append("published")
-            except UserError as error:
-                said.append(str(error))
+    def publish() -> None:
+        together.wait()
+        try:
+            remote.publish(records, new)
+            said.append("published")
+        except UserError as error:
+            said.append(str(error))
 
-        threads = [threading.Thread(target=publish) for _ in range(2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        refused, published = sorted(said, key="published".__eq__)
-        assert published == "published"
-        assert refused.startswith(f"{new}: "), refused
-        assert f"process {os.getpid()} on " in refused or "holds records already" in refused
-        assert names_in_bucket(f"twice{number}") == set(os.listdir(records))
-        assert contents(remote.local(new)) == contents(records)
+    threads = [threading.Thread(target=publish) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    refused, published = sorted(said, key="published".__eq__)
+    assert published == "published"
+    assert refused.startswith(f"{new}: "), refused
+    assert f"process {os.getpid()} on " in refused or "holds records already" in refused
+    assert names_in_bucket("twice") == set(os.listdir(records))
+    assert contents(remote.local(new)) == contents(records)
 
 
 def test_a_claim_is_known_as_ones_own_and_a_killed_ones_is_named(
