@@ -36,6 +36,7 @@ resolve: .venv/.installed-test
 
 reliability: .venv/.installed-test
 	@python -m tests.reliability --full --json runs/reliability.json $(RELIABILITY_ARGS)
+	@python -m tests.kernels --full
 	@pytest -q -n 2 --dist load -m long
 
 bench: .venv/.installed-test

@@ -53,7 +53,7 @@ def deaths(tally: Tally) -> None:
     training = Training(tally.fast, num_ranks=2)
     before = memory_files()
     taken_s = []
-    for turn in range(tally.count(2, 6, 20)):
+    for turn in range(tally.count(2, 5, 20)):
         taken_s += _kill_rank(tally, training, MOMENTS[turn % len(MOMENTS)], literal=False)
     for turn in range(tally.count(0, 1, 4)):
         _kill_rank(tally, training, MOMENTS[1 + turn % 4], literal=True)
@@ -112,8 +112,8 @@ def _kill_torchrun(tally: Tally, training: Training, literal: bool) -> None:
 def launcher_stops(tally: Tally) -> None:
     """Signals to torchrun or to one rank: both ranks save and leave, and it does not end with 0."""
     training = Training(tally.fast, num_ranks=2)
-    for turn in range(tally.count(1, 9, 27)):
-        number = STOPS[turn // 3 % len(STOPS)]
+    for turn in range(tally.count(1, 6, 27)):
+        number = STOPS[(turn + turn // 3) % len(STOPS)]  # nine turns are every pair
         training.reset()
         run = torchrun(training, restarts=0)
         ranks = run.started()
@@ -274,7 +274,7 @@ def canonical(tally: Tally) -> None:
     plain = Training(tally.fast / "plain", (CANONICAL,))
     for size in RANKS[1:]:
         _check_bits(tally, plain, (size,))
-    for size in RANKS[: tally.count(1, 3, 3)]:
+    for size in RANKS[: tally.count(1, 2, 3)]:
         _check_bits(tally, plain, (size,), LAUNCHES)
     for plan in ((4, 1, 2), *PLANS)[: tally.count(1, 1, 6)]:
         _check_bits(tally, plain, plan)

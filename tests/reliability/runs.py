@@ -93,7 +93,7 @@ def resumes(tally: Tally) -> None:
     plans = ((), 1, 1), (("--steps-per-launch=4",), 1, 3), ((), 2, 2)
     for number, (flags, num_ranks, part) in enumerate(plans):
         training = Training(tally.fast / str(number), flags, num_ranks)
-        num = tally.count(2, 10, 40) // part
+        num = tally.count(2, 8, 40) // part
         for turn in range(num):
             num_kills = (1, 1, 2, 5)[turn % 4]
             _kill_and_go_on(tally, training, num_kills, turn)
