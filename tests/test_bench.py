@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from engine.config import RunConfig
 from engine.data.records import Records
 from engine.data.sample import ensure_sample
 from engine.errors import UserError
@@ -71,7 +72,7 @@ def test_pack(tmp_path: Path) -> None:
 
 
 def test_sources(tmp_path: Path) -> None:
-    sources.bench(tmp_path, rounds=1, num=3000, num_pictures=300)
+    sources.bench(tmp_path, rounds=1, num=3000, num_pictures=300, num_warm=0)
     assert checked(tmp_path / "cpu_sources.json") == [
         "IDX over the disk, or over 1 GB/s (x)",
         "npz over the disk, or over 1 GB/s (x)",
@@ -82,7 +83,9 @@ def test_sources(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["cpu_sources.json"]
 
 
-def test_predict(tmp_path: Path) -> None:
+def test_predict(tmp_path: Path, small_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(predict, "ensure_sample", lambda: small_dir)
+    monkeypatch.setattr(predict, "RECIPES", {"fast": RunConfig(global_batch=32, epochs=1)})
     predict.bench(tmp_path, rounds=1, num=100)
     assert checked(tmp_path / "cpu_predict.json") == [
         "100 PNGs in a folder (s)",
@@ -91,8 +94,9 @@ def test_predict(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["cpu_predict.json"]
 
 
-def test_startup(tmp_path: Path) -> None:
-    startup.bench(tmp_path, rounds=1)
+def test_startup(tmp_path: Path, small_dir: Path) -> None:
+    small_runs = ("--data", small_dir, "--batch-size", 32)
+    startup.bench(tmp_path, 1, 0, *small_runs)
     assert checked(tmp_path / "cpu_startup.json") == ["the command's time as a part"]
 
 

@@ -22,7 +22,7 @@ from math import isqrt
 import numpy as np
 
 from engine.data.headers import header_hint, num_texts
-from engine.data.sums import sum_plainly
+from engine.data.sums import sum_rows
 
 FIELD_LIMIT_BYTES = 4096
 LINE_LIMIT_BYTES = 2**20
@@ -191,7 +191,7 @@ def lex_plainly(
         image_RP[len(rows) - 1] = np.frombuffer(rows[-1][2], np.uint8)
         start += len(line)
     image_RP = image_RP[: len(rows)]
-    sum_R, squares_R, hash_R = sum_plainly(image_RP)
+    sum_R, squares_R, hash_R = sum_rows(image_RP)
     labels, label_R = _encoded([label for _, label, _ in rows])
     fonts, font_R = _encoded([font for font, _, _ in rows])
     return Rows(

@@ -111,8 +111,18 @@ def sha256_s(num_bytes: int) -> float:
         return time.perf_counter() - start
 
 
-def bench(out: Path, rounds: int, num: int = NUM_IMAGES, num_pictures: int = NUM_PICTURES) -> None:
-    """Measure and write OUT/cpu_sources.json."""
+def bench(
+    out: Path,
+    rounds: int,
+    num: int = NUM_IMAGES,
+    num_pictures: int = NUM_PICTURES,
+    num_warm: int = 1,
+) -> None:
+    """Measure and write OUT/cpu_sources.json.
+
+    Args:
+        num_warm: rounds before, which compile and do not count.
+    """
     out.mkdir(parents=True, exist_ok=True)
     rates: dict[str, list[float]] = {}
     peaks: dict[str, list[float]] = {}
@@ -121,18 +131,18 @@ def bench(out: Path, rounds: int, num: int = NUM_IMAGES, num_pictures: int = NUM
     with tempfile.TemporaryDirectory(dir=out) as folder:
         sources = made(Path(folder), num, num_pictures)
         records = Path(folder) / "records"
-        for number in range(rounds + 1):  # the first compiles, and does not count
+        for number in range(rounds + num_warm):
             disk.append(num * 784 / 1e9 / disk_s(Path(folder) / "bytes", num * 784))
             hashed.append(num * 784 / 1e9 / sha256_s(num * 784))
             for source in sources:
                 shutil.rmtree(records, ignore_errors=True)
                 os.sync()
                 took_s, peak_mib = measure(PACK, *source.paths, records, whole=False)
-                if number:
+                if number >= num_warm:
                     rates.setdefault(source.name, []).append(source.num_images / took_s)
                     peaks.setdefault(source.name, []).append(peak_mib)
     rows, claims = [], []
-    slowest = min(WANTED_GB_PER_S, float(np.median(disk[1:])))
+    slowest = min(WANTED_GB_PER_S, float(np.median(disk[num_warm:])))
     for name, per_s in rates.items():
         if name == "PNG":
             rows.append(row("PNG, a file per image", per_s, "images/s"))
@@ -142,8 +152,8 @@ def bench(out: Path, rounds: int, num: int = NUM_IMAGES, num_pictures: int = NUM
         if name in ("IDX", "npz", "Parquet, bytes"):
             over = rows[-1].value / slowest
             claims.append(claim(f"{name} over the disk, or over 1 GB/s (x)", over, 1.0))
-    rows.append(row("writing and fsync of as many bytes", disk[1:], "GB/s"))
-    rows.append(row("SHA-256 of as many bytes, on all cores", hashed[1:], "GB/s"))
+    rows.append(row("writing and fsync of as many bytes", disk[num_warm:], "GB/s"))
+    rows.append(row("SHA-256 of as many bytes, on all cores", hashed[num_warm:], "GB/s"))
     rows += [row(f"{name}: peak memory", mib, "MiB") for name, mib in peaks.items()]
     claims.append(claim("peak memory of any (MiB)", most(rows), 500, at_most=True))
     title = f"Packing {num:,} images of 28 x 28 ({num * 784 / 1e6:,.0f} MB) from every layout"

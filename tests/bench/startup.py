@@ -27,17 +27,22 @@ SIDES = {
 WANTED = 0.75
 
 
-def bench(out: Path, rounds: int) -> None:
-    """Measure and write OUT/cpu_startup.json."""
+def bench(out: Path, rounds: int, num_warm: int = 1, *more: object) -> None:
+    """Measure and write OUT/cpu_startup.json.
+
+    Args:
+        num_warm: rounds before, which fill the page cache and do not count.
+        more: flags of the runs.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    settings = ["--data", ensure_sample(), "--epochs", 1, "--device", "cpu", "--out"]
+    settings = ["--data", ensure_sample(), "--epochs", 1, "--device", "cpu", *more, "--out"]
     times: dict[str, list[float]] = {side: [] for side in SIDES}
     with tempfile.TemporaryDirectory(dir=out) as name:
-        for number in range(rounds + 1):  # the first fills the page cache, and does not count
+        for number in range(rounds + num_warm):
             for side, code in SIDES.items():
                 words = [sys.executable, "-P", "-c", code, *settings, Path(name, f"{number}{side}")]
                 took_s = seconds(words)
-                if number:
+                if number >= num_warm:
                     times[side].append(took_s)
     first, second, _ = times.values()
     parts = [late / early for early, late in zip(first, second, strict=True)]
