@@ -95,8 +95,8 @@ def test_predict(tmp_path: Path, small_dir: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_startup(tmp_path: Path, small_dir: Path) -> None:
-    small_runs = ("--data", small_dir, "--batch-size", 32)
-    startup.bench(tmp_path, 1, 0, *small_runs)
+    flags = ("--data", small_dir, "--batch-size", 32)
+    startup.bench(tmp_path, rounds=1, num_warm=0, flags=flags)
     assert checked(tmp_path / "cpu_startup.json") == ["the command's time as a part"]
 
 

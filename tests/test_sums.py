@@ -1,9 +1,19 @@
 """Sums and hashes of images."""
 
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
 import numpy as np
 import pytest
+from pyarrow import parquet
 
+from engine.data import sums
 from engine.data.sums import sum_rows
+from engine.host import ROOT
+from tests.glyph_files import glyphs
 
 
 @pytest.mark.parametrize("side", [1, 3, 8, 28, 300])
@@ -32,6 +42,40 @@ def test_images_that_differ_little_collide_no_more_than_others(place: int) -> No
                 image_RP[row, (8 * word + 11) % 128] = 1 << high
                 row += 1
     assert len(set(sum_rows(image_RP)[2].tolist())) == len(np.unique(image_RP, axis=0))
+
+
+def test_threads_that_begin_together_hash_alike() -> None:
+    """As the readers of a source do: equal images of two blocks have equal hashes."""
+    image_RP = np.arange(784, dtype=np.uint8)[None]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(50):
+            sums._weights.cache_clear()
+            together = threading.Barrier(4)
+
+            def hashed(together: threading.Barrier = together) -> int:
+                together.wait()
+                return int(sum_rows(image_RP)[2][0])
+
+            assert len({job.result() for job in [pool.submit(hashed) for _ in range(4)]}) == 1
+
+
+def test_packing_arrays_does_not_wait_for_numba(tmp_path: Path) -> None:
+    """IDX and Parquet, in a process of its own."""
+    images = glyphs(60)
+    images.idx(tmp_path)
+    parquet.write_table(images.table(), tmp_path / "in.parquet")
+    code = """
+import sys
+from pathlib import Path
+from engine.data.pack import pack
+here = Path(sys.argv[1])
+pack([here / "idx-images", here / "idx-labels"], here / "first")
+pack(here / "in.parquet", here / "second")
+print("numba" in sys.modules)
+"""
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
 
 
 def test_a_block_without_images_has_no_sums() -> None:

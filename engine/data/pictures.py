@@ -19,7 +19,7 @@ import struct
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -177,7 +177,7 @@ def unfiltered(raw: Sequence[bytes], side: int) -> tuple[np.ndarray, int]:
     """(Pixels (R, P) of pictures, the first whose filters PNG does not have, or -1)."""
     raw_RHV = np.frombuffer(b"".join(raw), np.uint8).reshape(len(raw), side, side + 1)
     image_RHW = np.empty((len(raw), side, side), np.uint8)
-    fault = _unfilter(raw_RHV, image_RHW)
+    fault = _unfilter()(raw_RHV, image_RHW)
     return image_RHW.reshape(len(raw), side * side), fault
 
 
@@ -335,17 +335,18 @@ def _chunk(kind: bytes, body: bytes) -> bytes:
     return CHUNK.pack(len(body), kind) + body + CRC.pack(checksum)
 
 
-def _compiled(function: Callable[..., Any]) -> Any:
-    """By numba; where it is missing, the function as it is, much slower."""
+@cache
+def _unfilter() -> Any:
+    """`_unfilter_plainly` by numba, imported for the first picture; as it is, much slower, where
+    numba is missing."""
     try:
         from engine.data.compiled import jit
     except ImportError:
-        return function
-    return jit(function)
+        return _unfilter_plainly
+    return jit(_unfilter_plainly)
 
 
-@_compiled
-def _unfilter(raw_RHV, image_RHW):  # type: ignore[no-untyped-def]
+def _unfilter_plainly(raw_RHV, image_RHW):  # type: ignore[no-untyped-def]
     """Add to each byte what its scanline's filter left out. Returns the first picture that has
     another filter than PNG's five, or -1."""
     for r in range(len(raw_RHV)):

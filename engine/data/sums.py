@@ -15,6 +15,8 @@ Sums = tuple[np.ndarray, np.ndarray, np.ndarray]
 """sum_R and squares_R int64, hash_R uint64, as in lexer.Rows."""
 CHUNK_BYTES = 2**17
 """Pixels that are hashed at once: they stay in the cache, eight bytes to a word."""
+SEED = secrets.randbits(128)
+"""Of this process's hashes, so that nobody writes images that collide; no output depends on it."""
 
 
 def sum_rows(image_RP: np.ndarray) -> Sums:
@@ -31,8 +33,11 @@ def sum_rows(image_RP: np.ndarray) -> Sums:
 
 @cache
 def _weights(num_words: int) -> np.ndarray:
-    """Random weights (W, 2) of this process, so that nobody writes images that collide."""
-    return np.frombuffer(secrets.token_bytes(16 * num_words), np.uint64).reshape(num_words, 2)
+    """Random weights (W, 2); drawn from SEED, since threads may ask for them at the same time."""
+    largest = np.iinfo(np.uint64).max
+    return np.random.default_rng(SEED).integers(
+        largest, size=(num_words, 2), dtype=np.uint64, endpoint=True
+    )
 
 
 def _hash_rows(image_RP: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ optimiser; the other is the command as it is (engine/late_dynamo.py). Interleave
 import os
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
@@ -27,15 +28,15 @@ SIDES = {
 WANTED = 0.75
 
 
-def bench(out: Path, rounds: int, num_warm: int = 1, *more: object) -> None:
+def bench(out: Path, rounds: int, num_warm: int = 1, flags: Sequence[object] = ()) -> None:
     """Measure and write OUT/cpu_startup.json.
 
     Args:
         num_warm: rounds before, which fill the page cache and do not count.
-        more: flags of the runs.
+        flags: more of them, of the runs.
     """
     out.mkdir(parents=True, exist_ok=True)
-    settings = ["--data", ensure_sample(), "--epochs", 1, "--device", "cpu", *more, "--out"]
+    settings = ["--data", ensure_sample(), "--epochs", 1, "--device", "cpu", *flags, "--out"]
     times: dict[str, list[float]] = {side: [] for side in SIDES}
     with tempfile.TemporaryDirectory(dir=out) as name:
         for number in range(rounds + num_warm):
