@@ -1,5 +1,6 @@
 """Images that a network is asked about: every source gives the same pixels, bad ones a sentence."""
 
+import gzip
 import io
 import os
 import random
@@ -12,13 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from pyarrow import feather, parquet
 
 from engine.data.given import SourceOptions
 from engine.data.inputs import open_inputs
 from engine.data.pack import PackOptions, pack
 from engine.errors import UserError
 from engine.host import ROOT
-from tests.glyph_files import Glyphs, glyphs
+from tests.glyph_files import Glyphs, glyphs, idx
 from tests.reliability.mutants import mutated, row
 
 DRAWN = glyphs(30).by_class()
@@ -127,6 +129,63 @@ def test_a_csv_of_pixels_alone_is_read_where_it_is_asked_for(tmp_path: Path) -> 
         assert places[0] == f"{path}:{first_line}"
     with pytest.raises(UserError, match="--label-column none: leaves nothing to train on"):
         PackOptions(label_column="none")
+
+
+def without_labels(folder: Path) -> dict[str, Path]:
+    """DRAWN's images in each layout that arrays have, alone."""
+    paths = {
+        name: folder / name
+        for name in ("a.idx", "a.idx.gz", "a.npz", "packed.npz", "a.parquet", "a.arrow")
+    }
+    paths["a.idx"].write_bytes(idx(DRAWN.image_NHW))
+    paths["a.idx.gz"].write_bytes(gzip.compress(idx(DRAWN.image_NHW)))
+    np.savez(paths["a.npz"], images=DRAWN.image_NHW)
+    np.savez_compressed(paths["packed.npz"], images=DRAWN.image_NHW)
+    table = DRAWN.table().select(["image"])
+    parquet.write_table(table, paths["a.parquet"])
+    feather.write_feather(table, paths["a.arrow"], compression="uncompressed")
+    return paths
+
+
+def test_every_layout_is_read_without_labels(tmp_path: Path) -> None:
+    for name, path in without_labels(tmp_path).items():
+        image_NHW, labels, places = read(path, path, options=UNLABELLED)
+        assert np.array_equal(image_NHW, np.concatenate([DRAWN.image_NHW] * 2)), name
+        assert labels == [] and places[-1] == f"{path}: image 30"
+        with open_inputs([path], UNLABELLED) as inputs:
+            assert inputs.found[0].endswith("without labels")
+            assert np.array_equal(inputs.take(np.array([3, 29]))[0], DRAWN.image_NHW[3].ravel())
+
+
+def test_labels_that_nobody_asks_for_are_passed_over(tmp_path: Path) -> None:
+    parquet.write_table(DRAWN.table(), tmp_path / "a.parquet")
+    for path in (DRAWN.npz(tmp_path / "a.npz"), tmp_path / "a.parquet"):
+        image_NHW, labels, _ = read(path, options=UNLABELLED)
+        assert np.array_equal(image_NHW, DRAWN.image_NHW) and labels == []
+
+
+def test_what_is_refused_without_labels(tmp_path: Path) -> None:
+    paths = without_labels(tmp_path)
+    tree = DRAWN.png(tmp_path / "tree")
+    labels = DRAWN.idx(tmp_path)[1]
+    named = SourceOptions(label_column="none", labels="label")
+    numbered = SourceOptions(label_column="none", index_column=True)
+    cases: list[tuple[Path, SourceOptions, str]] = [
+        (paths["a.idx"], PLAIN, r"\(without labels only tools/predict takes it: --label-column"),
+        (paths["a.npz"], PLAIN, r"may be the labels, .* \(without labels only tools/predict"),
+        (paths["a.parquet"], PLAIN, r"may be the labels, .* \(without labels only tools/predict"),
+        (paths["a.npz"], named, "--labels names labels, --label-column none says there are none"),
+        (paths["a.idx"], numbered, "is idx, but --label-column, --no-header and --index-column"),
+        (tree, UNLABELLED, "is png, but --label-column, --no-header and --index-column are of"),
+        (labels, UNLABELLED, "is an IDX file of labels where images are expected"),
+    ]
+    for path, options, text in cases:
+        with pytest.raises(UserError, match=text):
+            read(path, options=options)
+    short = tmp_path / "short.idx.gz"
+    short.write_bytes(gzip.compress(idx(DRAWN.image_NHW)[:-1]))
+    with pytest.raises(UserError, match="ends before the 30 images that its header declares"):
+        read(short, options=UNLABELLED)
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ CSV = ".csv"
 EPILOG = """\b
 tools/predict runs/x a.png b.png                   a line each: answer, probability, the next two
 tools/predict runs/x digits/ --out answers.csv     a folder of PNGs, or of class folders
-tools/predict runs/x test.csv --label-column none  a CSV of pixels alone
+tools/predict runs/x test.csv --label-column none  a CSV of pixels alone; or .npz, IDX, Parquet
 cat *.png | tools/predict runs/x - --csv           PNGs one behind the other, or a CSV
 tools/predict runs/x --out predictions.png         a picture of test glyphs with the answers
 """
@@ -63,7 +63,7 @@ tools/predict runs/x --out predictions.png         a picture of test glyphs with
     type=click.Choice(SPLITS),
     help="Where IMAGES is a record directory.  [default: test]",
 )
-@source_options("first|last|N|none", "; none: all are")
+@source_options("first|last|N|none", "; none: a source of any layout has no labels")
 @click.option(
     "--data",
     type=RECORDS,

@@ -46,7 +46,8 @@ class Asked:
     """What the command's flags of the same names say of a CSV's columns."""
 
     label_column: str = "first"
-    """first, last, a number from 1 on, as the columns stand in the file, or none."""
+    """first, last, a number from 1 on, as the columns stand in the file, or none; which is also
+    said of files of other layouts that hold no labels."""
     no_header: bool = False
     index_column: bool = False
     """Whether the first column holds row numbers, which are left out."""
@@ -60,6 +61,10 @@ class Asked:
                 f"--label-column: got {number!r}, want first, last or a number from 1 on "
                 f"(or {NO_LABEL}, to tools/predict)"
             )
+
+    @property
+    def has_labels(self) -> bool:
+        return self.label_column != NO_LABEL
 
     @property
     def changes_anything(self) -> bool:
@@ -226,7 +231,7 @@ def arrange(fields: Sequence[str], asked: Asked) -> Arrangement:
 
 def _label_place(num: int, asked: Asked) -> int | None:
     """The label's column of `num`, from 0 on; None: there is none. A Fault if it cannot be."""
-    if asked.label_column == NO_LABEL:
+    if not asked.has_labels:
         return None
     first = int(asked.index_column)
     places = {"first": first, "last": num - 1}
@@ -240,7 +245,7 @@ def _label_place(num: int, asked: Asked) -> int | None:
 
 def _no_square(num: int, num_pixels: int, asked: Asked) -> Fault:
     """Of `num` columns, so many that hold pixels."""
-    if asked.label_column == NO_LABEL:
+    if not asked.has_labels:
         return Fault(
             f"got {num_pixels} columns of pixels, want a square number of them; pad or cut the "
             f"images, or leave --label-column {NO_LABEL} out if one holds labels"

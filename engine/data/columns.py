@@ -26,12 +26,14 @@ from pyarrow import parquet, types
 from engine.data.collect import Stored
 from engine.data.images import (
     MAX_SIDE,
+    Names,
     Task,
     check_side,
     checked_label,
     chosen,
     rows_of,
     rows_per_block,
+    unlabelled,
 )
 from engine.data.lexer import Rows
 from engine.data.pictures import BAD_FILTER, SIGNATURE, PngFault, scanlines, size_of, unfiltered
@@ -78,13 +80,13 @@ class Column:
 
 
 class ColumnFile:
-    """Images and labels of one file; an images.Images."""
+    """Images of one file, and their labels where there are any; an images.Images."""
 
-    def __init__(self, file: File, layout: str, names: tuple[str, str]) -> None:
+    def __init__(self, file: File, layout: str, names: Names) -> None:
         """
         Args:
             layout: parquet or arrow.
-            names: of the columns of images and of labels; "": to be found.
+            names: of the columns.
         Raises:
             UserError: the columns are not there, not clear, or not of the grammar, or there is no
                 row.
@@ -97,8 +99,10 @@ class ColumnFile:
             columns = [Column(field.name, field.type) for field in self._table.schema]
         said = f"{file.name} ({self._kind})"
         images = chosen(said, columns, "images", names[0], Column.image_fault)
-        labels = chosen(said, columns, "labels", names[1], Column.label_fault)
-        self._names = images.name, labels.name
+        self._names = [images.name]
+        if names[1] is not None:
+            labels = chosen(said, columns, "labels", names[1], Column.label_fault)
+            self._names.append(labels.name)
         twice = [name for name in self._names if sum(c.name == name for c in columns) > 1]
         if twice:
             raise UserError(f"{said}: holds the column {twice[0]!r} twice; rename one")
@@ -110,9 +114,10 @@ class ColumnFile:
         self.side = self._side(first.column(0).slice(0, 1))
         self.num_images: int | None = self._table.num_rows
         count = "" if self.num_images is None else f"{self.num_images:,} "
+        where = f"their labels in {self._names[1]!r}" if self._names[1:] else "without labels"
         self.found = (
             f"{layout}, {count}images of {self.side} x {self.side} in the column "
-            f"{images.name!r} of {file.name}, their labels in {labels.name!r}"
+            f"{images.name!r} of {file.name}, {where}"
         )
 
     def stored(self) -> Stored | None:
@@ -151,6 +156,8 @@ class ColumnFile:
         with self._parsing():
             batch.validate(full=True)
             image_RP = self._pixels(_bare(batch.column(0)), first)
+            if batch.num_columns == 1:
+                return unlabelled(image_RP)
             texts, label_R = self._labels(batch.column(1), first)
         return rows_of(image_RP, texts, label_R)
 
@@ -279,11 +286,12 @@ class _Parquet:
         self.schema = self._file.schema_arrow
         self.num_rows: int | None = self._file.metadata.num_rows
 
-    def batches(self, names: tuple[str, str], num_rows: int) -> Iterator[Any]:
-        """Batches, of at most so many rows, of two columns."""
-        field = self.schema.field(names[0])
-        leaf = f"{names[0]}.bytes" if types.is_struct(field.type) else names[0]
-        for batch in self._file.iter_batches(num_rows, columns=[leaf, names[1]], use_threads=False):
+    def batches(self, names: Sequence[str], num_rows: int) -> Iterator[Any]:
+        """Batches, of at most so many rows, of these columns, the images first."""
+        image, *others = names
+        leaf = f"{image}.bytes" if types.is_struct(self.schema.field(image).type) else image
+        columns = [leaf, *others]
+        for batch in self._file.iter_batches(num_rows, columns=columns, use_threads=False):
             yield batch.select(list(names))
 
 
@@ -297,8 +305,8 @@ class _Arrow:
         self.schema = self._open().schema
         self.num_rows: int | None = None
 
-    def batches(self, names: tuple[str, str], num_rows: int) -> Iterator[Any]:
-        """Its own batches, of two columns; `num_rows` is not heeded."""
+    def batches(self, names: Sequence[str], num_rows: int) -> Iterator[Any]:
+        """Its own batches, of these columns; `num_rows` is not heeded."""
         opened = self._open(names)
         if self._is_stream:
             yield from (batch.select(list(names)) for batch in opened)
@@ -396,12 +404,12 @@ def _another_shape(cells: Any, side: int) -> tuple[int, int, int] | None:
 
 
 @contextmanager
-def open_columns(path: Path, layout: str, names: tuple[str, str]) -> Iterator[ColumnFile]:
+def open_columns(path: Path, layout: str, names: Names) -> Iterator[ColumnFile]:
     """Open a Parquet or Arrow file.
 
     Args:
         layout: parquet or arrow.
-        names: of the columns of images and of labels; "": to be found.
+        names: of the columns.
     Raises:
         UserError: it cannot be read, or its columns are refused.
     """

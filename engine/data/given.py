@@ -17,11 +17,11 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.data.arrange import ArrangedSource, Asked
+from engine.data.arrange import NO_LABEL, ArrangedSource, Asked
 from engine.data.collect import Collector, CsvCollector, Spool, Stored, header_of
 from engine.data.foreign import HEAD_BYTES, idx_contents
 from engine.data.idx import USAGE, open_idx
-from engine.data.images import Images, Progress, read_images
+from engine.data.images import TO_PREDICT, Images, Progress, read_images
 from engine.data.layouts import Layouts, first_bytes, layout_of
 from engine.data.lexer import MAX_FAULTS, Layout, Lexer, Rows, lex_plainly
 from engine.data.npz import open_npz
@@ -58,7 +58,7 @@ class SourceOptions(Asked):
 
     def check(self, layout: Layouts, name: str) -> None:
         """UserError if an option is given that a source of this layout has no use for."""
-        if layout != "csv" and self.changes_anything:
+        if layout != "csv" and self._are_of_csvs(layout):
             flags = "--label-column, --no-header and --index-column"
             raise UserError(f"{name}: is {layout}, but {flags} are of CSVs; leave them out")
         if layout not in NAMED and (self.images or self.labels):
@@ -66,6 +66,17 @@ class SourceOptions(Asked):
             raise UserError(
                 f"{name}: is {layout}, but --images and --labels are of {named}; leave them out"
             )
+        if self.labels and not self.has_labels:
+            raise UserError(
+                f"{name}: --labels names labels, --label-column {NO_LABEL} says there are none; "
+                f"leave one out"
+            )
+
+    def _are_of_csvs(self, layout: Layouts) -> bool:
+        """Whether an option is given that no other layout has a use for."""
+        if layout == "png" or self.has_labels:  # of pictures, the folders say whether there are any
+            return self.changes_anything
+        return self.no_header or self.index_column
 
 
 Groups = Mapping[str, Sequence[Path]]
@@ -254,8 +265,10 @@ def _open_images(
 ) -> list[AbstractContextManager[Images]]:
     """What opens each source of images when it is entered."""
     # What reads them is imported here: numba and pyarrow would delay every start.
-    names = options.images, options.labels
+    names = options.images, options.labels if options.has_labels else None
     if layout == "idx":
+        if not options.has_labels:
+            return [open_idx(path) for path in paths]
         return [open_idx(*pair) for pair in _pairs(paths)]
     if layout == "npz":
         return [open_npz(path, names) for path in paths]
@@ -272,7 +285,7 @@ def _pairs(paths: Sequence[Path]) -> list[tuple[Path, Path]]:
     """IDX files in twos."""
     if len(paths) == 1:
         what = idx_contents(first_bytes(paths[0])[0]) or "no IDX file"
-        raise UserError(f"{paths[0]}: is {what}; {USAGE}")
+        raise UserError(f"{paths[0]}: is {what}; {USAGE} ({TO_PREDICT})")
     if len(paths) % 2:
         raise UserError(f"{paths[-1]}: is the last of {len(paths)} IDX files; {USAGE}")
     return list(zip(paths[::2], paths[1::2], strict=True))

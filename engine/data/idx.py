@@ -1,4 +1,5 @@
-"""IDX, MNIST's binary format: a file of images and one of their labels, each perhaps a gzip.
+"""IDX, MNIST's binary format: a file of images and one of their labels, each perhaps a gzip; or
+images alone.
 
 Grammar: two zero bytes, the type (8: uint8, the only one taken), the number of axes (3 of images, 1
 of labels), each axis' length as a big-endian uint32, then the values and nothing behind them.
@@ -11,7 +12,7 @@ Shapes: R images of a block, P pixels.
 import math
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +20,14 @@ import numpy as np
 
 from engine.data.collect import Stored
 from engine.data.foreign import IDX_TYPES, is_idx
-from engine.data.images import Task, check_side, numbered, rows_of, rows_per_block
+from engine.data.images import (
+    Task,
+    check_side,
+    numbered,
+    rows_of,
+    rows_per_block,
+    unlabelled,
+)
 from engine.data.lexer import Rows
 from engine.data.source import Source, open_source
 from engine.errors import UserError
@@ -98,26 +106,26 @@ class IdxFile:
             )
 
 
-class IdxPair:
-    """Images and their labels; an images.Images."""
+class IdxImages:
+    """Images, and their labels where there are any; an images.Images."""
 
-    def __init__(self, images: Source, labels: Source) -> None:
+    def __init__(self, images: Source, labels: Source | None) -> None:
         """UserError if the headers are refused, or do not fit each other."""
         self._images = IdxFile(images, IMAGE_AXES)
-        self._labels = IdxFile(labels, LABEL_AXES)
+        self._labels = IdxFile(labels, LABEL_AXES) if labels else None
         self.name = images.name
         self.num_images, height, width = self._images.shape
         if not self.num_images:
             raise UserError(f"{images.name}: holds no images; {AGAIN}")
-        if self._labels.shape != (self.num_images,):
+        if self._labels and self._labels.shape != (self.num_images,):
             raise UserError(
-                f"{labels.name}: holds {self._labels.shape[0]:,} labels, but {images.name} "
-                f"{self.num_images:,} images; give files that belong together"
+                f"{self._labels.source.name}: holds {self._labels.shape[0]:,} labels, but "
+                f"{images.name} {self.num_images:,} images; give files that belong together"
             )
         self.side = check_side(images.name, height, width)
+        where = f"their labels in {labels.name}" if labels else "without labels"
         self.found = (
-            f"IDX, {self.num_images:,} images of {height} x {width} in {images.name}, "
-            f"their labels in {labels.name}"
+            f"IDX, {self.num_images:,} images of {height} x {width} in {images.name}, {where}"
         )
 
     def stored(self) -> Stored | None:
@@ -131,17 +139,24 @@ class IdxPair:
         per_block = rows_per_block(self.side**2)
         for first in range(0, self.num_images, per_block):
             num = min(per_block, self.num_images - first)
-            label_R = np.empty(num, np.uint8)
-            self._labels.fill(label_R)
+            label_R = self._next_labels(num)
             image_RP = np.empty((num, self.side**2), np.uint8)
             if stored:
                 yield partial(_read_rows, stored, first, image_RP, label_R)
             else:
                 self._images.fill(image_RP)
                 yield partial(_rows, image_RP, label_R)
-        self._labels.check_end()
+        if self._labels:
+            self._labels.check_end()
         if not stored:
             self._images.check_end()
+
+    def _next_labels(self, num: int) -> np.ndarray | None:
+        if self._labels is None:
+            return None
+        label_R = np.empty(num, np.uint8)
+        self._labels.fill(label_R)
+        return label_R
 
     def places(self) -> Iterator[str] | None:
         """None: they have numbers."""
@@ -149,24 +164,29 @@ class IdxPair:
 
     def check_unchanged(self) -> None:
         self._images.source.check_unchanged()
-        self._labels.source.check_unchanged()
+        if self._labels:
+            self._labels.source.check_unchanged()
 
 
-def _read_rows(stored: Stored, first: int, image_RP: np.ndarray, label_R: np.ndarray) -> Rows:
+def _read_rows(
+    stored: Stored, first: int, image_RP: np.ndarray, label_R: np.ndarray | None
+) -> Rows:
     stored.read(first, image_RP)
     return _rows(image_RP, label_R)
 
 
-def _rows(image_RP: np.ndarray, label_R: np.ndarray) -> Rows:
-    return rows_of(image_RP, *numbered(label_R))
+def _rows(image_RP: np.ndarray, label_R: np.ndarray | None) -> Rows:
+    return unlabelled(image_RP) if label_R is None else rows_of(image_RP, *numbered(label_R))
 
 
 @contextmanager
-def open_idx(images: Path, labels: Path) -> Iterator[IdxPair]:
-    """Open a pair of files.
+def open_idx(images: Path, labels: Path | None = None) -> Iterator[IdxImages]:
+    """Open a pair of files, or images alone.
 
     Raises:
         UserError: one cannot be read, is no IDX file of its kind, or they do not fit each other.
     """
-    with open_source(images) as opened, open_source(labels) as opened_labels:
-        yield IdxPair(opened, opened_labels)
+    with ExitStack() as stack:
+        opened = stack.enter_context(open_source(images))
+        opened_labels = stack.enter_context(open_source(labels)) if labels else None
+        yield IdxImages(opened, opened_labels)

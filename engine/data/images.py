@@ -26,6 +26,9 @@ from engine.errors import UserError
 BLOCK_BYTES = 2 * 2**20
 """Of pixels that a task returns."""
 MAX_SIDE = math.isqrt(MAX_PIXELS)
+TO_PREDICT = "without labels only tools/predict takes it: --label-column none"
+ANY_LABEL = "?"
+"""Of images without labels: each has some label."""
 Task = Callable[[], Rows]
 Progress = Callable[[int, float], None]
 """Called with the rows read and the part (0..1) of the source that has been read."""
@@ -97,6 +100,11 @@ def rows_of(image_RP: np.ndarray, texts: Sequence[str], label_R: np.ndarray) -> 
     )
 
 
+def unlabelled(image_RP: np.ndarray) -> Rows:
+    """A block of rows without labels."""
+    return rows_of(image_RP, [ANY_LABEL], np.zeros(len(image_RP), np.int32))
+
+
 def numbered(value_R: np.ndarray) -> tuple[list[str], np.ndarray]:
     """(Different labels, each row's index among them) of integers."""
     values, index_R = np.unique(value_R, return_inverse=True)
@@ -113,6 +121,11 @@ def checked_label(text: str, place: str) -> str:
     except Fault as fault:
         what = str(fault)
     raise UserError(f"{place}: the label {text[:40]!r} {what}; rename it")
+
+
+Names = tuple[str, str | None]
+"""What the user says of the parts that hold the images and their labels: a name; "": the only one
+that may; None: there are no labels."""
 
 
 class Part(Protocol):
@@ -154,8 +167,9 @@ def chosen(source: str, parts: Sequence[P], role: str, asked: str, fault: Callab
         return one
     if not fit:
         holds = listed([str(part) for part in parts]) or "nothing"
+        hint = f" ({TO_PREDICT})" if role == "labels" else ""
         raise UserError(
-            f"{source}: holds no {noun} that may be the {role}, but {holds}; give {flag}"
+            f"{source}: holds no {noun} that may be the {role}, but {holds}; give {flag}{hint}"
         )
     if len(fit) > 1:
         names = listed([repr(part.name) for part in fit])

@@ -1,9 +1,9 @@
 """Images that a network is asked about: all that can be packed, and what has no labels.
 
 Beside the sources of given.py these are PNGs by name or in a folder of their own, PNGs or a CSV
-piped in, CSVs of pixels alone (`--label-column none`), and record directories. They are read by
-the same readers, as strictly. Pixels are spooled to an unnamed temporary file, unless they lie
-somewhere as they are: memory grows by some bytes per image, not by its pixels.
+piped in, files of other layouts without labels (`--label-column none`), and record directories.
+They are read by the same readers, as strictly. Pixels are spooled to an unnamed temporary file,
+unless they lie somewhere as they are: memory grows by some bytes per image, not by its pixels.
 
 Does not: ask a network; tools/predict does.
 
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.data.arrange import NO_LABEL, ArrangedSource
+from engine.data.arrange import ArrangedSource
 from engine.data.collect import Spool, check_space
 from engine.data.foreign import HEAD_BYTES, has_class_folders, is_litter, is_picture
 from engine.data.given import CsvFiles, ImageFiles, SourceOptions, csv_kind, open_given
@@ -111,7 +111,7 @@ def _open(
         options.check("png", str(paths[0]))
         return ImageFiles([files_of(paths)], options, {"": 1}), False
     given = stack.enter_context(open_given({"": paths}, options))
-    return given, options.label_column != NO_LABEL
+    return given, options.has_labels
 
 
 def _open_pipe(
@@ -129,7 +129,7 @@ def _open_pipe(
 
         options.check("png", source.name)
         return ImageFiles([piped(source)], options, {"": 1}), False
-    return CsvFiles([source], options, {"": 1}), options.label_column != NO_LABEL
+    return CsvFiles([source], options, {"": 1}), options.has_labels
 
 
 def _pipes_pictures(source: Source) -> bool:

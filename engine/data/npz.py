@@ -28,6 +28,7 @@ from numpy.lib import format as npy
 
 from engine.data.collect import Stored
 from engine.data.images import (
+    Names,
     Task,
     check_side,
     checked_label,
@@ -35,6 +36,7 @@ from engine.data.images import (
     numbered,
     rows_of,
     rows_per_block,
+    unlabelled,
 )
 from engine.data.lexer import FIELD_LIMIT_BYTES, Rows
 from engine.data.source import File, open_file, unzipping
@@ -93,15 +95,15 @@ class Array:
 
 
 class Npz:
-    """Images and labels of one .npz; an images.Images."""
+    """Images of one .npz, and their labels where there are any; an images.Images."""
 
     def __init__(
-        self, file: File, archive: zipfile.ZipFile, stack: ExitStack, names: tuple[str, str]
+        self, file: File, archive: zipfile.ZipFile, stack: ExitStack, names: Names
     ) -> None:
         """
         Args:
             stack: closes its members.
-            names: of the arrays of images and of labels; "": to be found.
+            names: of the arrays.
         Raises:
             UserError: the arrays are not there, not clear, or not of the grammar.
         """
@@ -112,15 +114,22 @@ class Npz:
         self._images = chosen(file.name, arrays, "images", names[0], Array.image_fault)
         self.num_images, height, width = self._images.shape
         self.side = check_side(f"{file.name}: {self._images.name!r}", height, width)
-        self._labels = chosen(
-            file.name, arrays, "labels", names[1], lambda array: array.label_fault(self.num_images)
-        )
+        self._labels = self._chosen_labels(arrays, names[1])
+        where = f"their labels in {self._labels.name!r}" if self._labels else "without labels"
         self.found = (
             f"npz, {self.num_images:,} images of {height} x {width} in {self._images.name!r} of "
-            f"{file.name}, their labels in {self._labels.name!r}"
+            f"{file.name}, {where}"
         )
-        self._image_member = _values(file.name, archive, self._images, stack)
-        self._label_member = _values(file.name, archive, self._labels, stack)
+        used = [array for array in (self._images, self._labels) if array]
+        self._members = {array.name: _values(file.name, archive, array, stack) for array in used}
+
+    def _chosen_labels(self, arrays: list[Array], asked: str | None) -> Array | None:
+        if asked is None:
+            return None
+        num_images = self.num_images
+        return chosen(
+            self.name, arrays, "labels", asked, lambda array: array.label_fault(num_images)
+        )
 
     def stored(self) -> Stored | None:
         info = self._images.info
@@ -134,17 +143,20 @@ class Npz:
         return Stored(self.name, handle, start + self._images.offset, self.side**2)
 
     def tasks(self) -> Iterator[Task]:
-        labels = self._labels.dtype
-        per_block = rows_per_block(max(self.side**2, labels.itemsize))
+        label_bytes = self._labels.dtype.itemsize if self._labels else 0
+        per_block = rows_per_block(max(self.side**2, label_bytes))
         for first in range(0, self.num_images, per_block):
             num = min(per_block, self.num_images - first)
             image_RP = np.empty((num, self.side**2), np.uint8)
-            self._fill(self._image_member, image_RP.reshape(-1).data, self._images)
-            label_R = np.empty(num * labels.itemsize, np.uint8)
-            self._fill(self._label_member, label_R.data, self._labels)
+            self._fill(self._images, image_RP.reshape(-1).data)
+            if self._labels is None:
+                yield partial(unlabelled, image_RP)
+                continue
+            label_R = np.empty(num * label_bytes, np.uint8)
+            self._fill(self._labels, label_R.data)
             place = f"{self.name}: {self._labels.name!r}"
-            yield partial(_rows, place, image_RP, label_R.view(labels))
-        for member in (self._image_member, self._label_member):
+            yield partial(_rows, place, image_RP, label_R.view(self._labels.dtype))
+        for member in self._members.values():
             with unzipping(self.name):  # its checksum is compared at its end
                 member.read(1)
 
@@ -155,7 +167,9 @@ class Npz:
     def check_unchanged(self) -> None:
         self._file.check_unchanged()
 
-    def _fill(self, member: IO[bytes], view: memoryview, array: Array) -> None:
+    def _fill(self, array: Array, view: memoryview) -> None:
+        """Read an array's next values into `view`."""
+        member = self._members[array.name]
         with unzipping(self.name):
             filled = 0
             while filled < len(view) and (data := member.read(len(view) - filled)):
@@ -245,11 +259,11 @@ def _text(value: np.str_ | np.bytes_, place: str) -> str:
 
 
 @contextmanager
-def open_npz(path: Path, names: tuple[str, str]) -> Iterator[Npz]:
+def open_npz(path: Path, names: Names) -> Iterator[Npz]:
     """Open an .npz.
 
     Args:
-        names: of the arrays of images and of labels; "": to be found.
+        names: of the arrays.
     Raises:
         UserError: it cannot be read, or its arrays are refused.
     """

@@ -59,10 +59,10 @@ class PackOptions(SplitOptions, SourceOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.label_column == NO_LABEL:
+        if not self.has_labels:
             raise UserError(
                 f"--label-column {NO_LABEL}: leaves nothing to train on; name the labels' column "
-                f"(tools/predict reads CSVs without labels)"
+                f"(tools/predict reads sources without labels)"
             )
 
     def for_manifest(self) -> dict[str, Any]:

@@ -13,10 +13,8 @@ from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
-import numpy as np
-
 from engine.data.collect import Stored
-from engine.data.images import Task, check_side, rows_of, rows_per_block
+from engine.data.images import Task, check_side, rows_per_block, unlabelled
 from engine.data.lexer import Rows
 from engine.data.pictures import (
     CHUNK,
@@ -32,9 +30,6 @@ from engine.data.pictures import (
 )
 from engine.data.source import Source, reading
 from engine.errors import UserError
-
-ANY_LABEL = "?"
-"""Of rows: each has some label."""
 
 
 class Unlabelled:
@@ -75,8 +70,7 @@ class Unlabelled:
         """Each was read once, and whole."""
 
     def _decode(self, block: list[Picture]) -> Rows:
-        image_RP = decode(block, self.side, self._first)
-        return rows_of(image_RP, [ANY_LABEL], np.zeros(len(block), np.int32))
+        return unlabelled(decode(block, self.side, self._first))
 
 
 def files_of(paths: Sequence[Path]) -> Unlabelled:
