@@ -397,6 +397,13 @@ RECIPES: dict[str, RunConfig] = {
         global_batch=128,
         epochs=6,
     ),
+    "vit": RunConfig(
+        data=DataConfig(order="stratified"),
+        model=ModelConfig(name="vit", vit_patch_pixels=7),
+        optim=replace(LINEAR, learning_rate=0.004, weight_decay=0.05, label_smoothing=0.1),
+        global_batch=128,
+        epochs=6,
+    ),
     "study": RunConfig(
         data=DataConfig(feed="loader"),
         model=ModelConfig(name="baseline"),
@@ -417,8 +424,8 @@ RECIPES: dict[str, RunConfig] = {
 
 fast is the default: more than the study's accuracy in two epochs, its first layer whitened and
 frozen. best is the study's network in eight epochs, all of it trained. large-batch ends with steps
-of 8,192 samples, for many ranks. residual is for --model residual, which takes it where no recipe
-is named.
+of 8,192 samples, for many ranks. residual and vit are for --model residual and --model vit, which
+take them where no recipe is named.
 study is what --baseline trains, as the study did: fp32, NCHW, eager, a loader sample by sample,
 Adam at a constant 1e-3, batch 64, 12 epochs.
 What was measured of them, and what was not yet: bench_configs/README.md.

@@ -184,12 +184,25 @@ def test_flags_are_made_from_the_fields() -> None:
     assert set(options) == others | {"resume", "keep_schedule", "device"}
 
 
+@pytest.mark.parametrize("name", ["residual", "vit"])
+def test_a_network_is_trained_by_its_own_recipe_where_none_is_named(name: str) -> None:
+    def config_of(recipe: str | None) -> RunConfig:
+        flags = {"model__name": name, "epochs": 3}
+        given = run.Given(recipe, None, (), flags, keep_schedule=False)
+        return run._read_config(given, "", 1)
+
+    assert config_of(None) == replace(RECIPES[name], epochs=3)
+    best = config_of("best")
+    assert best.model == replace(RECIPES["best"].model, name=name)
+    assert best.optim == RECIPES["best"].optim
+
+
 def test_recipes_are_typed_once(tmp_path: Path) -> None:
     assert override(RunConfig(), recipe_settings("study", "test"), "test") == RECIPES["study"]
     (tmp_path / "c.toml").write_text('recipe = "study"\nepochs = 3\n')
     assert load_toml(RunConfig(), tmp_path / "c.toml") == replace(RECIPES["study"], epochs=3)
     (tmp_path / "c.toml").write_text('recipe = "slow"\n')
-    names = "fast, best, large-batch, residual, study"
+    names = "fast, best, large-batch, residual, vit, study"
     with pytest.raises(UserError, match=f"there is no recipe 'slow'; choose from {names}"):
         load_toml(RunConfig(), tmp_path / "c.toml")
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tokenize import TokenError
-from typing import IO, ClassVar
+from typing import IO, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.lib import format as npy
@@ -94,6 +94,13 @@ class Array:
         return ""
 
 
+class Values(NamedTuple):
+    """An array, and the open member that its next values are read from."""
+
+    array: Array
+    member: IO[bytes]
+
+
 class Npz:
     """Images of one .npz, and their labels where there are any; an images.Images."""
 
@@ -111,28 +118,26 @@ class Npz:
         self._file = file
         with unzipping(file.name):
             arrays = _arrays(file.name, archive)
-        self._images = chosen(file.name, arrays, "images", names[0], Array.image_fault)
-        self.num_images, height, width = self._images.shape
-        self.side = check_side(f"{file.name}: {self._images.name!r}", height, width)
-        self._labels = self._chosen_labels(arrays, names[1])
-        where = f"their labels in {self._labels.name!r}" if self._labels else "without labels"
+        images = chosen(file.name, arrays, "images", names[0], Array.image_fault)
+        num_images, height, width = images.shape
+        self.num_images: int = num_images
+        self.side = check_side(f"{file.name}: {images.name!r}", height, width)
+        where = "without labels"
+        self._labels: Values | None = None
+        if names[1] is not None:
+            labels = chosen(
+                file.name, arrays, "labels", names[1], lambda array: array.label_fault(num_images)
+            )
+            where = f"their labels in {labels.name!r}"
+            self._labels = _values(file.name, archive, labels, stack)
+        self._images = _values(file.name, archive, images, stack)
         self.found = (
-            f"npz, {self.num_images:,} images of {height} x {width} in {self._images.name!r} of "
+            f"npz, {num_images:,} images of {height} x {width} in {images.name!r} of "
             f"{file.name}, {where}"
-        )
-        used = [array for array in (self._images, self._labels) if array]
-        self._members = {array.name: _values(file.name, archive, array, stack) for array in used}
-
-    def _chosen_labels(self, arrays: list[Array], asked: str | None) -> Array | None:
-        if asked is None:
-            return None
-        num_images = self.num_images
-        return chosen(
-            self.name, arrays, "labels", asked, lambda array: array.label_fault(num_images)
         )
 
     def stored(self) -> Stored | None:
-        info = self._images.info
+        info = self._images.array.info
         if info.compress_type != zipfile.ZIP_STORED:
             return None
         with unzipping(self.name):
@@ -140,10 +145,10 @@ class Npz:
             self._file.raw.seek(info.header_offset)
             name_bytes, extra_bytes = LOCAL_HEADER.unpack(self._file.raw.read(LOCAL_HEADER.size))
         start = info.header_offset + LOCAL_HEADER.size + name_bytes + extra_bytes
-        return Stored(self.name, handle, start + self._images.offset, self.side**2)
+        return Stored(self.name, handle, start + self._images.array.offset, self.side**2)
 
     def tasks(self) -> Iterator[Task]:
-        label_bytes = self._labels.dtype.itemsize if self._labels else 0
+        label_bytes = self._labels.array.dtype.itemsize if self._labels else 0
         per_block = rows_per_block(max(self.side**2, label_bytes))
         for first in range(0, self.num_images, per_block):
             num = min(per_block, self.num_images - first)
@@ -154,11 +159,13 @@ class Npz:
                 continue
             label_R = np.empty(num * label_bytes, np.uint8)
             self._fill(self._labels, label_R.data)
-            place = f"{self.name}: {self._labels.name!r}"
-            yield partial(_rows, place, image_RP, label_R.view(self._labels.dtype))
-        for member in self._members.values():
-            with unzipping(self.name):  # its checksum is compared at its end
-                member.read(1)
+            labels = self._labels.array
+            place = f"{self.name}: {labels.name!r}"
+            yield partial(_rows, place, image_RP, label_R.view(labels.dtype))
+        for values in (self._images, self._labels):
+            if values:
+                with unzipping(self.name):  # its checksum is compared at its end
+                    values.member.read(1)
 
     def places(self) -> Iterator[str] | None:
         """None: they have numbers."""
@@ -167,9 +174,9 @@ class Npz:
     def check_unchanged(self) -> None:
         self._file.check_unchanged()
 
-    def _fill(self, array: Array, view: memoryview) -> None:
+    def _fill(self, values: Values, view: memoryview) -> None:
         """Read an array's next values into `view`."""
-        member = self._members[array.name]
+        array, member = values
         with unzipping(self.name):
             filled = 0
             while filled < len(view) and (data := member.read(len(view) - filled)):
@@ -231,12 +238,12 @@ def _header(head: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     return shape, is_fortran, dtype
 
 
-def _values(name: str, archive: zipfile.ZipFile, array: Array, stack: ExitStack) -> IO[bytes]:
-    """The member, behind its header."""
+def _values(name: str, archive: zipfile.ZipFile, array: Array, stack: ExitStack) -> Values:
+    """The member, opened, behind its header."""
     with unzipping(name):
         member = stack.enter_context(archive.open(array.info))
         member.read(array.offset)
-    return member
+    return Values(array, member)
 
 
 def _rows(place: str, image_RP: np.ndarray, label_R: np.ndarray) -> Rows:

@@ -30,6 +30,8 @@ LARGE = ("--recipe=large-batch", "--amp", "--cuda-graphs")
 LARGE_FAST = (*FAST, "--batch-size=512", "--set=optim.learning_rate=0.01")
 """Half the time, and still more than the study's accuracy: of all typefaces, not of the sample."""
 RESIDUAL = ("--recipe=residual", "--amp", "--cuda-graphs")
+VIT = ("--recipe=vit", "--cuda-graphs")
+"""In fp32: its many small products take longer in bf16 on a CPU."""
 ENSEMBLE = "test accuracy of the ensemble"
 MOST_MEMBERS = 4
 Reports = dict[str, list[RunReport]]
@@ -210,6 +212,12 @@ def network_claims(reports: Reports) -> list[Claim]:
     return [claim("residual's mean test accuracy (%)", residual, 90.5)]
 
 
+def vit_claims(reports: Reports) -> list[Claim]:
+    """A transformer over patches has the study's accuracy, too."""
+    vit = mean(accuracies(reports["vit (fp32)"]))
+    return [claim("vit's mean test accuracy (%)", vit, 88.5)]
+
+
 def large_batch_claims(reports: Reports) -> list[Claim]:
     """A ramp to large batches costs little accuracy."""
     small, ramp, *_ = reports.values()
@@ -243,6 +251,11 @@ GROUPS = {
         {"best": BEST, "residual": RESIDUAL},
         network_claims,
         evaluated=("best", "residual"),
+    ),
+    "vit": Group(
+        "A vision transformer beside fast",
+        {"fast": FAST, "vit (fp32)": VIT},
+        vit_claims,
     ),
     "large_batch": Group(
         "Large batches, 12 epochs each",
