@@ -402,7 +402,7 @@ RECIPES: dict[str, RunConfig] = {
         model=ModelConfig(name="vit", vit_patch_pixels=7),
         optim=replace(LINEAR, learning_rate=0.004, weight_decay=0.05, label_smoothing=0.1),
         global_batch=128,
-        epochs=6,
+        epochs=8,
     ),
     "study": RunConfig(
         data=DataConfig(feed="loader"),
