@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -537,7 +538,9 @@ def _replace(config: Any, names: list[str], value: Any, where: str) -> Any:
     hints = get_type_hints(type(config))
     name, rest = names[0], names[1:]
     if name not in hints:
-        raise UserError(f"{where}: unknown setting; choose from {', '.join(hints)}")
+        close = get_close_matches(name, hints, 1)
+        remedy = f"is {close[0]} meant?" if close else f"choose from {', '.join(hints)}"
+        raise UserError(f"{where}: unknown setting; {remedy}")
     if is_dataclass(hints[name]):
         if not rest:
             settings = ", ".join(get_type_hints(hints[name]))

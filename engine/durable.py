@@ -86,6 +86,10 @@ class Damaged(Exception):
     """A published directory is incomplete or damaged; the text says which file and how."""
 
 
+class Foreign(Damaged):
+    """It is published, but something else than is asked for; the text says what."""
+
+
 class Disturbed(Damaged):
     """It may be whole, but cannot be taken as it is; the text ends with what to do."""
 
@@ -186,7 +190,10 @@ def parse_manifest(data: bytes, sha256: bytes, form: str, version: int) -> dict[
     content = parse_json(data, MANIFEST)
     if not isinstance(content, dict):
         raise Damaged(f"{MANIFEST} is not a JSON object")
-    if (found := (content.get("format"), content.get("version"))) != (form, version):
+    found = (content.get("format"), content.get("version"))
+    if found[0] != form and isinstance(found[0], str):
+        raise Foreign(f"{MANIFEST} is of a {found[0][:40]!r}, not of a {form!r}")
+    if found != (form, version):
         raise Damaged(f"format and version are {found}, this engine reads {(form, version)}")
     return content
 

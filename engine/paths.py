@@ -135,6 +135,8 @@ class PathType(click.ParamType[Path]):
     def convert(
         self, value: Any, param: click.Parameter | None, context: click.Context | None
     ) -> Path:
+        if not os.fspath(value):
+            raise Refused("a path is empty; is a variable of the shell not set?")
         try:
             path = written_path(os.fspath(value))
             return path.absolute() if path.parts[:1] and path.parts[0].startswith("~") else path

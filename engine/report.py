@@ -197,6 +197,10 @@ def write_json(value: Any, path: Path) -> None:
     write_file(path, (json.dumps(tree, indent=1, allow_nan=False) + "\n").encode())
 
 
+SWEEP = "sweep.toml"
+"""What the folder of a sweep holds; those of its members hold reports."""
+
+
 def read_report(run_folder: Path) -> RunReport:
     """The report of a finished run.
 
@@ -209,6 +213,10 @@ def read_report(run_folder: Path) -> RunReport:
         return read_as(RunReport, path)
     except OSError as error:
         why = f"holds no report.json that can be read ({error.strerror})"
+        if not run_folder.exists():
+            why = "no such file or folder"
+        elif (run_folder / SWEEP).is_file():
+            why, remedy = "is a sweep", "name the folder of one of its members"
         raise UserError(f"{run_folder}: {why}; {remedy}") from None
     except (Damaged, RecursionError) as error:
         raise UserError(f"{path}: is no report of a run ({error}); {remedy}") from None

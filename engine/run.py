@@ -42,6 +42,7 @@ from engine.ui import guard_outputs
 
 AUTO = "auto"
 DEFAULT = "fast"
+STUDY = "study"
 ALONE = "members train in one process; start it without torchrun, or with one rank"
 """Of a sweep."""
 
@@ -54,10 +55,13 @@ ALONE = "members train in one process; start it without torchrun, or with one ra
     help=f"A named config.  [default: that of --model, if it has one, else {DEFAULT}; with "
     "--config: the settings' defaults]",
 )
+@click.option("--baseline", is_flag=True, help=f"The study's training: --recipe {STUDY}.")
 @click.option(
-    "--baseline", "recipe", flag_value="study", help="The study's training: --recipe study."
+    "--config",
+    "config_file",
+    type=PATH,
+    help="TOML file with any setting; over those of --recipe, where it is given.",
 )
-@click.option("--config", "config_file", type=PATH, help="TOML file with any setting.")
 @click.option(
     "--set",
     "assignments",
@@ -92,6 +96,7 @@ def main(
     assignments: tuple[str, ...],
     sweeps: tuple[str, ...],
     recipe: str | None,
+    baseline: bool,
     out: Path | None,
     resume: str | None,
     keep_schedule: bool,
@@ -107,8 +112,10 @@ def main(
         end_with_launcher()
         ranks = join_ranks()
         ranks.agree(prepare_process)  # a rank's cache folder may be the one that cannot be made
+        ranks.agree(lambda: _check_together(recipe, baseline, resume, keep_schedule))
         stored = ranks.from_first(lambda: _stored_config(resume, out, ranks.size))
-        given = Given(recipe, config_file, assignments, flags, keep_schedule)
+        named = STUDY if baseline else recipe
+        given = Given(named, config_file, assignments, flags, keep_schedule)
         config = ranks.agree(lambda: _read_config(given, stored, ranks.size))
         ranks.agree_on("configuration", config.digest())
         folder = out if resume == AUTO else _path(resume) or out
@@ -129,6 +136,18 @@ class Given:
     assignments: tuple[str, ...]
     flags: dict[str, Any]
     keep_schedule: bool
+
+
+def _check_together(
+    recipe: str | None, baseline: bool, resume: str | None, keep_schedule: bool
+) -> None:
+    """UserError where flags contradict each other, or one has nothing to be about."""
+    if baseline and recipe not in (None, STUDY):
+        what = f"--baseline: is --recipe {STUDY}, but --recipe names {recipe}"
+        raise UserError(f"{what}; leave one of them out")
+    if keep_schedule and resume is None:
+        what = "is of a run that goes on for more epochs"
+        raise UserError(f"--keep-schedule: {what}; give --resume, or leave it out")
 
 
 def _path(resume: str | None) -> Path | None:
@@ -194,7 +213,7 @@ def _read_config(given: Given, stored: str, num_ranks: int) -> RunConfig:
         config = RECIPES[given.recipe or (model if model in RECIPES else DEFAULT)]
         if given.config_file and given.recipe is None:  # it says all that is no field's default
             config = RunConfig()
-        if given.recipe == "study":  # its batch is a rank's
+        if given.recipe == STUDY:  # its batch is a rank's
             config = replace(config, global_batch=config.global_batch * num_ranks)
     if given.config_file:
         config = load_toml(config, given.config_file)

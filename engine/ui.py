@@ -14,6 +14,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
+import click
+from click.core import ParameterSource
+
+
+def options_given() -> set[str]:
+    """The names of the parameters that the running command's line gives, defaults or not."""
+    context = click.get_current_context()
+    source = context.get_parameter_source
+    return {name for name in context.params if source(name) is ParameterSource.COMMANDLINE}
+
 
 @contextmanager
 def progress_bar(title: str, total: float, enabled: bool = True) -> Iterator[Callable[..., None]]:

@@ -134,8 +134,8 @@ def with_cell(column: str, cell: Any) -> pa.Array:
 
 ROW = FLAT[0].tolist()
 REFUSED: dict[str, tuple[pa.Table, str]] = {
-    "no images": (pa.table({"label": LABELS}), "holds no column that may be the images, but 'labe"),
-    "no labels": (table().select(["image"]), "holds no column that may be the labels, but 'image'"),
+    "no images": (pa.table({"label": LABELS}), "that may be the images: 'label' is of"),
+    "no labels": (table().select(["image"]), "that may be the labels: 'image' is of"),
     "texts": (table(pa.array(["x"] * NUM)), "the column 'image' is of string, want bytes or lists"),
     "floats": (table(pa.array((FLAT / 255).tolist())), "want integers 0..255 in the lists"),
     "a struct": (table(pa.array([{"path": "x"}] * NUM)), "is of struct<path: string>, want bytes"),

@@ -96,6 +96,11 @@ def test_profiles_are_paired_cell_by_cell(tmp_path: Path) -> None:
     assert all(line.startswith("    ") or not line for line in markdown[1:]), (
         "text of a profile outside of the block"
     )
+    for cell in b["cells"]:
+        cell["repetitions"] = cell["repetitions"][:1]
+    compare_profiles(tmp_path / "a", folder(tmp_path / "one", b), tmp_path / "alone")
+    (row, *_) = json.loads((tmp_path / "alone" / "comparison.json").read_text())["cells"]
+    assert row["pairs"] == 1 and row["low95"] is None and row["high95"] is None
     b["cells"] = b["cells"][4:5]
     with pytest.raises(UserError, match="no cell in common"):
         compare_profiles(tmp_path / "a", folder(tmp_path / "c", b), None)

@@ -92,7 +92,8 @@ def test_every_bench_config_is_valid(file: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "remedy"),
     [
-        ("epoch = 3", "unknown setting; choose from"),
+        ("epoch = 3", "unknown setting; is epochs meant?"),
+        ("rate = 3", "unknown setting; choose from"),
         ("[optim]\nlr = 3", "optim.lr: unknown setting"),
         ("optim = 3", "is a table"),
         ("[seed]\nx = 1", "is a value, not a table"),
@@ -181,7 +182,16 @@ def test_flags_are_made_from_the_fields() -> None:
     wanted = {"step.precision": "fp16", "global_batch": 16, "step.cuda_graphs": True}
     assert flag_settings(given, num_ranks=2) == wanted
     others = {"amp", "batch_size", "recipe", "config_file", "assignments", "sweeps", "out"}
-    assert set(options) == others | {"resume", "keep_schedule", "device"}
+    assert set(options) == others | {"baseline", "resume", "keep_schedule", "device"}
+
+
+def test_flags_that_contradict_each_other_are_refused() -> None:
+    run._check_together("study", True, None, False)
+    run._check_together(None, True, "auto", True)
+    with pytest.raises(UserError, match="--baseline: is --recipe study, but --recipe names best;"):
+        run._check_together("best", True, None, False)
+    with pytest.raises(UserError, match="--keep-schedule: is of a run that goes on for more epoch"):
+        run._check_together(None, False, None, True)
 
 
 @pytest.mark.parametrize("name", ["residual", "vit"])

@@ -204,6 +204,10 @@ def test_what_cannot_be_evaluated_is_refused(
     assert_refused(command("tools/evaluate"), "no run is named")
     assert_refused(command("tools/evaluate", runs[0], "--data-facts"), "name them with --data")
     assert_refused(command("tools/evaluate", runs[0], "--max-train", 5), "--data-facts only")
+    of_runs = "--shifts: is of runs, and --data-facts is about images alone"
+    assert_refused(command("tools/evaluate", "--data-facts", "--shifts"), of_runs)
+    twice = (runs[0], runs[0].parent / "." / runs[0].name)
+    assert_refused(command("tools/evaluate", *twice), "is named twice; name each run once")
     assert_refused(command("tools/evaluate", runs[0], "--ensemble"), "name another one")
     other = tmp_path / "other"
     pack(small_csv, other, PackOptions(split="none"))

@@ -172,12 +172,12 @@ def test_what_is_refused_without_labels(tmp_path: Path) -> None:
     numbered = SourceOptions(label_column="none", index_column=True)
     cases: list[tuple[Path, SourceOptions, str]] = [
         (paths["a.idx"], PLAIN, r"\(without labels only tools/predict takes it: --label-column"),
-        (paths["a.npz"], PLAIN, r"may be the labels, .* \(without labels only tools/predict"),
-        (paths["a.parquet"], PLAIN, r"may be the labels, .* \(without labels only tools/predict"),
+        (paths["a.npz"], PLAIN, r"may be the labels: .* \(without labels only tools/predict"),
+        (paths["a.parquet"], PLAIN, r"may be the labels: .* \(without labels only tools/predict"),
         (paths["a.npz"], named, "--labels names labels, --label-column none says there are none"),
         (paths["a.idx"], numbered, "is idx, but --label-column, --no-header and --index-column"),
-        (tree, UNLABELLED, "is png, but --label-column, --no-header and --index-column are of"),
-        (labels, UNLABELLED, "is an IDX file of labels where images are expected"),
+        (tree, numbered, "is png, but --label-column, --no-header and --index-column are of"),
+        (labels, UNLABELLED, "of labels where images are expected; leave it out, or give pairs"),
     ]
     for path, options, text in cases:
         with pytest.raises(UserError, match=text):
@@ -312,7 +312,31 @@ def test_a_pipe_that_holds_no_images_is_refused(data: bytes, wanted: str) -> Non
 def test_options_of_csvs_are_none_of_pictures(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(png(DRAWN.image_NHW[0]))
     with pytest.raises(UserError, match="is png, but --label-column, .* are of CSVs"):
-        read(tmp_path / "a.png", options=UNLABELLED)
+        read(tmp_path / "a.png", options=SourceOptions(label_column="last"))
+
+
+def test_pictures_may_be_said_to_have_no_labels(tmp_path: Path) -> None:
+    """A folder or a pipe of PNGs has none anyway; class folders are passed over."""
+    tree = DRAWN.png(tmp_path / "tree")
+    (tmp_path / "a.png").write_bytes(png(DRAWN.image_NHW[0]))
+    assert read(tmp_path / "a.png", options=UNLABELLED)[1] == []
+    image_NHW, labels, _ = read(tree, options=UNLABELLED)
+    assert np.array_equal(image_NHW, DRAWN.image_NHW) and labels == []
+    pictures = b"".join(map(png, DRAWN.image_NHW))
+    for layout in ("auto", "png"):
+        options = SourceOptions(label_column="none", layout=layout)
+        with standard_input(pictures):
+            image_NHW, labels, _ = read(Path("-"), options=options)
+        assert np.array_equal(image_NHW, DRAWN.image_NHW) and labels == []
+
+
+def test_folders_of_two_kinds_are_refused(tmp_path: Path) -> None:
+    tree = DRAWN.png(tmp_path / "tree")
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    (flat / "a.png").write_bytes(png(DRAWN.image_NHW[0]))
+    with pytest.raises(UserError, match="flat: is a folder without class folders, but .*tree is p"):
+        read(tree, flat)
 
 
 def test_no_place_for_pixels_is_one_sentence(

@@ -166,6 +166,14 @@ def test_where_an_iteration_begins(small: Records) -> None:
     assert list(loader) == [] and loader.epoch == 6, "saved at its last batch, an epoch is done"
 
 
+@pytest.mark.parametrize("epoch", [-1, 1.5, "2"])
+def test_an_epoch_is_a_whole_number(epoch: Any, small: Records) -> None:
+    (loader,) = made(small, 32)
+    with pytest.raises(UserError, match="loader: epoch is .*; give a whole number from 0 on"):
+        loader.set_epoch(epoch)
+    assert loader.epoch == 0
+
+
 def test_an_old_iteration_says_that_it_is_over(small: Records) -> None:
     (loader,) = made(small, 32)
     old = iter(loader)
@@ -231,7 +239,7 @@ def test_settings_are_those_of_a_run(small: Records) -> None:
         ({"settings": {"optim.name": "adam"}}, "optim.name is no setting of a loader"),
         ({"settings": {"data.order": "random"}}, "data.order: is 'random'; choose one of exact"),
         ({"settings": {"augment.turn": 3}}, "augment.turn: unknown setting"),
-        ({"split": "dev"}, "has no dev split"),
+        ({"split": "dev"}, "there is no split 'dev'; choose one of train, val, test"),
         ({"device": "gpu"}, "there is no device 'gpu'"),
         ({"device": "meta"}, "device meta: torch has none here"),
     ],

@@ -106,7 +106,11 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "counts": (npz(images=IMAGES, labels=LABELS[:59]), "'labels' has the shape (59,), want (60,)"),
     "one-hot": (npz(images=IMAGES, labels=np.eye(60)), "'labels' is of float64, want integers"),
     "booleans": (npz(images=IMAGES, labels=LABELS > 1), "'labels' is of bool, want integers or"),
-    "no labels": (npz(images=IMAGES), "holds no array that may be the labels, but 'images'"),
+    "no labels": (npz(images=IMAGES), "no array that may be the labels: 'images' has the shape"),
+    "neither": (
+        npz(img=np.asfortranarray(IMAGES), y=LABELS),
+        "may be the images: 'img' is in Fortran's order, 'y' has the",
+    ),
     "nameless": (npz(images=IMAGES, labels=np.full(60, "")), "is of <U0|the label '' is empty"),
     "control": (npz(images=IMAGES, labels=np.full(60, "a\x07")), "holds the control character"),
     "no text": (npz(images=IMAGES, labels=np.full(60, b"\xff")), "a label is not UTF-8"),

@@ -245,3 +245,21 @@ def test_verify_and_describe(
     assert_refused(
         command("tools/pack_tmnist", "--verify", copy, tmp_path / "x"), "--verify takes one path"
     )
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (("--fingerprint=7b",), "--fingerprint: goes with --verify only"),
+        (("--sheet=x.png", "--verify"), "--sheet: goes with --describe only"),
+        (("--check", "--fingerprint=7b"), "--fingerprint: goes with --verify only"),
+        (("--check", "--verify"), "--check: does not go with --verify; give one of them"),
+        (("--verify", "--seed=3"), "--seed: is of packing, and --verify packs nothing"),
+        (("--describe", "--no-header"), "--no-header: is of packing, and --describe packs nothing"),
+    ],
+)
+def test_options_without_a_use_are_refused(
+    words: tuple[str, ...], text: str, small_dir: Path, command: Command, tmp_path: Path
+) -> None:
+    assert_refused(command("tools/pack_tmnist", *words, small_dir, tmp_path / "out"), text)
+    assert not (tmp_path / "out").exists()

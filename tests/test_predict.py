@@ -228,6 +228,12 @@ def test_a_checkpoint_is_shown_and_exported(run: Path, tmp_path: Path) -> None:
     refused(call(run, *words[:2], "--export", "/proc/no/w"), "/proc/no/w: cannot be written")
 
 
+def test_what_is_no_run_is_said(tmp_path: Path) -> None:
+    (tmp_path / "sweep.toml").touch()
+    refused(call(tmp_path), "is a sweep; name the folder of one of its members")
+    refused(call(tmp_path / "gone"), "gone: no such file or folder; name the folder of a finished")
+
+
 @pytest.mark.parametrize("name", ["report.json", "config.toml"])
 @pytest.mark.parametrize("data", [None, b"", b"[]", b"\xff\xfe"])
 def test_a_run_that_is_incomplete_is_refused(

@@ -157,6 +157,7 @@ def test_wrong_and_unknown_labels_are_said_and_counted(
     said = [line.partition(")")[2] for line in done.stdout.splitlines()]
     assert said == ["", "  labelled 1", "  labelled 7"]
     assert "1 of 3 labels right (33.33%)" in done.stderr
+    assert "note: 1 of the 3 labels are no classes of this network ('7')" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -195,7 +196,12 @@ def test_bad_images_are_one_line_and_leave_nothing(
         assert_refused(command("tools/predict", run, *words, *out), wanted)
     with standard_input(b"no picture"):
         assert_refused(command("tools/predict", run, "-", *out), "standard input:1: got the header")
-    assert_refused(command("tools/predict", run, "--invert"), "no IMAGES are named")
+    of_images = "--invert: is about IMAGES, and none are named"
+    assert_refused(command("tools/predict", run, "--invert"), of_images)
+    assert_refused(command("tools/predict", run, ""), "a path is empty")
+    checkpoint = next((run / "checkpoints").glob("step-*"))
+    refused = command("tools/predict", run, checkpoint)
+    assert_refused(refused, "is no record directory: manifest.json is of a 'glyph-checkpoint'")
     assert_refused(command("tools/predict", tmp_path / "no run", good), "no run")
     assert not (tmp_path / "a.csv").exists()
 

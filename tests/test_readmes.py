@@ -203,7 +203,7 @@ def check_options(module: str, words: list[str]) -> None:
         options = dict(context.params)
         given = parse_assignments(options.pop("assignments"))
         axes = parse_sweeps(options.pop("sweeps"))
-        own = ("config_file", "recipe", "out", "resume", "keep_schedule", "device")
+        own = ("config_file", "recipe", "baseline", "out", "resume", "keep_schedule", "device")
         flags = {name: value for name, value in options.items() if name not in own}
         config = override(override(RunConfig(), given, "--set"), flag_settings(flags, 1), "flags")
         Sweep.of(config, axes)

@@ -246,7 +246,7 @@ def first_file(manifest: dict[str, Any]) -> dict[str, Any]:
 
 FOREIGN: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "version": (lambda m: m.update(version=1), "this engine reads"),
-    "format": (lambda m: m.update(format="mds"), "this engine reads"),
+    "format": (lambda m: m.update(format="mds"), "is of a 'mds', not of a"),
     "fingerprint": (lambda m: m.update(fingerprint="0" * 64), "fingerprint does not belong"),
     "no splits": (lambda m: m.update(splits=None), "malformed"),
     "no train": (lambda m: m["splits"].pop("train"), "want train"),
@@ -374,8 +374,12 @@ def test_a_label_outside_the_table_is_refused(small_dir: Path, tmp_path: Path) -
 def test_a_missing_directory_or_split_is_named(tmp_path: Path, small: Records) -> None:
     with pytest.raises(UserError, match="no such record directory"):
         open_records(tmp_path / "nothing")
-    with pytest.raises(UserError, match="has no holdout split"):
+    with pytest.raises(UserError, match="there is no split 'holdout'; choose one of train, val"):
         small.split("holdout")
+    file = tmp_path / "a.csv"
+    file.touch()
+    with pytest.raises(UserError, match="is a file, want a record directory; make one of it: tool"):
+        open_records(file)
 
 
 @pytest.mark.parametrize(

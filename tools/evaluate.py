@@ -20,12 +20,21 @@ from engine.errors import UserError, exit_on_user_error
 from engine.host import prepare_process
 from engine.paths import PATH
 from engine.report import Environment, write_json
-from engine.ui import guard_outputs, progress_bar
+from engine.ui import guard_outputs, options_given, progress_bar
 from engine.world import start_world
 from tools.measure import evaluation, neighbours
 from tools.measure.evaluation import Evaluation, Opened, Question, answer, evaluate
 from tools.measure.neighbours import DataFacts, data_facts
 from tools.report.evaluation import evaluation_text, facts_text
+
+OF_RUNS = {
+    "split": "--split",
+    "shifts": "--shifts",
+    "ensemble": "--ensemble",
+    "confused_percent": "--confused",
+    "model": "--model",
+}
+"""Options by their parameters that --data-facts has no use for."""
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -79,7 +88,7 @@ def main(runs: tuple[Path, ...], data: Path | None, out: Path | None, **asked: A
     """
     with exit_on_user_error():
         prepare_process()
-        check(runs, asked)
+        check(runs, options_given())
         with (
             take_folder(out) if out else nullcontext(),
             machine(asked["device"]) as (device, facts),
@@ -103,14 +112,28 @@ def main(runs: tuple[Path, ...], data: Path | None, out: Path | None, **asked: A
             show(evaluation_text(evaluated), evaluated, out, evaluation.NAME)
 
 
-def check(runs: tuple[Path, ...], asked: dict[str, Any]) -> None:
-    """UserError where options do not go together; asked before any work."""
-    if asked["is_about_data"] and runs:
-        raise UserError("--data-facts: is about records and takes no run; name them with --data")
-    if not asked["is_about_data"] and not runs:
+def check(runs: tuple[Path, ...], given: set[str]) -> None:
+    """UserError where options do not go together; asked before any work.
+
+    Args:
+        given: the names of all options on the command line.
+    """
+    if "is_about_data" in given:
+        if runs:
+            remedy = "name them with --data"
+            raise UserError(f"--data-facts: is about records and takes no run; {remedy}")
+        if others := sorted(given & OF_RUNS.keys()):
+            what = "is of runs, and --data-facts is about images alone"
+            raise UserError(f"{OF_RUNS[others[0]]}: {what}; leave it out")
+        return
+    if not runs:
         raise UserError("no run is named; name the folder of one, or give --data-facts")
-    if asked["max_train"] and not asked["is_about_data"]:
+    if "max_train" in given:
         raise UserError("--max-train: goes with --data-facts only; leave it out")
+    places = [run.resolve() for run in runs]
+    for number, place in enumerate(places):
+        if place in places[:number]:
+            raise UserError(f"{runs[number]}: is named twice; name each run once")
 
 
 @contextmanager

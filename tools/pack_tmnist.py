@@ -13,18 +13,23 @@ import click
 
 from engine.data.foreign import listed
 from engine.data.pack import PackOptions, check, pack
+from engine.data.record_file import SPLITS
 from engine.data.records import GIVEN, verify_records
 from engine.data.remote import check_free, local, publish
 from engine.durable import writing
 from engine.errors import EXIT_USER_ERROR, UserError, exit_on_user_error, printable
 from engine.host import cache_notes, prepare_process
 from engine.paths import PATH, PATH_OR_URL
-from engine.ui import guard_outputs, progress_bar
+from engine.ui import guard_outputs, options_given, progress_bar
 from tools.describe import class_table, describe, given_lines
 from tools.source_options import source_options
 
 Sources = tuple[Path, ...] | dict[str, tuple[Path, ...]]
 """Files, or files by the split that they are given for."""
+ACTIONS = CHECK, VERIFY, DESCRIBE = ("check", "verify", "describe")
+"""What is done instead of packing."""
+OF_ACTIONS = {"fingerprint": VERIFY, "sheet": DESCRIBE}
+"""Options that only one of them has a use for."""
 EPILOG = """\b
 tools/pack_tmnist 94_character_TMNIST.csv records  pack; .csv.gz, .zip and - (a pipe) work as well
 tools/pack_tmnist --check 94_character_TMNIST.csv  list what is wrong with it, pack nothing
@@ -76,18 +81,9 @@ tools/pack_tmnist --describe records               classes, typefaces, statistic
     "--classes", type=click.IntRange(1, 256), help="Refuse another number of labels than this."
 )
 @click.option("--force", is_flag=True, help="Replace OUT if it is a record directory.")
-@click.option(
-    "--check", "action", flag_value="check", help="Only read SOURCE; list up to 100 faults."
-)
-@click.option(
-    "--verify", "action", flag_value="verify", help="SOURCE is a record directory: is it whole?"
-)
-@click.option(
-    "--describe",
-    "action",
-    flag_value="describe",
-    help="SOURCE is a record directory: what is in it?",
-)
+@click.option("--check", is_flag=True, help="Only read SOURCE; list up to 100 faults.")
+@click.option("--verify", is_flag=True, help="SOURCE is a record directory: is it whole?")
+@click.option("--describe", is_flag=True, help="SOURCE is a record directory: what is in it?")
 @click.option(
     "--fingerprint", default="", help="With --verify: its fingerprint, or the beginning of it."
 )
@@ -98,7 +94,6 @@ tools/pack_tmnist --describe records               classes, typefaces, statistic
 )
 def main(
     paths: tuple[Path | str, ...],
-    action: str | None,
     fingerprint: str,
     sheet: Path | None,
     train: tuple[Path, ...],
@@ -113,6 +108,8 @@ def main(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with exit_on_user_error():
         prepare_process()
+        action = _action(options_given())
+        options = {name: value for name, value in options.items() if name not in ACTIONS}
         given = {"train": train, "val": val, "test": test}
         if any(given.values()):
             _given(given, paths, action, PackOptions(**options))
@@ -122,15 +119,15 @@ def main(
                 "there is no source; name one, and the record directory to pack it into"
             )
         source = paths[0]
-        if action == "check":
+        if action == CHECK:
             _check(_sources(paths), PackOptions(**options))
         elif action and len(paths) > 1:
             raise UserError(f"--{action} takes one path, got {' and '.join(map(str, paths))}")
-        elif action == "verify":
+        elif action == VERIFY:
             records = local(source)
             manifest = verify_records(records, fingerprint)
             click.echo(f"{printable(str(records))}: whole, fingerprint {manifest['fingerprint']}")
-        elif action == "describe":
+        elif action == DESCRIBE:
             place = Path(source).name if isinstance(source, str) else source.resolve()
             click.echo(describe(local(source), sheet or Path(f"{place}.png")))
         elif len(paths) == 1:
@@ -140,6 +137,28 @@ def main(
             )
         else:
             _pack(_sources(paths[:-1]), paths[-1], PackOptions(**options))
+
+
+def _action(given: set[str]) -> str | None:
+    """What to do instead of packing, if anything.
+
+    Args:
+        given: the names of all options on the command line.
+    Raises:
+        UserError: two are asked for, or an option is given that has no use there.
+    """
+    actions = [name for name in ACTIONS if name in given]
+    if len(actions) > 1:
+        raise UserError(f"--{actions[0]}: does not go with --{actions[1]}; give one of them")
+    action = actions[0] if actions else None
+    for option, wanted in OF_ACTIONS.items():
+        if option in given and action != wanted:
+            raise UserError(f"--{option}: goes with --{wanted} only; leave it out")
+    others = sorted(given - {"paths", *ACTIONS, *OF_ACTIONS, *SPLITS})
+    if action in (VERIFY, DESCRIBE) and others:
+        flag = others[0].replace("_", "-")
+        raise UserError(f"--{flag}: is of packing, and --{action} packs nothing; leave it out")
+    return action
 
 
 def _sources(paths: tuple[Path | str, ...]) -> tuple[Path, ...]:
@@ -157,7 +176,7 @@ def _given(
     options: PackOptions,
 ) -> None:
     """Pack or check splits that are given."""
-    if action not in (None, "check"):
+    if action not in (None, CHECK):
         raise UserError(f"--{action}: takes a record directory; leave --train, --test, --val out")
     if len(paths) != (action is None):
         want = "OUT alone" if action is None else "no SOURCE"

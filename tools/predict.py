@@ -25,7 +25,7 @@ from engine.errors import UserError, exit_on_user_error, printable
 from engine.host import prepare_process
 from engine.paths import PATH
 from engine.report import NetworkFacts
-from engine.ui import guard_outputs
+from engine.ui import guard_outputs, options_given
 from tools.report.outputs import check_file
 from tools.source_options import source_options
 
@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     Load = Callable[[], tuple[Network, NetworkFacts]]
 
 PICTURE = Path("predictions.png")
+OF_PICTURES = {"run", "out", "data", "model", "export"}
+"""Parameters of a call without IMAGES."""
+FLAGS = {"as_csv": "csv"}
+"""Of parameters, those that are called otherwise."""
 CSV = ".csv"
 EPILOG = """\b
 tools/predict runs/x a.png b.png                   a line each: answer, probability, the next two
@@ -63,7 +67,9 @@ tools/predict runs/x --out predictions.png         a picture of test glyphs with
     type=click.Choice(SPLITS),
     help="Where IMAGES is a record directory.  [default: test]",
 )
-@source_options("first|last|N|none", "; none: a source of any layout has no labels")
+@source_options(
+    "first|last|N|none", "; none: it, or a source of another layout, is read without labels"
+)
 @click.option(
     "--data",
     type=RECORDS,
@@ -92,8 +98,11 @@ def main(
             form.check(export)
             answer(partial(load, run, data, model), sources, source_flags, form)
             return
-        if form != Form(out) or source_flags != SourceOptions():
-            raise UserError("no IMAGES are named, but options that are theirs; name them, too")
+        if others := sorted(options_given() - OF_PICTURES):
+            flag = FLAGS.get(others[0], others[0].replace("_", "-"))
+            raise UserError(
+                f"--{flag}: is about IMAGES, and none are named; name some, or leave it out"
+            )
         from tools.glyphs import draw_glyphs
 
         draw_glyphs(run, data, model, out or PICTURE, export)
@@ -126,13 +135,15 @@ def answer(load: "Load", sources: Sequence[Path], options: SourceOptions, form: 
         inputs = stack.enter_context(open_inputs(sources, options, form.split))
         network, facts = loading.result()
         from tools.measure.predictions import num_right, predict
-        from tools.report.predictions import csv_text, ground_note, lines
+        from tools.report.predictions import csv_text, ground_note, label_note, lines
 
         predictions = predict(network, facts, inputs, invert=form.invert)
         for found in inputs.found:
             note(f"read as {found}")
         if ground := ground_note(predictions, facts, is_inverted=form.invert):
             note(ground)
+        if unknown := label_note(facts, inputs):
+            note(unknown)
         if form.out or form.as_csv:
             text = csv_text(predictions, facts, inputs)
         else:

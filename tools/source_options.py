@@ -23,7 +23,7 @@ def source_options(columns: str, hint: str) -> Decorator:
             type=click.Choice(LAYOUTS),
             default="auto",
             show_default=True,
-            help="What the sources are; auto: what their bytes say, and it is printed.",
+            help="What the sources are; auto: what their bytes say; what was found is printed.",
         ),
         click.option(
             "--images",

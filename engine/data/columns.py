@@ -54,9 +54,6 @@ class Column:
     type: Any
     """A pyarrow.DataType."""
 
-    def __str__(self) -> str:
-        return f"{self.name!r} of {self.type}"
-
     def image_fault(self) -> str:
         """Why it cannot be the images, and what to do; "" if it can."""
         kind = _cell(self.type)

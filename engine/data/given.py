@@ -58,7 +58,7 @@ class SourceOptions(Asked):
 
     def check(self, layout: Layouts, name: str) -> None:
         """UserError if an option is given that a source of this layout has no use for."""
-        if layout != "csv" and self._are_of_csvs(layout):
+        if layout != "csv" and self._are_of_csvs:
             flags = "--label-column, --no-header and --index-column"
             raise UserError(f"{name}: is {layout}, but {flags} are of CSVs; leave them out")
         if layout not in NAMED and (self.images or self.labels):
@@ -72,11 +72,10 @@ class SourceOptions(Asked):
                 f"leave one out"
             )
 
-    def _are_of_csvs(self, layout: Layouts) -> bool:
+    @property
+    def _are_of_csvs(self) -> bool:
         """Whether an option is given that no other layout has a use for."""
-        if layout == "png" or self.has_labels:  # of pictures, the folders say whether there are any
-            return self.changes_anything
-        return self.no_header or self.index_column
+        return self.changes_anything if self.has_labels else self.no_header or self.index_column
 
 
 Groups = Mapping[str, Sequence[Path]]

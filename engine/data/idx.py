@@ -37,14 +37,17 @@ KINDS = {1: "labels", 2: "vectors", 3: "images", 4: "images of several colours"}
 """What a file of so many axes holds."""
 IMAGE_AXES, LABEL_AXES = 3, 1
 USAGE = "give pairs, images then labels: tools/pack_tmnist IMAGES LABELS OUT"
+USAGE_ALONE = "leave it out, or give pairs of images and labels without --label-column none"
 AGAIN = "download or write it again"
 
 
 class IdxFile:
     """One file: its header read and checked, its values next."""
 
-    def __init__(self, source: Source, num_axes: int) -> None:
+    def __init__(self, source: Source, num_axes: int, usage: str = USAGE) -> None:
         """
+        Args:
+            usage: what to give instead, for the sentences.
         Raises:
             UserError: it is no IDX file of so many axes of uint8, or, where that is known from its
                 size, it is longer or shorter than its header says.
@@ -55,13 +58,13 @@ class IdxFile:
             source.refuse_foreign(head + self._read(508))
             raise UserError(
                 f"{source.name}: is no IDX file of {KINDS[num_axes]} "
-                f"(it begins with {head.hex(' ') or 'nothing'}); {USAGE}"
+                f"(it begins with {head.hex(' ') or 'nothing'}); {usage}"
             )
         found = KINDS[head[3]]
         if head[3] != num_axes:
             raise UserError(
                 f"{source.name}: is an IDX file of {found} where {KINDS[num_axes]} are expected; "
-                f"{USAGE}"
+                f"{usage}"
             )
         if head[2] != UINT8:
             raise UserError(
@@ -111,7 +114,7 @@ class IdxImages:
 
     def __init__(self, images: Source, labels: Source | None) -> None:
         """UserError if the headers are refused, or do not fit each other."""
-        self._images = IdxFile(images, IMAGE_AXES)
+        self._images = IdxFile(images, IMAGE_AXES, USAGE if labels else USAGE_ALONE)
         self._labels = IdxFile(labels, LABEL_AXES) if labels else None
         self.name = images.name
         self.num_images, height, width = self._images.shape

@@ -129,7 +129,7 @@ that may; None: there are no labels."""
 
 
 class Part(Protocol):
-    """What a source holds under a name: an array, a column; its text describes it."""
+    """What a source holds under a name: an array, a column."""
 
     @property
     def noun(self) -> str: ...
@@ -166,10 +166,11 @@ def chosen(source: str, parts: Sequence[P], role: str, asked: str, fault: Callab
             raise UserError(f"{source}: the {noun} {one.name!r} {what}")
         return one
     if not fit:
-        holds = listed([str(part) for part in parts]) or "nothing"
+        why = [f"{part.name!r} {fault(part).partition(';')[0]}" for part in parts]
         hint = f" ({TO_PREDICT})" if role == "labels" else ""
         raise UserError(
-            f"{source}: holds no {noun} that may be the {role}, but {holds}; give {flag}{hint}"
+            f"{source}: holds no {noun} that may be the {role}: {listed(why) or 'it is empty'}; "
+            f"give {flag}{hint}"
         )
     if len(fit) > 1:
         names = listed([repr(part.name) for part in fit])

@@ -10,11 +10,13 @@ Does not: ask a network; tools/predict does.
 Shapes: N images, M of them, P pixels of each.
 """
 
+import io
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -119,7 +121,7 @@ def _open_pipe(
 ) -> tuple[CsvFiles | ImageFiles, bool]:
     if len(paths) > 1:
         raise UserError("-: stands beside other sources; pipe all of them, or name all of them")
-    source = stack.enter_context(open_source(paths[0], csv_kind(options)))
+    source = stack.enter_context(open_source(paths[0], partial(_pipe, options)))
     if options.layout not in ("auto", "csv", "png"):
         raise UserError(
             f"{source.name}: is read as PNGs or a CSV, not as {options.layout}; name a file"
@@ -132,12 +134,25 @@ def _open_pipe(
     return CsvFiles([source], options, {"": 1}), options.has_labels
 
 
+def _pipe(
+    options: SourceOptions, path: Path, name: str, raw: io.BufferedReader, stack: ExitStack
+) -> Source:
+    """An open pipe: of pictures as it is, of a CSV as it is to be arranged."""
+    if options.layout == "png" or (options.layout == "auto" and _begins_picture(raw)):
+        return Source(path, name, raw, stack)
+    return csv_kind(options)(path, name, raw, stack)
+
+
 def _pipes_pictures(source: Source) -> bool:
     """Whether a picture comes next; of a CSV that is arranged, the first bytes have been read."""
     if isinstance(source, ArrangedSource):
         return False
     with reading(source.name):
-        return is_picture(source.raw.peek(HEAD_BYTES)[:HEAD_BYTES])
+        return _begins_picture(source.raw)
+
+
+def _begins_picture(raw: io.BufferedReader) -> bool:
+    return is_picture(raw.peek(HEAD_BYTES)[:HEAD_BYTES])
 
 
 def _is_unlabelled(path: Path, options: SourceOptions) -> bool:

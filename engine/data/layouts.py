@@ -35,7 +35,10 @@ def layout_of(paths: Sequence[Path], asked: Layouts = "auto") -> Layouts:
     found = [_layout(path) for path in paths]
     for path, layout in zip(paths, found, strict=True):
         if layout != found[0]:
-            if layout == "csv" and not (path.is_dir() or OPENED.fullmatch(str(path))):
+            if path.is_dir() and layout == "csv":
+                what = f"is a folder without class folders, but {paths[0]} is {found[0]}"
+                raise UserError(f"{path}: {what}; name sources of one layout")
+            if layout == "csv" and not OPENED.fullmatch(str(path)):
                 first_bytes(path)  # says why, where it cannot be read
             raise UserError(
                 f"{path}: has the layout {layout}, but {paths[0]} {found[0]}; "

@@ -65,9 +65,6 @@ class Array:
     offset: int
     """Of its first value, in the member."""
 
-    def __str__(self) -> str:
-        return f"{self.name!r} {self.shape} of {self.dtype}"
-
     def image_fault(self) -> str:
         """Why it cannot be the images, and what to do; "" if it can."""
         if self.dtype.hasobject:

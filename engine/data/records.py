@@ -44,6 +44,7 @@ from engine.durable import (
     MANIFEST,
     Damaged,
     Disturbed,
+    Foreign,
     parse_json,
     read_manifest,
     read_small,
@@ -120,6 +121,8 @@ class Records:
 
     def split(self, name: str) -> Split:
         """The split called `name`; UserError if the records were packed without it."""
+        if name not in SPLITS:
+            raise UserError(f"there is no split {name!r}; choose one of {', '.join(SPLITS)}")
         if name not in self.splits:
             raise UserError(f"{self.path}: has no {name} split; pack it again with --split random")
         return self.splits[name]
@@ -207,6 +210,9 @@ def open_records(path: str | Path, *, in_memory: bool = True) -> Records:
         UserError: not a record directory, incomplete, damaged, or of another version.
     """
     directory = local(path)
+    if directory.is_file():
+        what = "is a file, want a record directory"
+        raise UserError(f"{path}: {what}; make one of it: tools/pack_tmnist {path} RECORDS")
     if not directory.is_dir():
         raise UserError(f"{path}: no such record directory; {REMEDY}")
     with _refusing(directory):
@@ -243,6 +249,8 @@ def _refusing(directory: Path) -> Iterator[None]:
         yield
     except Disturbed as error:
         raise UserError(f"{directory}: {error}") from None
+    except Foreign as error:
+        raise UserError(f"{directory}: is no record directory: {error}; name one") from None
     except Damaged as error:
         is_there = (directory / MANIFEST).exists()
         kind = "damaged" if is_there else "incomplete or not a record directory"

@@ -197,6 +197,8 @@ def _irregular(path: Path, mode: int, is_terminal: bool) -> str:
         kind = "a FIFO"
     elif stat.S_ISCHR(mode):
         kind = "a device"
+    if OPENED.fullmatch(str(path)):
+        return f"is {kind}; pipe a CSV into it, or name a file"
     return f"is not a regular file but {kind}; give a .csv, .csv.gz or .zip, or - for a pipe"
 
 

@@ -158,7 +158,13 @@ class Loader:
 
     def set_epoch(self, epoch: int) -> None:
         """Let the next iteration be of this epoch; after `load_state_dict` with that epoch it goes
-        on where the state says."""
+        on where the state says.
+
+        Raises:
+            UserError: it is no whole number from 0 on.
+        """
+        if not isinstance(epoch, int) or epoch < 0:
+            raise UserError(f"loader: epoch is {epoch!r}; give a whole number from 0 on")
         if epoch != self.epoch or self._is_begun:
             self._place(epoch, 0)
 

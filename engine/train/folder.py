@@ -13,7 +13,7 @@ from typing import Any
 from engine.config import RunConfig
 from engine.durable import Damaged, is_empty, parse_json, read_manifest, remove_leftovers
 from engine.errors import UserError
-from engine.report import EpochBatch, Segment
+from engine.report import SWEEP, EpochBatch, Segment
 from engine.train.noise import NoiseScale
 from engine.train.schedule import Timing
 from engine.typed import typed
@@ -22,7 +22,6 @@ CONFIG = "config.toml"
 METRICS = "metrics.jsonl"
 REPORT = "report.json"
 WEIGHTS = "model.safetensors"
-SWEEP = "sweep.toml"
 """Of a folder whose folders are runs (train/sweep.py)."""
 CHECKPOINTS = "checkpoints"
 PREEMPTED = "preempted"

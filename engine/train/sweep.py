@@ -23,8 +23,8 @@ from engine.config import OWN, RunConfig, override, settings_of
 from engine.config_text import config_of, parse_value, to_toml
 from engine.durable import write_file
 from engine.errors import UserError, printable
-from engine.report import Environment
-from engine.train.folder import SWEEP, check_same_training, newest_manifest
+from engine.report import SWEEP, Environment
+from engine.train.folder import check_same_training, newest_manifest
 
 RESULT = "sweep.json"
 TABLE = "sweep"

@@ -53,6 +53,8 @@ class Compared:
         tree = asdict(self)
         figures = ("ratio", "low95", "high95")
         known = {n: tree[n] if isfinite(tree[n] or 0) else None for n in figures}
+        if known["high95"] is None:  # of one pair there is no interval
+            known["low95"] = None
         row = {"cell": tree.pop("cell"), **tree.pop("axes"), "pairs": tree.pop("pairs")}
         return row | {name: known.get(name, tree[name]) for name in tree}
 

@@ -8,6 +8,7 @@ import io
 import re
 from collections.abc import Iterator, Sequence
 
+from engine.data.foreign import listed
 from engine.data.inputs import Inputs
 from engine.errors import printable
 from engine.report import NetworkFacts
@@ -60,6 +61,15 @@ def ground_note(predictions: Predictions, facts: NetworkFacts, *, is_inverted: b
         f"note: {num:,} of {num_images:,} images look {found}, and the network was trained on "
         f"{trained}; {remedy}"
     )
+
+
+def label_note(facts: NetworkFacts, inputs: Inputs) -> str:
+    """That the images bear labels which the network cannot answer; "" if they do not."""
+    unknown = [repr(name) for name in inputs.classes if name not in facts.classes]
+    if not unknown:
+        return ""
+    what = f"{len(unknown)} of the {len(inputs.classes)} labels are no classes of this network"
+    return f"note: {what} ({listed(unknown)}); images that bear them count as wrong"
 
 
 def _rows(
