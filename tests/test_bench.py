@@ -261,9 +261,11 @@ def test_fullsize(tmp_path: Path, small_dir: Path) -> None:
     plan = fullsize.Plan(small_dir, "networks", 1, ("--epochs=1", "--batch-size=32"))
     fullsize.bench(tmp_path, plan, tmp_path / "runs")
     trained = (tmp_path / "runs/networks/0-1/report.json").read_bytes()
-    fullsize.bench(tmp_path, replace(plan, seeds=2), tmp_path / "runs")
+    assert "training time" in (tmp_path / "cpu_networks.json").read_text()
+    fullsize.bench(tmp_path, replace(plan, seeds=2, at_once=2), tmp_path / "runs")
     assert (tmp_path / "runs/networks/0-1/report.json").read_bytes() == trained
     assert "the best ensemble's test accuracy (%)" in checked(tmp_path / "cpu_networks.json")
+    assert "training time" not in (tmp_path / "cpu_networks.json").read_text()
 
 
 def test_runs_of_several_commits_are_no_one_figure(tmp_path: Path) -> None:

@@ -1,13 +1,16 @@
 """Whole trainings, all to their end, seed by seed: recipes, networks and what each part is worth.
 
 A group is a list of sides that are trained in turn with the same seeds; its first side is what the
-others are compared with. Each group leaves a file of its own.
+others are compared with. Each group leaves a file of its own. Where several runs train at once,
+which takes less time in all, the file has their accuracies and no times.
 """
 
+import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import combinations, product
@@ -17,7 +20,7 @@ from statistics import mean, median
 import click
 
 from engine.errors import UserError, exit_on_user_error
-from engine.host import ROOT
+from engine.host import ROOT, num_cpus
 from engine.report import RunReport, read_report
 from tests.bench import OUT
 from tools.measure.evaluation import read_evaluation
@@ -49,8 +52,12 @@ class Group:
     """Sides whose runs are also evaluated together; see `together`."""
 
 
-def train(data: Path, flags: tuple[str, ...], folder: Path) -> RunReport:
-    """One run of engine.run, or the one that is in its folder already; its report."""
+def train(data: Path, flags: tuple[str, ...], folder: Path, num_threads: int | None) -> RunReport:
+    """One run of engine.run, or the one that is in its folder already; its report.
+
+    Args:
+        num_threads: None: as the engine chooses.
+    """
     command = [
         sys.executable,
         "-m",
@@ -61,7 +68,8 @@ def train(data: Path, flags: tuple[str, ...], folder: Path) -> RunReport:
         "--resume=auto",
         *flags,
     ]
-    subprocess.run(command, cwd=ROOT, check=True)
+    threads = {"OMP_NUM_THREADS": str(num_threads)} if num_threads else {}
+    subprocess.run(command, cwd=ROOT, env=os.environ | threads, check=True)
     return read_report(folder)
 
 
@@ -74,19 +82,29 @@ class Plan:
     seeds: int
     extra: tuple[str, ...] = ()
     """Flags that shorten a smoke run."""
+    at_once: int = 1
+    """Runs that train side by side, on equal shares of the cores."""
 
     def trained(self, place: Path) -> tuple[Reports, dict[str, list[Path]]]:
         """The reports and folders of all sides, trained in turn, seed by seed."""
         sides = GROUPS[self.name].sides
+        seeds = range(1, self.seeds + 1)
+        num_threads = max(num_cpus() // self.at_once, 1) if self.at_once > 1 else None
+
+        def run(what: tuple[int, str]) -> RunReport:
+            seed, side = what
+            given = (*sides[side], f"--seed={seed}", *self.extra)
+            return train(self.data, given, folders[side][seed - 1], num_threads)
+
+        folders = {
+            side: [place / self.name / f"{number}-{seed}" for seed in seeds]
+            for number, side in enumerate(sides)
+        }
         reports: Reports = {side: [] for side in sides}
-        folders: dict[str, list[Path]] = {side: [] for side in sides}
-        for seed, (number, (side, flags)) in product(
-            range(1, self.seeds + 1), enumerate(sides.items())
-        ):
-            folder = place / self.name / f"{number}-{seed}"
-            given = (*flags, f"--seed={seed}", *self.extra)
-            reports[side].append(train(self.data, given, folder))
-            folders[side].append(folder)
+        runs = list(product(seeds, sides))
+        with ThreadPoolExecutor(self.at_once) as pool:
+            for (_, side), report in zip(runs, pool.map(run, runs), strict=True):
+                reports[side].append(report)
         _check_commits([run for runs in reports.values() for run in runs], place)
         return reports, folders
 
@@ -109,19 +127,21 @@ def bench(out: Path, plan: Plan, runs: Path | None = None) -> None:
         reports, folders = plan.trained(place)
         evaluated = GROUPS[plan.name].evaluated if plan.seeds > 1 else ()
         more = [each for side in evaluated for each in together(side, folders[side])]
-    _write(out, plan.name, reports, more)
+    _write(out, plan, reports, more)
 
 
-def _write(out: Path, name: str, reports: Reports, more: list[Row]) -> None:
+def _write(out: Path, plan: Plan, reports: Reports, more: list[Row]) -> None:
     """The result file: figures of each side, comparisons with the first, `more`, claims."""
-    group = GROUPS[name]
+    group = GROUPS[plan.name]
     first, *others = reports
-    rows = [each for side, runs in reports.items() for each in rows_of(side, runs)]
+    alone = plan.at_once == 1
+    rows = [each for side, runs in reports.items() for each in rows_of(side, runs, timed=alone)]
     rows += [compared(side, reports[side], first, reports[first]) for side in others]
     one = reports[first][0]
+    how = "one seed after another" if alone else f"up to {plan.at_once} runs at once, so no times"
     write_result(
-        out / f"cpu_{name}.json",
-        title=f"{group.title}: {one.num_train_samples:,} images, two cores, one seed after another",
+        out / f"cpu_{plan.name}.json",
+        title=f"{group.title}: {one.num_train_samples:,} images, two cores, {how}",
         environment=one.environment,
         rows=rows + more,
         claims=group.claims(reports) + ensemble_claims(more),
@@ -157,17 +177,20 @@ def accuracies(runs: Sequence[RunReport]) -> list[float]:
     return [100 * (run.test_accuracy_fraction or 0.0) for run in runs]
 
 
-def rows_of(side: str, runs: list[RunReport]) -> list[Row]:
-    """Time, accuracy and throughput of a side."""
+def rows_of(side: str, runs: list[RunReport], *, timed: bool) -> list[Row]:
+    """Accuracy of a side, and its time and throughput where nothing ran beside it."""
     one = runs[0]
     plural = "" if one.num_epochs == 1 else "s"
     title = f"{side}, {one.num_epochs} epoch{plural}, batch {one.config.global_batch}"
     val = [100 * (run.val_accuracy_fraction or 0.0) for run in runs]
-    return [
+    times = [
         row(f"{title}: training time", [run.train_s for run in runs], "s"),
+        row(f"{title}: throughput", [run.samples_per_s for run in runs], "samples/s"),
+    ]
+    return [
+        *(times if timed else ()),
         row(f"{title}: test accuracy", accuracies(runs), "%"),
         row(f"{title}: best validation accuracy", val, "%"),
-        row(f"{title}: throughput", [run.samples_per_s for run in runs], "samples/s"),
     ]
 
 
@@ -315,11 +338,20 @@ GROUPS = {
     type=click.Path(path_type=Path),
     help="Keep the runs there: the same command goes on where one was cut off, or with more seeds.",
 )
-def main(data: Path, out: Path, groups: tuple[str, ...], seeds: int, runs: Path | None) -> None:
+@click.option(
+    "--at-once",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Runs that train side by side, on equal shares of the cores: accuracies and no times.",
+)
+def main(
+    data: Path, out: Path, groups: tuple[str, ...], seeds: int, runs: Path | None, at_once: int
+) -> None:
     """Benchmark whole trainings."""
     with exit_on_user_error():
         for name in groups or GROUPS:
-            bench(out, Plan(data, name, seeds), runs)
+            bench(out, Plan(data, name, seeds, at_once=at_once), runs)
 
 
 if __name__ == "__main__":
