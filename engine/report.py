@@ -198,7 +198,7 @@ def write_json(value: Any, path: Path) -> None:
 
 
 SWEEP = "sweep.toml"
-"""What the folder of a sweep holds; those of its members hold reports."""
+"""Of a folder whose folders are runs (train/sweep.py); they hold the reports."""
 
 
 def read_report(run_folder: Path) -> RunReport:

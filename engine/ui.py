@@ -18,11 +18,14 @@ import click
 from click.core import ParameterSource
 
 
-def options_given() -> set[str]:
-    """The names of the parameters that the running command's line gives, defaults or not."""
+def options_given() -> dict[str, str]:
+    """What the running command's line gives, by parameter: the option as users write it."""
     context = click.get_current_context()
-    source = context.get_parameter_source
-    return {name for name in context.params if source(name) is ParameterSource.COMMANDLINE}
+    return {
+        each.name: max(each.opts, key=len)
+        for each in context.command.params
+        if each.name and context.get_parameter_source(each.name) is ParameterSource.COMMANDLINE
+    }
 
 
 @contextmanager

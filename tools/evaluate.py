@@ -27,14 +27,8 @@ from tools.measure.evaluation import Evaluation, Opened, Question, answer, evalu
 from tools.measure.neighbours import DataFacts, data_facts
 from tools.report.evaluation import evaluation_text, facts_text
 
-OF_RUNS = {
-    "split": "--split",
-    "shifts": "--shifts",
-    "ensemble": "--ensemble",
-    "confused_percent": "--confused",
-    "model": "--model",
-}
-"""Options by their parameters that --data-facts has no use for."""
+OF_RUNS = ("split", "shifts", "ensemble", "confused_percent", "model")
+"""Parameters that --data-facts has no use for."""
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -112,19 +106,19 @@ def main(runs: tuple[Path, ...], data: Path | None, out: Path | None, **asked: A
             show(evaluation_text(evaluated), evaluated, out, evaluation.NAME)
 
 
-def check(runs: tuple[Path, ...], given: set[str]) -> None:
+def check(runs: tuple[Path, ...], given: dict[str, str]) -> None:
     """UserError where options do not go together; asked before any work.
 
     Args:
-        given: the names of all options on the command line.
+        given: all options on the command line, by parameter.
     """
     if "is_about_data" in given:
         if runs:
             remedy = "name them with --data"
             raise UserError(f"--data-facts: is about records and takes no run; {remedy}")
-        if others := sorted(given & OF_RUNS.keys()):
+        if others := [given[name] for name in OF_RUNS if name in given]:
             what = "is of runs, and --data-facts is about images alone"
-            raise UserError(f"{OF_RUNS[others[0]]}: {what}; leave it out")
+            raise UserError(f"{others[0]}: {what}; leave it out")
         return
     if not runs:
         raise UserError("no run is named; name the folder of one, or give --data-facts")

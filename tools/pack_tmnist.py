@@ -139,11 +139,11 @@ def main(
             _pack(_sources(paths[:-1]), paths[-1], PackOptions(**options))
 
 
-def _action(given: set[str]) -> str | None:
+def _action(given: dict[str, str]) -> str | None:
     """What to do instead of packing, if anything.
 
     Args:
-        given: the names of all options on the command line.
+        given: all options on the command line, by parameter.
     Raises:
         UserError: two are asked for, or an option is given that has no use there.
     """
@@ -154,10 +154,10 @@ def _action(given: set[str]) -> str | None:
     for option, wanted in OF_ACTIONS.items():
         if option in given and action != wanted:
             raise UserError(f"--{option}: goes with --{wanted} only; leave it out")
-    others = sorted(given - {"paths", *ACTIONS, *OF_ACTIONS, *SPLITS})
+    passed = {"paths", *ACTIONS, *OF_ACTIONS, *SPLITS}
+    others = [option for name, option in given.items() if name not in passed]
     if action in (VERIFY, DESCRIBE) and others:
-        flag = others[0].replace("_", "-")
-        raise UserError(f"--{flag}: is of packing, and --{action} packs nothing; leave it out")
+        raise UserError(f"{others[0]}: is of packing, and --{action} packs nothing; leave it out")
     return action
 
 

@@ -37,8 +37,6 @@ if TYPE_CHECKING:
 PICTURE = Path("predictions.png")
 OF_PICTURES = {"run", "out", "data", "model", "export"}
 """Parameters of a call without IMAGES."""
-FLAGS = {"as_csv": "csv"}
-"""Of parameters, those that are called otherwise."""
 CSV = ".csv"
 EPILOG = """\b
 tools/predict runs/x a.png b.png                   a line each: answer, probability, the next two
@@ -98,10 +96,10 @@ def main(
             form.check(export)
             answer(partial(load, run, data, model), sources, source_flags, form)
             return
-        if others := sorted(options_given() - OF_PICTURES):
-            flag = FLAGS.get(others[0], others[0].replace("_", "-"))
+        given = options_given()
+        if others := [option for name, option in given.items() if name not in OF_PICTURES]:
             raise UserError(
-                f"--{flag}: is about IMAGES, and none are named; name some, or leave it out"
+                f"{others[0]}: is about IMAGES, and none are named; name some, or leave it out"
             )
         from tools.glyphs import draw_glyphs
 

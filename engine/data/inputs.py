@@ -126,7 +126,7 @@ def _open_pipe(
         raise UserError(
             f"{source.name}: is read as PNGs or a CSV, not as {options.layout}; name a file"
         )
-    if options.layout == "png" or (options.layout == "auto" and _pipes_pictures(source)):
+    if _is_of_pictures(source, options):
         from engine.data.unlabelled import piped
 
         options.check("png", source.name)
@@ -138,20 +138,22 @@ def _pipe(
     options: SourceOptions, path: Path, name: str, raw: io.BufferedReader, stack: ExitStack
 ) -> Source:
     """An open pipe: of pictures as it is, of a CSV as it is to be arranged."""
-    if options.layout == "png" or (options.layout == "auto" and _begins_picture(raw)):
-        return Source(path, name, raw, stack)
-    return csv_kind(options)(path, name, raw, stack)
+    make = Source if _holds_pictures(raw, options) else csv_kind(options)
+    return make(path, name, raw, stack)
 
 
-def _pipes_pictures(source: Source) -> bool:
-    """Whether a picture comes next; of a CSV that is arranged, the first bytes have been read."""
+def _is_of_pictures(source: Source, options: SourceOptions) -> bool:
+    """As `_pipe` found; of a CSV that is arranged, the first bytes have been read."""
     if isinstance(source, ArrangedSource):
         return False
     with reading(source.name):
-        return _begins_picture(source.raw)
+        return _holds_pictures(source.raw, options)
 
 
-def _begins_picture(raw: io.BufferedReader) -> bool:
+def _holds_pictures(raw: io.BufferedReader, options: SourceOptions) -> bool:
+    """Whether a pipe that nothing was read from is one of PNGs."""
+    if options.layout != "auto":
+        return options.layout == "png"
     return is_picture(raw.peek(HEAD_BYTES)[:HEAD_BYTES])
 
 

@@ -90,16 +90,16 @@ class Plan:
         sides = GROUPS[self.name].sides
         seeds = range(1, self.seeds + 1)
         num_threads = max(num_cpus() // self.at_once, 1) if self.at_once > 1 else None
+        folders = {
+            side: [place / self.name / f"{number}-{seed}" for seed in seeds]
+            for number, side in enumerate(sides)
+        }
 
         def run(what: tuple[int, str]) -> RunReport:
             seed, side = what
             given = (*sides[side], f"--seed={seed}", *self.extra)
             return train(self.data, given, folders[side][seed - 1], num_threads)
 
-        folders = {
-            side: [place / self.name / f"{number}-{seed}" for seed in seeds]
-            for number, side in enumerate(sides)
-        }
         reports: Reports = {side: [] for side in sides}
         runs = list(product(seeds, sides))
         with ThreadPoolExecutor(self.at_once) as pool:
