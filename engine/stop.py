@@ -95,9 +95,16 @@ STOP = StopRequest()
 
 def end_with_launcher() -> None:
     """Let a rank be asked to stop when the torchrun that started it dies, even by SIGKILL."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return
-    launcher = os.getppid()
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if launcher == 1 or os.getppid() != launcher:  # it died before the call
-        os.kill(os.getpid(), signal.SIGTERM)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent(os.getppid(), signal.SIGTERM)
+
+
+def end_with_parent(parent: int, number: int) -> None:
+    """Let this process get a signal when its parent dies, even by SIGKILL.
+
+    Args:
+        parent: its process id, asked for while it surely lived, or as early as can be.
+    """
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
+    if parent == 1 or os.getppid() != parent:  # it died before the call
+        os.kill(os.getpid(), number)

@@ -2,11 +2,14 @@
 
 import io
 import os
+import signal
 import struct
 import subprocess
 import sys
+import time
 import zlib
 from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from engine.data import images
+from engine.data import images, pictures
 from engine.data.pack import PackOptions, check, pack
 from engine.data.pictures import SIGNATURE
+from engine.data.processes import processes
 from engine.data.records import open_records
 from engine.errors import UserError
 from engine.host import ROOT
@@ -62,10 +66,12 @@ def saved(picture: Image.Image, **options: object) -> bytes:
 
 
 @pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("many", [1, 100], ids=["by processes", "by threads"])
 def test_a_tree_gives_the_records_of_its_csv(
-    workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    workers: int, many: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(images, "BLOCK_BYTES", 7 * 64)
+    monkeypatch.setattr(pictures, "MANY", many)
     drawn = glyphs()
     pack(drawn.by_class().csv(tmp_path / "a.csv"), tmp_path / "wanted")
     tree = drawn.png(tmp_path / "tree")
@@ -146,6 +152,7 @@ def with_second_header(side: int) -> bytes:
 RAW = filtered(IMAGE_HW, [0] * 8)
 GOOD = png(RAW)
 HEAD, END = GOOD[:33], GOOD[-12:]
+PLAIN = HEAD + chunk(b"IDAT", zlib.compress(RAW)) + END
 FILES: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "x.png: is no PNG"),
     "a table": (b"label,pixel0\n", "x.png: is no PNG, want a PNG"),
@@ -179,9 +186,13 @@ FILES: dict[str, tuple[bytes, str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("many", [1, 100], ids=["by processes", "by threads"])
 @pytest.mark.parametrize("case", FILES)
-def test_a_file_that_is_refused_is_named(case: str, tmp_path: Path, command: Command) -> None:
+def test_a_file_that_is_refused_is_named(
+    case: str, many: int, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data, text = FILES[case]
+    monkeypatch.setattr(pictures, "MANY", many)
     tree = glyphs().png(tmp_path / "tree")
     (tree / "2" / "x.png").write_bytes(data)
     done = command("tools/pack_tmnist", tree, tmp_path / "out")
@@ -239,26 +250,81 @@ def test_a_tree_that_is_refused_says_where(case: str, tmp_path: Path) -> None:
 
 
 @settings(max_examples=150, deadline=None)
-@given(place=st.integers(8, len(GOOD) - 1), noise=st.binary(min_size=1, max_size=6))
+@given(
+    good=st.sampled_from([GOOD, PLAIN]),
+    place=st.integers(8, len(GOOD) - 1),
+    noise=st.binary(min_size=1, max_size=6),
+)
 def test_changed_bytes_are_refused_or_change_nothing(
-    place: int, noise: bytes, tmp_path_factory: pytest.TempPathFactory
+    good: bytes, place: int, noise: bytes, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     tree = tmp_path_factory.mktemp("changed") / "tree"
     (tree / "a").mkdir(parents=True)
-    (tree / "a" / "a.png").write_bytes(GOOD)
-    data = GOOD[:place] + noise + GOOD[place + len(noise) :]
+    (tree / "a" / "a.png").write_bytes(good)
+    data = good[:place] + noise + good[place + len(noise) :]
     (tree / "a" / "b.png").write_bytes(data)
     _, faults, notes = check(tree)
     assert faults or any(note.startswith("1 rows repeat") for note in notes)
 
 
-def test_without_numba_the_same_is_packed(tmp_path: Path) -> None:
+def test_a_plain_picture_is_read_in_one_piece_and_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever byte of it is changed, it is as good or bad as by the long way."""
+    changed = [PLAIN[:n] + bytes([PLAIN[n] ^ 1]) + PLAIN[n + 1 :] for n in range(len(PLAIN))]
+    files = [PLAIN, GOOD, HEAD + END, PLAIN[:-1], PLAIN + b"x", *changed]
+    found = [answer(data) for data in files]
+    with monkeypatch.context() as patch:
+        patch.setattr(pictures, "_picture", None)
+        assert pictures.scanlines(PLAIN, 8, "") == RAW
+    monkeypatch.setattr(pictures, "_packed_plainly", lambda data, side: b"")
+    assert found == [answer(data) for data in files]
+    assert sum(isinstance(each, bytes) for each in found) == 3
+
+
+def answer(data: bytes) -> bytes | str:
+    try:
+        return pictures.scanlines(data, 8, "the first has")
+    except pictures.PngFault as fault:
+        return str(fault)
+
+
+def test_a_process_that_is_killed_is_a_sentence() -> None:
+    refused = pytest.raises(UserError, match="tree: a process that read it was ended")
+    with refused, processes(2, "tree") as pool:
+        pool.submit(signal.raise_signal, signal.SIGKILL).result()
+
+
+def test_processes_end_with_a_parent_that_is_killed() -> None:
+    code = (
+        "import os, signal; from engine.data.processes import processes\n"
+        "with processes(2, 'tree') as pool:\n"
+        "    print(*pool._processes, flush=True)\n"
+        "    signal.raise_signal(signal.SIGKILL)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    children = done.stdout.split()
+    assert len(children) == 2
+    deadline_s = time.monotonic() + 20
+    while any(is_running(child) for child in children):
+        assert time.monotonic() < deadline_s
+        time.sleep(0.02)
+
+
+def is_running(process: str) -> bool:
+    """Neither gone nor waiting for a parent that asks how it ended."""
+    try:
+        state = Path("/proc", process, "stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def test_a_daemon_reads_by_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one of multiprocessing.Pool is, which may not have children."""
+    monkeypatch.setattr(pictures, "MANY", 1)
     tree = glyphs().png(tmp_path / "tree")
     pack(tree, tmp_path / "wanted")
-    code = (
-        "import sys, pathlib; sys.modules['numba'] = None; from engine.data.pack import pack;"
-        "pack(*map(pathlib.Path, sys.argv[1:]))"
-    )
-    command = [sys.executable, "-c", code, tree, tmp_path / "out"]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    with get_context("fork").Pool(1) as pool:
+        pool.apply(pack, (tree, tmp_path / "out"))
     assert content(tmp_path / "out") == content(tmp_path / "wanted")

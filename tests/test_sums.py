@@ -59,9 +59,10 @@ def test_threads_that_begin_together_hash_alike() -> None:
             assert len({job.result() for job in [pool.submit(hashed) for _ in range(4)]}) == 1
 
 
-def test_packing_arrays_does_not_wait_for_numba(tmp_path: Path) -> None:
-    """IDX and Parquet, in a process of its own."""
+def test_packing_images_does_not_wait_for_numba(tmp_path: Path) -> None:
+    """IDX, Parquet and PNGs, in a process of its own."""
     images = glyphs(60)
+    images.png(tmp_path / "tree")
     images.idx(tmp_path)
     parquet.write_table(images.table(), tmp_path / "in.parquet")
     code = """
@@ -71,6 +72,7 @@ from engine.data.pack import pack
 here = Path(sys.argv[1])
 pack([here / "idx-images", here / "idx-labels"], here / "first")
 pack(here / "in.parquet", here / "second")
+pack(here / "tree", here / "third")
 print("numba" in sys.modules)
 """
     command = [sys.executable, "-c", code, str(tmp_path)]

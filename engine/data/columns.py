@@ -24,6 +24,7 @@ import pyarrow as pa
 from pyarrow import parquet, types
 
 from engine.data.collect import Stored
+from engine.data.filters import unfiltered
 from engine.data.images import (
     MAX_SIDE,
     Names,
@@ -36,7 +37,7 @@ from engine.data.images import (
     unlabelled,
 )
 from engine.data.lexer import Rows
-from engine.data.pictures import BAD_FILTER, SIGNATURE, PngFault, scanlines, size_of, unfiltered
+from engine.data.pictures import BAD_FILTER, SIGNATURE, PngFault, scanlines, size_of
 from engine.data.source import File, open_file
 from engine.errors import UserError
 

@@ -274,7 +274,7 @@ def _open_images(
     if layout == "png":
         from engine.data.pictures import open_pictures
 
-        return [open_pictures(path) for path in paths]
+        return [open_pictures(path, options.num_workers) for path in paths]
     from engine.data.columns import open_columns
 
     return [open_columns(path, layout, names) for path in paths]

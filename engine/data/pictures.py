@@ -6,7 +6,8 @@ and so do the files of each; names of classes are UTF-8. What systems leave in f
 (foreign.is_litter) is passed over.
 
 8-bit PNGs that are not interlaced, nearly all, are decoded here, many at once; Pillow does the
-others. Checksums are compared, and no more is unpacked than a picture of that size takes.
+others. Checksums are compared, and no more is unpacked than a picture of that size takes. Where
+there are many, processes do.
 
 Source: https://www.w3.org/TR/png-3/
 
@@ -18,18 +19,22 @@ import os
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from functools import cache, partial
 from itertools import islice
+from multiprocessing import current_process
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
 from engine.data.collect import Stored
+from engine.data.filters import unfiltered
 from engine.data.foreign import foreign, is_litter
 from engine.data.images import Task, check_side, checked_label, rows_of, rows_per_block
 from engine.data.lexer import Rows
+from engine.data.processes import processes
 from engine.data.records import MAX_CLASSES
 from engine.data.source import reading
 from engine.durable import Damaged, Disturbed, open_regular
@@ -39,11 +44,15 @@ SIGNATURE = b"\x89PNG\r\n\x1a\n"
 HEADER = struct.Struct(">IIBBBBB")
 CHUNK = struct.Struct(">I4s")
 CRC = struct.Struct(">I")
+PLAIN_END = bytes.fromhex("00000000 49454e44 ae426082")
+"""The chunk IEND."""
 KNOWN = (b"PLTE", b"IDAT", b"IEND")
 """Chunks behind the header without which a picture cannot be understood; others begin with a small
 letter."""
 COLOURS = {2: "RGB", 3: "of a palette", 4: "grey with transparency", 6: "RGB with transparency"}
 FILE_LIMIT_BYTES = 16 * 2**20
+MANY = 10_000
+"""Pictures whose reading takes longer than to start processes."""
 AGAIN = "copy or write it again"
 BAD_FILTER = f"is damaged (a filter that PNG does not have); {AGAIN}"
 TO_GREY = "convert it to 8-bit grey (mogrify -alpha off -colorspace Gray -depth 8)"
@@ -63,6 +72,8 @@ class PngFolders:
     def __init__(self, folder: Path) -> None:
         """UserError if what lies in the folders, by its names, or the first picture is refused."""
         self.name = str(folder)
+        self.readers: Executor | None = None
+        """What reads the pictures; None: the threads that run the tasks."""
         self._root = os.fsencode(folder)
         with reading(self.name):
             self._classes = _class_folders(self._root)
@@ -83,7 +94,7 @@ class PngFolders:
         paths = self._paths()
         per_block = rows_per_block(self.side**2)
         while block := list(islice(paths, per_block)):
-            yield partial(self._decode, block)
+            yield partial(self._rows, block, self._begun([path for _, path in block]))
 
     def places(self) -> Iterator[str]:
         return (os.fsdecode(path) for _, path in self._paths())
@@ -98,12 +109,15 @@ class PngFolders:
             for name in names:
                 yield number, os.path.join(folder, name)
 
-    def _decode(self, block: list[tuple[int, bytes]]) -> Rows:
-        pictures = [picture_file(path) for _, path in block]
-        image_RP = decode(pictures, self.side, os.fsdecode(self._first))
+    def _begun(self, paths: list[bytes]) -> Callable[[], np.ndarray]:
+        """What returns the pixels of these pictures, which are being read where processes do."""
+        read = partial(_files_decoded, paths, self.side, os.fsdecode(self._first))
+        return self.readers.submit(read).result if self.readers else read
+
+    def _rows(self, block: list[tuple[int, bytes]], read: Callable[[], np.ndarray]) -> Rows:
         numbers, label_R = np.unique([number for number, _ in block], return_inverse=True)
         texts = [self._classes[number][0] for number in numbers]
-        return rows_of(image_RP, texts, label_R)
+        return rows_of(read(), texts, label_R)
 
 
 def picture_file(path: bytes) -> Picture:
@@ -134,11 +148,14 @@ def decode(pictures: Sequence[Picture], side: int, first: str) -> np.ndarray:
         UserError: one cannot be read, or is refused.
     """
     unpack = partial(scanlines, side=side, first=first)
-    raw = [tried(each, unpack) for each in pictures]
-    image_RP, fault = unfiltered(raw, side)
+    image_RP, fault = unfiltered([tried(each, unpack) for each in pictures], side)
     if fault >= 0:
         raise UserError(f"{pictures[fault][0]}: {BAD_FILTER}")
     return image_RP
+
+
+def _files_decoded(paths: Sequence[bytes], side: int, first: str) -> np.ndarray:
+    return decode(list(map(picture_file, paths)), side, first)
 
 
 def scanlines(data: bytes, side: int, first: str) -> bytes:
@@ -147,6 +164,8 @@ def scanlines(data: bytes, side: int, first: str) -> bytes:
     Args:
         first: what has that size, for the sentence.
     """
+    if packed := _packed_plainly(data, side):
+        return _unpacked(packed, side)
     header, packed = _picture(data)
     width, height, depth, *_, interlaced = header
     if (width, height) != (side, side):
@@ -156,14 +175,18 @@ def scanlines(data: bytes, side: int, first: str) -> bytes:
         )
     if depth < 8 or interlaced:
         return _by_pillow(header, packed)
-    num_bytes = height * (width + 1)
+    return _unpacked(packed, side)
+
+
+def _unpacked(packed: bytes, side: int) -> bytes:
+    num_bytes = side * (side + 1)
     unpacking = zlib.decompressobj()
     try:
         raw = unpacking.decompress(packed, num_bytes + 1)
     except zlib.error as error:
         raise PngFault(f"is damaged ({error}); {AGAIN}") from None
     if len(raw) != num_bytes or not unpacking.eof:
-        raise PngFault(f"is damaged (it does not hold {height} rows of {width}); {AGAIN}")
+        raise PngFault(f"is damaged (it does not hold {side} rows of {side}); {AGAIN}")
     return raw
 
 
@@ -171,14 +194,6 @@ def size_of(data: bytes) -> tuple[int, int]:
     """(Height, width) of a grey PNG; a PngFault if it is none."""
     width, height, *_ = _picture(data)[0]
     return height, width
-
-
-def unfiltered(raw: Sequence[bytes], side: int) -> tuple[np.ndarray, int]:
-    """(Pixels (R, P) of pictures, the first whose filters PNG does not have, or -1)."""
-    raw_RHV = np.frombuffer(b"".join(raw), np.uint8).reshape(len(raw), side, side + 1)
-    image_RHW = np.empty((len(raw), side, side), np.uint8)
-    fault = _unfilter()(raw_RHV, image_RHW)
-    return image_RHW.reshape(len(raw), side * side), fault
 
 
 def _class_folders(root: bytes) -> list[tuple[str, list[bytes]]]:
@@ -282,6 +297,27 @@ def _picture(data: bytes) -> tuple[tuple[int, ...], bytes]:
     return header, b"".join(packed)
 
 
+def _packed_plainly(data: bytes, side: int) -> bytes:
+    """The packed scanlines of an 8-bit PNG as most programs write it: a header, one chunk of
+    scanlines, an end. Nothing where it is another, or damaged: `_picture` reads those."""
+    head = _plain_head(side)
+    if not (data.startswith(head) and data.endswith(PLAIN_END)):
+        return b""
+    start = len(head) + CHUNK.size
+    stop = len(data) - len(PLAIN_END) - CRC.size
+    if CHUNK.unpack_from(data, len(head)) != (stop - start, b"IDAT"):
+        return b""
+    if CRC.unpack_from(data, stop)[0] != zlib.crc32(data[start - 4 : stop]):
+        return b""
+    return data[start:stop]
+
+
+@cache
+def _plain_head(side: int) -> bytes:
+    """Signature and header of an 8-bit grey PNG that is not interlaced."""
+    return SIGNATURE + _chunk(b"IHDR", HEADER.pack(side, side, 8, 0, 0, 0, 0))
+
+
 def _chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
     """(Kind, content) of each chunk, its checksum compared."""
     place = len(SIGNATURE)
@@ -335,55 +371,19 @@ def _chunk(kind: bytes, body: bytes) -> bytes:
     return CHUNK.pack(len(body), kind) + body + CRC.pack(checksum)
 
 
-@cache
-def _unfilter() -> Any:
-    """`_unfilter_plainly` by numba, imported for the first picture; as it is, much slower, where
-    numba is missing."""
-    try:
-        from engine.data.compiled import jit
-    except ImportError:
-        return _unfilter_plainly
-    return jit(_unfilter_plainly)
-
-
-def _unfilter_plainly(raw_RHV, image_RHW):  # type: ignore[no-untyped-def]
-    """Add to each byte what its scanline's filter left out. Returns the first picture that has
-    another filter than PNG's five, or -1."""
-    for r in range(len(raw_RHV)):
-        for y in range(image_RHW.shape[1]):
-            kind = raw_RHV[r, y, 0]
-            if kind > 4:
-                return r
-            for x in range(image_RHW.shape[2]):
-                left = int(image_RHW[r, y, x - 1]) if x else 0
-                above = int(image_RHW[r, y - 1, x]) if y else 0
-                corner = int(image_RHW[r, y - 1, x - 1]) if x and y else 0
-                value = int(raw_RHV[r, y, x + 1])
-                if kind == 1:
-                    value += left
-                elif kind == 2:
-                    value += above
-                elif kind == 3:
-                    value += (left + above) // 2
-                elif kind == 4:  # Paeth: the neighbour nearest to left + above - corner
-                    to_left = abs(above - corner)
-                    to_above = abs(left - corner)
-                    to_corner = abs(left + above - 2 * corner)
-                    if to_left <= to_above and to_left <= to_corner:
-                        value += left
-                    elif to_above <= to_corner:
-                        value += above
-                    else:
-                        value += corner
-                image_RHW[r, y, x] = value & 255
-    return -1
-
-
 @contextmanager
-def open_pictures(folder: Path) -> Iterator[PngFolders]:
+def open_pictures(folder: Path, num_workers: int) -> Iterator[PngFolders]:
     """Open a folder of class folders.
 
+    Args:
+        num_workers: processes that read where there are many pictures.
     Raises:
         UserError: it cannot be read, or holds something else than class folders of grey PNGs.
     """
-    yield PngFolders(folder)
+    pictures = PngFolders(folder)
+    # A daemonic process may not start others.
+    if pictures.num_images < MANY or current_process().daemon:
+        yield pictures
+        return
+    with processes(num_workers, pictures.name) as pictures.readers:
+        yield pictures
