@@ -3,6 +3,7 @@
 Each pack is a process of its own, timed from the call of `pack` on, so without the start of the
 interpreter. The images are those of the packaged sample, again and again. The manifest holds each
 file's SHA-256: without the CPU's own instructions for it, that alone may take longer than the disk.
+Peak memory is that of the packing process; those that read PNGs for it share most of its pages.
 """
 
 import hashlib
