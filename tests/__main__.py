@@ -19,6 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NoReturn
 
+import numba
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,11 +27,12 @@ NUM_AT_ONCE = 3
 IMPORTED = (
     "torch.distributed.run",
     "torch._dynamo",
-    "numba",
     "pandas",
     "pyarrow",
     "matplotlib.figure",
     "click.testing",
+    "hypothesis",
+    "safetensors.torch",
 )
 """Libraries that most test files import, directly or not; none of them starts threads by itself."""
 OPTIONS = (
@@ -41,6 +43,12 @@ OPTIONS = (
     "addopts=--strict-markers --strict-config",  # without -p no:randomly
     "-p",
     "no:cacheprovider",
+    "-p",
+    "no:anyio",
+    "-p",
+    "no:xdist",
+    "-W",
+    "ignore::pytest.PytestAssertRewriteWarning",  # of hypothesis, which is imported already
 )
 LONG = (
     "test_cpu.py",
@@ -128,6 +136,7 @@ def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # teams that spin beside each other are slow
     for name in IMPORTED:
         importlib.import_module(name)
+    numba.njit(lambda: 0)()  # the first compilation makes numba ready, which takes half a second
     gc.freeze()  # no child looks through these objects again
     files = {file for name in chosen for file in (ROOT / "tests").glob(name)}
     longest_first = sorted(

@@ -6,14 +6,18 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from torch.distributed import run as distributed_run
 
 from engine.config_text import read_toml
 from engine.data.pack import pack
@@ -29,6 +33,8 @@ CLASSES = ("0", "00", "NA", ",", '"', "a", "é", "~")
 NUM_FONTS = 40
 FAST_PRECISION = "bf16" if has_fast_bf16(torch.device("cpu")) else "fp32"
 """What this machine makes of --amp on a CPU."""
+TIMEOUT_S = 240
+"""Of a child."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -134,8 +140,8 @@ def command(cache: Path) -> Command:
     """Run a command line from the repository root; "python" and "torchrun" are this environment's.
 
     A command of ours runs in this process, as its main does: importing torch costs a child seconds.
-    torchrun, python -c and what is not ours run in children. tests/test_host.py and test_setup.py
-    start the real scripts.
+    torchrun runs in a fork, and starts its ranks as ever; python -c and what is not ours run in
+    children. tests/test_host.py and test_setup.py start the real scripts.
     """
 
     def run(*words: object, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -154,13 +160,59 @@ def command(cache: Path) -> Command:
 
 def child(line: list[str], variables: dict[str, str]) -> subprocess.CompletedProcess[str]:
     """Run a command line in a process of its own."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run"]
-    names = {"python": [sys.executable], "torchrun": torchrun}
-    line = names.get(line[0], [line[0]]) + line[1:]
+    if line[0] == "torchrun":
+        return torchrun(line[1:], variables)
+    line = [{"python": sys.executable}.get(line[0], line[0]), *line[1:]]
     variables = os.environ | variables
     return subprocess.run(
-        line, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=240
+        line, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=TIMEOUT_S
     )
+
+
+def torchrun(words: list[str], variables: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """torchrun in a fork of this process, which has imported it."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
+        pid = os.fork()
+        if pid == 0:
+            os.dup2(out.fileno(), 1)
+            os.dup2(errors.fileno(), 2)
+            os.environ.update(variables)
+            end_as_torchrun(words)
+        code = exit_code(pid)
+        out.seek(0)
+        errors.seek(0)
+        return subprocess.CompletedProcess(words, code, out.read(), errors.read())
+
+
+def end_as_torchrun(words: list[str]) -> NoReturn:
+    """Be torchrun, and end as it does."""
+    os.chdir(ROOT)
+    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+    code = 1
+    try:
+        distributed_run.main(words)
+        code = 0
+    except SystemExit as end:
+        code = int(end.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        print(end="", flush=True)
+        print(end="", flush=True, file=sys.stderr)
+        os._exit(code)
+
+
+def exit_code(pid: int) -> int:
+    """Of a child that must end in time."""
+    deadline_s = time.monotonic() + TIMEOUT_S
+    while time.monotonic() < deadline_s:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.02)
+    os.kill(pid, signal.SIGTERM)  # it ends its ranks
+    os.waitpid(pid, 0)
+    raise subprocess.TimeoutExpired("torchrun", TIMEOUT_S)
 
 
 def in_process(
