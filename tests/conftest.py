@@ -7,11 +7,10 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 import traceback
 from collections.abc import Callable, Iterator
+from multiprocessing import get_context
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -171,48 +170,43 @@ def child(line: list[str], variables: dict[str, str]) -> subprocess.CompletedPro
 
 def torchrun(words: list[str], variables: dict[str, str]) -> subprocess.CompletedProcess[str]:
     """torchrun in a fork of this process, which has imported it."""
+    return forked(lambda: distributed_run.main(words), variables)
+
+
+def forked(
+    call: Callable[[], object], variables: dict[str, str], stdin: int | None = None
+) -> subprocess.CompletedProcess[str]:
+    """A call in a fork of this process, which ends with it as a command's process does.
+
+    Args:
+        stdin: a descriptor that becomes its standard input.
+    """
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
-        pid = os.fork()
-        if pid == 0:
-            os.dup2(out.fileno(), 1)
-            os.dup2(errors.fileno(), 2)
-            os.environ.update(variables)
-            end_as_torchrun(words)
-        code = exit_code(pid)
+        streams = stdin, out.fileno(), errors.fileno()
+        process = get_context("fork").Process(target=become, args=(call, variables, streams))
+        process.start()
+        process.join(TIMEOUT_S)
+        if process.exitcode is None:
+            process.terminate()  # torchrun ends its ranks
+            process.join()
+            raise subprocess.TimeoutExpired("fork", TIMEOUT_S)
         out.seek(0)
         errors.seek(0)
-        return subprocess.CompletedProcess(words, code, out.read(), errors.read())
+        return subprocess.CompletedProcess("", process.exitcode, out.read(), errors.read())
 
 
-def end_as_torchrun(words: list[str]) -> NoReturn:
-    """Be torchrun, and end as it does."""
-    os.chdir(ROOT)
+def become(
+    call: Callable[[], object], variables: dict[str, str], streams: tuple[int | None, int, int]
+) -> None:
+    """Call it with these variables and streams, in the repository root."""
+    for number, stream in enumerate(streams):
+        if stream is not None:
+            os.dup2(stream, number)
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115
     sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
-    code = 1
-    try:
-        distributed_run.main(words)
-        code = 0
-    except SystemExit as end:
-        code = int(end.code or 0)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        print(end="", flush=True)
-        print(end="", flush=True, file=sys.stderr)
-        os._exit(code)
-
-
-def exit_code(pid: int) -> int:
-    """Of a child that must end in time."""
-    deadline_s = time.monotonic() + TIMEOUT_S
-    while time.monotonic() < deadline_s:
-        ended, status = os.waitpid(pid, os.WNOHANG)
-        if ended:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.02)
-    os.kill(pid, signal.SIGTERM)  # it ends its ranks
-    os.waitpid(pid, 0)
-    raise subprocess.TimeoutExpired("torchrun", TIMEOUT_S)
+    os.environ.update(variables)
+    os.chdir(ROOT)
+    call()
 
 
 def in_process(

@@ -9,11 +9,12 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 import numpy as np
 import pytest
@@ -21,7 +22,8 @@ import pytest
 from engine.data.pack import PackOptions, check, pack
 from engine.data.records import Records, open_records
 from engine.errors import UserError
-from tests.conftest import Command, assert_refused
+from tests.conftest import Command, assert_refused, forked
+from tools import pack_tmnist
 
 HEADER = "names,labels,1,2,3,4\n"
 ROW = "F,a,0,0,0,0\n"
@@ -369,10 +371,18 @@ def test_47_what_is_no_file_never_blocks(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def packed_from(name: str, out: Path, **given: Any) -> subprocess.CompletedProcess[bytes]:
+def packed_from(name: str, out: Path, stdin: IO[bytes]) -> subprocess.CompletedProcess[str]:
     """The command on its standard input, by one of its names."""
-    command = [sys.executable, "-m", "tools.pack_tmnist", name, str(out)]
-    return subprocess.run(command, stderr=subprocess.PIPE, timeout=60, **given)
+    return forked(lambda: pack_tmnist.main([name, str(out)]), {}, stdin.fileno())
+
+
+def packed_from_pipe(name: str, out: Path, data: bytes) -> subprocess.CompletedProcess[str]:
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(data)
+        file.flush()
+        with subprocess.Popen(["cat", file.name], stdout=subprocess.PIPE) as source:
+            assert source.stdout
+            return packed_from(name, out, source.stdout)
 
 
 def test_48_standard_input(small_csv: Path, small_dir: Path, tmp_path: Path) -> None:
@@ -381,11 +391,11 @@ def test_48_standard_input(small_csv: Path, small_dir: Path, tmp_path: Path) -> 
     for number, (name, content) in enumerate(
         [("-", data), ("-", gzip.compress(data)), ("/dev/stdin", data), ("/dev/fd/0", data)]
     ):
-        done = packed_from(name, tmp_path / f"out{number}", input=content)
+        done = packed_from_pipe(name, tmp_path / f"out{number}", content)
         assert done.returncode == 0, done.stderr
         assert open_records(tmp_path / f"out{number}").fingerprint == wanted
-    done = packed_from("-", tmp_path / "cut", input=data[:-3000])
-    assert done.returncode == 2 and b"standard input" in done.stderr
+    done = packed_from_pipe("-", tmp_path / "cut", data[:-3000])
+    assert done.returncode == 2 and "standard input" in done.stderr
     assert not (tmp_path / "cut").exists()
 
 
@@ -394,7 +404,8 @@ def test_48_standard_input_that_is_a_file(
     name: str, small_csv: Path, small_dir: Path, tmp_path: Path
 ) -> None:
     with open(small_csv, "rb") as redirected:
-        assert packed_from(name, tmp_path / "out", stdin=redirected).returncode == 0
+        done = packed_from(name, tmp_path / "out", redirected)
+    assert done.returncode == 0, done.stderr
     found = open_records(tmp_path / "out").fingerprint
     assert found == open_records(small_dir).fingerprint
 
