@@ -311,6 +311,30 @@ def test_processes_end_with_a_parent_that_is_killed() -> None:
         time.sleep(0.02)
 
 
+def test_an_interruption_is_one_line_whoever_reads(tmp_path: Path) -> None:
+    """Ctrl-C reaches the processes that read, too."""
+    code = """
+import os, signal, time
+from engine.data import pictures
+from tools.pack_tmnist import main
+parent = os.getpid()
+def interrupted(*_):
+    if os.getpid() == parent:
+        os._exit(1)
+    os.killpg(0, signal.SIGINT)
+    time.sleep(1)
+pictures.MANY, pictures._files_decoded = 1, interrupted
+main()
+"""
+    tree = glyphs().png(tmp_path / "tree")
+    done = subprocess.run(
+        [sys.executable, "-c", code, tree, tmp_path / "out"],
+        cwd=ROOT, capture_output=True, text=True, start_new_session=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "error: interrupted\n")
+    assert os.listdir(tmp_path) == ["tree"]
+
+
 def is_running(process: str) -> bool:
     """Neither gone nor waiting for a parent that asks how it ended."""
     try:
