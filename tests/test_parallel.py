@@ -40,12 +40,12 @@ from tests.conftest import FAST_PRECISION, child
 
 CPU = torch.device("cpu")
 BATCH = 32
-"""Seven steps an epoch of the small records."""
+"""Seven steps an epoch of the tiny records."""
 BLOCK = 2**14
 """Parameters of a large block here: less than those of the smallest vit."""
 FSDP = {"step.parallel": "fsdp"}
 NCHW = {"model.name": "baseline", "step.channels_last": False}
-VIT = {"model.name": "vit", "model.vit_patch_pixels": 7, "step.channels_last": False}
+VIT = {"model.name": "vit", "model.vit_patch_pixels": 4, "step.channels_last": False}
 ONCE = {"step.reshard_after_forward": False, "optim.name": "adam", "optim.fused": False}
 CASES: dict[str, dict[str, Any]] = {
     "plain": NCHW,
@@ -176,15 +176,15 @@ def run_first_epoch(records: Records, world: World, out: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def pair(small_dir: Path, small: Records, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pair(tiny_dir: Path, tiny: Records, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the two ranks left."""
     folder = tmp_path_factory.mktemp("pair")
     for name in ("one", "two", "busy"):
         (folder / name).mkdir()
-    run_first_epoch(small, World(rank=0, size=1, device=CPU, stream=None), folder / "one")
+    run_first_epoch(tiny, World(rank=0, size=1, device=CPU, stream=None), folder / "one")
     shutil.copytree(folder / "one", folder / "kept")
     words = ["torchrun", "--standalone", "--nproc-per-node=2", "-m", "tests.test_parallel"]
-    done = child([*words, str(small_dir), str(folder)], {"OMP_NUM_THREADS": "1"})
+    done = child([*words, str(tiny_dir), str(folder)], {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -209,12 +209,12 @@ def test_fsdp_is_the_training_that_ddp_is(case: str, pair: Path) -> None:
 
 
 def test_a_run_goes_on_with_either_on_any_number_of_ranks(
-    pair: Path, small: Records, world: World, tmp_path: Path
+    pair: Path, tiny: Records, world: World, tmp_path: Path
 ) -> None:
     """Each second epoch where the first was the other's: as one rank alone trains both."""
     whole = tmp_path
-    fit(RUN, small, world, whole, resume=False, say=quiet)
-    fit(RUN, small, world, pair / "two", resume=True, say=quiet)
+    fit(RUN, tiny, world, whole, resume=False, say=quiet)
+    fit(RUN, tiny, world, pair / "two", resume=True, say=quiet)
     wanted = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     for out in ("one", "two"):
         lines = (pair / out / "metrics.jsonl").read_text().splitlines()
@@ -283,13 +283,13 @@ def test_what_gives_way_to_what_is_said(
     settings: dict[str, Any],
     changes: dict[str, Any],
     note: str,
-    small: Records,
+    tiny: Records,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # the kernel adamw runs, where Triton is there
     world = World(rank=0, size=num_ranks, device=CPU, stream=None)
     config = override(RunConfig(global_batch=BATCH), FSDP | settings, "test")
-    found, notes = effective_config(config, small, world)
+    found, notes = effective_config(config, tiny, world)
     for name, value in changes.items():
         section, _, setting = name.rpartition(".")
         assert getattr(getattr(found, section) if section else found, setting) == value
