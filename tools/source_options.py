@@ -49,7 +49,7 @@ def source_options(columns: str, hint: str) -> Decorator:
         click.option(
             "--workers",
             type=click.IntRange(1, 64),
-            help="Threads that read.  [default: the cores, at most 8]",
+            help="Threads, or processes, that read.  [default: the cores, at most 8]",
         ),
     )
 
