@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -93,18 +94,49 @@ STOP = StopRequest()
 """Signals reach the whole process, so there is one."""
 
 
+@contextmanager
+def postponed() -> Iterator[None]:
+    """Hear SIGINT and SIGTERM only when this is left: where they would leave processes behind.
+
+    Of threads only the main one hears signals; in another nothing is postponed.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    heard: list[int] = []
+    handlers = {
+        number: signal.signal(number, lambda number, _: heard.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        for sent in heard:
+            signal.raise_signal(sent)
+
+
 def end_with_launcher() -> None:
     """Let a rank be asked to stop when the torchrun that started it dies, even by SIGKILL."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        end_with_parent(os.getppid(), signal.SIGTERM)
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    launcher = os.getppid()
+    end_with_parent(launcher, signal.SIGTERM)
+    if launcher == 1 and not _runs_this_python(launcher):  # it died before
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _runs_this_python(pid: int) -> bool:
+    """Whether a process is one of this interpreter; in a container, process 1 may be torchrun."""
+    try:
+        return os.path.samefile(f"/proc/{pid}/exe", "/proc/self/exe")
+    except OSError:
+        return False
 
 
 def end_with_parent(parent: int, number: int) -> None:
-    """Let this process get a signal when its parent dies, even by SIGKILL.
-
-    Args:
-        parent: its process id, asked for while it surely lived, or as early as can be.
-    """
+    """Let this process get a signal when its parent dies, even by SIGKILL."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
-    if parent == 1 or os.getppid() != parent:  # it died before the call
+    if os.getppid() != parent:  # it died before the call
         os.kill(os.getpid(), number)

@@ -232,3 +232,52 @@ def test_a_quota_limits_torchs_threads(monkeypatch: pytest.MonkeyPatch, tmp_path
         assert torch.get_num_threads() == 1 and os.environ["OMP_NUM_THREADS"] == "1"
     finally:
         torch.set_num_threads(before)
+
+
+def in_a_container(code: str) -> subprocess.CompletedProcess[str]:
+    """Run Python as process 1, as a container's command runs."""
+    enter = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc"]
+    if subprocess.run([*enter, "true"], capture_output=True).returncode:
+        pytest.skip("namespaces of processes are not allowed here")
+    command = [*enter, sys.executable, "-c", code]
+    return subprocess.run(command, cwd=host.ROOT, capture_output=True, text=True, timeout=60)
+
+
+def test_ranks_of_a_containers_first_process_are_no_orphans() -> None:
+    code = """
+import os, subprocess, sys
+assert os.getpid() == 1
+os.environ["TORCHELASTIC_RUN_ID"] = "1"
+rank = "from engine.stop import end_with_launcher; end_with_launcher(); print('trains')"
+sys.exit(subprocess.call([sys.executable, "-c", rank]))
+"""
+    done = in_a_container(code)
+    assert (done.returncode, done.stdout) == (0, "trains\n"), done.stderr
+
+
+def test_a_containers_first_process_may_have_processes_that_read() -> None:
+    code = """
+import os
+from engine.data.processes import processes
+with processes(2, "tree") as pool:
+    print(os.getpid(), pool.submit(max, 3, 4).result())
+"""
+    done = in_a_container(code)
+    assert (done.stdout, done.stderr) == ("1 4\n", "")
+
+
+def test_a_rank_whose_launcher_died_before_it_asked_is_stopped() -> None:
+    """Process 1 is then its parent, and no Python."""
+    code = """
+import os, subprocess, sys
+os.environ["TORCHELASTIC_RUN_ID"] = "1"
+rank = "from engine.stop import end_with_launcher; end_with_launcher(); print('trains')"
+orphan = f"import os, time; os.getppid() == 1 or time.sleep(0.5); {rank}"
+pid = os.fork()
+if not pid:
+    subprocess.Popen([sys.executable, "-c", orphan])
+    os._exit(0)
+os.waitpid(pid, 0)
+os.execvp("sleep", ["sleep", "4"])
+"""
+    assert in_a_container(code).stdout == ""

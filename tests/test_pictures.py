@@ -335,6 +335,27 @@ main()
     assert os.listdir(tmp_path) == ["tree"]
 
 
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_while_processes_start_waits_until_they_have(name: str) -> None:
+    """Between two forks, in a hook whose exceptions Python drops: nobody is left behind."""
+    code = f"""
+import os, signal, sys
+from engine.data.processes import processes
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), signal.{name}))
+try:
+    with processes(8, "tree"):
+        print("never")
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    wanted = 130 if name == "SIGINT" else 143
+    assert (done.returncode, done.stdout, done.stderr) == (wanted, "", "")
+
+
 def is_running(process: str) -> bool:
     """Neither gone nor waiting for a parent that asks how it ended."""
     try:

@@ -230,7 +230,9 @@ def test_a_checkpoint_is_shown_and_exported(run: Path, tmp_path: Path) -> None:
 
 def test_what_is_no_run_is_said(tmp_path: Path) -> None:
     (tmp_path / "sweep.toml").touch()
-    refused(call(tmp_path), "is a sweep; name the folder of one of its members")
+    wanted = "is a sweep; name the folder of one of its members"
+    refused(call(tmp_path), wanted)
+    refused(CliRunner().invoke(profile.main, ["plan", "--run", str(tmp_path)]), wanted)
     refused(call(tmp_path / "gone"), "gone: no such file or folder; name the folder of a finished")
 
 

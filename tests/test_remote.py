@@ -332,6 +332,12 @@ def test_what_cannot_be_fetched_is_one_line(
     verify(URL, f"{remote.CACHE}: cannot be written", **cache)
 
 
+def test_a_file_url_with_a_host_is_refused() -> None:
+    """As one of two slashes has."""
+    with pytest.raises(UserError, match="names a host, 'tmp'; write file:///, then the whole path"):
+        remote.local("file://tmp/records")
+
+
 def test_a_run_on_a_url_keeps_no_credentials(
     proxy: Proxy, command: Command, tmp_path: Path, cache: Path, tiny_dir: Path
 ) -> None:

@@ -1,6 +1,7 @@
 """The batch's schedule: decisions as a table, and runs whose batch changes, to the bit."""
 
 import json
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from engine.errors import UserError
 from engine.report import read_report
 from engine.stop import STOP
 from engine.train.folder import checkpoints, manifest_of
+from engine.train.parts import Handover
 from engine.train.schedule import (
     Timing,
     check_schedule,
@@ -24,7 +26,7 @@ from engine.train.schedule import (
     ramp_of,
 )
 from engine.train.step import TrainStep
-from engine.train.trainer import fit
+from engine.train.trainer import Trainer, fit
 from engine.world import World
 from tests.conftest import child
 from tests.test_resume import CONFIG, assert_same, metrics, quiet, stop_after, trained
@@ -142,6 +144,27 @@ def test_a_run_stopped_in_a_ramp_goes_on_to_the_same_end(
     assert_same(run, ramp)
     batches = [each.global_batch for each in read_report(run).batches]
     assert batches == [16, 32, 8, 8]
+
+
+def test_a_signal_between_two_parts_is_heard_by_the_next(
+    tiny: Records, world: World, ramp: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Nothing of the run may be taken for unsaved, and it says how to go on."""
+    handover, run = Trainer.handover, tmp_path / "run"
+
+    def signalled(*given: Any) -> Handover:
+        STOP._handle(signal.SIGTERM, None)
+        return handover(*given)
+
+    monkeypatch.setattr(STOP, "number", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "handover", signalled)
+        trained(tiny, world, run, RAMP)
+    position = manifest_of(checkpoints(run)[0]).position
+    assert (run / "preempted").exists() and position.number in (14, 15)
+    monkeypatch.setattr(STOP, "number", 0)
+    trained(tiny, world, run, RAMP, resume=True)
+    assert_same(run, ramp)
 
 
 def test_a_ramp_of_one_batch_is_a_fixed_run(tiny: Records, world: World, tmp_path: Path) -> None:

@@ -377,6 +377,10 @@ def test_verify_order_needs_the_ids(command: Command, logged_run: Path) -> None:
     done = command("tools/verify", "order", logged_run)
     (logged_run / "away").rename(file)
     assert_refused(done, "holds ids of 1 of 2 ranks for epoch 1")
+    (logged_run / "ids").rename(logged_run / "away")
+    done = command("tools/verify", "order", logged_run)
+    (logged_run / "away").rename(logged_run / "ids")
+    assert_refused(done, "holds no ids of epoch 0 from its first step on", "log_ids=true")
 
 
 @pytest.mark.parametrize(

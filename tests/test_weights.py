@@ -127,6 +127,9 @@ def test_files_of_other_makers_say_nothing(tmp_path: Path) -> None:
     assert read_facts(tmp_path / "a") is None and read_facts(tmp_path / "b") is None
     with pytest.raises(UserError, match="does not say its network"):
         weights_alone(tmp_path / "a")
+    (tmp_path / "model.pt2").write_bytes(b"PK")
+    with pytest.raises(UserError, match="is an exported network, .*; name its run"):
+        read_facts(tmp_path / "model.pt2")
     (tmp_path / "c").write_bytes(b"PK")
     with pytest.raises(UserError, match="is damaged or no safetensors file"):
         read_facts(tmp_path / "c")

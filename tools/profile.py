@@ -20,7 +20,7 @@ from engine.durable import is_empty, take_folder, writing
 from engine.errors import UserError, exit_on_user_error, printable
 from engine.host import cache_notes, end_rank, env_world_size, prepare_process
 from engine.paths import PATH, full_path
-from engine.report import write_json
+from engine.report import read_report, write_json
 from engine.serve import check_installed
 from engine.ui import guard_outputs
 from tools.report.outputs import check_file
@@ -384,6 +384,8 @@ def _planned_config(config_file: Path | None, run_folder: Path | None) -> RunCon
     """The configuration of a plan: a file's, a run's, or that of engine.run."""
     if config_file and run_folder:
         raise UserError("CONFIG and --run: a run has its own config; give one of them")
+    if run_folder:
+        read_report(run_folder)  # or it is no finished run
     file = run_folder / "config.toml" if run_folder else config_file
     return load_toml(RunConfig(), file) if file else RECIPES["fast"]
 

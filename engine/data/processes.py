@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from multiprocessing import get_context
 
 from engine.errors import UserError
-from engine.stop import end_with_parent
+from engine.stop import end_with_parent, postponed
 
 
 @contextmanager
@@ -29,7 +29,8 @@ def processes(num: int, name: str) -> Iterator[Executor]:
         num, get_context("fork"), initializer=_begin, initargs=(os.getpid(),)
     )
     try:
-        pool.submit(os.getpid).result()  # the first call starts all of them
+        with postponed():
+            pool.submit(os.getpid)  # the first call starts all of them
         yield pool
     except BrokenProcessPool:
         raise UserError(

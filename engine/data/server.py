@@ -92,6 +92,9 @@ class RemoteFolder:
     def __init__(self, url: str) -> None:
         self.said = said_url(url)
         self._url = urlsplit(whole_url(self.said))
+        if self._url.scheme == "file" and self._url.netloc:
+            what = f"names a host, {self._url.netloc!r}"
+            raise UserError(f"{self.said}: {what}; write file:///, then the whole path")
         self._fs = self._connect()
         self.name = re.sub(r"[^A-Za-z0-9]+", "-", self.said.rpartition("/")[2])[-40:]
         self.name += f"-{hashlib.sha256(self.said.encode()).hexdigest()[:12]}"

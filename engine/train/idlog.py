@@ -44,7 +44,7 @@ def pieces(out: Path, epoch: int) -> list[Piece]:
             first_step, rank, size = (int(number) for number in name.groups()[1:])
             found.setdefault(first_step, {}).setdefault(size, []).append((rank, path))
     starts = sorted(found)
-    ends = [*starts[1:], None]
+    ends = [*starts, None][1:]
     made = []
     for first_step, last_step in zip(starts, ends, strict=True):
         sizes = found[first_step]

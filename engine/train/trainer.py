@@ -186,26 +186,30 @@ def _launch_whole(job: Job) -> Generator["Trainer", None, Done]:
 
 
 def _launch_parts(job: Job) -> Generator["Trainer", None, Done]:
-    """Train part after part, each in a session of its own, as the batch's schedule has it."""
+    """Train part after part, each in a session of its own, as the batch's schedule has it.
+
+    A signal that comes between two parts stops the next at its first step.
+    """
     config, world = job.config, job.world
     position = stored_position(job.out, job.resume, world)
     handed: Handover | None = None
-    while True:
-        batch, timings = position.global_batch or planned_batches(config)[0], position.timings
-        with world.on_stream():
-            if config.optim.batch_schedule == "noise":
-                timings = with_timings(config, batch, timings, job.records, world)
-                job.say(f"steps timed: {timings_text(timings)}")
-            part = part_config(config, batch)
-            with closing(job.open_session(part)) as session:
-                trainer = Trainer(
-                    session, job.out, job.say, config, timings, handed, is_alone=job.is_alone
-                )
-                report = yield from trainer.launches(job.resume and handed is None)
-                if not trainer.hands_over:
-                    return report, trainer.stopped_by
-                handed = trainer.handover(report)
-        position = handed.manifest.position
+    with STOP.polled():
+        while True:
+            batch, timings = position.global_batch or planned_batches(config)[0], position.timings
+            with world.on_stream():
+                if config.optim.batch_schedule == "noise":
+                    timings = with_timings(config, batch, timings, job.records, world)
+                    job.say(f"steps timed: {timings_text(timings)}")
+                part = part_config(config, batch)
+                with closing(job.open_session(part)) as session:
+                    trainer = Trainer(
+                        session, job.out, job.say, config, timings, handed, is_alone=job.is_alone
+                    )
+                    report = yield from trainer.launches(job.resume and handed is None)
+                    if not trainer.hands_over:
+                        return report, trainer.stopped_by
+                    handed = trainer.handover(report)
+            position = handed.manifest.position
 
 
 def _unfinished(config: RunConfig, out: Path, resume: bool, world: World) -> tuple[float, float]:

@@ -98,7 +98,7 @@ def read_facts(file: Path) -> NetworkFacts | None:
         with safe_open(file, "pt") as opened:
             metadata = opened.metadata() or {}
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{file}: is damaged or no safetensors file ({error}); {REMEDY}") from None
+        raise _unreadable(file, error) from None
     if KEY not in metadata:
         return None
     try:
@@ -152,7 +152,14 @@ def _read_weights(file: Path) -> Tensors:
     try:
         return load_file(file)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{file}: is damaged or no safetensors file ({error}); {REMEDY}") from None
+        raise _unreadable(file, error) from None
+
+
+def _unreadable(file: Path, error: Exception) -> UserError:
+    if file.suffix in (".onnx", ".pt2"):
+        remedy = "name its run, or a model.safetensors"
+        return UserError(f"{file}: is an exported network, which other programs run; {remedy}")
+    return UserError(f"{file}: is damaged or no safetensors file ({error}); {REMEDY}")
 
 
 def _check_forms(network: torch.nn.Module, found: Tensors, file: Path) -> None:
