@@ -9,6 +9,8 @@ import sys
 import time
 import zlib
 from collections.abc import Callable
+from concurrent.futures import Executor
+from contextlib import AbstractContextManager
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -18,10 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from engine.data import images, pictures
+from engine.data import images, pictures, processes
 from engine.data.pack import PackOptions, check, pack
 from engine.data.pictures import SIGNATURE
-from engine.data.processes import processes
 from engine.data.records import open_records
 from engine.errors import UserError
 from engine.host import ROOT
@@ -289,9 +290,26 @@ def answer(data: bytes) -> bytes | str:
         return str(fault)
 
 
+def test_several_folders_are_read_by_the_same_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = []
+    start = processes.processes
+
+    def counted(num: int, name: str) -> AbstractContextManager[Executor]:
+        started.append(num)
+        return start(num, name)
+
+    trees = [glyphs(seed=seed).png(tmp_path / f"tree{seed}") for seed in range(3)]
+    monkeypatch.setattr(pictures, "MANY", 1)
+    monkeypatch.setattr(processes, "processes", counted)
+    report = pack(trees, tmp_path / "out", PackOptions(workers=3))
+    assert started == [3] and len(report.found) == 3
+
+
 def test_a_process_that_is_killed_is_a_sentence() -> None:
     refused = pytest.raises(UserError, match="tree: a process that read it was ended")
-    with refused, processes(2, "tree") as pool:
+    with refused, processes.processes(2, "tree") as pool:
         pool.submit(signal.raise_signal, signal.SIGKILL).result()
 
 

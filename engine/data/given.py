@@ -7,11 +7,11 @@ Shapes: R rows of a block, P pixels.
 
 import warnings
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 
@@ -246,8 +246,10 @@ def open_given(groups: Groups, options: SourceOptions) -> Iterator[CsvFiles | Im
             num_sources = {group: len(paths) for group, paths in groups.items()}
             yield CsvFiles(sources, options, num_sources)
         else:
+            readers = _readers(stack, options.num_workers, str(all_paths[0]))
             opening = {
-                group: _open_images(layout, paths, options) for group, paths in groups.items()
+                group: _open_images(layout, paths, options, readers)
+                for group, paths in groups.items()
             }
             images = [stack.enter_context(each) for group in opening.values() for each in group]
             num_sources = {group: len(each) for group, each in opening.items()}
@@ -259,8 +261,23 @@ def csv_kind(options: SourceOptions) -> Make:
     return partial(ArrangedSource, asked=options) if options.changes_anything else Source
 
 
+def _readers(stack: ExitStack, num: int, name: str) -> Callable[[], Executor]:
+    """What starts processes that read, at the first call, and gives these."""
+
+    @cache
+    def readers() -> Executor:
+        from engine.data.processes import processes
+
+        return stack.enter_context(processes(num, name))
+
+    return readers
+
+
 def _open_images(
-    layout: Layouts, paths: Sequence[Path], options: SourceOptions
+    layout: Layouts,
+    paths: Sequence[Path],
+    options: SourceOptions,
+    readers: Callable[[], Executor],
 ) -> list[AbstractContextManager[Images]]:
     """What opens each source of images when it is entered."""
     # What reads them is imported here: numba and pyarrow would delay every start.
@@ -274,7 +291,7 @@ def _open_images(
     if layout == "png":
         from engine.data.pictures import open_pictures
 
-        return [open_pictures(path, options.num_workers) for path in paths]
+        return [open_pictures(path, readers) for path in paths]
     from engine.data.columns import open_columns
 
     return [open_columns(path, layout, names) for path in paths]

@@ -34,7 +34,6 @@ from engine.data.filters import unfiltered
 from engine.data.foreign import foreign, is_litter
 from engine.data.images import Task, check_side, checked_label, rows_of, rows_per_block
 from engine.data.lexer import Rows
-from engine.data.processes import processes
 from engine.data.records import MAX_CLASSES
 from engine.data.source import reading
 from engine.durable import Damaged, Disturbed, open_regular
@@ -372,18 +371,16 @@ def _chunk(kind: bytes, body: bytes) -> bytes:
 
 
 @contextmanager
-def open_pictures(folder: Path, num_workers: int) -> Iterator[PngFolders]:
+def open_pictures(folder: Path, readers: Callable[[], Executor]) -> Iterator[PngFolders]:
     """Open a folder of class folders.
 
     Args:
-        num_workers: processes that read where there are many pictures.
+        readers: starts the processes that read where there are many pictures.
     Raises:
         UserError: it cannot be read, or holds something else than class folders of grey PNGs.
     """
     pictures = PngFolders(folder)
     # A daemonic process may not start others.
-    if pictures.num_images < MANY or current_process().daemon:
-        yield pictures
-        return
-    with processes(num_workers, pictures.name) as pictures.readers:
-        yield pictures
+    if pictures.num_images >= MANY and not current_process().daemon:
+        pictures.readers = readers()
+    yield pictures
