@@ -335,6 +335,7 @@ def test_an_interruption_is_one_line_whoever_reads(tmp_path: Path) -> None:
 import os, signal, time
 from engine.data import pictures
 from tools.pack_tmnist import main
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 parent = os.getpid()
 def interrupted(*_):
     if os.getpid() == parent:
@@ -360,6 +361,7 @@ def test_a_signal_while_processes_start_waits_until_they_have(name: str) -> None
 import os, signal, sys
 from engine.data.processes import processes
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), signal.{name}))
 try:
     with processes(8, "tree"):
