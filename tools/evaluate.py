@@ -3,13 +3,11 @@
 Bare of runs, `--data-facts` says what the images alone allow.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import torch
 
 from engine.data.record_file import SPLITS
 from engine.data.records import open_records
@@ -19,13 +17,14 @@ from engine.durable import take_folder, write_file, writing
 from engine.errors import UserError, exit_on_user_error
 from engine.host import prepare_process
 from engine.paths import PATH
-from engine.report import Environment, write_json
+from engine.report import write_json
 from engine.ui import guard_outputs, options_given, progress_bar
-from engine.world import start_world
-from tools.measure import evaluation, neighbours
-from tools.measure.evaluation import Evaluation, Opened, Question, answer, evaluate
-from tools.measure.neighbours import DataFacts, data_facts
-from tools.report.evaluation import evaluation_text, facts_text
+
+if TYPE_CHECKING:
+    from tools.measure.evaluation import Evaluation
+    from tools.measure.neighbours import DataFacts
+
+# What imports torch is imported where it is used: --help and wrong options do not wait for it.
 
 OF_RUNS = ("split", "shifts", "ensemble", "confused_percent", "model")
 """Parameters that --data-facts has no use for."""
@@ -83,27 +82,47 @@ def main(runs: tuple[Path, ...], data: Path | None, out: Path | None, **asked: A
     with exit_on_user_error():
         prepare_process()
         check(runs, options_given())
-        with (
-            take_folder(out) if out else nullcontext(),
-            machine(asked["device"]) as (device, facts),
-        ):
+        with take_folder(out) if out else nullcontext():
             if asked["is_about_data"]:
-                records = open_records(data or ensure_sample())
-                found = data_facts(records, facts, device, asked["max_train"])
-                show(facts_text(found), found, out, neighbours.NAME)
-                return
-            question = Question(
-                split=asked["split"],
-                shifts=asked["shifts"],
-                confused_share=asked["confused_percent"] / 100,
-            )
-            opened, answered = Opened(data), []
-            with progress_bar("evaluating", len(runs)) as bar:
-                for number, run in enumerate(runs, 1):
-                    answered.append(answer(run, opened, question, device, asked["model"]))
-                    bar(number)
-            evaluated = evaluate(answered, question, facts, ensemble=asked["ensemble"])
-            show(evaluation_text(evaluated), evaluated, out, evaluation.NAME)
+                tell_of_data(data, asked, out)
+            else:
+                tell_of_runs(runs, data, asked, out)
+
+
+def tell_of_data(data: Path | None, asked: dict[str, Any], out: Path | None) -> None:
+    """What the images alone allow."""
+    from engine.world import start_world
+    from tools.measure.neighbours import NAME, data_facts
+    from tools.report.evaluation import facts_text
+
+    with start_world(asked["device"]) as world, world.on_stream():
+        records = open_records(data or ensure_sample())
+        found = data_facts(records, world.environment(), world.device, asked["max_train"])
+    show(facts_text(found), found, out, NAME)
+
+
+def tell_of_runs(
+    runs: tuple[Path, ...], data: Path | None, asked: dict[str, Any], out: Path | None
+) -> None:
+    """How right the runs' networks are."""
+    from engine.world import start_world
+    from tools.measure.evaluation import NAME, Opened, Question, answer, evaluate
+    from tools.report.evaluation import evaluation_text
+
+    question = Question(
+        split=asked["split"],
+        shifts=asked["shifts"],
+        confused_share=asked["confused_percent"] / 100,
+    )
+    opened, answered = Opened(data), []
+    with start_world(asked["device"]) as world, world.on_stream():
+        with progress_bar("evaluating", len(runs)) as bar:
+            for number, run in enumerate(runs, 1):
+                answered.append(answer(run, opened, question, world.device, asked["model"]))
+                bar(number)
+        facts = world.environment()
+        evaluated = evaluate(answered, question, facts, ensemble=asked["ensemble"])
+    show(evaluation_text(evaluated), evaluated, out, NAME)
 
 
 def check(runs: tuple[Path, ...], given: dict[str, str]) -> None:
@@ -130,14 +149,7 @@ def check(runs: tuple[Path, ...], given: dict[str, str]) -> None:
             raise UserError(f"{runs[number]}: is named twice; name each run once")
 
 
-@contextmanager
-def machine(device_name: str) -> Iterator[tuple[torch.device, Environment]]:
-    """The device, and the circumstances of what is found on it."""
-    with start_world(device_name) as world, world.on_stream():
-        yield world.device, world.environment()
-
-
-def show(text: str, found: Evaluation | DataFacts, out: Path | None, name: str) -> None:
+def show(text: str, found: "Evaluation | DataFacts", out: Path | None, name: str) -> None:
     """Print the text; leave it and the figures in `out`."""
     click.echo(text)
     if out:
