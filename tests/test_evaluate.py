@@ -1,6 +1,8 @@
 """tools/evaluate: figures of answers made by hand, and of a real run."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from engine.config import DataConfig, RunConfig
 from engine.data.pack import PackOptions, pack
 from engine.data.records import open_records
 from engine.errors import UserError
+from engine.host import ROOT
 from engine.report import read_report
 from engine.train.answers import all_logits, shifted
 from engine.train.trainer import fit
@@ -235,3 +238,8 @@ def test_an_ensemble_is_of_the_same_records(
     done = command("tools/evaluate", *both, "--ensemble", "--data", records)
     assert done.returncode == 0 and "best ensemble found" in done.stdout
     assert "other records than those trained on" in done.stdout
+
+
+def test_help_and_wrong_options_do_not_wait_for_torch() -> None:
+    code = "import sys; from tools import evaluate; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -385,7 +385,7 @@ def _planned_config(config_file: Path | None, run_folder: Path | None) -> RunCon
     if config_file and run_folder:
         raise UserError("CONFIG and --run: a run has its own config; give one of them")
     if run_folder:
-        read_report(run_folder)  # or it is no finished run
+        read_report(run_folder)  # refuses what is no run, a sweep among others
     file = run_folder / "config.toml" if run_folder else config_file
     return load_toml(RunConfig(), file) if file else RECIPES["fast"]
 

@@ -1,7 +1,8 @@
 """Sources that hold images as arrays or pictures, not as a CSV: what all of them share.
 
 A source hands out tasks, one for each block of rows in order; threads run them, and `read_images`
-collects what they return. A task reads, or only decodes what was read before it was handed out.
+collects what they return. A task reads, or only decodes what was read before it was handed out, or
+waits for a process that does both.
 
 Does not: know any format; idx.py, npz.py, pictures.py and columns.py do.
 

@@ -6,8 +6,8 @@ and so do the files of each; names of classes are UTF-8. What systems leave in f
 (foreign.is_litter) is passed over.
 
 8-bit PNGs that are not interlaced, nearly all, are decoded here, many at once; Pillow does the
-others. Checksums are compared, and no more is unpacked than a picture of that size takes. Where
-there are many, processes do.
+others. Checksums are compared, and no more is unpacked than a picture of that size takes. Many
+pictures are read and decoded by processes, few by the threads that run the tasks.
 
 Source: https://www.w3.org/TR/png-3/
 
@@ -43,8 +43,6 @@ SIGNATURE = b"\x89PNG\r\n\x1a\n"
 HEADER = struct.Struct(">IIBBBBB")
 CHUNK = struct.Struct(">I4s")
 CRC = struct.Struct(">I")
-PLAIN_END = bytes.fromhex("00000000 49454e44 ae426082")
-"""The chunk IEND."""
 KNOWN = (b"PLTE", b"IDAT", b"IEND")
 """Chunks behind the header without which a picture cannot be understood; others begin with a small
 letter."""
@@ -299,11 +297,11 @@ def _picture(data: bytes) -> tuple[tuple[int, ...], bytes]:
 def _packed_plainly(data: bytes, side: int) -> bytes:
     """The packed scanlines of an 8-bit PNG as most programs write it: a header, one chunk of
     scanlines, an end. Nothing where it is another, or damaged: `_picture` reads those."""
-    head = _plain_head(side)
-    if not (data.startswith(head) and data.endswith(PLAIN_END)):
+    head, end = _plain_ends(side)
+    if not (data.startswith(head) and data.endswith(end)):
         return b""
     start = len(head) + CHUNK.size
-    stop = len(data) - len(PLAIN_END) - CRC.size
+    stop = len(data) - len(end) - CRC.size
     if CHUNK.unpack_from(data, len(head)) != (stop - start, b"IDAT"):
         return b""
     if CRC.unpack_from(data, stop)[0] != zlib.crc32(data[start - 4 : stop]):
@@ -312,9 +310,10 @@ def _packed_plainly(data: bytes, side: int) -> bytes:
 
 
 @cache
-def _plain_head(side: int) -> bytes:
-    """Signature and header of an 8-bit grey PNG that is not interlaced."""
-    return SIGNATURE + _chunk(b"IHDR", HEADER.pack(side, side, 8, 0, 0, 0, 0))
+def _plain_ends(side: int) -> tuple[bytes, bytes]:
+    """How an 8-bit grey PNG that is not interlaced begins, with its header, and how it ends."""
+    header = _chunk(b"IHDR", HEADER.pack(side, side, 8, 0, 0, 0, 0))
+    return SIGNATURE + header, _chunk(b"IEND", b"")
 
 
 def _chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
