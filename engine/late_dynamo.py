@@ -3,8 +3,9 @@
 torch imports its compiler at the first step of an optimiser, the first call of a custom operator
 and by DistributedDataParallel, only to hear that nothing is compiled: that takes nearly as long as
 the import of torch itself, in each rank (tests/bench/startup.py measures both). `import_late()`
-puts a stand-in there that answers these three questions; whoever asks it for anything else, as
-torch.compile does, gets the real module, from then on and for good.
+puts a stand-in there that answers these three questions, and one that init_process_group has once
+it is there; whoever asks it for anything else, as torch.compile does, gets the real module, from
+then on and for good.
 """
 
 import functools
@@ -53,6 +54,11 @@ class StandIn(ModuleType):
         """A name of torch._dynamo.utils, before which DistributedDataParallel names the package."""
         return load().utils if is_loaded() else _Utils(f"{NAME}.utils")
 
+    @property
+    def trace_rules(self) -> Any:
+        """torch._dynamo.trace_rules, whose caches a new process group clears."""
+        return load().trace_rules if is_loaded() else _TraceRules(f"{NAME}.trace_rules")
+
     def graph_break(self, *args: Any, **kwargs: Any) -> None:
         """Nothing is traced, so nothing is to be broken off."""
         if is_loaded():
@@ -82,6 +88,16 @@ class _Utils(ModuleType):
     def get_optimize_ddp_mode(self) -> str:
         """What the real one says while nobody has set torch._dynamo.config.optimize_ddp."""
         return "ddp_optimizer"
+
+
+class _TraceRules(ModuleType):
+    """torch._dynamo.trace_rules as far as init_process_group asks it."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(load().trace_rules, name)
+
+    def clear_lru_cache(self) -> None:
+        """Nothing was traced, so nothing is cached."""
 
 
 class _Finder(MetaPathFinder, Loader):

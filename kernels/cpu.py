@@ -263,10 +263,17 @@ _conv.register_autograd(_differentiate_conv, setup_context=_save_conv)
 
 
 class _Pool(torch.autograd.Function):
-    """The operator outside of torch.compile: it spares the way through torch's dispatcher."""
+    """The operator outside of torch.compile: it spares the way through torch's dispatcher.
 
-    forward = staticmethod(_run_pool)
-    setup_context = staticmethod(_save_pool)
+    Its forward saves by itself: with a setup_context torch binds the arguments by their signature,
+    which takes longer than the way that is spared.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_BCHW: torch.Tensor, bias_C: torch.Tensor) -> Any:
+        output = _run_pool(x_BCHW, bias_C)
+        _save_pool(ctx, (x_BCHW, bias_C), output)
+        return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -276,8 +283,11 @@ class _Pool(torch.autograd.Function):
 class _Conv(torch.autograd.Function):
     """Likewise."""
 
-    forward = staticmethod(_run_conv)
-    setup_context = staticmethod(_save_conv)
+    @staticmethod
+    def forward(ctx: Any, image_BHW: torch.Tensor, *others: Any) -> Any:
+        output = _run_conv(image_BHW, *others)
+        _save_conv(ctx, (image_BHW,), output)
+        return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:

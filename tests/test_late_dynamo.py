@@ -41,6 +41,8 @@ def step(net):
     optimizer.zero_grad()
 
 step(net)
+distributed.destroy_process_group()
+distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
 stand_in = sys.modules["torch._dynamo"]
 ddp_mode = stand_in.utils.get_optimize_ddp_mode()
 assert not late_dynamo.is_loaded()
@@ -66,6 +68,9 @@ assert torch._dynamo.config.__spec__.name == "torch._dynamo.config"
 for module in (torch._dynamo.config, torch._dynamo):
     assert type(module.__spec__.loader).__module__ != "engine.late_dynamo"
 assert torch._dynamo.utils.get_optimize_ddp_mode() == ddp_mode
+assert stand_in.trace_rules is torch._dynamo.trace_rules
+net = DistributedDataParallel(torch.nn.Linear(3, 3))
+optimizer = torch.optim.AdamW(net.parameters())
 step(net)
 """
 

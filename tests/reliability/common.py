@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import gc
 import hashlib
 import os
 import random
@@ -97,6 +98,7 @@ def _usual_signals() -> None:
 def fork(function: Callable[[], int | None]) -> int:
     """Run `function` in a child, whose exit code is its result or, if it raises, 1; the pid."""
     sys.stdout.flush()
+    gc.freeze()  # no child looks through these objects again
     pid = os.fork()
     if pid:
         return pid
