@@ -19,9 +19,9 @@ from tempfile import TemporaryDirectory
 from engine.report import ROOT
 
 PYTEST = ("-m", "pytest", "-q", "-p", "no:randomly", "-p", "no:cacheprovider")
-INTERPRETED = (*PYTEST, "tests/kernels/interpreted.py")
-ALONE = (*INTERPRETED, "-k", "not training_step")
-STEPS = (*INTERPRETED, "-k", "training_step")
+LAYERS = (*PYTEST, "tests/kernels/interpreted_layers.py")
+OTHERS = (*PYTEST, "tests/kernels/interpreted_others.py")
+STEPS = (*PYTEST, "tests/kernels/interpreted_steps.py")
 """One interpreter is enough for them."""
 COMPILED = (*PYTEST, "tests/kernels/compiled.py")
 WRITTEN = ("-m", "tests.kernels.compiled")
@@ -55,7 +55,7 @@ def run(words: tuple[str, ...], wanted: str) -> bool:
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(paths),
         "EXPECTED_TRITON": wanted,
-        "TRITON_INTERPRET": "1" if INTERPRETED[-1] in words else "0",
+        "TRITON_INTERPRET": "1" if words in (LAYERS, OTHERS, STEPS) else "0",
         "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, *words]
@@ -72,9 +72,11 @@ def main() -> None:
     if "--write" in sys.argv[1:]:
         results = [run(WRITTEN, wanted) for wanted in versions]
     else:
-        proofs = [(ALONE, versions[-1]), (STEPS, versions[0])]
+        alone = (LAYERS, OTHERS)
+        proofs = [(words, versions[-1]) for words in alone]
+        proofs.append((STEPS, versions[0]))
         if "--full" in sys.argv[1:]:
-            proofs.append((ALONE, versions[0]))
+            proofs += [(words, versions[0]) for words in alone]
         proofs += [(COMPILED, version) for version in versions]
         with ThreadPoolExecutor(2) as threads:
             results = list(threads.map(lambda proof: run(*proof), proofs))

@@ -14,7 +14,7 @@ from engine.order import Order
 from engine.train.step import TrainStep
 from engine.world import World
 
-BATCH, STEPS, CLASSES = 6, 12, 5
+BATCH, STEPS, CLASSES, SIDE = 6, 6, 5, 16
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Trained:
 
 
 def train(precision: str, names: str | tuple[str, ...]) -> Trained:
-    """The same 12 steps, two in a launch, on drawn bars, from the same weights."""
+    """The same 6 steps, two in a launch, on drawn bars, from the same weights."""
     settings = {
         "step.precision": precision,
         "step.steps_per_launch": 2,
@@ -39,17 +39,17 @@ def train(precision: str, names: str | tuple[str, ...]) -> Trained:
     config = override(RunConfig(), settings, "proof")
     rng = np.random.default_rng(0)
     label_N = rng.integers(0, CLASSES, STEPS * BATCH, dtype=np.uint8)
-    image_NHW = rng.integers(0, 60, (len(label_N), 28, 28), dtype=np.uint8)
+    image_NHW = rng.integers(0, 45, (len(label_N), SIDE, SIDE), dtype=np.uint8)
     for image_HW, label in zip(image_NHW, label_N, strict=True):
-        image_HW[4 * label + 2 : 4 * label + 6, 4:24] += 150
+        image_HW[3 * label : 3 * label + 3, 2:14] += 150
     split = Split(image_NHW=image_NHW, label_N=label_N, font_N=np.zeros(len(label_N), np.int32))
     order = Order(num_samples=len(label_N), global_batch=BATCH, seed=1)
     cpu = torch.device("cpu")
     fused = frozenset(config.kernels)
-    model = make_model(config.model, 28, 28, CLASSES, seed=1, fused=fused)
+    model = make_model(config.model, SIDE, SIDE, CLASSES, seed=1, fused=fused)
     start = parameters(model)
     source = ResidentFeed(split, order, cpu, fused)
-    static = random_batch(BATCH, (28, 28), CLASSES, cpu, copies=2)
+    static = random_batch(BATCH, (SIDE, SIDE), CLASSES, cpu, copies=2)
     world = World(rank=0, size=1, device=cpu, stream=None)
     step = TrainStep(model, config, order, static, world, source)
     for _ in step.train_epoch(source, 0):
