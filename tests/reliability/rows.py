@@ -1,5 +1,6 @@
 """All rows, and how they run: three at a time, each in a fresh process with folders of its own."""
 
+import ctypes
 import multiprocessing
 import shutil
 import tempfile
@@ -21,7 +22,7 @@ from tests.reliability import (
     runs,
     system,
 )
-from tests.reliability.common import Tally
+from tests.reliability.common import LIBC, Tally
 
 ROWS = (
     *crash.ROWS,
@@ -40,11 +41,15 @@ JOBS = 3
 LONGEST = ("R10", "R11", "R8", "R9", "R7", "R13", "R12")
 """Started first, so that no long row is left alone at the end."""
 MEMORY = Path("/dev/shm")
+PR_SET_CHILD_SUBREAPER = 36
+"""linux/prctl.h: orphans become children of the row, which counts them."""
 
 
 def run_row(number: int, level: str) -> dict[str, Any]:
     """Run one row in this process, in folders of its own; what it raises is a failure."""
     name, what, function = ROWS[number]
+    LIBC.prctl(PR_SET_CHILD_SUBREAPER, ctypes.c_ulong(1), 0, 0, 0)
+    multiprocessing.set_start_method(None, force=True)  # as in a run that a user starts
     folder = Path(tempfile.mkdtemp(prefix="reliability-"))
     fast = Path(tempfile.mkdtemp(prefix="reliability-", dir=MEMORY if MEMORY.is_dir() else None))
     tally, start = Tally(level, folder, fast), time.perf_counter()
@@ -65,11 +70,15 @@ def run_row(number: int, level: str) -> dict[str, Any]:
 
 
 def run_rows(level: str, only: set[str]) -> list[dict[str, Any]]:
-    """Run the rows, three at a time, each in a fresh process; a line for each that ends."""
+    """Run the rows, three at a time, each in a fresh process; a line for each that ends.
+
+    They are forked from one process that has imported and compiled what they need.
+    """
     chosen = [number for number, row in enumerate(ROWS) if not only or row[0] in only]
-    spawn = multiprocessing.get_context("spawn")
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["tests.reliability.warmed"])
     results: dict[int, dict[str, Any]] = {}
-    with ProcessPoolExecutor(JOBS, spawn, max_tasks_per_child=1) as pool:
+    with ProcessPoolExecutor(JOBS, server, max_tasks_per_child=1) as pool:
         longest_first = sorted(chosen, key=_turn)
         jobs = {pool.submit(run_row, number, level): number for number in longest_first}
         for job in as_completed(jobs):

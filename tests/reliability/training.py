@@ -4,7 +4,6 @@ A run is forked from this process, which has imported torch, so that it starts i
 second. Its records are small images, its batch is tiny, so that an epoch has many steps.
 """
 
-import ctypes
 import functools
 import hashlib
 import importlib
@@ -31,7 +30,7 @@ from engine.errors import UserError
 from engine.host import prepare_process
 from engine.train import idlog
 from engine.train.folder import checkpoints
-from tests.reliability.common import LIBC, Child, Done, Tally, glyph_csv
+from tests.reliability.common import Child, Done, Tally, glyph_csv
 from tests.reliability.ranks import free_port
 
 NUM_ROWS = 400
@@ -41,8 +40,6 @@ EPOCHS = 3
 STEPS = 35
 """Of an epoch: 280 of the rows are its train split."""
 NUM_STEPS = EPOCHS * STEPS
-PR_SET_CHILD_SUBREAPER = 36
-"""linux/prctl.h: orphans become children of the row, which counts them."""
 RUN_S = 60.0
 """No run takes a tenth of that."""
 LEFTOVER = re.compile(r"\..*\.tmp-\w+|\.lock|preempted")
@@ -88,7 +85,6 @@ def warm() -> None:
     weight, bias = torch.ones(32, 1, 3, 3).requires_grad_(), torch.ones(32).requires_grad_()
     y = conv_pool_relu(torch.ones(1, 4, 4, dtype=torch.uint8), weight, bias, torch.float32)
     bias_pool_relu(y, bias).sum().backward()
-    LIBC.prctl(PR_SET_CHILD_SUBREAPER, ctypes.c_ulong(1), 0, 0, 0)
 
 
 @dataclass
