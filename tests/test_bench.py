@@ -120,6 +120,7 @@ def test_loader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
+@pytest.mark.long
 def test_warp(tmp_path: Path) -> None:
     warp.bench(tmp_path, rounds=1, seconds=0.1, num_rows=3000)
     assert checked(tmp_path / "cpu_warp.json") == [

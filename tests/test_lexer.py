@@ -103,8 +103,8 @@ def fuzz(count: int, seed: int) -> dict[str, int]:
 
 @pytest.mark.slow
 def test_both_lexers_agree_on_mutated_inputs() -> None:
-    verdicts = fuzz(100_000, seed=0)
-    assert min(verdicts.values()) > 20_000
+    verdicts = fuzz(50_000, seed=0)
+    assert min(verdicts.values()) > 10_000
 
 
 def test_a_lexer_goes_on_behind_a_fault_and_keeps_its_texts() -> None:

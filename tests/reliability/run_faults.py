@@ -121,7 +121,7 @@ def _check_full(tally: Tally, training: Training, weights: dict[int, str], turn:
     shutil.rmtree(training.folder / "cache", ignore_errors=True)
     with mounted(b"tmpfs", training.out, b"size=12m"):
         runs = training.start(before=_keep_cache(training))
-        begun = tally.rng.randrange(5, 60)
+        begun = tally.rng.randrange(5, 50)
         until(lambda: newest(training.out) >= begun, runs)
         published = newest(training.out)
         _fill(training.out / "filler")
@@ -240,15 +240,17 @@ def _spoil(checkpoint: Path, value: float) -> None:
 
 def soak(tally: Tally) -> None:
     """One run killed and gone on again and again: nothing piles up, and it ends right."""
-    training = Training(tally.folder)
+    num_cycles = tally.count(2, 3, 50)
+    training = Training(tally.folder, num_epochs=1 + num_cycles)  # some 10 steps are one cycle's
     temporary = training.folder / "tmp"
     temporary.mkdir()
     memory = memory_files()
     used: list[tuple[int, int]] = []
-    for turn in range(tally.count(2, 3, 50)):
+    for turn in range(num_cycles):
         runs = training.start(before=lambda: os.environ.update(TMPDIR=str(temporary)))
         begun = newest(training.out)
-        until(lambda begun=begun: newest(training.out) > begun, runs)
+        hit = until(lambda begun=begun: newest(training.out) > begun, runs)
+        tally.check(hit, f"cycle {turn}: the run had ended before it was killed")
         used.append(_in_use(runs[0]))
         runs[0].signal(signal.SIGTERM if turn % 5 == 4 else signal.SIGKILL)
         wait(runs)

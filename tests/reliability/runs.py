@@ -32,7 +32,7 @@ def at_random(training: Training, runs: list[Run], tally: Tally) -> bool:
 
 def in_save(training: Training, runs: list[Run], tally: Tally) -> bool:
     """A checkpoint is being written: its temporary folder is there, for a random moment."""
-    begun = newest(training.out) + tally.rng.randrange(5, 60)
+    begun = newest(training.out) + tally.rng.randrange(5, 50)
     folder = training.out / "checkpoints"
     found = until(lambda: newest(training.out) >= begun and any(folder.glob(".step-*.tmp-*")), runs)
     time.sleep(tally.rng.random() * 0.004)

@@ -33,12 +33,12 @@ from engine.train.folder import checkpoints
 from tests.reliability.common import Child, Done, Tally, glyph_csv
 from tests.reliability.ranks import free_port
 
-NUM_ROWS = 400
+NUM_ROWS = 320
 SIDE = 12
 BATCH = 8
 EPOCHS = 3
-STEPS = 35
-"""Of an epoch: 280 of the rows are its train split."""
+STEPS = 28
+"""Of an epoch: 224 of the rows are its train split."""
 NUM_STEPS = EPOCHS * STEPS
 RUN_S = 60.0
 """No run takes a tenth of that."""
@@ -95,6 +95,7 @@ class Training:
     flags: tuple[str, ...] = ()
     num_ranks: int = 1
     log_ids: bool = True
+    num_epochs: int = EPOCHS
     records: Path = field(init=False)
     whole: Path = field(init=False)
     """The folder of the undisturbed run."""
@@ -112,8 +113,9 @@ class Training:
 
     def words(self, *more: object, out: Path | None = None) -> list[str]:
         """The command line, the same at every start."""
-        line: list[object] = ["--device=cpu", f"--data={self.records}", f"--epochs={EPOCHS}"]
-        line += [f"--set=global_batch={BATCH}", "--checkpoint-every=5steps"]
+        line: list[object] = ["--device=cpu", f"--data={self.records}"]
+        line += [f"--epochs={self.num_epochs}", f"--set=global_batch={BATCH}"]
+        line += ["--checkpoint-every=5steps"]
         line += ["--set=log_ids=true"] if self.log_ids else []
         line += ["--resume=auto", f"--out={out or self.out}", *self.flags, *more]
         return [str(word) for word in line]
@@ -173,9 +175,9 @@ class Training:
             checked, found = check_order(self.out, None)
         except UserError as error:
             return [str(error)]
-        if checked != EPOCHS * STEPS * BATCH:
+        if checked != self.num_epochs * STEPS * BATCH:
             found.append(f"{checked} samples in all")
-        for epoch in range(EPOCHS):
+        for epoch in range(self.num_epochs):
             if not np.array_equal(global_ids(self.whole, epoch), global_ids(self.out, epoch)):
                 found.append(f"epoch {epoch}: other ids than the undisturbed run's")
         return found
