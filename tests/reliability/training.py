@@ -39,7 +39,6 @@ BATCH = 8
 EPOCHS = 3
 STEPS = 28
 """Of an epoch: 224 of the rows are its train split."""
-NUM_STEPS = EPOCHS * STEPS
 RUN_S = 60.0
 """No run takes a tenth of that."""
 LEFTOVER = re.compile(r"\..*\.tmp-\w+|\.lock|preempted")

@@ -1,11 +1,8 @@
 """Imported by the process that rows are forked from: each begins with all that is imported here."""
 
-import gc
-
 from tests.reliability import common, rows, training
 
 __all__ = ["rows"]
 
 common.warm()
 training.warm()
-gc.freeze()
