@@ -30,7 +30,7 @@ from engine.host import (
 )
 from engine.meeting import GIVE_ADDRESS, MOST_PAUSE_S, common_try, did_not_come
 from engine.network import means_only_here, own_address, way_to
-from engine.stop import Stopped
+from engine.stop import STOP, Stopped
 
 JOIN_TIMEOUT = timedelta(seconds=120)
 """For all ranks to come: machines start at different moments, and one may pack the sample first."""
@@ -125,7 +125,9 @@ class Ranks:
             raise
         except Exception as error:  # of the process group's own, torch documents no common type
             if self.size > 1 and not (isinstance(error, UserError) and error.is_shared):
-                with self._answered(error):
+                # torchrun asks the others to stop as soon as one has ended, or its rendezvous has;
+                # they would say that in place of the reason.
+                with self._answered(error), STOP.polled():
                     self._explain(error)
             raise
 
@@ -216,11 +218,15 @@ class Ranks:
             self.store.set(f"reason of {self.rank}", f"{env_machine()} {printable(str(error))}")
 
     def _reason(self, wait_s: float = 0.0) -> tuple[int, str] | None:
-        """(machine, "rank N: text") of the lowest rank that left one, or the text if all agree."""
+        """(machine, "rank N: text") of the lowest rank that left one, or the text if all agree.
+
+        A signal that comes meanwhile ends the waiting.
+        """
         end = time.monotonic() + wait_s
+        asked = STOP.number
         with suppress(RuntimeError):
             while not (failed := [r for r in range(self.size) if self._has_reason(r)]):
-                if time.monotonic() >= end:
+                if time.monotonic() >= end or STOP.number != asked:
                     return None
                 time.sleep(0.1)
             left = [self.store.get(f"reason of {rank}").decode().split(" ", 1) for rank in failed]
@@ -231,11 +237,12 @@ class Ranks:
         return None
 
     def _wait_for_reason(self) -> tuple[int, str] | None:
-        try:
-            return self._reason(REASON_S)
-        except Stopped:  # torchrun ends the others as soon as one has ended
+        asked = STOP.number
+        found = self._reason(REASON_S)
+        if not found and STOP.number != asked:
             time.sleep(2 * PERIOD_S)  # who lives beats meanwhile
-            return self._reason()
+            found = self._reason()
+        return found
 
     def _beats_of_the_living(self) -> dict[int, Beat]:
         """Say that this rank lives, though it beats no more; what all wrote last, empty if gone."""

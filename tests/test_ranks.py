@@ -4,6 +4,7 @@ Here by a real store in threads, in tests/reliability/ranks.py by torchrun.
 """
 
 import json
+import re
 import signal
 import threading
 import time
@@ -19,7 +20,7 @@ from torch import distributed
 from engine import heart as heart_module
 from engine import ranks as ranks_module
 from engine.errors import UserError
-from engine.heart import LEFT, SAVING, TRAINING, Beat, Heart, Watch, read_beats
+from engine.heart import LEFT, SAVING, TRAINING, Beat, Heart, Watch, died, read_beats
 from engine.meeting import common_try
 from engine.ranks import OtherRankFailed, Ranks, join_ranks
 from engine.stop import StopRequest
@@ -200,6 +201,25 @@ def test_a_rank_that_died_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert errors[1] is None
     for rank in (0, 2):
         assert str(errors[rank]).startswith("rank 1: has ended without a word, perhaps killed")
+
+
+def test_a_signal_amid_the_explanation_does_not_stand_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """torchrun's, which may lose its rendezvous before the rank has asked who died."""
+    request = StopRequest()
+    monkeypatch.setattr(ranks_module, "STOP", request)
+    read = Ranks._beats_of_the_living
+
+    def asked_to_stop(ranks: Ranks) -> dict[int, Beat]:
+        request._handle(signal.SIGTERM, None)
+        return read(ranks)
+
+    monkeypatch.setattr(Ranks, "_beats_of_the_living", asked_to_stop)
+    ranks = Ranks(0, 2, 0, distributed.HashStore())
+    with pytest.raises(UserError, match=re.escape(died([]))), ranks.explaining():
+        raise RuntimeError("[gloo] Connection closed by peer")
+    assert request.number == signal.SIGTERM and not request._is_polled
 
 
 def test_a_rank_cut_off_from_the_store_ends_in_a_sentence(
