@@ -119,8 +119,11 @@ class Ranks:
         try:
             yield
         except Stopped as stopped:
+            broken = _broken_before(stopped)
             if self.size > 1:
-                with self._answered(stopped):
+                with self._answered(broken or stopped), STOP.polled():
+                    if broken:
+                        self._explain(broken)
                     self._leave_reason(UserError(str(stopped)))
             raise
         except Exception as error:  # of the process group's own, torch documents no common type
@@ -373,6 +376,17 @@ def _is_broken_collective(error: Exception) -> bool:
     from torch.distributed import DistError
 
     return isinstance(error, DistError) or "gloo" in str(error)
+
+
+def _broken_before(stopped: Stopped) -> Exception | None:
+    """What a signal interrupted, where that is a collective's end: it came while the rank tidied
+    up after another one's death, of which the launcher had heard as well."""
+    error = stopped.__context__
+    while error is not None:
+        if isinstance(error, Exception) and _is_broken_collective(error):
+            return error
+        error = error.__context__
+    return None
 
 
 def _spoken(text: str, speaks: bool) -> UserError:

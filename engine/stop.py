@@ -43,13 +43,13 @@ class StopRequest:
         self._since_s = 0.0
         self._is_polled = False
         self._was_sent = False
-        self._sent, self._woken = socket.socketpair()
-        self._sent.setblocking(False)
-        self._woken.setblocking(False)
+        self._sent, self._woken = _new_pipe()
 
     def install(self) -> None:
         """Handle the signals from now on; only the main thread may call this."""
         sys.unraisablehook = _report_unraisable
+        # A process that was forked shares those it was made with: it would hear others' signals.
+        self._sent, self._woken = _new_pipe()
         signal.set_wakeup_fd(self._woken.fileno(), warn_on_full_buffer=False)
         os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
         for number in SIGNALS:
@@ -81,6 +81,14 @@ class StopRequest:
                 raise Stopped(number)
         elif now_s - self._since_s >= PATIENCE_S:
             os._exit(128 + number)
+
+
+def _new_pipe() -> tuple[socket.socket, socket.socket]:
+    """What Python writes the numbers of signals into, and the end that they are read from first."""
+    sent, woken = socket.socketpair()
+    sent.setblocking(False)
+    woken.setblocking(False)
+    return sent, woken
 
 
 def _report_unraisable(unraisable: Any) -> None:

@@ -23,7 +23,7 @@ from engine.errors import UserError
 from engine.heart import LEFT, SAVING, TRAINING, Beat, Heart, Watch, died, read_beats
 from engine.meeting import common_try
 from engine.ranks import OtherRankFailed, Ranks, join_ranks
-from engine.stop import StopRequest
+from engine.stop import Stopped, StopRequest
 
 
 def on_all(num: int, work: Callable[[Ranks], Any]) -> list[Any]:
@@ -220,6 +220,27 @@ def test_a_signal_amid_the_explanation_does_not_stand_for_it(
     with pytest.raises(UserError, match=re.escape(died([]))), ranks.explaining():
         raise RuntimeError("[gloo] Connection closed by peer")
     assert request.number == signal.SIGTERM and not request._is_polled
+
+
+def test_a_signal_between_a_broken_collective_and_its_explanation_does_not_stand_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The rank was tidying up: the process group and the watch end before it explains."""
+    monkeypatch.setattr(ranks_module, "STOP", request := StopRequest())
+    ranks = Ranks(0, 2, 0, distributed.HashStore())
+    with pytest.raises(UserError, match=re.escape(died([]))), ranks.explaining():
+        try:
+            raise RuntimeError("[gloo] Connection closed by peer")
+        finally:
+            request._handle(signal.SIGTERM, None)
+    assert not ranks.store.check(["reason of 0"])  # it is no reason of this rank's own
+
+
+def test_a_signal_that_broke_nothing_is_the_reason_of_its_rank() -> None:
+    ranks = Ranks(0, 2, 0, distributed.HashStore())
+    with pytest.raises(Stopped), ranks.explaining():
+        raise Stopped(signal.SIGTERM)
+    assert ranks._reason() == (0, "rank 0: stopped by SIGTERM")
 
 
 def test_a_rank_cut_off_from_the_store_ends_in_a_sentence(

@@ -614,6 +614,27 @@ print(STOP.number)
     assert (done.returncode, done.stdout) == (0, b"False\nTrue 0\n15\n"), done.stderr
 
 
+def test_a_process_does_not_hear_the_signals_of_one_forked_before() -> None:
+    """A rank that took its sibling's signal for its own took a rank that was stopped for dead."""
+    code = """
+import os, signal
+from engine.stop import STOP
+for is_first in (True, False):
+    pid = os.fork()
+    if not pid:
+        STOP.install()
+        if is_first:
+            with STOP.polled():
+                os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            print(STOP.was_sent(), flush=True)
+        os._exit(0)
+    os.waitpid(pid, 0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, b"False\n"), done.stderr
+
+
 def test_a_signal_in_a_destructor_is_kept_and_prints_nothing() -> None:
     code = """
 import os, signal
