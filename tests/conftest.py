@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing import get_context
@@ -24,7 +25,10 @@ from engine.data.records import Records, open_records
 from engine.host import ROOT, prepare_process
 from engine.world import World, has_fast_bf16
 from tests.browser import CHROMIUM, Browser
+from tools.measure.in_process import InProcess
 from tools.measure.matrix import is_matrix
+from tools.measure.results import Repetition
+from tools.measure.runner import Job, in_child
 
 prepare_process()  # as every command does
 
@@ -129,6 +133,24 @@ def browser() -> Iterator[Browser]:
         pytest.skip("there is no Chromium here: apt-get install chromium")
     with Browser() as browser:
         yield browser
+
+
+@pytest.fixture
+def measured_here(small: Records, world: World, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """One start-up for all measurements of a rank alone, one after another, on the small records;
+    those of several ranks keep their processes."""
+    here, turn = InProcess(small, world, seconds=0.1), threading.Lock()
+
+    def measure(job: Job) -> Repetition:
+        if job.ranks > 1:
+            return in_child(job)
+        with turn:
+            return here(job)
+
+    for module in ("tools.measure.runner", "tests.bench.child"):
+        monkeypatch.setattr(f"{module}.in_child", measure)
+    yield
+    here.close()
 
 
 Command = Callable[..., subprocess.CompletedProcess[str]]

@@ -1,7 +1,6 @@
 """Every benchmark runs, tiny: figures are made by make bench, never here."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,14 +8,11 @@ from types import SimpleNamespace
 import pytest
 
 from engine.config import RunConfig
-from engine.data.records import Records
 from engine.data.sample import ensure_sample
 from engine.errors import UserError
-from engine.world import World
 from tests.bench import (
     canonical,
     checkpoints,
-    child,
     feeds,
     fp8,
     fsdp,
@@ -40,20 +36,8 @@ from tests.bench import (
 )
 from tests.browser import CHROMIUM
 from tests.conftest import FAST_PRECISION
-from tools.measure.in_process import InProcess
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture
-def in_process(
-    small: Records, world: World, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[InProcess]:
-    """One start-up for all measurements of a benchmark; those of ranks keep their processes."""
-    measure = InProcess(small, world, seconds=0.1)
-    monkeypatch.setattr(child, "in_child", measure)
-    yield measure
-    measure.close()
 
 
 def checked(file: Path) -> list[str]:
@@ -129,7 +113,7 @@ def test_warp(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.usefixtures("in_process")
+@pytest.mark.usefixtures("measured_here")
 def test_step(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))  # of the bare loop's process
     ensure_sample()  # which says so
@@ -138,7 +122,7 @@ def test_step(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert "fast step over eager fp32 NCHW (x)" in checked(tmp_path / "cpu_step.json")
 
 
-@pytest.mark.usefixtures("in_process")
+@pytest.mark.usefixtures("measured_here")
 @pytest.mark.long
 def test_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layers, "CASES", (("bf16", 32, "trained"),))
@@ -146,6 +130,7 @@ def test_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "bf16, batch 32, first layer trained: ratio (x)" in checked(tmp_path / "cpu_layers.json")
 
 
+@pytest.mark.usefixtures("measured_here")
 def test_ranks(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     monkeypatch.setattr(ranks, "BATCH", 32)
@@ -153,7 +138,7 @@ def test_ranks(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert checked(tmp_path / "cpu_ranks.json") == ["efficiency of 2 ranks (%)"]
 
 
-@pytest.mark.usefixtures("in_process")
+@pytest.mark.usefixtures("measured_here")
 def test_canonical(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(canonical, "GLOBAL_BATCH", 32)
     monkeypatch.setattr(canonical, "RANKS", (1,))  # test_ranks starts several

@@ -67,6 +67,7 @@ def test_profile_bare_profiles_the_default(command: Command, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("measured_here")
 def test_profile_takes_every_bench_config(command: Command, tmp_path: Path) -> None:
     configs = run_configs()
     done = command(
