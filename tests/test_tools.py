@@ -113,7 +113,10 @@ def test_the_gpu_round_runs_dry(command: Command, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_members_part_of_the_gpu_round_runs_dry(command: Command, tmp_path: Path) -> None:
+def test_the_members_part_of_the_gpu_round_runs_dry(
+    command: Command, tmp_path: Path, small_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "ensure_sample", lambda: small_dir)
     words = ("python", "-m", "tools.gpu", "--device", "cpu", "--quick", "--out", tmp_path)
     done = command(*words, "--part", "members")
     assert done.returncode == 0, done.stderr + done.stdout

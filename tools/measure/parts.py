@@ -225,7 +225,7 @@ def train_members(shared: Round) -> list[str]:
     """One network alone, then eight in one process: samples/s of all together."""
     settings, most = FAST | MEMBERS, NUM_MEMBERS
     if shared.quick:
-        settings, most = settings | {"epochs": 1, "global_batch": 512}, 2
+        settings, most = settings | {"epochs": 1, "global_batch": QUICK_BATCH}, 2
     config = override(RunConfig(), settings, "tools.gpu")
     found = {}
     with shared.world() as world:
