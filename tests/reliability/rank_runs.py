@@ -58,7 +58,7 @@ def deaths(tally: Tally) -> None:
     for turn in range(tally.count(0, 1, 4)):
         _kill_rank(tally, training, MOMENTS[1 + turn % 4], literal=True)
     for turn in range(tally.count(1, 2, 6)):
-        _kill_torchrun(tally, training, literal=turn % 2 == 1)
+        _kill_torchrun(tally, training, literal=turn % 3 == 2)
     check_memory(tally, before)
     if taken_s:
         tally.note(
