@@ -241,5 +241,5 @@ def test_an_ensemble_is_of_the_same_records(
 
 
 def test_help_and_wrong_options_do_not_wait_for_torch() -> None:
-    code = "import sys; from tools import evaluate; sys.exit('torch' in sys.modules)"
+    code = "import sys; from tools import evaluate, export; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -23,8 +23,9 @@ from engine.train.weights import load_network, network_facts, read_facts
 from tests.conftest import CLASSES
 from tests.test_predict import packed, refused, trained
 from tools import export
-from tools.measure import exported
-from tools.measure.exported import FORMS, check_form, write_form
+from tools.measure import exported, forms
+from tools.measure.exported import check_form, write_form
+from tools.measure.forms import FORMS
 from tools.measure.trained import find_weights, known_facts, run_config
 from tools.report.card import READING
 
@@ -98,10 +99,10 @@ def test_what_is_missing_is_one_line(
     done = call(trained(tmp_path / "other", other), "--to", "safetensors", "--out", out)
     refused(done, "has no split test, but train")
     refused(call(run, "--to", "safetensors", "--data", other, "--out", out), "holds other records")
-    monkeypatch.setattr(exported, "find_spec", lambda name: None if "script" in name else name)
+    monkeypatch.setattr(forms, "find_spec", lambda name: None if "script" in name else name)
     done = call(run, "--to", "torch", "--to", "onnx", "--out", out)
     refused(done, "--to onnx: onnxscript is not installed; pip install onnxscript")
-    monkeypatch.setattr(exported, "find_spec", lambda name: None)
+    monkeypatch.setattr(forms, "find_spec", lambda name: None)
     refused(call(run, "--to", "onnx"), f"are not installed; pip install {' '.join(NEEDED)}")
     assert not out.exists()
 

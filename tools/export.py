@@ -3,38 +3,19 @@
 from pathlib import Path
 
 import click
-import torch
 
-from engine.config import RunConfig
 from engine.data.record_file import SPLITS
-from engine.data.records import Split
 from engine.data.remote import RECORDS
 from engine.durable import publish_directory, writing
 from engine.errors import UserError, exit_on_user_error, printable
 from engine.host import prepare_process
-from engine.models import make_model
 from engine.paths import PATH
-from engine.report import NetworkFacts, environment, read_report
-from engine.train.answers import all_logits
-from engine.train.backends import set_fp32_precision
-from engine.train.weights import load_network
+from engine.report import environment, read_report
 from engine.ui import guard_outputs
-from tools.measure.exported import (
-    FORMS,
-    Check,
-    check_form,
-    check_packages,
-    write_form,
-)
-from tools.measure.trained import (
-    Trained,
-    check_same_task,
-    find_weights,
-    known_facts,
-    open_run_records,
-    run_config,
-)
+from tools.measure.forms import FORMS, Check, check_packages
 from tools.report.card import NAME, Card, card_text
+
+# What imports torch is imported where it is used: --help and wrong options do not wait for it.
 
 FOLDER = "export"
 OURS = frozenset({NAME, *(form.file for form in FORMS.values())})
@@ -85,6 +66,17 @@ def main(
         prepare_process()
         forms = tuple(dict.fromkeys(forms))
         check_packages(forms)
+        import torch
+
+        from tools.measure.exported import export
+        from tools.measure.trained import (
+            check_same_task,
+            find_weights,
+            known_facts,
+            open_run_records,
+            run_config,
+        )
+
         trained = find_weights(run)
         assert trained.run
         target = out or trained.run / FOLDER
@@ -96,7 +88,7 @@ def main(
         of_run = trained.file.parent == trained.run
         checkpoint = "" if of_run else trained.file.parent.name
         with writing(target), publish_directory(target) as folder:
-            checks = export(forms, folder, trained, config, facts, records.asked(split))
+            checks = export(forms, folder, trained.file, config, facts, records.asked(split))
             card = Card(
                 facts=facts,
                 config=config,
@@ -123,33 +115,6 @@ def check_target(target: Path, force: bool) -> None:
     if others:
         remedy = "give another --out"
         raise UserError(f"{target}: holds {min(others)}, which is no export's; {remedy}")
-
-
-def export(
-    forms: tuple[str, ...],
-    folder: Path,
-    trained: Trained,
-    config: RunConfig,
-    facts: NetworkFacts,
-    split: Split,
-) -> list[Check]:
-    """Write each form into `folder`, opened again and compared with the network.
-
-    Raises:
-        UserError: the weights or the split are not there, or a file answers otherwise.
-    """
-    set_fp32_precision("fp32")
-    network = load_network(config.model, facts, trained.file)
-    wanted_NK = all_logits(network, split.image_NHW, torch.device("cpu"))
-    if not wanted_NK.isfinite().all():
-        raise UserError(f"{trained.run}: answers with numbers that are not finite; train it again")
-    size = facts.height_pixels, facts.width_pixels
-    like = make_model(config.model, *size, len(facts.classes), seed=1)
-    checks = []
-    for name in forms:
-        path = write_form(name, folder, network, facts)
-        checks.append(check_form(name, path, split, wanted_NK, like))
-    return checks
 
 
 def check_line(check: Check, target: Path, split: str) -> str:

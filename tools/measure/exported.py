@@ -15,8 +15,6 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 
@@ -24,59 +22,51 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from engine.config import RunConfig
 from engine.data.records import Split
 from engine.errors import UserError, sentence
+from engine.models import make_model
 from engine.report import NetworkFacts, without_folders
 from engine.train.answers import Network, all_logits
-from engine.train.weights import metadata_for_others, packed, plain_metadata
+from engine.train.backends import set_fp32_precision
+from engine.train.weights import load_network, metadata_for_others, packed, plain_metadata
+from tools.measure.forms import FACTS, FORMS, Check
 
 TOLERANCE = 1e-4
 """Of the largest logit, at least of 1: other libraries add in another order. Sums of 3,136 products
 in fp32 differ by some 1e-6."""
-FACTS = "facts.json"
-"""The metadata's name in the archive of torch.export."""
 EXAMPLES = 2
 """Images that a network is traced with: not one, which torch.export would take for a constant."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Form:
-    """A format of files."""
+def export(
+    forms: tuple[str, ...],
+    folder: Path,
+    weights: Path,
+    config: RunConfig,
+    facts: NetworkFacts,
+    split: Split,
+) -> list[Check]:
+    """Write each form into `folder`, opened again and compared with the network.
 
-    file: str
-    packages: tuple[str, ...]
-    """What it needs beside this project."""
-    runs_by: str
-    """Which library ran it in the check."""
-    pack: Callable[[nn.Module, NetworkFacts], bytes]
-    open: Callable[[Path, nn.Module], Network]
-    """From its file, and a network of the same kind with other weights."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Check:
-    """How an exported file answered a split, beside the network that it was made from."""
-
-    form: str
-    file: str
-    runs_by: str
-    num_samples: int
-    num_same: int
-    """Images whose class is the network's."""
-    largest_difference: float
-    """Between two logits; `largest_logit` is what it is to be compared with."""
-    largest_logit: float
-    accuracy_fraction: float
-
-
-def check_packages(forms: tuple[str, ...]) -> None:
-    """UserError if a package that a form needs is not installed."""
+    Args:
+        weights: the network's file.
+        split: what the files are checked on.
+    Raises:
+        UserError: the weights are not there or not finite, or a file answers otherwise.
+    """
+    set_fp32_precision("fp32")
+    network = load_network(config.model, facts, weights)
+    wanted_NK = all_logits(network, split.image_NHW, torch.device("cpu"))
+    if not wanted_NK.isfinite().all():
+        raise UserError(f"{weights}: answers with numbers that are not finite; train it again")
+    size = facts.height_pixels, facts.width_pixels
+    like = make_model(config.model, *size, len(facts.classes), seed=1)
+    checks = []
     for name in forms:
-        missing = [package for package in FORMS[name].packages if find_spec(package) is None]
-        if missing:
-            are = "is" if len(missing) == 1 else "are"
-            remedy = f"pip install {' '.join(missing)}"
-            raise UserError(f"--to {name}: {', '.join(missing)} {are} not installed; {remedy}")
+        path = write_form(name, folder, network, facts)
+        checks.append(check_form(name, path, split, wanted_NK, like))
+    return checks
 
 
 def write_form(name: str, folder: Path, network: nn.Module, facts: NetworkFacts) -> Path:
@@ -89,7 +79,7 @@ def write_form(name: str, folder: Path, network: nn.Module, facts: NetworkFacts)
     what = f"the network {without_folders(facts.model.name)} cannot be exported"
     remedy = "write its forward without branches that depend on pixels, or give --to safetensors"
     with _explained(f"--to {name}: {what}", remedy):
-        data = form.pack(network, facts)
+        data = PACK[name](network, facts)
     path = folder / form.file
     path.write_bytes(data)
     return path
@@ -109,7 +99,7 @@ def check_form(
     form = FORMS[name]
     remedy = f"update {', '.join(form.packages) or 'torch'}, or give another --to"
     with _explained(f"--to {name}: {form.runs_by} cannot run {form.file}", remedy):
-        run = form.open(path, like)
+        run = OPEN[name](path, like)
         found_NK = all_logits(run, split.image_NHW, torch.device("cpu"))
         alone_1K = all_logits(run, split.image_NHW[:1], torch.device("cpu"))
     largest = wanted_NK.abs().max().item()
@@ -210,27 +200,14 @@ def _open_weights(path: Path, like: nn.Module) -> Network:
     return like
 
 
-FORMS = {
-    "onnx": Form(
-        file="model.onnx",
-        packages=("onnx", "onnxruntime", "onnxscript"),
-        runs_by="onnxruntime",
-        pack=_pack_onnx,
-        open=_open_onnx,
-    ),
-    "torch": Form(
-        file="model.pt2",
-        packages=(),
-        runs_by="torch.export",
-        pack=_pack_program,
-        open=_open_program,
-    ),
-    "safetensors": Form(
-        file="model.safetensors",
-        packages=(),
-        runs_by="this project's network",
-        pack=_pack_weights,
-        open=_open_weights,
-    ),
+PACK: dict[str, Callable[[nn.Module, NetworkFacts], bytes]] = {
+    "onnx": _pack_onnx,
+    "torch": _pack_program,
+    "safetensors": _pack_weights,
 }
-"""By what --to calls them."""
+OPEN: dict[str, Callable[[Path, nn.Module], Network]] = {
+    "onnx": _open_onnx,
+    "torch": _open_program,
+    "safetensors": _open_weights,
+}
+"""From a form's file, and a network of the same kind with other weights."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from engine.config import RunConfig
 from engine.errors import printable
 from engine.report import Environment, NetworkFacts, RunReport, without_folders
-from tools.measure.exported import FACTS, Check
+from tools.measure.forms import FACTS, Check
 from tools.report.rows import markdown_table, number
 
 NAME = "README.md"
