@@ -47,7 +47,16 @@ ALONE = "members train in one process; start it without torchrun, or with one ra
 """Of a sweep."""
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+class _Stoppable(click.Command):
+    """Hears signals from its first moment on; of an early Ctrl-C Click would say "Aborted!"."""
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        with exit_on_user_error(end_rank):
+            STOP.install()
+            return super().main(*args, **options)
+
+
+@click.command(cls=_Stoppable, context_settings={"help_option_names": ["-h", "--help"]})
 @setting_options
 @click.option(
     "--recipe",
@@ -107,23 +116,21 @@ def main(
 
     Runs alone or under torchrun. Flags override --set, which overrides --config.
     """
-    with exit_on_user_error(end_rank):
-        STOP.install()
-        end_with_launcher()
-        ranks = join_ranks()
-        ranks.agree(prepare_process)  # a rank's cache folder may be the one that cannot be made
-        ranks.agree(lambda: _check_together(recipe, baseline, resume, keep_schedule))
-        stored = ranks.from_first(lambda: _stored_config(resume, out, ranks.size))
-        named = STUDY if baseline else recipe
-        given = Given(named, config_file, assignments, flags, keep_schedule)
-        config = ranks.agree(lambda: _read_config(given, stored, ranks.size))
-        ranks.agree_on("configuration", config.digest())
-        folder = out if resume == AUTO else _path(resume) or out
-        going_on = folder if stored else None
-        if axes := ranks.agree(lambda: _axes(sweeps, going_on, ranks.size)):
-            code = _run_sweep(config, axes, ranks, folder, bool(stored), device or "")
-        else:
-            code = _run(config, ranks, folder, bool(stored), device or "")
+    end_with_launcher()
+    ranks = join_ranks()
+    ranks.agree(prepare_process)  # a rank's cache folder may be the one that cannot be made
+    ranks.agree(lambda: _check_together(recipe, baseline, resume, keep_schedule))
+    stored = ranks.from_first(lambda: _stored_config(resume, out, ranks.size))
+    named = STUDY if baseline else recipe
+    given = Given(named, config_file, assignments, flags, keep_schedule)
+    config = ranks.agree(lambda: _read_config(given, stored, ranks.size))
+    ranks.agree_on("configuration", config.digest())
+    folder = out if resume == AUTO else _path(resume) or out
+    going_on = folder if stored else None
+    if axes := ranks.agree(lambda: _axes(sweeps, going_on, ranks.size)):
+        code = _run_sweep(config, axes, ranks, folder, bool(stored), device or "")
+    else:
+        code = _run(config, ranks, folder, bool(stored), device or "")
     end_rank(code)
 
 

@@ -566,6 +566,22 @@ def test_a_signal_before_training_ends_the_process_at_once(monkeypatch: Any) -> 
         STOP._handle(signal.SIGTERM, None)
 
 
+def test_ctrl_c_before_the_command_line_is_read_is_one_line() -> None:
+    code = """
+import os, signal
+from engine import run
+read = run.main.make_context
+def interrupted(*args, **options):
+    os.kill(os.getpid(), signal.SIGINT)
+    return read(*args, **options)
+run.main.make_context = interrupted
+run.main([], prog_name="engine.run")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=60)
+    wanted = b"error: stopped by SIGINT; there was nothing to save\n"
+    assert (done.returncode, done.stdout, done.stderr) == (128 + signal.SIGINT, b"", wanted)
+
+
 def test_the_same_signal_again_ends_the_process_at_once() -> None:
     """A second later, that is: a terminal and torchrun both send one for the same wish."""
     code = """
