@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -96,6 +97,20 @@ class Browser:
         result = self.call("Runtime.evaluate", expression=script, returnByValue=True)
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
+
+    def cpu_s(self) -> float:
+        """CPU seconds of all its processes so far."""
+        parents, ticks = {}, {}
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(OSError):  # it has ended
+                fields = path.read_text().rpartition(")")[2].split()
+                pid = int(path.parent.name)
+                parents[pid] = int(fields[1])
+                ticks[pid] = sum(map(int, fields[11:15]))  # its own, and of children that ended
+        found = {self._process.pid}
+        while more := {pid for pid, parent in parents.items() if parent in found} - found:
+            found |= more
+        return sum(ticks.get(pid, 0) for pid in found) / os.sysconf("SC_CLK_TCK")
 
     def screenshot(self, path: Path) -> None:
         """The whole page as PNG."""

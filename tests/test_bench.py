@@ -206,6 +206,7 @@ def test_serve(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert checked(tmp_path / "cpu_serve.json") == [
         "with a page costs (%)",
         "with a page open in Chromium costs (%)",
+        "Chromium's CPU time (%)",
     ]
 
 

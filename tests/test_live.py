@@ -398,6 +398,9 @@ def test_the_browser_says_that_the_run_has_ended(browser: Browser, run: Path) ->
         browser.open(page.start(run).removeprefix("page: "), 390, False)
         script = "document.querySelector('#news').textContent"
         until(lambda: "last news" in str(browser.value(script)))
+        left_ms = "dueMs - performance.now()"
+        assert browser.value(f"draw(), drawNews(), {left_ms}") > 4000, "news may wait"
+        assert browser.value(f"drawSoon(), {left_ms}") < 1000, "what the user does may not"
     until(lambda: str(browser.value(script)).startswith("the command has ended"))
     time.sleep(0.5)
     browser.value("1")
