@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from engine.heart import LEFT, TRAINING, WAITING, Beat, Seen, hung_ranks
 from engine.host import ROOT
 from engine.report import read_report
 from engine.stop import STOP, Stopped
-from engine.train import trainer
+from engine.train import available, trainer
 from engine.train.checkpoint import (
     FILES,
     checkpoint_tensors,
@@ -210,6 +211,33 @@ def test_a_stopped_run_goes_on_to_the_same_end(
     parts = [(part["first_step"], part["num_steps"]) for part in report["segments"]]
     assert parts == [(0, stopped_at.num_steps), (stopped_at.num_steps, 42 - stopped_at.num_steps)]
     assert report["status"] == "finished" and not (run / "preempted").exists()
+
+
+def test_fp16_goes_on_with_the_loss_scale_it_had(
+    tiny: Records, world: World, stop_after: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A CPU would take fp32 in its place; here the scaler doubles the scale at each third step,
+    and halves it where a gradient overflows."""
+    scaler = partial(torch.amp.GradScaler, init_scale=1024.0, growth_interval=3)
+    rules = tuple(rule for rule in available.RULES if rule.__name__ != "_fp16")
+
+    def allow_fp16() -> None:
+        monkeypatch.setattr(available, "RULES", rules)
+        monkeypatch.setattr(torch.amp, "GradScaler", scaler)
+
+    config = override(CONFIG, {"step.precision": "fp16"}, "")
+    allow_fp16()
+    whole = trained(tiny, world, tmp_path / "whole", config)
+    stop_after(20)
+    run = trained(tiny, world, tmp_path / "run", config)
+    monkeypatch.undo()
+    monkeypatch.setattr(STOP, "number", 0)
+    allow_fp16()
+    stopped, end = (manifest_of(checkpoints(folder)[0]).scaler for folder in (run, whole))
+    assert stopped != end and 1024.0 not in (stopped["scale"], end["scale"]), "it moves"
+    trained(tiny, world, run, config, resume=True)
+    assert_same(run, whole)
+    assert manifest_of(checkpoints(run)[0]).scaler == end
 
 
 def test_a_run_without_a_checkpoint_starts_at_step_0(
