@@ -56,6 +56,7 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     return [{key: line[key] for key in line.keys() - times} for line in lines]
 
 
+@pytest.mark.slow
 def test_two_ranks_train_the_same_bits(tmp_path: Path, tiny_dir: Path) -> None:
     alone, run = tmp_path / "alone", tmp_path / "run"
     assert "note: --canonical computes with one thread per rank" in train(tiny_dir, alone, 1)

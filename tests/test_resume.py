@@ -225,10 +225,10 @@ def test_fp16_goes_on_with_the_loss_scale_it_had(
         monkeypatch.setattr(available, "RULES", rules)
         monkeypatch.setattr(torch.amp, "GradScaler", scaler)
 
-    config = override(CONFIG, {"step.precision": "fp16"}, "")
+    config = override(CONFIG, {"step.precision": "fp16", "epochs": 1}, "")
     allow_fp16()
     whole = trained(tiny, world, tmp_path / "whole", config)
-    stop_after(20)
+    stop_after(5)
     run = trained(tiny, world, tmp_path / "run", config)
     monkeypatch.undo()
     monkeypatch.setattr(STOP, "number", 0)
@@ -598,6 +598,7 @@ def test_ctrl_c_before_the_command_line_is_read_is_one_line() -> None:
     code = """
 import os, signal
 from engine import run
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 read = run.main.make_context
 def interrupted(*args, **options):
     os.kill(os.getpid(), signal.SIGINT)
