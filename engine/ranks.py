@@ -119,8 +119,8 @@ class Ranks:
         try:
             yield
         except Stopped as stopped:
-            broken = _broken_before(stopped)
             if self.size > 1:
+                broken = _broken_before(stopped)
                 with self._answered(broken or stopped), STOP.polled():
                     if broken:
                         self._explain(broken)

@@ -49,8 +49,9 @@ class StopRequest:
         """Handle the signals from now on; only the main thread may call this."""
         sys.unraisablehook = _report_unraisable
         # A process that was forked shares those it was made with: it would hear others' signals.
-        self._sent, self._woken = _new_pipe()
-        signal.set_wakeup_fd(self._woken.fileno(), warn_on_full_buffer=False)
+        sent, woken = _new_pipe()
+        signal.set_wakeup_fd(woken.fileno(), warn_on_full_buffer=False)
+        self._sent, self._woken = sent, woken  # only now: a signal may still go to the old one
         os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
         for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
