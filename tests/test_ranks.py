@@ -26,6 +26,14 @@ from engine.ranks import OtherRankFailed, Ranks, join_ranks
 from engine.stop import Stopped, StopRequest
 
 
+@pytest.fixture(autouse=True)
+def own_signals(monkeypatch: pytest.MonkeyPatch) -> StopRequest:
+    """Ranks are threads here; in a process of its own each would have this for itself."""
+    request = StopRequest()
+    monkeypatch.setattr(ranks_module, "STOP", request)
+    return request
+
+
 def on_all(num: int, work: Callable[[Ranks], Any]) -> list[Any]:
     """What `work` returns or raises on each rank."""
     store = distributed.HashStore()
@@ -204,35 +212,32 @@ def test_a_rank_that_died_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_signal_amid_the_explanation_does_not_stand_for_it(
-    monkeypatch: pytest.MonkeyPatch,
+    own_signals: StopRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """torchrun's, which may lose its rendezvous before the rank has asked who died."""
-    request = StopRequest()
-    monkeypatch.setattr(ranks_module, "STOP", request)
     read = Ranks._beats_of_the_living
 
     def asked_to_stop(ranks: Ranks) -> dict[int, Beat]:
-        request._handle(signal.SIGTERM, None)
+        own_signals._handle(signal.SIGTERM, None)
         return read(ranks)
 
     monkeypatch.setattr(Ranks, "_beats_of_the_living", asked_to_stop)
     ranks = Ranks(0, 2, 0, distributed.HashStore())
     with pytest.raises(UserError, match=re.escape(died([]))), ranks.explaining():
         raise RuntimeError("[gloo] Connection closed by peer")
-    assert request.number == signal.SIGTERM and not request._is_polled
+    assert own_signals.number == signal.SIGTERM and not own_signals._is_polled
 
 
 def test_a_signal_between_a_broken_collective_and_its_explanation_does_not_stand_for_it(
-    monkeypatch: pytest.MonkeyPatch,
+    own_signals: StopRequest,
 ) -> None:
     """The rank was tidying up: the process group and the watch end before it explains."""
-    monkeypatch.setattr(ranks_module, "STOP", request := StopRequest())
     ranks = Ranks(0, 2, 0, distributed.HashStore())
     with pytest.raises(UserError, match=re.escape(died([]))), ranks.explaining():
         try:
             raise RuntimeError("[gloo] Connection closed by peer")
         finally:
-            request._handle(signal.SIGTERM, None)
+            own_signals._handle(signal.SIGTERM, None)
     assert not ranks.store.check(["reason of 0"])  # it is no reason of this rank's own
 
 
